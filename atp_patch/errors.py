@@ -1,0 +1,35 @@
+"""The one class tree of errors: every message names what was wrong, where, and the mend."""
+
+from __future__ import annotations
+
+
+class ATPError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigError(ATPError, ValueError):
+    """An argument or a configuration file is wrong."""
+
+
+class BudgetError(ConfigError):
+    """The token budget cannot be met; the message names the least possible one."""
+
+
+class UnsupportedModelError(ATPError, ValueError):
+    """The model, or what it is asked to do while patched, is not supported."""
+
+
+class NotPatchedError(ATPError, ValueError):
+    """The call needs a patched model."""
+
+
+class WeightsError(ATPError, ValueError):
+    """Adapter files are missing, empty, foreign, or made for another base model."""
+
+
+class CacheError(ATPError, ValueError):
+    """The key/value cache cannot carry pruned layers, or cannot do what was asked of it."""
+
+
+class InputError(ATPError, ValueError):
+    """The inputs of a forward pass do not say what pruning needs to know."""

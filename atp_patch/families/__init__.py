@@ -1,0 +1,37 @@
+"""One short file a family, data first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atp_patch.errors import UnsupportedModelError
+from atp_patch.families.base import Family
+from atp_patch.families.llava import LLAVA
+from atp_patch.families.qwen2_vl import QWEN2_VL
+
+FAMILIES: tuple[Family, ...] = (LLAVA, QWEN2_VL)
+
+
+def supported_families() -> dict[str, tuple[str, ...]]:
+    """Family name -> the ``config.model_type`` values that it serves."""
+    return {family.name: family.model_types for family in FAMILIES}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a loaded model's config.
+
+    Raises:
+        UnsupportedModelError: naming the families that are served.
+    """
+    model_type = getattr(config, "model_type", None)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            family.check(config)
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise UnsupportedModelError(
+        f"models of type {model_type!r} are not supported; supported are: {known}."
+    )
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "supported_families"]

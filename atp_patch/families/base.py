@@ -1,0 +1,59 @@
+"""What a family file says about its models, and the registry of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atp_patch.errors import UnsupportedModelError
+from atp_patch.types import GridQuery, Span, VisualGrid
+
+Grids = list[list[VisualGrid]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one family of vision-language models.
+
+    Attributes:
+        name: what errors, adapters and tables call it.
+        model_types: ``config.model_type`` values that belong to it.
+        grids: where the grids of each sample's placeholders lie.
+        token_ids: config attributes that hold the ids of visual placeholders.
+        causal: whether the decoder attends causally everywhere (no prefix, no images attending both
+            ways), so that without padding no mask is needed.
+        visual_tokens: prunable tokens of one image where the config alone fixes them, else None.
+        check: raises UnsupportedModelError for configs that the family cannot serve.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    grids: Callable[[GridQuery], Grids]
+    token_ids: tuple[str, ...] = ("image_token_id",)
+    causal: bool = True
+    visual_tokens: Callable[[Any], int | None] = lambda config: None
+    check: Callable[[Any], None] = lambda config: None
+
+    def placeholder_ids(self, config: Any) -> tuple[int, ...]:
+        """The ids of visual placeholders in ``input_ids``."""
+        ids = (getattr(config, name, None) for name in self.token_ids)
+        return tuple(int(token_id) for token_id in ids if token_id is not None)
+
+
+def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
+    """Cut runs of placeholders into images of ``tokens`` each (images may follow each other directly).
+
+    Raises:
+        UnsupportedModelError: where a run is no multiple of ``tokens``.
+    """
+    images = []
+    for span in spans:
+        if span.length % tokens:
+            raise UnsupportedModelError(
+                f"{span.length} visual tokens stand in a row, but an image of this model has {tokens}: "
+                f"{mend}"
+            )
+        starts = range(span.start, span.stop, tokens)
+        images += [Span(start, start + tokens, span.token_id) for start in starts]
+    return images

@@ -1,0 +1,66 @@
+"""Qwen2-VL and Qwen2.5-VL: dynamic grids, read off the multimodal rotary position ids.
+
+The decoder gets (t, h, w) position ids for every token. Within one image or video they *are* the
+grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp_patch.errors import InputError
+from atp_patch.families.base import Family, Grids
+from atp_patch.types import GridQuery, Span, VisualGrid
+
+
+def _grid(span: Span, positions: Tensor) -> list[VisualGrid]:
+    """The grids of one run of placeholders; ``positions`` is (3, run length): t, h, w."""
+    grids = []
+    at = 0
+    while at < span.length:
+        _, h, w = positions[:, at:]
+        width = _run(w)
+        height = _run(h[::width])
+        frame = height * width
+        # A video's frames start over at the same row and column; another image starts further on.
+        starts = torch.stack([h[::frame], w[::frame]])
+        frames = 1
+        while frames < starts.shape[1] and torch.equal(starts[:, frames], starts[:, 0]):
+            frames += 1
+        grids.append(VisualGrid(span.start + at, frames, height, width))
+        at += frames * frame
+    if at != span.length:
+        raise InputError(
+            f"the position ids of {span.length} visual tokens form no grid; pass mm_token_type_ids and "
+            "image_grid_thw (or video_grid_thw) from the model's processor."
+        )
+    return grids
+
+
+def _run(values: Tensor) -> int:
+    """Length of the first stretch that counts up by one."""
+    breaks = torch.nonzero(values[1:] != values[:-1] + 1)
+    return int(breaks[0, 0]) + 1 if len(breaks) else int(values.shape[0])
+
+
+def _grids(query: GridQuery) -> Grids:
+    positions = query.position_ids
+    if positions is None or positions.ndim != 3:
+        raise InputError(
+            "this model got no multimodal position ids; pass mm_token_type_ids and image_grid_thw from "
+            "its processor along with the pixel values."
+        )
+    thw = positions[-3:].expand(3, len(query.spans), -1)
+    return [
+        [grid for span in spans for grid in _grid(span, thw[:, b, span.start : span.stop])]
+        for b, spans in enumerate(query.spans)
+    ]
+
+
+QWEN2_VL = Family(
+    name="qwen2_vl",
+    model_types=("qwen2_vl", "qwen2_5_vl"),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+)

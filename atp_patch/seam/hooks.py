@@ -1,0 +1,286 @@
+"""The seam: hooks on a loaded model that let a method drop visual tokens between decoder layers.
+
+Hooks are bound methods of one object that the model carries, so copies and pickles of a patched model
+are patched models of their own. What belongs to one forward pass travels with it as the keyword
+``RUN`` that the decoder hands on to its layers; what belongs to a conversation lives in its cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
+
+from atp_patch.errors import CacheError
+from atp_patch.seam import recorder
+from atp_patch.seam.cache import check_cache, pruned_layer
+from atp_patch.seam.inputs import Call, read_prompt
+from atp_patch.seam.locate import Parts
+from atp_patch.seam.narrow import check_implementation, decode_mask, is_flash
+from atp_patch.seam.prefill import Prefill
+from atp_patch.seam.prompt import Prompt, TextRows
+from atp_patch.seam.session import Session
+from atp_patch.types import Decision, Layout, Span, View
+
+RUN = "atp_patch_run"
+
+
+class Pruner(Protocol):
+    """What the seam asks of the rest of the package."""
+
+    layers: tuple[int, ...]
+    min_per_image: int
+    visual_token_ids: tuple[int, ...]
+    causal: bool
+
+    def grids(self, spans: list[list[Span]], position_ids: Tensor | None) -> Any:
+        """The grids of each sample's visual tokens."""
+
+    def counts(self, step: int, left: tuple[int, ...], layout: Layout) -> tuple[int, ...] | None:
+        """How many visual tokens the budget leaves each sample, or None without a budget."""
+
+    def decide(self, view: View) -> Decision:
+        """The method's choice."""
+
+    def finished(self, run: Prefill) -> None:
+        """A forward pass with images is through the decoder."""
+
+
+class Decode:
+    """One forward pass without images on a cache that holds a pruned prompt."""
+
+    def __init__(self, cache: Cache, flash: bool) -> None:
+        self.cache, self.flash = cache, flash
+        self._masks: dict[Any, Any] = {}
+
+    def narrow_kwargs(self, layer: int, length: int, kwargs: dict[str, Any]) -> None:
+        """Give a layer the mask of the keys it holds (in place)."""
+        held = pruned_layer(self.cache, layer)
+        mask = kwargs.get("attention_mask")
+        if held is None or (mask is None and held.valid is None):
+            return
+        # Layers that were pruned together share their positions, and so the mask.
+        key = (id(mask), id(held.positions))
+        if key not in self._masks:
+            made = decode_mask(mask, held, length, flash=self.flash)
+            self._masks[key] = (mask, held.positions, made)
+        kwargs["attention_mask"] = self._masks[key][2]
+
+
+class LayerHook:
+    """Forward pre-hook of one decoder layer."""
+
+    def __init__(self, seam: Seam, layer: int) -> None:
+        self.seam, self.layer = seam, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Narrow what the layer gets, prune before it, record its attention: whatever is due."""
+        run = kwargs.pop(RUN, None)
+        if run is None:
+            return None
+        if isinstance(run, Prefill):
+            args = self.seam.before_layer(self.layer, run, args, kwargs)
+        else:
+            run.narrow_kwargs(self.layer, args[0].shape[1], kwargs)
+        return args, kwargs
+
+
+class Seam:
+    """Everything that patching adds to one model; ``install`` and ``remove`` are exact inverses."""
+
+    def __init__(self, parts: Parts, pruner: Pruner) -> None:
+        self.parts, self.pruner = parts, pruner
+        self.enabled = True
+        self.session: Session | None = None
+        self._call: Call | None = None
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Register the hooks, and a ``generate`` that knows where the prompt ends."""
+        recorder.register()
+        parts, add = self.parts, self._handles.append
+        if parts.top is not parts.base:
+            add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
+            add(parts.top.register_forward_hook(self._after, always_call=True))
+        add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        add(parts.base.register_forward_hook(self._after, always_call=True))
+        add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        add(parts.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+        for idx, layer in enumerate(parts.layers):
+            hook = LayerHook(self, idx)
+            add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if hasattr(parts.top, "generate"):
+            parts.top.generate = self.generate  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Take everything back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.parts.top.__dict__.pop("generate", None)
+        self._disarm()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's ``generate``; it tells the forward passes within where the prompt ends."""
+        top = self.parts.top
+        outer = self.session
+        self.session = Session.of_generate(top, args, kwargs)
+        kwargs.pop("visual_mask", None)
+        try:
+            return type(top).generate(top, *args, **kwargs)
+        finally:
+            self.session = outer
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    def _before_top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._call = Call.begin(self.parts, args, kwargs, self.session)
+        return args, kwargs
+
+    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self._call or Call.begin(self.parts, args, kwargs, self.session)
+        self._call = call.with_base(module, args, kwargs)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self.parts.top or self.parts.top is self.parts.base:
+            self._call = None
+        self._disarm()
+
+    def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call, cache = self._call, kwargs.get("past_key_values")
+        implementation = self.parts.config._attn_implementation
+        run: Prefill | Decode | None = None
+        if self.enabled and call is not None and call.has_images:
+            check_implementation(implementation)
+            run = self._begin_prefill(call, implementation, kwargs)
+        if run is None and cache is not None and cache.layers:
+            if pruned_layer(cache, len(cache.layers) - 1) is not None:
+                run = Decode(cache, is_flash(implementation))
+        if run is None:
+            return None
+        return args, {**kwargs, RUN: run}
+
+    def _begin_prefill(
+        self, call: Call, implementation: str, kwargs: dict[str, Any]
+    ) -> Prefill | None:
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
+        if not bool(prompt.visual.any()):
+            return None
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None:
+            position_ids = position_ids.cpu()
+        layout = Layout.from_grids(
+            self.pruner.grids(prompt.spans(), position_ids), embeds.shape[1], embeds.device
+        )
+        check_cache(cache, self.pruner.layers[0])
+        if past and isinstance(cache.layers[0], StaticLayer):
+            raise CacheError(
+                "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache for "
+                "conversations with several images."
+            )
+        session = self.session
+        return Prefill(
+            layout=layout,
+            text=TextRows.of(prompt, embeds.device),
+            attended=_attended_on(prompt, embeds.device),
+            token_counts=prompt.token_counts,
+            cache=cache,
+            plain_mask=self.pruner.causal and call.mask_is_plain,
+            sliding_window=self._sliding_window,
+            implementation=implementation,
+            frozen=session.choices if session is not None and cache is None else None,
+        )
+
+    def before_layer(
+        self, layer: int, run: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """What is due before one layer of a pass with images; returns the layer's arguments."""
+        hidden, *rest = args
+        layers = self.pruner.layers
+        if layer in layers:
+            before = run.survivors
+            if self._prune(layer, run, hidden):
+                hidden = run.narrow_hidden(hidden, before)
+        if run.survivors is not None:
+            run.narrow_kwargs(layer, kwargs)
+        elif run.past:
+            flash = is_flash(run.implementation)
+            Decode(run.cache, flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
+        if layer + 1 in layers and self._needs_scores(layer + 1, run):
+            recorder.arm(self.parts.layers[layer].self_attn, run.record)
+        return (hidden, *rest)
+
+    def _needs_scores(self, layer: int, run: Prefill) -> bool:
+        if run.frozen is not None and layer in run.frozen:
+            return False
+        counts = self._counts(layer, run)
+        return counts is None or counts != run.left
+
+    def _counts(self, layer: int, run: Prefill) -> tuple[int, ...] | None:
+        return self.pruner.counts(self.pruner.layers.index(layer), run.left, run.layout)
+
+    def _prune(self, layer: int, run: Prefill, hidden: Tensor) -> bool:
+        """Decide before ``layer``; True if tokens go."""
+        if layer in run.records:  # a replay by gradient checkpointing
+            return False
+        counts = self._counts(layer, run)
+        decision = run.frozen_decision(layer)
+        if decision is None and run.recording is None:
+            return False  # the budget keeps everything: nothing was recorded, nothing changes
+        if decision is None:
+            step, minimum = self.pruner.layers.index(layer), self.pruner.min_per_image
+            with torch.no_grad():
+                decision = self.pruner.decide(run.view(layer, step, hidden, counts, minimum))
+        return run.apply(layer, decision, counts)
+
+    def _after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        run = kwargs.get(RUN)
+        if not isinstance(run, Prefill):
+            return None
+        self.pruner.finished(run)
+        if run.survivors is None:
+            return None
+        if self._call is not None:
+            self._call.unsupervise(run)
+        return _restore(output, run, len(self.parts.layers))
+
+    def _sliding_window(self, layer: int) -> int | None:
+        """The window of a layer in tokens, None where it attends to everything before it."""
+        config = self.parts.config
+        types = getattr(config, "layer_types", None)
+        if types is not None and types[layer] != "sliding_attention":
+            return None
+        if types is None and not getattr(config, "use_sliding_window", True):
+            return None
+        return getattr(config, "sliding_window", None)
+
+    def _disarm(self) -> None:
+        for layer in self.pruner.layers:
+            recorder.disarm(self.parts.layers[layer - 1].self_attn)
+
+
+def _attended_on(prompt: Prompt, device: torch.device) -> Tensor | None:
+    return None if bool(prompt.attended.all()) else prompt.attended.to(device)
+
+
+def _restore(output: Any, run: Prefill, num_layers: int) -> Any:
+    """The decoder's output in the public length: pruned places are zeros."""
+    if isinstance(output, tuple):
+        return (run.restore_hidden(output[0], num_layers - 1), *output[1:])
+    output.last_hidden_state = run.restore_hidden(output.last_hidden_state, num_layers - 1)
+    if output.hidden_states is not None:
+        # hidden_states[i] leaves layer i - 1; the first is the decoder's input.
+        output.hidden_states = tuple(
+            run.restore_hidden(state, i - 1) if i else state
+            for i, state in enumerate(output.hidden_states)
+        )
+    if output.attentions is not None:
+        output.attentions = tuple(
+            run.restore_attention(weights, i) for i, weights in enumerate(output.attentions)
+        )
+    return output

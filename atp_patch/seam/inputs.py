@@ -1,0 +1,137 @@
+"""Reading the arguments of a forward pass: is there an image, what does the prompt hold."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.errors import InputError
+from atp_patch.seam.locate import Parts
+from atp_patch.seam.prompt import Prompt
+from atp_patch.seam.session import Session
+
+if TYPE_CHECKING:
+    from atp_patch.seam.prefill import Prefill
+
+IMAGE_KEYS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Call:
+    """The arguments of one forward pass that matter to pruning."""
+
+    labels: Tensor | None
+    visual_mask: Tensor | None
+    prompt_length: int | None
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Any = None
+    embedding: nn.Module | None = None
+    has_images: bool = False
+
+    @classmethod
+    def begin(
+        cls, parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session | None
+    ) -> Call:
+        """Start reading at the outermost module; takes ``visual_mask`` out of its keywords.
+
+        ``labels`` are replaced by a copy, in which targets that pruned places would have had to predict
+        are dropped once the choice is made.
+        """
+        visual_mask = kwargs.pop("visual_mask", None)
+        labels = kwargs.get("labels")
+        if labels is not None:
+            labels = kwargs["labels"] = labels.clone()
+        if session is None:
+            return cls(labels, visual_mask, None)
+        if visual_mask is None:
+            visual_mask = session.visual_mask
+        return cls(labels, visual_mask, session.prompt_length)
+
+    def with_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Add what the model without its head was given."""
+        given = kwargs
+        if args:
+            names = list(inspect.signature(type(base).forward).parameters)[1:]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.input_ids, self.inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
+        self.attention_mask = given.get("attention_mask")
+        self.embedding = base.get_input_embeddings()
+        images = any(_present(given.get(key)) for key in IMAGE_KEYS)
+        prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1
+        self.has_images = images or prefill or self.visual_mask is not None
+        return self
+
+    @property
+    def mask_is_plain(self) -> bool:
+        """Whether a wide mask of the host says no more than causality and padding.
+
+        Without any mask given, the host builds a wide one only for something else (packed sequences).
+        """
+        return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
+
+    def unsupervise(self, run: Prefill) -> None:
+        """Drop the targets that pruned places would have had to predict (in the copied labels)."""
+        if self.labels is None:
+            return
+        kept = run.kept(max(run.records)).to(self.labels.device)
+        lost = ~kept[:, :-1] & run.layout.mask[:, :-1].to(kept.device)
+        self.labels[:, 1:].masked_fill_(lost, IGNORED_LABEL)
+
+
+def _present(value: Any) -> bool:
+    return value is not None and (not isinstance(value, dict) or any(value.values()))
+
+
+def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: int) -> Prompt:
+    """The prompt of a forward pass on the CPU.
+
+    Args:
+        token_ids: placeholder ids of images and videos.
+        embeds: (B, L, D) what the decoder gets.
+        past: tokens of earlier turns in the cache.
+
+    Raises:
+        InputError: if only embeddings were given and nothing says which of them are visual.
+    """
+    batch, length = embeds.shape[:2]
+    ids = None if call.input_ids is None else call.input_ids.cpu()
+    if call.visual_mask is not None:
+        visual = call.visual_mask.cpu().bool()[:, -length:]
+        if visual.shape != (batch, length):
+            raise InputError(
+                f"visual_mask has shape {tuple(call.visual_mask.shape)}; it must be (batch, sequence) = "
+                f"({batch}, {length})."
+            )
+    elif ids is not None:
+        visual = torch.isin(ids, torch.tensor(token_ids))
+    else:
+        visual = _placeholders_among(call, token_ids)
+    attended = torch.ones(batch, length, dtype=torch.bool)
+    if isinstance(call.attention_mask, Tensor) and call.attention_mask.ndim == 2:
+        attended = call.attention_mask[:, -length:].cpu().bool()
+    scored = torch.ones_like(attended)
+    if call.prompt_length is not None:
+        scored &= torch.arange(length) + past < call.prompt_length
+    if call.labels is not None:
+        scored &= call.labels.cpu() == IGNORED_LABEL
+    return Prompt(visual & attended, attended, ids, scored)
+
+
+def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
+    """(B, L) bool: embeddings that are still those of the placeholders, as the host finds them."""
+    embeds, embedding = call.inputs_embeds, call.embedding
+    assert embeds is not None and embedding is not None
+    ids = torch.tensor(token_ids, device=embeds.device)
+    visual = (embeds[:, :, None] == embedding(ids)).all(-1).any(-1).cpu()
+    if not bool(visual.any()):
+        raise InputError(
+            "inputs_embeds came without input_ids and holds no placeholder: pass visual_mask=, a bool "
+            "tensor (batch, sequence) that marks the visual tokens (all False for text alone)."
+        )
+    return visual

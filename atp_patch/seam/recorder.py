@@ -1,0 +1,91 @@
+"""Recording the post-rotary queries and keys of one layer, whatever its attention implementation.
+
+transformers looks the attention function up by the name in ``self_attn.config`` at every call. For the
+one layer whose q and k are wanted, a copy of that config with our name stands in its place for one
+call; the function below notes q and k, puts the host's config back, and calls the host's function.
+The decoder's own config, from which masks are made, is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from atp_patch.errors import UnsupportedModelError
+
+ATTENTION_NAME = "atp_patch_record"
+
+
+@dataclass
+class Recording:
+    """q, k and mask of one attention call: (B, H, Q, d), (B, Hk, K, d) and a host mask or None."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float
+
+
+def register() -> None:
+    """Make the recording attention known to transformers (idempotent; done when a model is patched)."""
+    AttentionInterface.register(ATTENTION_NAME, _record_and_delegate)
+
+
+def arm(attention: nn.Module, sink: Callable[[Recording], None]) -> None:
+    """Have the next call of ``attention`` hand its q and k to ``sink``."""
+    host = attention.config
+    if _is_armed(host):
+        host = host.__dict__["_atp_host"]
+    armed = copy.copy(host)
+    armed.__dict__.update(
+        _attn_implementation_internal=ATTENTION_NAME, _atp_host=host, _atp_sink=sink
+    )
+    attention.config = armed
+
+
+def disarm(attention: nn.Module) -> None:
+    """Undo :func:`arm` if the call it waited for never came."""
+    if _is_armed(attention.config):
+        attention.config = attention.config.__dict__["_atp_host"]
+
+
+def _is_armed(config: Any) -> bool:
+    return "_atp_host" in getattr(config, "__dict__", {})
+
+
+def _record_and_delegate(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    armed = module.config
+    module.config = armed.__dict__["_atp_host"]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    armed.__dict__["_atp_sink"](Recording(query, key, attention_mask, scale))
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, _eager_function(module)
+    )
+    return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _eager_function(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of the file that the attention module comes from."""
+    home = sys.modules[type(module).__module__]
+    function = getattr(home, "eager_attention_forward", None)
+    if function is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not go through transformers' attention interface, so its "
+            "queries and keys cannot be read; use a model class of transformers >= 5.4."
+        )
+    return function

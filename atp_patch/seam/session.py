@@ -1,0 +1,44 @@
+"""What a call of ``generate`` tells the forward passes within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from atp_patch.errors import UnsupportedModelError
+
+
+@dataclass
+class Session:
+    """One call of ``generate``.
+
+    Attributes:
+        prompt_length: tokens of the prompt; later ones are generated or guessed, and never score.
+        visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
+        choices: layer -> (B, L) bool, the choice of the first pass, for passes without a cache.
+    """
+
+    prompt_length: int | None
+    visual_mask: Tensor | None = None
+    choices: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_generate(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+        """Read the arguments of ``generate``.
+
+        Raises:
+            UnsupportedModelError: for a prefill in chunks, which would choose from a part of the text.
+        """
+        config = kwargs.get("generation_config") or model.generation_config
+        if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
+            raise UnsupportedModelError(
+                "prefill_chunk_size would choose visual tokens before the whole question is read; set it "
+                "to None, or generate within atp_patch.disabled(model)."
+            )
+        names = ("inputs", "input_ids", "inputs_embeds")
+        given = [args[0] if args else None, *(kwargs.get(name) for name in names)]
+        tokens = next((tensor for tensor in given if tensor is not None), None)
+        length = None if tokens is None else int(tokens.shape[1])
+        return cls(length, kwargs.get("visual_mask"))
