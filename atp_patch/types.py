@@ -215,3 +215,16 @@ class GridQuery:
     config: object
     spans: Sequence[Sequence[Span]]
     position_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of the language decoder, for costs."""
+
+    num_layers: int
+    hidden_size: int
+    mlp_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int

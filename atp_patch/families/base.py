@@ -12,6 +12,14 @@ from atp_patch.types import GridQuery, Span, VisualGrid
 Grids = list[list[VisualGrid]]
 
 
+def _unknown(config: Any) -> int | None:
+    return None
+
+
+def _accept(config: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """Facts about one family of vision-language models.
@@ -32,8 +40,8 @@ class Family:
     grids: Callable[[GridQuery], Grids]
     token_ids: tuple[str, ...] = ("image_token_id",)
     causal: bool = True
-    visual_tokens: Callable[[Any], int | None] = lambda config: None
-    check: Callable[[Any], None] = lambda config: None
+    visual_tokens: Callable[[Any], int | None] = _unknown
+    check: Callable[[Any], None] = _accept
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""

@@ -14,6 +14,10 @@ def _side(config: Any) -> int:
     return int(vision.image_size) // int(vision.patch_size)
 
 
+def _visual_tokens(config: Any) -> int:
+    return _side(config) ** 2
+
+
 def _class_tokens(config: Any) -> int:
     """The strategy "full" keeps the tower's class token in front of the patches."""
     strategy = getattr(config, "vision_feature_select_strategy", "default")
@@ -47,6 +51,6 @@ LLAVA = Family(
     name="llava",
     model_types=("llava", "vipllava"),
     grids=_grids,
-    visual_tokens=lambda config: _side(config) ** 2,
+    visual_tokens=_visual_tokens,
     check=_check,
 )

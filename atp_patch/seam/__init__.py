@@ -1,7 +1,7 @@
 """The only code that knows how transformers calls things."""
 
 from atp_patch.seam.hooks import Pruner, Seam
-from atp_patch.seam.locate import DecoderShape, Parts, locate
+from atp_patch.seam.locate import Parts, decoder_shape, locate
 from atp_patch.seam.prefill import Prefill
 
-__all__ = ["DecoderShape", "Parts", "Prefill", "Pruner", "Seam", "locate"]
+__all__ = ["Parts", "Prefill", "Pruner", "Seam", "decoder_shape", "locate"]

@@ -8,33 +8,7 @@ from typing import Any
 from torch import nn
 
 from atp_patch.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """Sizes of the language decoder, for costs and for checking adapters."""
-
-    num_layers: int
-    hidden_size: int
-    mlp_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-    @classmethod
-    def from_config(cls, config: Any) -> DecoderShape:
-        """Read the sizes from a text config."""
-        heads = config.num_attention_heads
-        return cls(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            mlp_size=config.intermediate_size,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-        )
+from atp_patch.types import DecoderShape
 
 
 @dataclass
@@ -55,6 +29,20 @@ class Parts:
     def config(self) -> Any:
         """The text config of the decoder."""
         return self.decoder.config
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """Read the decoder's sizes from its text config."""
+    heads = config.num_attention_heads
+    return DecoderShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        mlp_size=config.intermediate_size,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+    )
 
 
 def locate(model: nn.Module) -> Parts:

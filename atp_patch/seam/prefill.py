@@ -102,6 +102,7 @@ class Prefill:
         self.recording: Recording | None = None
         self._plain_mask = plain_mask
         self._sliding_window = sliding_window
+        self.prompt_tokens = tuple(token_counts)
         self._token_counts = list(token_counts)
         self._left = list(layout.totals)
         slots = torch.arange(layout.valid.shape[1], device=layout.valid.device)

@@ -1,0 +1,167 @@
+"""What was asked of ``patch_model``: frozen, validated, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from atp_patch.errors import BudgetError, ConfigError, WeightsError
+from atp_patch.maths import keep_counts, least_target, target_counts
+
+CONFIG_VERSION = 1
+DEFAULT_LAYERS = (4, 14, 24)
+DEFAULT_SHARE = 0.25
+_PAPER_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an adapter was made for."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+
+
+def scaled_layers(num_layers: int) -> list[int]:
+    """The paper's [4, 14, 24] of 32 in proportion for a decoder of ``num_layers``.
+
+    >>> scaled_layers(28)
+    [4, 12, 21]
+    """
+    if num_layers < 2:
+        raise ConfigError(f"a decoder of {num_layers} layers has no layer to prune before.")
+    layers = {min(max(1, round(i * num_layers / _PAPER_DEPTH)), num_layers - 1) for i in DEFAULT_LAYERS}
+    return sorted(layers)
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Everything but the weights that says how a model is pruned.
+
+    Attributes:
+        method, options: a method's name and its fields.
+        layers: decoder layers, from 1, before which tokens are pruned; strictly rising.
+        keep: share of the surviving visual tokens that each pruning layer keeps, or None.
+        target_tokens: visual tokens averaged over all decoder layers, or None.
+        min_tokens, min_tokens_per_image: what every pruning layer leaves at least.
+        base: the model it is for.
+    """
+
+    method: str
+    layers: tuple[int, ...]
+    base: BaseModel
+    keep: tuple[float, ...] | None = None
+    target_tokens: float | None = None
+    min_tokens: int = 1
+    min_tokens_per_image: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_layers()
+        if self.keep is not None and self.target_tokens is not None:
+            raise ConfigError("keep and target_tokens both set the budget; give one of them.")
+        if self.keep is not None:
+            if len(self.keep) != len(self.layers):
+                raise ConfigError(
+                    f"keep has {len(self.keep)} shares for {len(self.layers)} pruning layers; give one "
+                    "number, or one a layer."
+                )
+            if not all(0 < share <= 1 for share in self.keep):
+                raise ConfigError(f"keep={list(self.keep)}: every share must be above 0 and at most 1.")
+        if self.target_tokens is not None and not self.target_tokens > 0:
+            raise BudgetError(f"target_tokens={self.target_tokens} must be above 0.")
+        if self.min_tokens < 1 or self.min_tokens_per_image < 0:
+            raise ConfigError("min_tokens must be at least 1 and min_tokens_per_image at least 0.")
+
+    def _check_layers(self) -> None:
+        last = self.base.num_layers - 1
+        proportional = scaled_layers(self.base.num_layers)
+        if not self.layers:
+            raise ConfigError("layers is empty; name the decoder layers to prune before.")
+        for layer in self.layers:
+            if not 1 <= layer <= last:
+                why = (
+                    "layer 0 has no layer before it to score from"
+                    if layer == 0
+                    else f"the decoder has layers 1 to {last} to prune before"
+                )
+                raise ConfigError(
+                    f"layers={list(self.layers)}: {why}. In proportion to the paper's choice: "
+                    f"layers={proportional}."
+                )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"layers={list(self.layers)} must rise from one to the next.")
+
+    def counts(self, total: int, images: int = 1) -> tuple[int, ...]:
+        """Visual tokens left after each pruning layer, of ``total`` in ``images`` images.
+
+        Raises:
+            BudgetError: where ``target_tokens`` is below what the layers before the first pruning cost.
+        """
+        if total == 0:
+            return (0,) * len(self.layers)
+        minimum = min(max(self.min_tokens, images * self.min_tokens_per_image), total)
+        if self.keep is not None:
+            return keep_counts(total, self.keep, minimum)
+        num_layers = self.base.num_layers
+        target = DEFAULT_SHARE * total if self.target_tokens is None else self.target_tokens
+        least = least_target(total, self.layers, num_layers, minimum)
+        if target < least:
+            asked = (
+                f"target_tokens={target:g}"
+                if self.target_tokens is not None
+                else f"the default budget, a quarter of the visual tokens ({target:g})"
+            )
+            raise BudgetError(
+                f"{asked} is below the least possible average of {least:.1f}: {self.layers[0]} of "
+                f"{num_layers} layers run on all {total} visual tokens before the first pruning. Give "
+                "target_tokens of at least that, keep=, or an earlier first layer."
+            )
+        counts = target_counts(total, self.layers, num_layers, target)
+        return tuple(max(count, minimum) for count in counts)
+
+    def to_json(self) -> str:
+        """The JSON of an adapter's configuration file."""
+        return json.dumps({"version": CONFIG_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> PruningConfig:
+        """Read :meth:`to_json` back; ``source`` names the file in errors.
+
+        Raises:
+            WeightsError: for broken JSON, another version, unknown or missing keys.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise WeightsError(f"{source} is not JSON ({error}).") from error
+        if not isinstance(data, dict):
+            raise WeightsError(f"{source} holds no configuration.")
+        version = data.pop("version", None)
+        if version != CONFIG_VERSION:
+            raise WeightsError(
+                f"{source} has configuration version {version!r}; this atp_patch reads version "
+                f"{CONFIG_VERSION}. Install the atp_patch that wrote it, or save the adapter anew."
+            )
+        known = {entry.name for entry in fields(cls)}
+        if set(data) != known:
+            unknown, missing = sorted(set(data) - known), sorted(known - set(data))
+            raise WeightsError(f"{source}: unknown keys {unknown}, missing keys {missing}.")
+        try:
+            base = BaseModel(**data.pop("base"))
+            layers, keep = tuple(data.pop("layers")), data.pop("keep")
+            return cls(base=base, layers=layers, keep=None if keep is None else tuple(keep), **data)
+        except (TypeError, ConfigError) as error:
+            raise WeightsError(f"{source}: {error}") from error
+
+
+def as_shares(keep: float | Sequence[float] | None, layers: Sequence[int]) -> tuple[float, ...] | None:
+    """One share for every pruning layer."""
+    if keep is None:
+        return None
+    if isinstance(keep, (int, float)):
+        return (float(keep),) * len(layers)
+    return tuple(float(share) for share in keep)

@@ -1,0 +1,127 @@
+"""Adapters: a configuration in JSON and, where something was learned, safetensors. Nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelHubMixin
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from atp_patch.config import BaseModel, PruningConfig
+from atp_patch.errors import WeightsError
+from atp_patch.methods import ModuleSpec, make_method
+
+CONFIG_FILE = "atp_config.json"
+WEIGHTS_FILE = "atp_model.safetensors"
+CARD_FILE = "README.md"
+
+
+class Adapter(ModelHubMixin):
+    """A pruning configuration and what was learned for it, as one thing to save, load and push."""
+
+    def __init__(self, pruning: PruningConfig, tensors: dict[str, Tensor]) -> None:
+        self.pruning, self.tensors = pruning, tensors
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        (save_directory / CONFIG_FILE).write_text(self.pruning.to_json(), encoding="utf-8")
+        weights = save_directory / WEIGHTS_FILE
+        weights.unlink(missing_ok=True)
+        if self.tensors:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, weights, metadata={"format": "pt"})
+        (save_directory / CARD_FILE).write_text(self.card(), encoding="utf-8")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """The card is written by :meth:`card`; the mixin's own template is not used."""
+        from huggingface_hub import ModelCard
+
+        return ModelCard(self.card())
+
+    def card(self) -> str:
+        """A model card that says what the adapter is for and how to load it."""
+        pruning = self.pruning
+        budget = "its own learned thresholds"
+        if pruning.keep is not None:
+            budget = f"keep={list(pruning.keep)}"
+        elif pruning.target_tokens is not None:
+            budget = f"{pruning.target_tokens:g} visual tokens on average over all decoder layers"
+        elif not self.tensors:
+            budget = "a quarter of the visual tokens on average over all decoder layers"
+        base = pruning.base
+        return (
+            "---\nlibrary_name: atp_patch\ntags:\n- atp_patch\n- visual-token-pruning\n---\n\n"
+            f"# Visual token pruning: {pruning.method}\n\n"
+            f"Made for a `{base.family}` model with {base.num_layers} decoder layers of hidden size "
+            f"{base.hidden_size}. It prunes before layers {list(pruning.layers)}; budget: {budget}.\n\n"
+            "```python\nimport atp_patch\n\n"
+            'atp_patch.patch_model(model, weights="THIS_REPOSITORY_OR_FOLDER")\n```\n'
+        )
+
+
+def adapter_of(config: PruningConfig, heads: nn.Module | None) -> Adapter:
+    """The adapter of a patched model."""
+    return Adapter(config, {} if heads is None else dict(heads.state_dict()))
+
+
+def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, dict[str, Tensor]]:
+    """Read an adapter from a folder or the Hub and check that it is whole and made for ``base``.
+
+    Raises:
+        WeightsError: naming what is missing, foreign, or made for another model.
+    """
+    config_file = _fetch(source, CONFIG_FILE)
+    config = PruningConfig.from_json(config_file.read_text(encoding="utf-8"), f"{source}/{CONFIG_FILE}")
+    if config.base != base:
+        raise WeightsError(
+            f"{source} was made for {_describe(config.base)}, but this model is {_describe(base)}; load "
+            "the model it was made for, or patch without weights."
+        )
+    method = make_method(config.method, config.options)
+    expected = method.build(ModuleSpec(config.layers, base.num_layers, target_share=0.25))
+    if expected is None:
+        return config, {}
+    weights_file = _fetch(source, WEIGHTS_FILE)
+    try:
+        tensors = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{source}/{WEIGHTS_FILE} is not a safetensors file ({error}).") from error
+    _check_tensors(source, tensors, {k: v.shape for k, v in expected.state_dict().items()})
+    return config, tensors
+
+
+def _check_tensors(source: str | Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    wrong = sorted(k for k in set(expected) & set(tensors) if tensors[k].shape != expected[k])
+    if missing or unknown or wrong:
+        raise WeightsError(
+            f"{source}/{WEIGHTS_FILE} does not hold this adapter's tensors: {len(missing)} missing "
+            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(wrong)} of wrong shape "
+            f"{wrong[:3]}. Save the adapter anew with atp_patch.save_pretrained."
+        )
+
+
+def _fetch(source: str | Path, name: str) -> Path:
+    """A file of an adapter: from a folder where there is one, else from the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        file = folder / name
+        if file.is_file():
+            return file
+        raise WeightsError(f"{folder} has no {name}; give a folder that save_pretrained wrote.")
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise WeightsError(
+            f"{source!s} is neither a folder nor an adapter on the Hub that can be reached "
+            f"({type(error).__name__}); check the name, or give a folder that save_pretrained wrote."
+        ) from error
+
+
+def _describe(base: BaseModel) -> str:
+    return f"a {base.family} model of {base.num_layers} layers, hidden size {base.hidden_size}"

@@ -1,0 +1,184 @@
+"""ATP-LLaVA (Ye et al., 2024): adaptive token pruning, and its fixed-ratio control.
+
+Scores of eq. 3-5 come from the post-rotary q and k of the layer before; a token goes on where its
+redundant score or its spatial score reaches the threshold for this layer and instance (eq. 9-11 with
+hard decisions). Thresholds are predicted by small heads (eq. 6-8) or set to a budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from atp_patch.errors import ConfigError
+from atp_patch.maths import (
+    budget_thresholds,
+    cross_scores,
+    gather_heads,
+    hard_keep,
+    normalise_scores,
+    redundant_scores,
+    self_scores,
+    spatial_scores,
+)
+from atp_patch.methods.atp_heads import ThresholdHeads
+from atp_patch.methods.base import (
+    Method,
+    ModuleSpec,
+    best_of_each_image,
+    choice,
+    grid_table,
+    keep_best,
+    mask_rows,
+)
+from atp_patch.types import Decision, View
+
+
+@dataclass(frozen=True)
+class _Scored(Method):
+    """Options of the two attention scores.
+
+    Attributes:
+        score: "mean" of both scores (the paper's), "cross" or "self" alone.
+        score_norm: how scores of different kinds are brought to (0, 1): "rank", "minmax", or "none"
+            (the equations as printed).
+        cross_over: text rows' probabilities as they are ("all"), or renormalised over the visual
+            tokens of each head and row ("visual").
+        causal_self: count only the queries that may see a token in its self-modality score.
+    """
+
+    score: str = "cross"
+    score_norm: str = "rank"
+    cross_over: str = "visual"
+    causal_self: bool = False
+
+    def __post_init__(self) -> None:
+        choice("score", self.score, ("mean", "cross", "self"))
+        choice("score_norm", self.score_norm, ("rank", "minmax", "none"))
+        choice("cross_over", self.cross_over, ("all", "visual"))
+
+    def scores(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """S_self, S_cross and S_redundant, each (B, V) float32 (eq. 3, eq. 4 and below)."""
+        column = view.slot + view.key_offset
+        s_self = self_scores(
+            gather_heads(view.query, view.slot),
+            gather_heads(view.key, column),
+            view.slot_valid,
+            view.scaling,
+            causal=self.causal_self,
+        )
+        s_cross = cross_scores(
+            gather_heads(view.query, view.text),
+            view.key,
+            view.text_valid,
+            column,
+            view.slot_valid,
+            view.scaling,
+            mask=mask_rows(view.mask, view.text),
+            renormalise=self.cross_over == "visual",
+        )
+        redundant = redundant_scores(
+            s_self, s_cross, view.slot_valid, score=self.score, norm=self.score_norm
+        )
+        return s_self, s_cross, redundant
+
+
+@dataclass(frozen=True)
+class Fixed(_Scored):
+    """The ATP score with a fixed share at each layer (Table 2's fixed pruning ratio)."""
+
+    name: ClassVar[str] = "fixed"
+    summary: ClassVar[str] = "ATP's attention scores, fixed share"
+
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Keep the best by redundant score."""
+        s_self, s_cross, redundant = self.scores(view)
+        keep = keep_best(view, redundant)
+        scores = {"self": s_self, "cross": s_cross, "redundant": redundant}
+        return Decision(keep, exact=True, scores=scores)
+
+
+@dataclass(frozen=True)
+class ATP(_Scored):
+    """Adaptive token pruning with spatial augmented pruning.
+
+    Attributes:
+        thresholds: "budget" (no training: thresholds that keep exactly the budget, for every layer and
+            instance) or "learned" (predicted by heads; adapters bring their weights).
+        spatial_order: "progressive" (eq. 5 with every rate) or "strided" (a few sampling rates).
+        lambda_sample: eq. 5's scaling coefficient.
+        spatial_share: part of a budget that the spatial score gets.
+        heads_hidden_size, reference_grid: width of z, and the side of the grid its input is brought to.
+    """
+
+    name: ClassVar[str] = "atp"
+    summary: ClassVar[str] = "ATP-LLaVA: attention and spatial scores against thresholds"
+
+    thresholds: str = "budget"
+    spatial_order: str = "progressive"
+    lambda_sample: float = 3.0
+    spatial_share: float = 0.25
+    heads_hidden_size: int = 64
+    reference_grid: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("thresholds", self.thresholds, ("budget", "learned"))
+        choice("spatial_order", self.spatial_order, ("progressive", "strided"))
+        if self.thresholds == "budget" and self.score_norm != "rank":
+            raise ConfigError(
+                f"score_norm={self.score_norm!r} cannot be set to a budget, only ranks can; use "
+                "score_norm='rank', or thresholds='learned'."
+            )
+        if not 0 <= self.spatial_share <= 1:
+            raise ConfigError(f"spatial_share={self.spatial_share} is not between 0 and 1.")
+        if self.lambda_sample <= 0:
+            raise ConfigError(f"lambda_sample={self.lambda_sample} is not positive.")
+        if self.heads_hidden_size < 1 or self.reference_grid < 1:
+            raise ConfigError("heads_hidden_size and reference_grid must be at least 1.")
+
+    @property
+    def needs_budget(self) -> bool:
+        """Learned thresholds decide how many tokens stay by themselves."""
+        return self.thresholds == "budget"
+
+    def build(self, spec: ModuleSpec) -> nn.Module | None:
+        """The threshold heads, where thresholds are learned."""
+        if self.thresholds == "budget":
+            return None
+        return ThresholdHeads(
+            spec,
+            hidden_size=self.heads_hidden_size,
+            grid=self.reference_grid,
+            spatial_share=self.spatial_share,
+            lambda_sample=self.lambda_sample,
+        )
+
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Eq. 3-11 with hard decisions."""
+        s_self, s_cross, redundant = self.scores(view)
+        score_of_grid = partial(
+            spatial_scores, order=self.spatial_order, lambda_sample=self.lambda_sample
+        )
+        spatial = view.of_token(grid_table(view.layout, score_of_grid))
+        first = best_of_each_image(view, redundant)
+        if isinstance(module, ThresholdHeads):
+            theta_r, theta_s = module(view, s_self, s_cross)
+        else:
+            if first is not None:
+                redundant = normalise_scores(redundant + 2 * first, view.slot_valid, "rank")
+            theta_r, theta_s = budget_thresholds(
+                redundant, spatial, view.slot_valid, view.counts_tensor(), self.spatial_share
+            )
+        keep = hard_keep(redundant, spatial, theta_r, theta_s, view.slot_valid)
+        if module is not None and first is not None:
+            keep = keep | first
+        return Decision(
+            keep,
+            exact=module is None,
+            scores={"self": s_self, "cross": s_cross, "redundant": redundant, "spatial": spatial},
+            thresholds={"redundant": theta_r, "spatial": theta_s},
+        )

@@ -1,0 +1,115 @@
+"""The contract of a method: what it sees before a layer -> what it keeps.
+
+A method is a frozen dataclass: its fields are its options, checked when it is made, written to an
+adapter's JSON, and never changed after. What it learns, if anything, lives in a module of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.errors import ConfigError
+from atp_patch.maths import top_k_mask
+from atp_patch.types import Decision, Layout, View
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """What a method's learned module is built for.
+
+    Attributes:
+        layers: the pruning layers; ``num_layers``: all decoder layers.
+        target_share: share of the visual tokens, averaged over all layers, that it starts from.
+    """
+
+    layers: tuple[int, ...]
+    num_layers: int
+    target_share: float
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base class of every method that prunes inside the decoder.
+
+    Class attributes:
+        name: what ``patch_model(method=...)`` calls it.
+        summary: one line for listings.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Choose which of the view's visual tokens go on (``module`` is what ``build`` made)."""
+
+    @property
+    def needs_budget(self) -> bool:
+        """Whether the method keeps a given number of tokens (else it decides how many by itself)."""
+        return True
+
+    def build(self, spec: ModuleSpec) -> nn.Module | None:
+        """The module that holds what the method learns, or None."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """The fields, for an adapter's JSON."""
+        return asdict(self)
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check an option that is one of a few words."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+
+
+def keep_best(view: View, scores: Tensor) -> Tensor:
+    """(B, V) bool: exactly the view's counts, by score; every image's best few come first.
+
+    Args:
+        scores: (B, V); higher is kept. Ties keep the earlier token.
+    """
+    first = best_of_each_image(view, scores)
+    if first is not None:
+        scores = scores.masked_fill(first, torch.inf)
+    return top_k_mask(scores, view.slot_valid, view.counts_tensor())
+
+
+def best_of_each_image(view: View, scores: Tensor) -> Tensor | None:
+    """(B, V) bool: the ``min_per_image`` best surviving tokens of each image; None where that is 0."""
+    if view.min_per_image == 0:
+        return None
+    image = view.of_token(view.layout.image)
+    first = torch.zeros_like(view.slot_valid)
+    count = torch.full((image.shape[0],), view.min_per_image, device=image.device)
+    for number in range(max((len(grids) for grids in view.layout.grids), default=0)):
+        members = view.slot_valid & (image == number)
+        first |= top_k_mask(scores, members, count)
+    return first
+
+
+def grid_table(layout: Layout, values: Callable[[int, int], Tensor]) -> Tensor:
+    """(B, V0) table over the layout's tokens of a (height * width,) value of each place in its grid."""
+    table = torch.zeros(layout.valid.shape, dtype=torch.float32)
+    for b, grids in enumerate(layout.grids):
+        at = 0
+        for grid in grids:
+            table[b, at : at + grid.length] = values(grid.height, grid.width).repeat(grid.frames)
+            at += grid.length
+    return table.to(layout.valid.device)
+
+
+def mask_rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Rows of an attention mask: (B or 1, h, Q, K), rows (B, T) -> (B, h, T, K); None stays None."""
+    if mask is None:
+        return None
+    batch, count = rows.shape
+    _, heads, _, keys = mask.shape
+    wide = mask.expand(batch, -1, -1, -1)
+    return wide.gather(2, rows[:, None, :, None].expand(batch, heads, count, keys))

@@ -1,0 +1,60 @@
+"""Baselines that any method must beat at the same budget: random tokens and an even grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.maths import progressive_order
+from atp_patch.methods.base import Method, grid_table, keep_best
+from atp_patch.types import Decision, View
+
+_MODULUS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep tokens drawn at random, the same ones for the same seed, question and layer."""
+
+    name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "seeded random tokens (baseline)"
+
+    seed: int = 0
+
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Rank by a hash of (seed, layer, question, token), so that the batch plays no part."""
+        start = (self.seed * 1_000_003 + view.layer * 7919) % _MODULUS
+        scores = _mix(_mix(view.sample_key + start)[:, None] + view.token)
+        keep = keep_best(view, scores.float())
+        return Decision(keep, exact=True)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A multiplicative-congruential scramble of int64 to [0, 2**31 - 1)."""
+    for multiplier in (48271, 69621, 16807):
+        value = (value % _MODULUS + 1) * multiplier % _MODULUS
+        value = value ^ (value >> 15)
+    return value % _MODULUS
+
+
+@dataclass(frozen=True)
+class Uniform(Method):
+    """Keep an even grid of each image, tile or frame."""
+
+    name: ClassVar[str] = "uniform"
+    summary: ClassVar[str] = "an even grid over each image (baseline)"
+
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Rank by the place in a farthest-point-first order of the grid."""
+        table = grid_table(view.layout, _evenness)
+        keep = keep_best(view, view.of_token(table))
+        return Decision(keep, exact=True)
+
+
+def _evenness(height: int, width: int) -> Tensor:
+    """(height * width,) in (0, 1]: 1 for the first point of the order."""
+    order = progressive_order(height, width)
+    return 1.0 - order.to(torch.float32) / order.numel()
