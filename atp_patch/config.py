@@ -33,7 +33,9 @@ def scaled_layers(num_layers: int) -> list[int]:
     """
     if num_layers < 2:
         raise ConfigError(f"a decoder of {num_layers} layers has no layer to prune before.")
-    layers = {min(max(1, round(i * num_layers / _PAPER_DEPTH)), num_layers - 1) for i in DEFAULT_LAYERS}
+    layers = {
+        min(max(1, round(i * num_layers / _PAPER_DEPTH)), num_layers - 1) for i in DEFAULT_LAYERS
+    }
     return sorted(layers)
 
 
@@ -70,7 +72,9 @@ class PruningConfig:
                     "number, or one a layer."
                 )
             if not all(0 < share <= 1 for share in self.keep):
-                raise ConfigError(f"keep={list(self.keep)}: every share must be above 0 and at most 1.")
+                raise ConfigError(
+                    f"keep={list(self.keep)}: every share must be above 0 and at most 1."
+                )
         if self.target_tokens is not None and not self.target_tokens > 0:
             raise BudgetError(f"target_tokens={self.target_tokens} must be above 0.")
         if self.min_tokens < 1 or self.min_tokens_per_image < 0:
@@ -158,7 +162,9 @@ class PruningConfig:
             raise WeightsError(f"{source}: {error}") from error
 
 
-def as_shares(keep: float | Sequence[float] | None, layers: Sequence[int]) -> tuple[float, ...] | None:
+def as_shares(
+    keep: float | Sequence[float] | None, layers: Sequence[int]
+) -> tuple[float, ...] | None:
     """One share for every pruning layer."""
     if keep is None:
         return None

@@ -32,7 +32,9 @@ class Adapter(ModelHubMixin):
         weights = save_directory / WEIGHTS_FILE
         weights.unlink(missing_ok=True)
         if self.tensors:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+            tensors = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()
+            }
             save_file(tensors, weights, metadata={"format": "pt"})
         (save_directory / CARD_FILE).write_text(self.card(), encoding="utf-8")
 
@@ -75,7 +77,9 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
         WeightsError: naming what is missing, foreign, or made for another model.
     """
     config_file = _fetch(source, CONFIG_FILE)
-    config = PruningConfig.from_json(config_file.read_text(encoding="utf-8"), f"{source}/{CONFIG_FILE}")
+    config = PruningConfig.from_json(
+        config_file.read_text(encoding="utf-8"), f"{source}/{CONFIG_FILE}"
+    )
     if config.base != base:
         raise WeightsError(
             f"{source} was made for {_describe(config.base)}, but this model is {_describe(base)}; load "
@@ -89,12 +93,16 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
     try:
         tensors = load_file(weights_file)
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{source}/{WEIGHTS_FILE} is not a safetensors file ({error}).") from error
+        raise WeightsError(
+            f"{source}/{WEIGHTS_FILE} is not a safetensors file ({error})."
+        ) from error
     _check_tensors(source, tensors, {k: v.shape for k, v in expected.state_dict().items()})
     return config, tensors
 
 
-def _check_tensors(source: str | Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
+def _check_tensors(
+    source: str | Path, tensors: dict[str, Tensor], expected: dict[str, Any]
+) -> None:
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected))
     wrong = sorted(k for k in set(expected) & set(tensors) if tensors[k].shape != expected[k])

@@ -34,7 +34,12 @@ class Patch:
     """What patching one model adds to it; the seam asks it, it asks family and method."""
 
     def __init__(
-        self, parts: Parts, family: Family, method: Method, config: PruningConfig, heads: nn.Module | None
+        self,
+        parts: Parts,
+        family: Family,
+        method: Method,
+        config: PruningConfig,
+        heads: nn.Module | None,
     ) -> None:
         self.parts, self.family, self.method, self.config = parts, family, method, config
         self.heads = heads

@@ -56,7 +56,9 @@ class LayerTrace:
         position = self.layout.position.gather(1, self.token)
         spare = torch.where(self.token_valid, position, length)
         return {
-            name: values.new_full((batch, length + 1), torch.nan).scatter(1, spare, values)[:, :length]
+            name: values.new_full((batch, length + 1), torch.nan).scatter(1, spare, values)[
+                :, :length
+            ]
             for name, values in self.decision.scores.items()
         }
 
@@ -156,4 +158,6 @@ class PruningTrace:
 
     def _kv_bytes(self, tokens_per_layer: list[int]) -> int:
         shape = self.shape
-        return kv_bytes(tokens_per_layer, shape.num_kv_heads, shape.head_dim, self.bytes_per_element)
+        return kv_bytes(
+            tokens_per_layer, shape.num_kv_heads, shape.head_dim, self.bytes_per_element
+        )

@@ -33,7 +33,9 @@ class ThresholdHeads(nn.Module):
         self.grid = grid
         inputs = 2 * grid * grid
         self.z = nn.ModuleDict({str(i): nn.Linear(inputs, hidden_size) for i in spec.layers})
-        self.theta_redundant = nn.ModuleDict({str(i): nn.Linear(hidden_size, 1) for i in spec.layers})
+        self.theta_redundant = nn.ModuleDict(
+            {str(i): nn.Linear(hidden_size, 1) for i in spec.layers}
+        )
         self.theta_spatial = nn.ModuleDict({str(i): nn.Linear(hidden_size, 1) for i in spec.layers})
         # Of equal shares s at every pruning layer: first + (1 - first) * s = target on average.
         before = spec.layers[0] / spec.num_layers
@@ -81,7 +83,9 @@ class ThresholdHeads(nn.Module):
 
 def planes(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Number the single frames of each sample: (B, V0) frame number, (B, G) heights and widths."""
-    sizes = [[(g.height, g.width) for g in grids for _ in range(g.frames)] for grids in layout.grids]
+    sizes = [
+        [(g.height, g.width) for g in grids for _ in range(g.frames)] for grids in layout.grids
+    ]
     table = torch.zeros(2, len(sizes), max(map(len, sizes)), dtype=torch.long)
     first = torch.zeros(len(sizes), max(map(len, layout.grids)), dtype=torch.long)
     for b, (grids, sample) in enumerate(zip(layout.grids, sizes, strict=True)):

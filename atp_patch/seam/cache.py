@@ -85,12 +85,22 @@ class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
         if remove <= 0 or not self.is_initialized:
             return
         if length - remove < self.covered:
-            raise CacheError(
-                f"cannot crop the cache to {length - remove} tokens: its first {self.covered} belong to a "
-                "pruned prompt. Start from a copy of the cache made before the prompt (copy.deepcopy)."
-            )
+            self._crop_prompt(length - remove)
         self.keys = self.keys[..., :-remove, :]
         self.values = self.values[..., :-remove, :]
+
+    def _crop_prompt(self, length: int) -> None:
+        """Forget the end of the prompt itself, where no token of it was pruned (guessed tokens)."""
+        assert self.positions is not None
+        removed = self.covered - length
+        whole = torch.arange(length, self.covered, device=self.positions.device)
+        tail = self.positions[:, -removed:]
+        if self.valid is not None or removed > tail.shape[1] or not bool((tail == whole).all()):
+            raise CacheError(
+                f"cannot crop the cache to {length} tokens: pruning took tokens out of the part that would "
+                "go. Start from a copy of the cache made before the prompt (copy.deepcopy)."
+            )
+        self.positions, self.covered = self.positions[:, :-removed], length
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample ``repeats`` times."""
@@ -171,7 +181,9 @@ def check_cache(cache: Cache | None, first_layer: int) -> None:
             adopt(cache, first_layer)
 
 
-def stored_positions(cache: Cache, layer_idx: int, batch: int) -> tuple[Tensor, Tensor | None] | None:
+def stored_positions(
+    cache: Cache, layer_idx: int, batch: int
+) -> tuple[Tensor, Tensor | None] | None:
     """Logical positions of what a layer holds already: (B, P) and (B, P) bool or None; None if empty.
 
     Raises:

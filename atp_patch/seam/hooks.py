@@ -16,11 +16,12 @@ from transformers.cache_utils import Cache, StaticLayer
 from atp_patch.errors import CacheError
 from atp_patch.seam import recorder
 from atp_patch.seam.cache import check_cache, pruned_layer
+from atp_patch.seam.host import HostPass
 from atp_patch.seam.inputs import Call, read_prompt
 from atp_patch.seam.locate import Parts
 from atp_patch.seam.narrow import check_implementation, decode_mask, is_flash
 from atp_patch.seam.prefill import Prefill
-from atp_patch.seam.prompt import Prompt, TextRows
+from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.session import Session
 from atp_patch.types import Decision, Layout, Span, View
 
@@ -183,17 +184,21 @@ class Seam:
                 "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache for "
                 "conversations with several images."
             )
-        session = self.session
-        return Prefill(
-            layout=layout,
-            text=TextRows.of(prompt, embeds.device),
-            attended=_attended_on(prompt, embeds.device),
-            token_counts=prompt.token_counts,
+        host = HostPass(
             cache=cache,
+            past=past,
+            total=past + layout.length,
+            implementation=implementation,
             plain_mask=self.pruner.causal and call.mask_is_plain,
             sliding_window=self._sliding_window,
-            implementation=implementation,
-            frozen=session.choices if session is not None and cache is None else None,
+        )
+        return Prefill(
+            layout,
+            TextRows.of(prompt, embeds.device),
+            None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device),
+            prompt.token_counts,
+            host,
+            self.session.choices if self.session is not None and cache is None else None,
         )
 
     def before_layer(
@@ -208,9 +213,8 @@ class Seam:
                 hidden = run.narrow_hidden(hidden, before)
         if run.survivors is not None:
             run.narrow_kwargs(layer, kwargs)
-        elif run.past:
-            flash = is_flash(run.implementation)
-            Decode(run.cache, flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
+        elif run.host.cache is not None and run.host.past:
+            Decode(run.host.cache, run.host.flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
         if layer + 1 in layers and self._needs_scores(layer + 1, run):
             recorder.arm(self.parts.layers[layer].self_attn, run.record)
         return (hidden, *rest)
@@ -238,7 +242,9 @@ class Seam:
                 decision = self.pruner.decide(run.view(layer, step, hidden, counts, minimum))
         return run.apply(layer, decision, counts)
 
-    def _after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_decoder(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         run = kwargs.get(RUN)
         if not isinstance(run, Prefill):
             return None
@@ -247,7 +253,7 @@ class Seam:
             return None
         if self._call is not None:
             self._call.unsupervise(run)
-        return _restore(output, run, len(self.parts.layers))
+        return run.restore(output, len(self.parts.layers))
 
     def _sliding_window(self, layer: int) -> int | None:
         """The window of a layer in tokens, None where it attends to everything before it."""
@@ -262,25 +268,3 @@ class Seam:
     def _disarm(self) -> None:
         for layer in self.pruner.layers:
             recorder.disarm(self.parts.layers[layer - 1].self_attn)
-
-
-def _attended_on(prompt: Prompt, device: torch.device) -> Tensor | None:
-    return None if bool(prompt.attended.all()) else prompt.attended.to(device)
-
-
-def _restore(output: Any, run: Prefill, num_layers: int) -> Any:
-    """The decoder's output in the public length: pruned places are zeros."""
-    if isinstance(output, tuple):
-        return (run.restore_hidden(output[0], num_layers - 1), *output[1:])
-    output.last_hidden_state = run.restore_hidden(output.last_hidden_state, num_layers - 1)
-    if output.hidden_states is not None:
-        # hidden_states[i] leaves layer i - 1; the first is the decoder's input.
-        output.hidden_states = tuple(
-            run.restore_hidden(state, i - 1) if i else state
-            for i, state in enumerate(output.hidden_states)
-        )
-    if output.attentions is not None:
-        output.attentions = tuple(
-            run.restore_attention(weights, i) for i, weights in enumerate(output.attentions)
-        )
-    return output

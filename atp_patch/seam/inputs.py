@@ -118,6 +118,7 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     scored = torch.ones_like(attended)
     if call.prompt_length is not None:
         scored &= torch.arange(length) + past < call.prompt_length
+        visual = visual & scored  # a placeholder's id that was generated is no image
     if call.labels is not None:
         scored &= call.labels.cpu() == IGNORED_LABEL
     return Prompt(visual & attended, attended, ids, scored)

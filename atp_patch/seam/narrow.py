@@ -90,6 +90,22 @@ def prefill_mask(
     return gather_columns(gather_rows(mask, rows), keys - offset, keys_valid)
 
 
+def scoring_mask(mask: Tensor | None, rows: int, keys: int, device: torch.device) -> Tensor:
+    """A wide mask over (Q, K) for the scores, whatever the attention itself was given.
+
+    Returns:
+        (B or 1, 1, rows, keys) bool (True = visible), or the host's own float mask.
+    """
+    if mask is not None and mask.ndim == 4:
+        return mask[..., :keys]
+    place = torch.arange(rows, device=device)
+    column = torch.arange(keys, device=device) - (keys - rows)
+    visible = (column <= place[:, None])[None, None]
+    if mask is not None:
+        visible = visible & mask[:, None, None, -keys:].bool()
+    return visible
+
+
 def decode_mask(
     mask: Tensor | None, layer: PrunedLayer, query_length: int, *, flash: bool
 ) -> Tensor | None:

@@ -6,63 +6,20 @@ about a pass is kept on the model and gradient checkpointing replays the same ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
 
-from atp_patch.errors import CacheError
-from atp_patch.maths import gather_tokens, local_index, pack, scatter_tokens
-from atp_patch.seam.cache import adopt, stored_positions
-from atp_patch.seam.narrow import is_flash, prefill_mask
+from atp_patch.maths import gather_tokens, pack
+from atp_patch.seam.host import HostPass
+from atp_patch.seam.narrow import scoring_mask
 from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.recorder import Recording
+from atp_patch.seam.survivors import Survivors
 from atp_patch.types import Decision, Layout, View
-
-Decide = Callable[[View], Decision]
-
-
-@dataclass
-class Survivors:
-    """The tokens that enter the layers from one pruning layer up to the next.
-
-    Attributes:
-        index: (B, n) positions in this forward's sequence, in order; padding slots stand last.
-        valid: (B, n) bool, or None where every slot holds a token.
-        narrowed: what the host's tables became for these tokens, by their identity.
-    """
-
-    index: Tensor
-    valid: Tensor | None
-    narrowed: dict[Any, Any] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> Survivors:
-        """The same survivors on another device."""
-        return Survivors(self.index.to(device), None if self.valid is None else self.valid.to(device))
-
-    @property
-    def all_valid(self) -> Tensor:
-        """(B, n) bool ``valid``, written out."""
-        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-
-    def slots(self, length: int) -> Tensor:
-        """(B, length) int64: which slot holds each position of the sequence, -1 where none does."""
-        return self.once("slots", None, lambda: local_index(self.index, self.all_valid, length))
-
-    def mask(self, length: int) -> Tensor:
-        """(B, length) bool: the positions that survive."""
-        spare = torch.where(self.all_valid, self.index, length)
-        mask = torch.zeros(spare.shape[0], length + 1, dtype=torch.bool, device=spare.device)
-        return mask.scatter_(1, spare, True)[:, :length]
-
-    def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
-        """``make()`` once for each source object (which is kept alive, so its id stays its own)."""
-        if key not in self.narrowed:
-            self.narrowed[key] = (source, make())
-        return self.narrowed[key][1]
 
 
 @dataclass
@@ -77,32 +34,32 @@ class LayerRecord:
 
 
 class Prefill:
-    """One forward pass with images through the decoder of a patched model."""
+    """One forward pass with images through the decoder of a patched model.
+
+    Args:
+        layout, text: where the visual tokens and the text rows lie.
+        attended: (B, L) bool, False at padding; None without padding.
+        token_counts: tokens of each sample, padding not counted.
+        host: what the host brought to this pass.
+        frozen: choices of the first pass of a generation without a cache, filled by that pass; None
+            where a cache holds the choice.
+    """
 
     def __init__(
         self,
-        *,
         layout: Layout,
         text: TextRows,
         attended: Tensor | None,
         token_counts: Sequence[int],
-        cache: Cache | None,
-        plain_mask: bool,
-        sliding_window: Callable[[int], int | None],
-        implementation: str,
+        host: HostPass,
         frozen: dict[int, Tensor] | None,
     ) -> None:
         self.layout, self.text, self.attended = layout, text, attended
-        self.cache, self.implementation = cache, implementation
-        self.frozen = frozen
-        self.past = 0 if cache is None else int(cache.get_seq_length())
-        self.total = self.past + layout.length
+        self.host, self.frozen = host, frozen
+        self.prompt_tokens = tuple(token_counts)
         self.records: dict[int, LayerRecord] = {}
         self.survivors: Survivors | None = None
         self.recording: Recording | None = None
-        self._plain_mask = plain_mask
-        self._sliding_window = sliding_window
-        self.prompt_tokens = tuple(token_counts)
         self._token_counts = list(token_counts)
         self._left = list(layout.totals)
         slots = torch.arange(layout.valid.shape[1], device=layout.valid.device)
@@ -127,16 +84,15 @@ class Prefill:
         recording = self.recording
         assert recording is not None, "the layer before a pruning layer was not recorded"
         self.recording = None
-        query, key, mask = recording.query, recording.key, recording.mask
+        query = recording.query
         self._move(query.device)
-        keys = query.shape[2] + self._past_keys(layer - 1)
-        key = key[:, :, :keys]
+        keys = query.shape[2] + self.host.earlier_keys(layer - 1, query.shape[2])
         return View(
             layer=layer,
             step=step,
             query=query,
-            key=key,
-            mask=self._scoring_mask(mask, query, keys),
+            key=recording.key[:, :, :keys],
+            mask=scoring_mask(recording.mask, query.shape[2], keys, query.device),
             scaling=recording.scaling,
             hidden=hidden,
             slot=self._slots(self.layout.position.gather(1, self._token)),
@@ -215,27 +171,6 @@ class Prefill:
             return position
         return self.survivors.slots(self.layout.length).gather(1, position).clamp(min=0)
 
-    def _past_keys(self, layer: int) -> int:
-        """Keys of earlier turns in a layer's cache (0 without one)."""
-        if self.past == 0 or self.cache is None:
-            return 0
-        return int(self.cache.layers[layer].keys.shape[-2]) - self._width()
-
-    def _width(self) -> int:
-        return self.layout.length if self.survivors is None else self.survivors.index.shape[1]
-
-    def _scoring_mask(self, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
-        """A wide mask over (Q, K) for the scores, whatever the attention itself was given."""
-        if mask is not None and mask.ndim == 4:
-            return mask[..., :keys]
-        rows = query.shape[2]
-        place = torch.arange(rows, device=query.device)
-        column = torch.arange(keys, device=query.device) - (keys - rows)
-        visible = (column <= place[:, None])[None, None]
-        if mask is not None:
-            visible = visible & mask[:, None, None, -keys:].bool()
-        return visible
-
     # -- narrowing --------------------------------------------------------------------------------
 
     def narrow_hidden(self, hidden: Tensor, before: Survivors | None) -> Tensor:
@@ -249,98 +184,8 @@ class Prefill:
 
     def narrow_kwargs(self, layer: int, kwargs: dict[str, Any]) -> None:
         """Replace what the host hands to a layer by what the survivors need (in place)."""
-        survivors = self.survivors
-        assert survivors is not None
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            kwargs["position_embeddings"] = survivors.once(
-                id(tables), tables, lambda: tuple(self._gather(t) for t in tables)
-            )
-        positions = kwargs.get("position_ids")
-        if positions is not None:
-            # Gaps in the positions would look like packed sequences to flash attention.
-            kwargs["position_ids"] = (
-                None
-                if is_flash(self.implementation)
-                else survivors.once(id(positions), positions, lambda: self._gather(positions))
-            )
-        mask = kwargs.get("attention_mask")
-        # Layers that hold different earlier turns need different columns.
-        held = getattr(self.cache.layers[layer], "positions", None) if self.past else None
-        kwargs["attention_mask"] = survivors.once(
-            ("mask", id(mask), id(held)), (mask, held), lambda: self._mask(layer, mask)
-        )
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            self._mark_cache(cache, layer)
-
-    def _gather(self, table: Tensor) -> Tensor:
         assert self.survivors is not None
-        return gather_tokens(table, self.survivors.index.to(table.device))
-
-    def _mask(self, layer: int, mask: Tensor | None) -> Tensor | None:
-        """The survivors' mask; None where causality is all that is needed."""
-        window = self._sliding_window(layer)
-        slides = window is not None and self.total > window
-        if slides and is_flash(self.implementation):
-            raise CacheError(
-                f"{self.total} tokens do not fit the sliding window of {window} under flash attention, "
-                "which measures it in stored keys; call model.set_attn_implementation('sdpa')."
-            )
-        if mask is None:
-            return None
-        causal_by_itself = self.implementation == "sdpa" or is_flash(self.implementation)
-        keys, keys_valid = self._key_positions(layer, int(mask.shape[-1]))
-        device = mask.device
-        assert self.survivors is not None
-        return prefill_mask(
-            mask,
-            self.survivors.index.to(device),
-            keys.to(device),
-            None if keys_valid is None else keys_valid.to(device),
-            total=self.total,
-            causal_suffices=self._plain_mask
-            and causal_by_itself
-            and self.past == 0
-            and not slides,
-        )
-
-    def _key_positions(self, layer: int, mask_width: int) -> tuple[Tensor, Tensor | None]:
-        """(B, K) logical positions of a layer's keys once the survivors are cached, and validity."""
-        survivors = self.survivors
-        assert survivors is not None
-        keys, valid = survivors.index + self.past, survivors.valid
-        earlier = self._earlier(layer)
-        if earlier is not None:
-            before, before_valid = (t if t is None else t.to(keys.device) for t in earlier)
-            assert before is not None
-            if before_valid is not None or valid is not None:
-                if before_valid is None:
-                    before_valid = torch.ones_like(before, dtype=torch.bool)
-                valid = torch.cat([before_valid, survivors.all_valid], dim=1)
-            keys = torch.cat([before, keys], dim=1)
-        if self.cache is not None and layer < len(self.cache.layers):
-            if isinstance(self.cache.layers[layer], StaticLayer):
-                # A static cache is as wide as its mask; its free slots are hidden.
-                free = mask_width - keys.shape[1]
-                keys = torch.nn.functional.pad(keys, (0, free), value=-1)
-                if valid is not None:
-                    valid = torch.nn.functional.pad(valid, (0, free), value=False)
-        return keys, valid
-
-    def _earlier(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
-        if self.cache is None or self.past == 0:
-            return None
-        return stored_positions(self.cache, layer, self.layout.position.shape[0])
-
-    def _mark_cache(self, cache: Cache, layer: int) -> None:
-        """Tell the layer's cache which positions its keys will stand for."""
-        survivors = self.survivors
-        assert survivors is not None
-        keys, valid = survivors.index + self.past, survivors.valid
-        if self.past:
-            keys, valid = self._key_positions(layer, 0)
-        adopt(cache, layer).prune(keys, valid, self.total)
+        self.host.narrow_kwargs(layer, self.survivors, kwargs)
 
     # -- giving back the public shape -------------------------------------------------------------
 
@@ -359,21 +204,29 @@ class Prefill:
         position = self.layout.position
         return position.new_ones(position.shape[0], self.layout.length, dtype=torch.bool)
 
-    def restore_hidden(self, hidden: Tensor, layer: int) -> Tensor:
-        """(B, n, D) -> (B, L, D): survivors of ``layer`` in their places, zeros elsewhere."""
-        survivors = self.at(layer)
-        if survivors is None:
-            return hidden
-        here = survivors.to(hidden.device)
-        return scatter_tokens(hidden, here.index, here.all_valid, self.layout.length)
+    def restore(self, output: Any, num_layers: int) -> Any:
+        """The decoder's output in the public length: zeros at pruned places."""
+        length, square = self.layout.length, not self.host.past
 
-    def restore_attention(self, weights: Tensor, layer: int) -> Tensor:
-        """(B, H, n, n) -> (B, H, L, L) attention weights of ``layer``, zeros at pruned places."""
-        if self.at(layer) is None or weights.ndim != 4:
-            return weights
-        rows = self.restore_hidden(weights.transpose(1, 2), layer).transpose(1, 2)
-        if self.past:
-            return rows
-        columns = self.restore_hidden(rows.permute(0, 3, 1, 2), layer)
-        return columns.permute(0, 2, 3, 1)
+        def hidden(states: Tensor, layer: int) -> Tensor:
+            survivors = self.at(layer)
+            return states if survivors is None else survivors.restore_hidden(states, length)
 
+        def attention(weights: Tensor, layer: int) -> Tensor:
+            survivors = self.at(layer)
+            if survivors is None:
+                return weights
+            return survivors.restore_attention(weights, length, square=square)
+
+        last = num_layers - 1
+        if isinstance(output, tuple):
+            return (hidden(output[0], last), *output[1:])
+        output.last_hidden_state = hidden(output.last_hidden_state, last)
+        if output.hidden_states is not None:
+            # hidden_states[i] leaves layer i - 1; the first is the decoder's input.
+            output.hidden_states = tuple(
+                hidden(h, i - 1) for i, h in enumerate(output.hidden_states)
+            )
+        if output.attentions is not None:
+            output.attentions = tuple(attention(w, i) for i, w in enumerate(output.attentions))
+        return output

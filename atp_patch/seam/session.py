@@ -25,7 +25,9 @@ class Session:
     choices: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of_generate(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+    def of_generate(
+        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Session:
         """Read the arguments of ``generate``.
 
         Raises:

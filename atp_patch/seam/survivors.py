@@ -1,0 +1,70 @@
+"""The tokens that are left between two pruning layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_patch.maths import local_index, scatter_tokens
+
+
+@dataclass
+class Survivors:
+    """The tokens that enter the layers from one pruning layer up to the next.
+
+    Attributes:
+        index: (B, n) positions in this forward's sequence, in order; padding slots stand last.
+        valid: (B, n) bool, or None where every slot holds a token.
+        narrowed: what the host's tables became for these tokens, by their identity.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    narrowed: dict[Any, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Survivors:
+        """The same survivors on another device."""
+        return Survivors(
+            self.index.to(device), None if self.valid is None else self.valid.to(device)
+        )
+
+    @property
+    def all_valid(self) -> Tensor:
+        """(B, n) bool ``valid``, written out."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+
+    def slots(self, length: int) -> Tensor:
+        """(B, length) int64: which slot holds each position of the sequence, -1 where none does."""
+        return self.once("slots", None, lambda: local_index(self.index, self.all_valid, length))
+
+    def mask(self, length: int) -> Tensor:
+        """(B, length) bool: the positions that survive."""
+        spare = torch.where(self.all_valid, self.index, length)
+        mask = torch.zeros(spare.shape[0], length + 1, dtype=torch.bool, device=spare.device)
+        return mask.scatter_(1, spare, True)[:, :length]
+
+    def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
+        """``make()`` once for each source object (which is kept alive, so its id stays its own)."""
+        if key not in self.narrowed:
+            self.narrowed[key] = (source, make())
+        return self.narrowed[key][1]
+
+    def restore_hidden(self, hidden: Tensor, length: int) -> Tensor:
+        """(B, n, *) -> (B, length, *): survivors in their places, zeros elsewhere."""
+        here = self.to(hidden.device)
+        return scatter_tokens(hidden, here.index, here.all_valid, length)
+
+    def restore_attention(self, weights: Tensor, length: int, *, square: bool) -> Tensor:
+        """(B, H, n, K) -> (B, H, length, K) attention weights, zeros at pruned places.
+
+        Args:
+            square: the keys are the survivors too; they are then put in their places as well.
+        """
+        rows = self.restore_hidden(weights.transpose(1, 2), length).transpose(1, 2)
+        if not square:
+            return rows
+        return self.restore_hidden(rows.permute(0, 3, 1, 2), length).permute(0, 2, 3, 1)
