@@ -1,0 +1,45 @@
+# `make demo` answers a question on the built-in model; `make test` runs every check but the slow tests.
+# Nothing needs to be installed but Python 3.10 or newer and make.
+PYTHON ?= python3
+VENV   ?= .venv
+IMAGE    ?= examples/scenes/01.png
+QUESTION ?= How many red shapes are there?
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+METADATA := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test test-slow lint types format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m atp_patch.demo $(IMAGE) "$(QUESTION)"
+
+test: lint types
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.torch: constraints.txt .ci/install-torch
+	$(PYTHON) -m venv $(VENV)
+	.ci/install-torch $(BIN)/python constraints.txt
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.torch $(METADATA)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
