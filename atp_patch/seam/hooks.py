@@ -156,7 +156,7 @@ class Seam:
         run: Prefill | Decode | None = None
         if self.enabled and call is not None and call.has_images:
             check_implementation(implementation)
-            run = self._begin_prefill(call, implementation, kwargs)
+            run = self.begin(call, implementation, kwargs)
         if run is None and cache is not None and cache.layers:
             if pruned_layer(cache, len(cache.layers) - 1) is not None:
                 run = Decode(cache, is_flash(implementation))
@@ -164,9 +164,8 @@ class Seam:
             return None
         return args, {**kwargs, RUN: run}
 
-    def _begin_prefill(
-        self, call: Call, implementation: str, kwargs: dict[str, Any]
-    ) -> Prefill | None:
+    def begin(self, call: Call, implementation: str, kwargs: dict[str, Any]) -> Prefill | None:
+        """The state of a pass with images, from what the decoder is about to get; None without any."""
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
@@ -246,8 +245,10 @@ class Seam:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
         run = kwargs.get(RUN)
-        if not isinstance(run, Prefill):
-            return None
+        return self.finish(run, output) if isinstance(run, Prefill) else None
+
+    def finish(self, run: Prefill, output: Any) -> Any:
+        """Note what a pass did, and give its output the public length; None leaves it as it is."""
         self.pruner.finished(run)
         if run.survivors is None:
             return None
