@@ -27,6 +27,7 @@ from atp_patch.types import Decision, GridQuery, Layout, Span, View, VisualGrid
 
 STATE = "_atp_patch"
 HEADS = "atp_patch_heads"
+IGNORED = "_keys_to_ignore_on_save"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -47,6 +48,7 @@ class Patch:
         self.min_per_image = config.min_tokens_per_image
         self.visual_token_ids = family.placeholder_ids(parts.top.config)
         self.causal = family.causal
+        self.ignored_before = parts.top.__dict__.get(IGNORED)
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)
 
@@ -94,7 +96,7 @@ class Patch:
             layout=run.layout,
             shape=decoder_shape(self.parts.config),
             text_tokens=tuple(all_tokens - visual for all_tokens, visual in tokens),
-            bytes_per_element=self.parts.layers[0].self_attn.q_proj.weight.element_size(),
+            bytes_per_element=run.bytes_per_element,
         )
 
 
@@ -121,10 +123,11 @@ def patch_model(
         layers: decoder layers, from 1, before which tokens are pruned; [4, 14, 24] by default.
         method: a name from :func:`available_methods` ("atp" by default), or a ``Method``.
         keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
-        target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget of
-            either kind it is a quarter of the sample's visual tokens.
+        target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget
+            of either kind it is a quarter of the sample's visual tokens.
         weights: a folder or Hub id of a saved adapter, which brings all of the above along.
-        min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each image.
+        min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
+            image.
         options: fields of the method.
 
     Returns:
@@ -153,8 +156,9 @@ def patch_model(
         chosen = make_method(method if method is not None else "atp", dict(options))
         if layers is None and shape.num_layers <= max(DEFAULT_LAYERS):
             raise ConfigError(
-                f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of {shape.num_layers} "
-                f"layers; in proportion: layers={scaled_layers(shape.num_layers)}."
+                f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of "
+                f"{shape.num_layers} layers; in proportion: "
+                f"layers={scaled_layers(shape.num_layers)}."
             )
         places = tuple(DEFAULT_LAYERS if layers is None else layers)
         config = PruningConfig(
@@ -178,7 +182,7 @@ def patch_model(
         model.add_module(HEADS, heads)
         # A checkpoint of the patched model is a checkpoint of the plain one.
         ignored = {f"{HEADS}.{key}" for key in heads.state_dict()}
-        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | ignored
+        model.__dict__[IGNORED] = set(getattr(model, IGNORED) or ()) | ignored
     model.__dict__[STATE] = patch
     patch.seam.install()
     return model
@@ -194,16 +198,16 @@ def unpatch_model(model: ModelT) -> ModelT:
     patch.seam.remove()
     if patch.heads is not None:
         delattr(model, HEADS)
-        model._keys_to_ignore_on_save = {
-            key for key in model._keys_to_ignore_on_save if not key.startswith(f"{HEADS}.")
-        }
+        model.__dict__[IGNORED] = patch.ignored_before
     del model.__dict__[STATE]
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while. Caches that hold a pruned prompt already are still read rightly."""
+    """The plain model for a while. Caches that hold a pruned prompt already are still read
+    rightly.
+    """
     seam = require_patch(model).seam
     before, seam.enabled = seam.enabled, False
     try:
@@ -221,8 +225,8 @@ def last_trace(model: nn.Module) -> PruningTrace:
     trace = require_patch(model).trace
     if trace is None:
         raise NotPatchedError(
-            "no forward pass with images has run through this patched model yet; call model(...) or "
-            "model.generate(...) first."
+            "no forward pass with images has run through this patched model yet; call model(...) "
+            "or model.generate(...) first."
         )
     return trace
 

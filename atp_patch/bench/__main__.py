@@ -1,4 +1,6 @@
-"""``python -m atp_patch.bench``: a pruned model against the plain one, alternating, in one process."""
+"""``python -m atp_patch.bench``: a pruned model against the plain one, alternating, in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device != "cpu" else "float32"))
     preset = PRESETS[args.preset]
-    model = preset.build(args.decoder_layers, args.attn).to(args.device, dtype)
+    model: Any = preset.build(args.decoder_layers, args.attn).to(args.device, dtype)
     depth = model.config.get_text_config().num_hidden_layers
     layers = args.layers or scaled_layers(depth)
     patch_model(

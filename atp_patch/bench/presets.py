@@ -67,7 +67,9 @@ class Preset:
         return LlavaForConditionalGeneration(config).eval()
 
     def inputs(self, batch_size: int, prompt_tokens: int, seed: int) -> dict[str, Tensor]:
-        """One image and ``prompt_tokens`` text tokens a sample, a tenth of them before the image."""
+        """One image and ``prompt_tokens`` text tokens a sample, a tenth of them before the
+        image.
+        """
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(3, _IMAGE_TOKEN, (batch_size, prompt_tokens), generator=generator)
         before = prompt_tokens // 10

@@ -28,8 +28,8 @@ def make_method(method: str | Method, options: dict[str, Any]) -> Method:
     if isinstance(method, Method):
         if options:
             raise ConfigError(
-                f"unknown arguments {', '.join(sorted(options))}: a method given as an object brings its "
-                "options along."
+                f"unknown arguments {', '.join(sorted(options))}: a method given as an object "
+                f"brings its options along."
             )
         return method
     for cls in METHODS:

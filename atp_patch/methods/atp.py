@@ -1,8 +1,8 @@
 """ATP-LLaVA (Ye et al., 2024): adaptive token pruning, and its fixed-ratio control.
 
 Scores of eq. 3-5 come from the post-rotary q and k of the layer before; a token goes on where its
-redundant score or its spatial score reaches the threshold for this layer and instance (eq. 9-11 with
-hard decisions). Thresholds are predicted by small heads (eq. 6-8) or set to a budget.
+redundant score or its spatial score reaches the threshold for this layer and instance (eq. 9-11
+with hard decisions). Thresholds are predicted by small heads (eq. 6-8) or set to a budget.
 """
 
 from __future__ import annotations
@@ -106,12 +106,13 @@ class ATP(_Scored):
     """Adaptive token pruning with spatial augmented pruning.
 
     Attributes:
-        thresholds: "budget" (no training: thresholds that keep exactly the budget, for every layer and
-            instance) or "learned" (predicted by heads; adapters bring their weights).
+        thresholds: "budget" (no training: thresholds that keep exactly the budget, for every layer
+            and instance) or "learned" (predicted by heads; adapters bring their weights).
         spatial_order: "progressive" (eq. 5 with every rate) or "strided" (a few sampling rates).
         lambda_sample: eq. 5's scaling coefficient.
         spatial_share: part of a budget that the spatial score gets.
-        heads_hidden_size, reference_grid: width of z, and the side of the grid its input is brought to.
+        heads_hidden_size, reference_grid: width of z, and the side of the grid its input is brought
+            to.
     """
 
     name: ClassVar[str] = "atp"

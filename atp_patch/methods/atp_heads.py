@@ -15,9 +15,9 @@ from atp_patch.types import Layout, View
 class ThresholdHeads(nn.Module):
     """``z = Linear(cat(S_self, S_cross))``, ``theta = sigmoid(Linear(z))`` for both thresholds.
 
-    The scores are brought to one ``grid`` x ``grid`` map, so that any resolution, tile and frame count
-    has the same input size. Untrained heads start close to a budget: their output weights are small
-    and their biases are the thresholds that keep ``spec.target_share`` on average.
+    The scores are brought to one ``grid`` x ``grid`` map, so that any resolution, tile and frame
+    count has the same input size. Untrained heads start close to a budget: their output weights are
+    small and their biases are the thresholds that keep ``spec.target_share`` on average.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class ThresholdHeads(nn.Module):
             ).flatten(1)
             for scores in (s_self, s_cross)
         ]
-        weight = self.z[layer].weight
-        z = self.z[layer](torch.cat(maps, dim=1).to(weight))
+        into_z = self.z[layer]
+        assert isinstance(into_z, nn.Linear)
+        z = into_z(torch.cat(maps, dim=1).to(into_z.weight))
         thetas = (self.theta_redundant[layer](z), self.theta_spatial[layer](z))
         redundant, spatial = (torch.sigmoid(t.float())[:, 0].to(s_self.device) for t in thetas)
         return redundant, spatial

@@ -51,7 +51,9 @@ class Method(ABC):
 
     @property
     def needs_budget(self) -> bool:
-        """Whether the method keeps a given number of tokens (else it decides how many by itself)."""
+        """Whether the method keeps a given number of tokens (else it decides how many by
+        itself).
+        """
         return True
 
     def build(self, spec: ModuleSpec) -> nn.Module | None:
@@ -82,7 +84,9 @@ def keep_best(view: View, scores: Tensor) -> Tensor:
 
 
 def best_of_each_image(view: View, scores: Tensor) -> Tensor | None:
-    """(B, V) bool: the ``min_per_image`` best surviving tokens of each image; None where that is 0."""
+    """(B, V) bool: the ``min_per_image`` best surviving tokens of each image; None where that is
+    0.
+    """
     if view.min_per_image == 0:
         return None
     image = view.of_token(view.layout.image)
@@ -95,7 +99,9 @@ def best_of_each_image(view: View, scores: Tensor) -> Tensor | None:
 
 
 def grid_table(layout: Layout, values: Callable[[int, int], Tensor]) -> Tensor:
-    """(B, V0) table over the layout's tokens of a (height * width,) value of each place in its grid."""
+    """(B, V0) table over the layout's tokens of a (height * width,) value of each place in its
+    grid.
+    """
     table = torch.zeros(layout.valid.shape, dtype=torch.float32)
     for b, grids in enumerate(layout.grids):
         at = 0
@@ -106,7 +112,9 @@ def grid_table(layout: Layout, values: Callable[[int, int], Tensor]) -> Tensor:
 
 
 def mask_rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Rows of an attention mask: (B or 1, h, Q, K), rows (B, T) -> (B, h, T, K); None stays None."""
+    """Rows of an attention mask: (B or 1, h, Q, K), rows (B, T) -> (B, h, T, K); None stays
+    None.
+    """
     if mask is None:
         return None
     batch, count = rows.shape

@@ -1,8 +1,8 @@
 """Cache layers that remember which positions of the prompt they hold.
 
-The choice of tokens lives here, with the cache: a pruned layer stores, for each of its prompt slots,
-the position it came from. Everything that reorders, repeats, selects or crops the cache carries these
-along, so beams, several sequences a prompt, and caches used in turn stay right.
+The choice of tokens lives here, with the cache: a pruned layer stores, for each of its prompt
+slots, the position it came from. Everything that reorders, repeats, selects or crops the cache
+carries these along, so beams, several sequences a prompt, and caches used in turn stay right.
 """
 
 from __future__ import annotations
@@ -65,9 +65,12 @@ class PrunedSlots:
 class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
     """A growing cache layer whose lengths, as the host reads them, are those of the whole sequence.
 
-    It keeps every key (also where the host's layer would forget those outside a sliding window): what
-    may be seen is decided by the mask, from the logical positions.
+    It keeps every key (also where the host's layer would forget those outside a sliding window):
+    what may be seen is decided by the mask, from the logical positions.
     """
+
+    keys: Any
+    values: Any
 
     def get_seq_length(self) -> int:
         """Logical length: the positions seen so far, pruned ones included."""
@@ -75,7 +78,9 @@ class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
         return stored + self.dropped if stored else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask that the host would build for ``query_length`` new tokens."""
+        """(length, offset) of the mask that the host would build for ``query_length`` new
+        tokens.
+        """
         return self.get_seq_length() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -97,8 +102,9 @@ class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
         tail = self.positions[:, -removed:]
         if self.valid is not None or removed > tail.shape[1] or not bool((tail == whole).all()):
             raise CacheError(
-                f"cannot crop the cache to {length} tokens: pruning took tokens out of the part that would "
-                "go. Start from a copy of the cache made before the prompt (copy.deepcopy)."
+                f"cannot crop the cache to {length} tokens: pruning took tokens out of the part "
+                f"that would go. Start from a copy of the cache made before the prompt "
+                "(copy.deepcopy)."
             )
         self.positions, self.covered = self.positions[:, :-removed], length
 
@@ -157,15 +163,17 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
     replacement = _REPLACEABLE.get(type(layer))
     if replacement is None:
         raise CacheError(
-            f"a cache with layers of type {type(layer).__name__} cannot hold a pruned prompt; use a "
-            "DynamicCache or a StaticCache without sliding windows (the default of generate is right)."
+            f"a cache with layers of type {type(layer).__name__} cannot hold a pruned prompt; "
+            f"use a DynamicCache or a StaticCache without sliding windows (the default of "
+            "generate is right)."
         )
     if layer.is_sliding and layer.cumulative_length >= layer.sliding_window:
         raise CacheError(
-            "a cache that has already slid past its window cannot take an image that is to be pruned; "
-            "put the image into the first turn, or use atp_patch.disabled(model) for this turn."
+            "a cache that has already slid past its window cannot take an image that is to be "
+            "pruned; put the image into the first turn, or use atp_patch.disabled(model) for "
+            "this turn."
         )
-    pruned = replacement.__new__(replacement)
+    pruned: Any = replacement.__new__(replacement)
     pruned.__dict__.update(layer.__dict__)
     # Hybrid caches are told apart by this attribute of the class, so the instance keeps the host's.
     pruned.is_sliding = layer.is_sliding
@@ -184,7 +192,8 @@ def check_cache(cache: Cache | None, first_layer: int) -> None:
 def stored_positions(
     cache: Cache, layer_idx: int, batch: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Logical positions of what a layer holds already: (B, P) and (B, P) bool or None; None if empty.
+    """Logical positions of what a layer holds already: (B, P) and (B, P) bool or None; None if
+    empty.
 
     Raises:
         CacheError: for a filled StaticCache, whose layers have no room to be pruned a second time.
@@ -215,8 +224,8 @@ def columns(layer: PrunedLayer, width: int) -> tuple[Tensor, Tensor | None]:
         width: number of keys.
 
     Returns:
-        (B, width) int64 positions and (B, width) bool (False: no token there), or None where every key
-        is one.
+        (B, width) int64 positions and (B, width) bool (False: no token there), or None where every
+        key is one.
     """
     assert layer.positions is not None
     batch, n = layer.positions.shape

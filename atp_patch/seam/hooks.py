@@ -1,8 +1,9 @@
 """The seam: hooks on a loaded model that let a method drop visual tokens between decoder layers.
 
-Hooks are bound methods of one object that the model carries, so copies and pickles of a patched model
-are patched models of their own. What belongs to one forward pass travels with it as the keyword
-``RUN`` that the decoder hands on to its layers; what belongs to a conversation lives in its cache.
+Hooks are bound methods of one object that the model carries, so copies and pickles of a patched
+model are patched models of their own. What belongs to one forward pass travels with it as the
+keyword ``RUN`` that the decoder hands on to its layers; what belongs to a conversation lives in its
+cache.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Seam:
             hook = LayerHook(self, idx)
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if hasattr(parts.top, "generate"):
-            parts.top.generate = self.generate  # type: ignore[assignment]
+            parts.top.generate = self.generate
 
     def remove(self) -> None:
         """Take everything back."""
@@ -157,15 +158,16 @@ class Seam:
         if self.enabled and call is not None and call.has_images:
             check_implementation(implementation)
             run = self.begin(call, implementation, kwargs)
-        if run is None and cache is not None and cache.layers:
-            if pruned_layer(cache, len(cache.layers) - 1) is not None:
-                run = Decode(cache, is_flash(implementation))
+        if run is None and cache is not None and pruned_layer(cache, len(cache.layers) - 1):
+            run = Decode(cache, is_flash(implementation))
         if run is None:
             return None
         return args, {**kwargs, RUN: run}
 
     def begin(self, call: Call, implementation: str, kwargs: dict[str, Any]) -> Prefill | None:
-        """The state of a pass with images, from what the decoder is about to get; None without any."""
+        """The state of a pass with images, from what the decoder is about to get; None without
+        any.
+        """
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
@@ -178,10 +180,10 @@ class Seam:
             self.pruner.grids(prompt.spans(), position_ids), embeds.shape[1], embeds.device
         )
         check_cache(cache, self.pruner.layers[0])
-        if past and isinstance(cache.layers[0], StaticLayer):
+        if past and cache is not None and isinstance(cache.layers[0], StaticLayer):
             raise CacheError(
-                "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache for "
-                "conversations with several images."
+                "an image in a later turn cannot be pruned into a StaticCache; use a "
+                "DynamicCache for conversations with several images."
             )
         host = HostPass(
             cache=cache,
@@ -197,6 +199,7 @@ class Seam:
             None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device),
             prompt.token_counts,
             host,
+            embeds.element_size(),
             self.session.choices if self.session is not None and cache is None else None,
         )
 

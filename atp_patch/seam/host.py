@@ -1,4 +1,6 @@
-"""What the host brings to one forward pass with images, narrowed to the survivors for its layers."""
+"""What the host brings to one forward pass with images, narrowed to the survivors for its
+layers.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,17 @@ class HostPass:
         return is_flash(self.implementation)
 
     def earlier_keys(self, layer: int, new: int) -> int:
-        """Keys of earlier turns in a layer's cache, which holds ``new`` ones of this pass already."""
+        """Keys of earlier turns in a layer's cache, which holds ``new`` ones of this pass
+        already.
+        """
         if self.past == 0 or self.cache is None:
             return 0
         return int(self.cache.layers[layer].keys.shape[-2]) - new
 
     def narrow_kwargs(self, layer: int, survivors: Survivors, kwargs: dict[str, Any]) -> None:
-        """Replace what a layer is handed for the whole sequence (in place), once for all layers alike."""
+        """Replace what a layer is handed for the whole sequence (in place), once for all layers
+        alike.
+        """
 
         def gather(table: Tensor) -> Tensor:
             return gather_tokens(table, survivors.index.to(table.device))
@@ -85,8 +91,9 @@ class HostPass:
         slides = window is not None and self.total > window
         if slides and self.flash:
             raise CacheError(
-                f"{self.total} tokens do not fit the sliding window of {window} under flash attention, "
-                "which measures it in stored keys; call model.set_attn_implementation('sdpa')."
+                f"{self.total} tokens do not fit the sliding window of {window} under flash "
+                f"attention, which measures it in stored keys; call "
+                "model.set_attn_implementation('sdpa')."
             )
         if mask is None:
             return None
@@ -116,7 +123,9 @@ class HostPass:
         )
 
     def _key_positions(self, layer: int, survivors: Survivors) -> tuple[Tensor, Tensor | None]:
-        """(B, K) logical positions of a layer's keys once the survivors are cached, and validity."""
+        """(B, K) logical positions of a layer's keys once the survivors are cached, and
+        validity.
+        """
         keys, valid = survivors.index + self.past, survivors.valid
         if self.cache is None or not self.past:
             return keys, valid

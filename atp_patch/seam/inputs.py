@@ -40,8 +40,8 @@ class Call:
     ) -> Call:
         """Start reading at the outermost module; takes ``visual_mask`` out of its keywords.
 
-        ``labels`` are replaced by a copy, in which targets that pruned places would have had to predict
-        are dropped once the choice is made.
+        ``labels`` are replaced by a copy, in which targets that pruned places would have had to
+        predict are dropped once the choice is made.
         """
         visual_mask = kwargs.pop("visual_mask", None)
         labels = kwargs.get("labels")
@@ -53,7 +53,7 @@ class Call:
             visual_mask = session.visual_mask
         return cls(labels, visual_mask, session.prompt_length)
 
-    def with_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Add what the model without its head was given."""
         given = kwargs
         if args:
@@ -71,7 +71,8 @@ class Call:
     def mask_is_plain(self) -> bool:
         """Whether a wide mask of the host says no more than causality and padding.
 
-        Without any mask given, the host builds a wide one only for something else (packed sequences).
+        Without any mask given, the host builds a wide one only for something else (packed
+        sequences).
         """
         return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
 
@@ -105,8 +106,8 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
         visual = call.visual_mask.cpu().bool()[:, -length:]
         if visual.shape != (batch, length):
             raise InputError(
-                f"visual_mask has shape {tuple(call.visual_mask.shape)}; it must be (batch, sequence) = "
-                f"({batch}, {length})."
+                f"visual_mask has shape {tuple(call.visual_mask.shape)}; it must be (batch, "
+                f"sequence) = ({batch}, {length})."
             )
     elif ids is not None:
         visual = torch.isin(ids, torch.tensor(token_ids))
@@ -127,12 +128,13 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
 def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
     """(B, L) bool: embeddings that are still those of the placeholders, as the host finds them."""
     embeds, embedding = call.inputs_embeds, call.embedding
-    assert embeds is not None and embedding is not None
+    assert embeds is not None
+    assert embedding is not None
     ids = torch.tensor(token_ids, device=embeds.device)
     visual = (embeds[:, :, None] == embedding(ids)).all(-1).any(-1).cpu()
     if not bool(visual.any()):
         raise InputError(
-            "inputs_embeds came without input_ids and holds no placeholder: pass visual_mask=, a bool "
-            "tensor (batch, sequence) that marks the visual tokens (all False for text alone)."
+            "inputs_embeds came without input_ids and holds no placeholder: pass visual_mask=, a "
+            "bool tensor (batch, sequence) that marks the visual tokens (all False for text alone)."
         )
     return visual

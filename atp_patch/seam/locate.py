@@ -1,4 +1,6 @@
-"""Finding the parts of a loaded model, and checking that they keep the contract the seam stands on."""
+"""Finding the parts of a loaded model, and checking that they keep the contract the seam stands
+on.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ class Parts:
         decoder: the module with ``.layers``.
     """
 
-    top: nn.Module
-    base: nn.Module
-    decoder: nn.Module
-    layers: nn.ModuleList
+    top: Any
+    base: Any
+    decoder: Any
+    layers: Any
 
     @property
     def config(self) -> Any:
@@ -45,11 +47,12 @@ def decoder_shape(config: Any) -> DecoderShape:
     )
 
 
-def locate(model: nn.Module) -> Parts:
+def locate(model: Any) -> Parts:
     """Find base model, decoder and layers of a transformers vision-language model.
 
     Raises:
-        UnsupportedModelError: where the model has no such parts or its layers keep another contract.
+        UnsupportedModelError: where the model has no such parts or its layers keep another
+            contract.
     """
     name = type(model).__name__
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):

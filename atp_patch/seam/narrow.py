@@ -1,8 +1,8 @@
 """Narrowing what the decoder hands to its layers: masks, rotary tables, position ids.
 
-Masks, as transformers makes them: sdpa None or bool (B, 1, Q, K); eager float (B, 1, Q, K); flash None
-or (B, K). A wide mask is never rebuilt from guesses: its rows and columns are gathered, so whatever
-pattern the host put into it (padding, sliding windows, prefixes) stays exact.
+Masks, as transformers makes them: sdpa None or bool (B, 1, Q, K); eager float (B, 1, Q, K); flash
+None or (B, K). A wide mask is never rebuilt from guesses: its rows and columns are gathered, so
+whatever pattern the host put into it (padding, sliding windows, prefixes) stays exact.
 """
 
 from __future__ import annotations

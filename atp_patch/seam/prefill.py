@@ -1,7 +1,7 @@
 """The state of one forward pass that carries images: which tokens are left, layer by layer.
 
-It travels with the forward pass itself, as a keyword that the decoder hands to its layers, so nothing
-about a pass is kept on the model and gradient checkpointing replays the same choice.
+It travels with the forward pass itself, as a keyword that the decoder hands to its layers, so
+nothing about a pass is kept on the model and gradient checkpointing replays the same choice.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Prefill:
         attended: (B, L) bool, False at padding; None without padding.
         token_counts: tokens of each sample, padding not counted.
         host: what the host brought to this pass.
+        bytes_per_element: of the hidden states, and so of the cache.
         frozen: choices of the first pass of a generation without a cache, filled by that pass; None
             where a cache holds the choice.
     """
@@ -52,10 +53,11 @@ class Prefill:
         attended: Tensor | None,
         token_counts: Sequence[int],
         host: HostPass,
+        bytes_per_element: int,
         frozen: dict[int, Tensor] | None,
     ) -> None:
         self.layout, self.text, self.attended = layout, text, attended
-        self.host, self.frozen = host, frozen
+        self.host, self.frozen, self.bytes_per_element = host, frozen, bytes_per_element
         self.prompt_tokens = tuple(token_counts)
         self.records: dict[int, LayerRecord] = {}
         self.survivors: Survivors | None = None
@@ -108,7 +110,9 @@ class Prefill:
         )
 
     def _move(self, device: torch.device) -> None:
-        """Follow the decoder to the device of the layer that was recorded (a model may span several)."""
+        """Follow the decoder to the device of the layer that was recorded (a model may span
+        several).
+        """
         if self.layout.position.device == device:
             return
         self.layout, self.text = self.layout.to(device), self.text.to(device)
@@ -127,7 +131,9 @@ class Prefill:
         return Decision(keep=kept.gather(1, position) & self._token_valid)
 
     def apply(self, layer: int, decision: Decision, counts: tuple[int, ...] | None) -> bool:
-        """Drop what the decision does not keep; False where everything stays and nothing changes."""
+        """Drop what the decision does not keep; False where everything stays and nothing
+        changes.
+        """
         keep = decision.keep & self._token_valid
         kept = list(counts) if decision.exact and counts is not None else keep.sum(1).tolist()
         record = LayerRecord(decision, self._token, self._token_valid, tuple(kept), None)
@@ -195,7 +201,9 @@ class Prefill:
         return self.records[max(done)].survivors if done else None
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: tokens that entered ``layer``, in their original positions; padding False."""
+        """(B, L) bool: tokens that entered ``layer``, in their original positions; padding
+        False.
+        """
         survivors = self.at(layer)
         if survivors is not None:
             return survivors.mask(self.layout.length)

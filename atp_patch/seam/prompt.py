@@ -6,6 +6,7 @@ All of this is done on the CPU from one copy of the ids, before the decoder is b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,12 +45,14 @@ class Prompt:
         for row in marked:
             edges = torch.nonzero(row[1:] != row[:-1]).flatten() + 1
             bounds = [0, *edges.tolist(), row.shape[0]]
-            runs = zip(bounds[:-1], bounds[1:], strict=True)
+            runs = pairwise(bounds)
             found.append([Span(a, b, int(row[a])) for a, b in runs if a < b and row[a] >= 0])
         return found
 
     def text(self) -> Tensor:
-        """(B, L) bool: the text rows that score visual tokens (METHOD: after the first visual token)."""
+        """(B, L) bool: the text rows that score visual tokens (METHOD: after the first visual
+        token).
+        """
         after_first = self.visual.cumsum(1) > 0
         return self.attended & self.scored & ~self.visual & after_first
 

@@ -1,9 +1,9 @@
 """Recording the post-rotary queries and keys of one layer, whatever its attention implementation.
 
-transformers looks the attention function up by the name in ``self_attn.config`` at every call. For the
-one layer whose q and k are wanted, a copy of that config with our name stands in its place for one
-call; the function below notes q and k, puts the host's config back, and calls the host's function.
-The decoder's own config, from which masks are made, is never touched.
+transformers looks the attention function up by the name in ``self_attn.config`` at every call. For
+the one layer whose q and k are wanted, a copy of that config with our name stands in its place for
+one call; the function below notes q and k, puts the host's config back, and calls the host's
+function. The decoder's own config, from which masks are made, is never touched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -34,11 +34,13 @@ class Recording:
 
 
 def register() -> None:
-    """Make the recording attention known to transformers (idempotent; done when a model is patched)."""
+    """Make the recording attention known to transformers (idempotent; done when a model is
+    patched).
+    """
     AttentionInterface.register(ATTENTION_NAME, _record_and_delegate)
 
 
-def arm(attention: nn.Module, sink: Callable[[Recording], None]) -> None:
+def arm(attention: Any, sink: Callable[[Recording], None]) -> None:
     """Have the next call of ``attention`` hand its q and k to ``sink``."""
     host = attention.config
     if _is_armed(host):
@@ -50,7 +52,7 @@ def arm(attention: nn.Module, sink: Callable[[Recording], None]) -> None:
     attention.config = armed
 
 
-def disarm(attention: nn.Module) -> None:
+def disarm(attention: Any) -> None:
     """Undo :func:`arm` if the call it waited for never came."""
     if _is_armed(attention.config):
         attention.config = attention.config.__dict__["_atp_host"]
@@ -61,7 +63,7 @@ def _is_armed(config: Any) -> bool:
 
 
 def _record_and_delegate(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,13 +81,13 @@ def _record_and_delegate(
     return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-def _eager_function(module: nn.Module) -> Callable[..., Any]:
+def _eager_function(module: Any) -> Callable[..., Any]:
     """The eager attention of the file that the attention module comes from."""
     home = sys.modules[type(module).__module__]
     function = getattr(home, "eager_attention_forward", None)
     if function is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not go through transformers' attention interface, so its "
-            "queries and keys cannot be read; use a model class of transformers >= 5.4."
+            f"{type(module).__name__} does not go through transformers' attention interface, so "
+            f"its queries and keys cannot be read; use a model class of transformers >= 5.4."
         )
     return function

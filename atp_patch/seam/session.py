@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from atp_patch.errors import UnsupportedModelError
 
@@ -25,19 +25,18 @@ class Session:
     choices: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of_generate(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Session:
+    def of_generate(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
         """Read the arguments of ``generate``.
 
         Raises:
-            UnsupportedModelError: for a prefill in chunks, which would choose from a part of the text.
+            UnsupportedModelError: for a prefill in chunks, which would choose from a part of the
+                text.
         """
         config = kwargs.get("generation_config") or model.generation_config
         if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
             raise UnsupportedModelError(
-                "prefill_chunk_size would choose visual tokens before the whole question is read; set it "
-                "to None, or generate within atp_patch.disabled(model)."
+                "prefill_chunk_size would choose visual tokens before the whole question is "
+                "read; set it to None, or generate within atp_patch.disabled(model)."
             )
         names = ("inputs", "input_ids", "inputs_embeds")
         given = [args[0] if args else None, *(kwargs.get(name) for name in names)]
