@@ -68,8 +68,8 @@ class PruningConfig:
         if self.keep is not None:
             if len(self.keep) != len(self.layers):
                 raise ConfigError(
-                    f"keep has {len(self.keep)} shares for {len(self.layers)} pruning layers; give one "
-                    "number, or one a layer."
+                    f"keep has {len(self.keep)} shares for {len(self.layers)} pruning layers; "
+                    f"give one number, or one a layer."
                 )
             if not all(0 < share <= 1 for share in self.keep):
                 raise ConfigError(
@@ -103,7 +103,8 @@ class PruningConfig:
         """Visual tokens left after each pruning layer, of ``total`` in ``images`` images.
 
         Raises:
-            BudgetError: where ``target_tokens`` is below what the layers before the first pruning cost.
+            BudgetError: where ``target_tokens`` is below what the layers before the first pruning
+                cost.
         """
         if total == 0:
             return (0,) * len(self.layers)
@@ -121,8 +122,8 @@ class PruningConfig:
             )
             raise BudgetError(
                 f"{asked} is below the least possible average of {least:.1f}: {self.layers[0]} of "
-                f"{num_layers} layers run on all {total} visual tokens before the first pruning. Give "
-                "target_tokens of at least that, keep=, or an earlier first layer."
+                f"{num_layers} layers run on all {total} visual tokens before the first pruning. "
+                f"Give target_tokens of at least that, keep=, or an earlier first layer."
             )
         counts = target_counts(total, self.layers, num_layers, target)
         return tuple(max(count, minimum) for count in counts)

@@ -58,8 +58,9 @@ class Adapter(ModelHubMixin):
         return (
             "---\nlibrary_name: atp_patch\ntags:\n- atp_patch\n- visual-token-pruning\n---\n\n"
             f"# Visual token pruning: {pruning.method}\n\n"
-            f"Made for a `{base.family}` model with {base.num_layers} decoder layers of hidden size "
-            f"{base.hidden_size}. It prunes before layers {list(pruning.layers)}; budget: {budget}.\n\n"
+            f"Made for a `{base.family}` model with {base.num_layers} decoder layers of hidden "
+            f"size {base.hidden_size}. It prunes before layers {list(pruning.layers)}; budget: "
+            f"{budget}.\n\n"
             "```python\nimport atp_patch\n\n"
             'atp_patch.patch_model(model, weights="THIS_REPOSITORY_OR_FOLDER")\n```\n'
         )
@@ -82,7 +83,8 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
     )
     if config.base != base:
         raise WeightsError(
-            f"{source} was made for {_describe(config.base)}, but this model is {_describe(base)}; load "
+            f"{source} was made for {_describe(config.base)}, but this model is "
+            f"{_describe(base)}; load "
             "the model it was made for, or patch without weights."
         )
     method = make_method(config.method, config.options)
@@ -127,7 +129,8 @@ def _fetch(source: str | Path, name: str) -> Path:
     except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise WeightsError(
             f"{source!s} is neither a folder nor an adapter on the Hub that can be reached "
-            f"({type(error).__name__}); check the name, or give a folder that save_pretrained wrote."
+            f"({type(error).__name__}); check the name, or give a folder that save_pretrained "
+            "wrote."
         ) from error
 
 

@@ -36,7 +36,9 @@ class LayerTrace:
 
     @cached_property
     def kept(self) -> Tensor:
-        """(B, L) bool in original positions: tokens that enter this layer, text included, no padding."""
+        """(B, L) bool in original positions: tokens that enter this layer, text included, no
+        padding.
+        """
         batch, length = self.layout.valid.shape[0], self.layout.length
         if self.alive is not None:
             index, valid = self.alive

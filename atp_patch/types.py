@@ -1,7 +1,8 @@
 """Plain data that the rooms share: where visual tokens lie, what a method sees, what it decides.
 
 Shapes: ``B`` batch, ``L`` sequence, ``V`` visual tokens (packed, padded to the longest sample),
-``T`` text rows, ``H`` heads, ``Hk`` key/value heads, ``K`` keys, ``d`` head size, ``D`` hidden size.
+``T`` text rows, ``H`` heads, ``Hk`` key/value heads, ``K`` keys, ``d`` head size, ``D`` hidden
+size.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ class VisualGrid:
     """One image, tile or video in the sequence: ``frames`` x ``height`` x ``width`` tokens.
 
     The token of (frame, row, column) stands at
-    ``start + frame * frame_stride + row * row_stride + column``; strides of 0 mean "no gaps". Tokens in
-    the gaps (a newline after each row, a class token of each frame) belong to no grid and are never
-    pruned.
+    ``start + frame * frame_stride + row * row_stride + column``; strides of 0 mean "no gaps".
+    Tokens in the gaps (a newline after each row, a class token of each frame) belong to no grid and
+    are never pruned.
     """
 
     start: int
@@ -57,8 +58,8 @@ class Layout:
     Attributes:
         length: sequence length ``L`` of the forward pass.
         grids: for each sample, its grids in sequence order.
-        position, image, frame, row, column: (B, V) int64; ``position`` in the sequence, ``image`` the
-            number of the grid within the sample. 0 in padding slots.
+        position, image, frame, row, column: (B, V) int64; ``position`` in the sequence, ``image``
+            the number of the grid within the sample. 0 in padding slots.
         valid: (B, V) bool, False in padding slots.
     """
 
@@ -75,7 +76,9 @@ class Layout:
     def from_grids(
         cls, grids: Sequence[Sequence[VisualGrid]], length: int, device: torch.device
     ) -> Layout:
-        """Lay out each sample's grids (on ``device``); samples without images have an empty list."""
+        """Lay out each sample's grids (on ``device``); samples without images have an empty
+        list.
+        """
         totals = [sum(grid.length for grid in sample) for sample in grids]
         table = torch.zeros(5, len(totals), max(totals, default=0), dtype=torch.long)
         for b, sample in enumerate(grids):
@@ -131,7 +134,8 @@ class View:
         text, text_valid: (B, T) places of the text rows that count, among the ``L'``.
         last: (B,) place of the last prompt token, among the ``L'``.
         layout: the visual tokens before any pruning.
-        counts: for each sample, how many visual tokens the budget leaves here; None without a budget.
+        counts: for each sample, how many visual tokens the budget leaves here; None without a
+            budget.
         sample_key: (B,) int64 drawn from each sample's own text tokens, so that seeded randomness
             differs between samples and does not depend on the batch.
         min_per_image: visual tokens that every image keeps at least.
@@ -177,7 +181,8 @@ class Decision:
 
     Attributes:
         keep: (B, V) bool over the view's surviving visual tokens.
-        exact: True if ``keep`` keeps exactly the view's ``counts`` (saves a device synchronisation).
+        exact: True if ``keep`` keeps exactly the view's ``counts`` (saves a device
+            synchronisation).
         scores: name -> (B, V) float32.
         thresholds: name -> (B,) float32.
     """

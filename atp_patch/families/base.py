@@ -50,7 +50,8 @@ class Family:
 
 
 def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
-    """Cut runs of placeholders into images of ``tokens`` each (images may follow each other directly).
+    """Cut runs of placeholders into images of ``tokens`` each (images may follow each other
+    directly).
 
     Raises:
         UnsupportedModelError: where a run is no multiple of ``tokens``.
@@ -59,8 +60,8 @@ def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
     for span in spans:
         if span.length % tokens:
             raise UnsupportedModelError(
-                f"{span.length} visual tokens stand in a row, but an image of this model has {tokens}: "
-                f"{mend}"
+                f"{span.length} visual tokens stand in a row, but an image of this model has "
+                f"{tokens}: {mend}"
             )
         starts = range(span.start, span.stop, tokens)
         images += [Span(start, start + tokens, span.token_id) for start in starts]

@@ -42,8 +42,8 @@ def _check(config: Any) -> None:
     vision_type = config.vision_config.model_type
     if vision_type == "pixtral":
         raise UnsupportedModelError(
-            "a LLaVA model with a Pixtral tower has a grid of its own for every image; supported are "
-            "towers with one square grid (CLIP, SigLIP)."
+            "a LLaVA model with a Pixtral tower has a grid of its own for every image; supported "
+            "are towers with one square grid (CLIP, SigLIP)."
         )
 
 

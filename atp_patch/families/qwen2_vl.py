@@ -32,8 +32,8 @@ def _grid(span: Span, positions: Tensor) -> list[VisualGrid]:
         at += frames * frame
     if at != span.length:
         raise InputError(
-            f"the position ids of {span.length} visual tokens form no grid; pass mm_token_type_ids and "
-            "image_grid_thw (or video_grid_thw) from the model's processor."
+            f"the position ids of {span.length} visual tokens form no grid; pass "
+            f"mm_token_type_ids and image_grid_thw (or video_grid_thw) from the model's processor."
         )
     return grids
 
@@ -48,8 +48,8 @@ def _grids(query: GridQuery) -> Grids:
     positions = query.position_ids
     if positions is None or positions.ndim != 3:
         raise InputError(
-            "this model got no multimodal position ids; pass mm_token_type_ids and image_grid_thw from "
-            "its processor along with the pixel values."
+            "this model got no multimodal position ids; pass mm_token_type_ids and "
+            "image_grid_thw from its processor along with the pixel values."
         )
     thw = positions[-3:].expand(3, len(query.spans), -1)
     return [
