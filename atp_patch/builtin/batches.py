@@ -1,0 +1,97 @@
+"""Training batches: scenes turned into arrays, made in a process of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atp_patch.builtin.labels import IGNORE, NOUN_FIELDS, noun_labels, patch_labels
+from atp_patch.builtin.questions import ask
+from atp_patch.builtin.scenes import IMAGE_PX, SceneConfig, make_scene, scene_rng
+from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, encode, word_ids
+from atp_patch.builtin.vocabulary import TASKS
+
+TEXT_LENGTH = 13
+"""Tokens of the longest question with its answer and `</s>`."""
+
+Batch = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What a batch holds. Batch number k holds scenes k * images to (k + 1) * images - 1."""
+
+    images: int
+    views: int = 1
+    """Sets of questions asked of the same image."""
+    questions: int = 12
+    tasks: tuple[str, ...] = (*TASKS, "count", "ocr", "relation", "exist", "common", "size")
+    """Tried in this order after a shuffle, until there are `questions` of them."""
+    with_patch_labels: bool = False
+    split: str = "train"
+    offset: int = 0
+    """Index of the first scene."""
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+
+
+def make_batch(spec: BatchSpec, number: int) -> Batch:
+    """Batch `number`: pixels (images, 192, 192, 3) uint8 and, for each image and view, questions.
+
+    `ids` and `targets` are (images * views, questions, TEXT_LENGTH): question, `ASSISTANT:`,
+    answer, `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE.
+    `nouns` is (images * views, questions, TEXT_LENGTH, NOUN_FIELDS); `task` is the index in TASKS.
+    """
+    rows = spec.images * spec.views
+    shape = (rows, spec.questions, TEXT_LENGTH)
+    batch: Batch = {
+        "pixels": np.zeros((spec.images, IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8),
+        "ids": np.full(shape, word_ids()[PAD]),
+        "targets": np.full(shape, IGNORE),
+        "nouns": np.full((*shape, len(NOUN_FIELDS)), IGNORE, dtype=np.int16),
+        "task": np.full(shape[:2], IGNORE),
+    }
+    labels = []
+    for i in range(spec.images):
+        index = spec.offset + number * spec.images + i
+        scene = make_scene(spec.split, index, spec.scenes, tasks=())
+        batch["pixels"][i] = np.asarray(scene.image)
+        if spec.with_patch_labels:
+            labels.append(patch_labels(scene.layout))
+        for view in range(spec.views):
+            row = i * spec.views + view
+            rng = scene_rng(spec.split, index, 3 + view)
+            order = [spec.tasks[int(k)] for k in rng.permutation(len(spec.tasks))]
+            asked = ask(scene.layout, rng, tuple(order))[: spec.questions]
+            for j, question in enumerate(asked):
+                prompt = [*encode(question.text), word_ids()[ASSISTANT]]
+                answer = [*encode(question.answer), word_ids()[EOS]]
+                length = len(prompt) + len(answer)
+                batch["ids"][row, j, :length] = prompt + answer
+                batch["targets"][row, j, len(prompt) - 1 : length - 1] = answer
+                batch["task"][row, j] = TASKS.index(question.task)
+                for k, values in noun_labels(question.text, scene.layout):
+                    batch["nouns"][row, j, k] = values
+    if spec.with_patch_labels:
+        batch["labels"] = np.stack(labels)
+    return batch
+
+
+def _work(job: tuple[BatchSpec, int]) -> Batch:
+    return make_batch(*job)
+
+
+def batches(spec: BatchSpec, first: int, stop: int) -> Iterator[Batch]:
+    """Batches `first` to `stop - 1`, drawn ahead in a second process."""
+    # "spawn": a fork of a process whose torch threads already run may hang.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pending = [
+            pool.apply_async(_work, ((spec, k),)) for k in range(first, min(first + 4, stop))
+        ]
+        for number in range(first, stop):
+            yield pending.pop(0).get()
+            if number + 4 < stop:
+                pending.append(pool.apply_async(_work, ((spec, number + 4),)))

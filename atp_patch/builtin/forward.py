@@ -1,0 +1,183 @@
+"""The model's forward pass as training wants it: many questions an image, tokens left out.
+
+It computes with the modules of the Hugging Face model, so their parameters are what is trained;
+only attention is written out, because many questions share one image in one pass. On one
+question and all tokens it equals the model's own forward (a test).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from atp_patch.builtin.scenes import GRID, PATCH_PX
+from atp_patch.builtin.tokens import BOS, PAD, USER, word_ids
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+PREFIX = (BOS, USER)
+"""Tokens before the image."""
+
+
+def to_pixel_values(pixels: NDArray[np.generic], device: torch.device | str = "cpu") -> Tensor:
+    """(images, 192, 192, 3) uint8 -> (images, 3, 192, 192) in -1..1, as the processor does."""
+    values = torch.tensor(pixels, device=device).permute(0, 3, 1, 2).float()
+    return values / 127.5 - 1.0
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v, all (..., tokens, d).
+
+    Written out because the backward of the fused kernel is slow on CPUs.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1) @ v
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """(batch, heads, tokens, d) -> (batch, tokens, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def tower_forward(
+    model: LlavaForConditionalGeneration, pixel_values: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """Patch features before the projector, (images, 576, hidden), raster order.
+
+    Args:
+        pixel_values: (images, 3, 192, 192).
+        order: if given, from `window_order`: the grid is cut into four windows of 12 x 12
+            patches that do not see each other, a fourth of the attention's work.
+    """
+    tower = model.model.vision_tower
+    embed = tower.embeddings
+    cut = nn.functional.unfold(pixel_values, PATCH_PX, stride=PATCH_PX).mT  # (images, 576, 192)
+    x = cut @ embed.patch_embedding.weight.flatten(1).mT
+    position = embed.position_embedding.weight
+    x = x + position[1:]
+    images, _, hidden = x.shape
+    if order is not None:
+        x = x[:, order].reshape(images * 4, -1, hidden)
+    cls = (embed.class_embedding + position[0]).expand(x.shape[0], 1, hidden)
+    x = tower.pre_layrnorm(torch.cat([cls, x], dim=1))
+    for layer in tower.encoder.layers:
+        attention = layer.self_attn
+        normed = layer.layer_norm1(x)
+        q, k, v = (
+            _heads(p(normed), attention.num_heads)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        x = x + attention.out_proj(_merge(attend(q, k, v)))
+        x = x + layer.mlp(layer.layer_norm2(x))
+    x = x[:, 1:]
+    if order is not None:
+        x = x.reshape(images, -1, hidden)[:, order.argsort()]
+    return x
+
+
+def window_order(shift: tuple[int, int]) -> Tensor:
+    """Raster indices of the patches of a grid rolled by `shift`, window after window, (576,)."""
+    half = GRID // 2
+    grid = torch.arange(GRID * GRID).reshape(GRID, GRID).roll(shift, (0, 1))
+    return grid.reshape(2, half, 2, half).transpose(1, 2).reshape(-1)
+
+
+def decoder_forward(
+    model: LlavaForConditionalGeneration,
+    features: Tensor,
+    places: Tensor,
+    ids: Tensor,
+    probe: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of many questions about one image a row.
+
+    Visual tokens and the prefix see each other causally and no text, so they are computed once;
+    the tokens of a question see them and the earlier tokens of their own question.
+
+    Args:
+        features: (rows, visual, hidden), what the tower gave for the patches that are shown.
+        places: (visual,) raster indices of these patches, ascending: they keep the position ids
+            that they have in the full sequence.
+        ids: (rows, questions, length), each question filled up with `<pad>`.
+        probe: the text states after this layer are returned as well.
+
+    Returns:
+        logits (rows, questions, length, vocabulary) and the states (rows, questions, length,
+        hidden) or None. At padding they mean nothing.
+    """
+    decoder = model.model.language_model
+    heads = int(model.config.text_config.num_attention_heads)
+    rows, questions, length = ids.shape
+    device = ids.device
+    first = len(PREFIX)
+    prefix_ids = torch.tensor([word_ids()[t] for t in PREFIX], device=device)
+    prefix = decoder.embed_tokens(prefix_ids).expand(rows, -1, -1)
+    seen = torch.cat([prefix, model.model.multi_modal_projector(features)], dim=1)
+    seen_at = torch.cat([torch.arange(first, device=device), places + first])[None]
+    order, question, step = _pack(ids)  # each (rows, packed)
+    text = decoder.embed_tokens(ids.flatten(1).gather(1, order))  # (rows, packed, hidden)
+    text_at = step + first + GRID * GRID
+    tables = [decoder.rotary_emb(x, at) for x, at in ((seen, seen_at), (text, text_at))]
+    seen_hidden = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=device).triu(1)
+    text_hidden = (question[:, :, None] != question[:, None]) | (step[:, :, None] < step[:, None])
+    seen_bias, text_bias = (
+        torch.zeros(x.shape, device=device).masked_fill(x, float("-inf"))
+        for x in (seen_hidden, text_hidden[:, None])
+    )
+    text_bias = nn.functional.pad(text_bias, (seen.shape[1], 0))
+    probed: Tensor | None = None
+    for number, layer in enumerate(decoder.layers):
+        attention = layer.self_attn
+        projected = []
+        for x, (cos, sin) in ((seen, tables[0]), (text, tables[1])):
+            normed = layer.input_layernorm(x)
+            q, k, v = (
+                _heads(p(normed), heads)
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            projected.append((*apply_rotary_pos_emb(q, k, cos, sin), v))
+        (q_seen, k_seen, v_seen), (q, k, v) = projected
+        keys, values = torch.cat([k_seen, k], dim=2), torch.cat([v_seen, v], dim=2)
+        text = text + attention.o_proj(_merge(attend(q, keys, values, text_bias)))
+        text = text + layer.mlp(layer.post_attention_layernorm(text))
+        if number < len(decoder.layers) - 1:  # nothing reads what the last layer saw
+            seen = seen + attention.o_proj(_merge(attend(q_seen, k_seen, v_seen, seen_bias)))
+            seen = seen + layer.mlp(layer.post_attention_layernorm(seen))
+        if number == probe:
+            probed = text
+    back = torch.zeros_like(ids).flatten(1)
+    back = back.scatter(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
+
+    def unpack(x: Tensor) -> Tensor:
+        spread = x.gather(1, back[..., None].expand(-1, -1, x.shape[-1]))
+        return spread.unflatten(1, (questions, length))
+
+    logits = unpack(model.lm_head(decoder.norm(text)))
+    return logits, None if probed is None else unpack(probed)
+
+
+def _pack(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens that are no padding stand, as many a row as the fullest row has.
+
+    Returns:
+        index in the flattened row, number of the question, index in the question; each
+        (rows, packed). Rows with fewer tokens end with padding, which no other token sees.
+    """
+    flat = ids.flatten(1)
+    live = flat != word_ids()[PAD]
+    packed = int(live.sum(1).max())
+    order = live.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :packed]
+    return order, order // ids.shape[-1], order % ids.shape[-1]

@@ -1,0 +1,139 @@
+"""Dense training targets: what each patch shows, and what each noun of a question refers to."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
+from atp_patch.builtin.render import outline
+from atp_patch.builtin.scenes import GRID, IMAGE_PX, PATCH_PX, Layout, SceneObject
+from atp_patch.builtin.vocabulary import (
+    BACKGROUND_COLOURS,
+    CHARACTERS,
+    MAX_OBJECTS,
+    MAX_SIGN,
+    OBJECT_COLOURS,
+    OPENERS,
+    PLURALS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+)
+
+IGNORE = -100
+
+PATCH_FIELDS: dict[str, int] = {
+    "colour": len(OBJECT_COLOURS) + 1,
+    "shape": len(SHAPES) + 1,
+    "size": len(SIZES) + 1,
+    "core": 2,
+    "offset_y": 8,
+    "offset_x": 8,
+    "character": len(CHARACTERS) + 1,
+    "place": MAX_SIGN + 1,
+    "part": 7,
+    "background": len(BACKGROUND_COLOURS),
+    "texture": len(TEXTURES),
+}
+"""Label of a patch -> number of classes; the last class of most is "none"."""
+
+NOUN_FIELDS: dict[str, int] = {
+    "count": MAX_OBJECTS + 1,
+    "colour": len(OBJECT_COLOURS),
+    "shape": len(SHAPES),
+    "size": len(SIZES),
+    "row": 8,
+    "column": 8,
+    **{f"character{k}": len(CHARACTERS) + 1 for k in range(MAX_SIGN)},
+}
+"""Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide."""
+
+_SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
+_ANY_SHAPE = ("object", "objects", "shapes")
+_OWNED_SHARE = 0.2
+"""A patch belongs to an object that covers at least this share of it."""
+
+
+def patch_labels(layout: Layout) -> NDArray[np.int64]:
+    """What each patch shows, (576, number of PATCH_FIELDS), raster order."""
+    labels = {name: np.full((GRID, GRID), n - 1) for name, n in PATCH_FIELDS.items()}
+    labels["core"][:] = 0
+    labels["background"][:] = list(BACKGROUND_COLOURS).index(layout.background)
+    labels["texture"][:] = TEXTURES.index(layout.texture)
+    middle = (np.arange(GRID) + 0.5) * PATCH_PX
+    for item in layout.objects:
+        owned = _coverage(item) >= _OWNED_SHARE
+        labels["colour"][owned] = list(OBJECT_COLOURS).index(item.colour)
+        labels["shape"][owned] = SHAPES.index(item.shape)
+        labels["size"][owned] = SIZES.index(item.size)
+        dy = np.clip(np.round((item.y_px - middle) / PATCH_PX), -3, 3).astype(int) + 3
+        dx = np.clip(np.round((item.x_px - middle) / PATCH_PX), -3, 3).astype(int) + 3
+        labels["offset_y"][owned] = np.broadcast_to(dy[:, None], (GRID, GRID))[owned]
+        labels["offset_x"][owned] = np.broadcast_to(dx[None, :], (GRID, GRID))[owned]
+        # Exactly 2 x 2 patches an object, so that any stride-2 subset of the grid holds one.
+        top, left = round(item.y_px / PATCH_PX) - 1, round(item.x_px / PATCH_PX) - 1
+        labels["core"][top : top + 2, left : left + 2] = 1
+    if layout.sign is not None:
+        row, column = layout.sign.y_px // PATCH_PX + 1, layout.sign.x_px // PATCH_PX + 1
+        for k, character in enumerate(layout.sign.text):
+            cell = np.s_[row : row + 3, column + 2 * k : column + 2 * k + 2]
+            labels["character"][cell] = CHARACTERS.index(character)
+            labels["place"][cell] = k
+            labels["part"][cell] = np.arange(6).reshape(3, 2)
+    return np.stack([labels[name].ravel() for name in PATCH_FIELDS], axis=-1)
+
+
+def _coverage(item: SceneObject) -> NDArray[np.float64]:
+    """Share of each patch that an object covers, (24, 24)."""
+    mask = PILImage.new("L", (IMAGE_PX, IMAGE_PX))
+    ImageDraw.Draw(mask).polygon(outline(item), fill=1)
+    cells = np.asarray(mask).reshape(GRID, PATCH_PX, GRID, PATCH_PX)
+    coverage: NDArray[np.float64] = cells.mean(axis=(1, 3))
+    return coverage
+
+
+def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64]]]:
+    """For each noun of a question that names objects or the sign: (token index, its labels).
+
+    The labels, (number of NOUN_FIELDS,), say how many objects the noun phrase matches, and, where
+    it is just one, which. What does not apply is IGNORE.
+    """
+    tokens = [w.lower() if w in OPENERS else w for w in re.findall(r"\w+|[^\w\s]", text)]
+    found = []
+    for k, word in enumerate(tokens):
+        values = dict.fromkeys(NOUN_FIELDS, IGNORE)
+        if word == "sign" and layout.sign is not None:
+            padded = layout.sign.text.ljust(MAX_SIGN)
+            for place, character in enumerate(padded):
+                values[f"character{place}"] = (*CHARACTERS, " ").index(character)
+        elif word in SHAPES or word in _SINGULAR or word in _ANY_SHAPE:
+            shape = None if word in _ANY_SHAPE else _SINGULAR.get(word, word)
+            colour = tokens[k - 1] if tokens[k - 1] in OBJECT_COLOURS else None
+            matches = [
+                o for o in layout.objects if shape in (None, o.shape) and colour in (None, o.colour)
+            ]
+            values["count"] = len(matches)
+            if len(matches) == 1:
+                values.update(_describe(matches[0]))
+        elif word == "common":
+            ranked = Counter(o.colour for o in layout.objects).most_common(1)
+            values["colour"] = list(OBJECT_COLOURS).index(ranked[0][0])
+        else:
+            continue
+        found.append((k, np.array([values[name] for name in NOUN_FIELDS])))
+    return found
+
+
+def _describe(item: SceneObject) -> dict[str, int]:
+    return {
+        "colour": list(OBJECT_COLOURS).index(item.colour),
+        "shape": SHAPES.index(item.shape),
+        "size": SIZES.index(item.size),
+        "row": item.y_px * 8 // IMAGE_PX,
+        "column": item.x_px * 8 // IMAGE_PX,
+    }

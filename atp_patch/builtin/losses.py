@@ -1,0 +1,75 @@
+"""What each stage of training minimises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.builtin.labels import IGNORE, NOUN_FIELDS, PATCH_FIELDS
+
+_EMPTY_WEIGHT = 0.05
+"""Weight of a patch that shows no object in the object's fields: most patches are such."""
+
+_FIELD_WEIGHT = {"shape": 4.0, "character": 2.0, "background": 0.5, "texture": 0.5}
+"""Weight of a patch field; 1 for those not named. Shape is the slowest to be learned."""
+
+
+def patch_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy over the fields of PATCH_FIELDS, and the accuracy by field.
+
+    Args:
+        logits: (images, 576, sum of all classes).
+        labels: (images, 576, fields).
+    """
+    losses = []
+    accuracy = {}
+    for k, (name, part) in enumerate(
+        zip(PATCH_FIELDS, logits.split(list(PATCH_FIELDS.values()), dim=-1), strict=True)
+    ):
+        target = labels[..., k]
+        each = nn.functional.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none")
+        if name in ("background", "texture"):
+            told = torch.ones_like(target, dtype=torch.bool)
+        elif name == "core":
+            told = target == 1
+        else:
+            told = target != PATCH_FIELDS[name] - 1
+        weight = torch.where(told, 1.0, _EMPTY_WEIGHT).flatten()
+        losses.append(_FIELD_WEIGHT.get(name, 1.0) * (each * weight).sum() / weight.sum())
+        hits = (part.argmax(-1) == target)[told]
+        accuracy[name] = hits.float().mean().item() if hits.numel() else float("nan")
+    return torch.stack(losses).mean(), accuracy
+
+
+def answer_loss(logits: Tensor, targets: Tensor, task_weight: Tensor) -> Tensor:
+    """Mean cross-entropy over answer tokens, questions weighted by task.
+
+    Args:
+        logits: (rows, questions, length, vocabulary).
+        targets: (rows, questions, length), IGNORE where nothing is asked.
+        task_weight: (rows, questions).
+    """
+    told = targets != IGNORE
+    each = nn.functional.cross_entropy(logits[told], targets[told], reduction="none")
+    weight = task_weight[..., None].expand_as(targets)[told]
+    return (each * weight).sum() / weight.sum()
+
+
+def noun_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of what nouns refer to; logits (..., classes), labels (..., fields)."""
+    losses = []
+    for k, part in enumerate(logits.split(list(NOUN_FIELDS.values()), dim=-1)):
+        target = labels[..., k]
+        told = target != IGNORE
+        if told.any():
+            losses.append(nn.functional.cross_entropy(part[told], target[told].long()))
+    return torch.stack(losses).mean()
+
+
+def answered(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether every token of the answer, `</s>` included, is the likeliest, (rows, questions).
+
+    With the true answer as context this is the same event as greedy generation giving exactly
+    the true answer: up to the first miss both see the same tokens.
+    """
+    return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)

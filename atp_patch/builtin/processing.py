@@ -1,0 +1,78 @@
+"""Builds the shipped processor: word-level tokenizer, chat template, CLIP image processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX
+from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIALS, UNK, word_ids
+from atp_patch.builtin.vocabulary import OPENERS
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}"
+    "{% for message in messages %}"
+    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ ' ' if message['role'] == 'user' else '</s>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""One question: `<s>USER: <image> How many red shapes are there? ASSISTANT:`."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; unknown words become `<unk>`. Agrees with `tokens.encode` (a test)."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel(word_ids(), unk_token=UNK))
+    # Only the words that open a question are lowered: single capitals are characters of signs.
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Replace(word, word.lower()) for word in OPENERS]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        padding_side="left",
+        extra_special_tokens={"image_token": IMAGE},
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """The processor of the shipped folder; needs no torchvision."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = CLIPImageProcessorPil(
+        size={"height": IMAGE_PX, "width": IMAGE_PX},
+        crop_size={"height": IMAGE_PX, "width": IMAGE_PX},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def prompt(question: str) -> str:
+    """The prompt of one question about one image, as the chat template writes it."""
+    return f"{BOS}USER: {IMAGE} {question} {ASSISTANT}"

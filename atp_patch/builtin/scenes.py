@@ -1,0 +1,226 @@
+"""Generated scenes: what is in them, where, and the questions about them.
+
+`make_scene(split, index)` is the one entrance. The same arguments give the same scene on every
+machine: all chance comes from a generator seeded with the split's number and the index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atp_patch.builtin.glyphs import CELL_HEIGHT_PX, CELL_WIDTH_PX
+from atp_patch.builtin.vocabulary import (
+    BACKGROUND_COLOURS,
+    CHARACTERS,
+    MAX_OBJECTS,
+    MAX_SIGN,
+    OBJECT_COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_PX = 192
+PATCH_PX = 8
+GRID = IMAGE_PX // PATCH_PX
+
+SPLITS: dict[str, int] = {"train": 1, "development": 2, "test": 3}
+"""Split -> first word of the seed, so that no two splits ever share one."""
+
+RADIUS_PX: dict[str, tuple[int, int]] = {"small": (13, 15), "large": (22, 26)}
+"""Half the width of an object's bounding box, least and most."""
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """What scenes may look like. The defaults are those of the shipped model's training."""
+
+    min_objects: int = 0
+    max_objects: int = 6
+    sign_share: float = 0.5
+    fonts: tuple[str, ...] = ("regular", "bold")
+    sign_step_px: int = PATCH_PX
+    """Signs stand on multiples of this; 8 aligns them with the patches."""
+    noise: float = 6.0
+    """Standard deviation of the pixel noise, 0-255."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
+            raise ValueError(
+                f"need 0 <= min_objects <= max_objects <= {MAX_OBJECTS}, "
+                f"got {self.min_objects} and {self.max_objects}"
+            )
+        if not 0.0 <= self.sign_share <= 1.0:
+            raise ValueError(f"sign_share is a probability, got {self.sign_share}")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: attributes, centre and half width in pixels."""
+
+    colour: str
+    shape: str
+    size: str
+    x_px: int
+    y_px: int
+    radius_px: int
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A plate with 1-3 characters; (x_px, y_px) is its upper left corner."""
+
+    text: str
+    font: str
+    x_px: int
+    y_px: int
+
+    @property
+    def width_px(self) -> int:
+        return len(self.text) * CELL_WIDTH_PX + 2 * PATCH_PX
+
+    @property
+    def height_px(self) -> int:
+        return CELL_HEIGHT_PX + 2 * PATCH_PX
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that questions can be asked about."""
+
+    background: str
+    texture: str
+    objects: tuple[SceneObject, ...]
+    sign: Sign | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its only true answer."""
+
+    task: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image with what is in it and questions about it."""
+
+    split: str
+    index: int
+    image: Image
+    layout: Layout
+    questions: tuple[Question, ...]
+
+    @property
+    def objects(self) -> tuple[SceneObject, ...]:
+        return self.layout.objects
+
+
+def scene_rng(split: str, index: int, stream: int = 0) -> np.random.Generator:
+    """The only source of chance of a scene; `stream` tells layout, pixels and questions apart.
+
+    Raises:
+        ValueError: an unknown split or a negative index.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"a scene's index is 0 or more, got {index}")
+    return np.random.Generator(np.random.PCG64([SPLITS[split], index, stream]))
+
+
+def make_scene(
+    split: str,
+    index: int,
+    config: SceneConfig | None = None,
+    tasks: tuple[str, ...] | None = None,
+) -> Scene:
+    """The scene number `index` of a split, with its image (192 x 192 RGB) and questions.
+
+    Args:
+        split: "train", "development" or "test".
+        index: 0 or more.
+        config: what scenes may look like.
+        tasks: one question is asked per entry where the scene allows it; by default each task
+            once. Repeat a name to ask more of it.
+    """
+    from atp_patch.builtin.questions import ask
+    from atp_patch.builtin.render import draw
+
+    config = config or SceneConfig()
+    layout = sample_layout(scene_rng(split, index, 0), config)
+    image = draw(layout, scene_rng(split, index, 1), config.noise)
+    questions = ask(layout, scene_rng(split, index, 2), tasks)
+    return Scene(split, index, image, layout, questions)
+
+
+def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
+    """Draw background, sign and objects that overlap neither each other nor the sign."""
+    background = _pick(rng, tuple(BACKGROUND_COLOURS))
+    texture = _pick(rng, TEXTURES)
+    sign = _sample_sign(rng, config) if rng.random() < config.sign_share else None
+    # Few colours and shapes a scene, so that they repeat: else every count would be 0 or 1.
+    colours = _subset(rng, tuple(OBJECT_COLOURS), 2, 4)
+    shapes = _subset(rng, SHAPES, 2, 4)
+    wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
+    objects: list[SceneObject] = []
+    for _ in range(wanted):
+        size = _pick(rng, SIZES)
+        place = _free_place(rng, size, objects, sign)
+        if place is None and size == "large":
+            size = "small"
+            place = _free_place(rng, size, objects, sign)
+        if place is None:
+            continue
+        x, y, radius = place
+        objects.append(SceneObject(_pick(rng, colours), _pick(rng, shapes), size, x, y, radius))
+    return Layout(background, texture, tuple(objects), sign)
+
+
+def _pick(rng: np.random.Generator, items: tuple[str, ...]) -> str:
+    return items[int(rng.integers(len(items)))]
+
+
+def _subset(
+    rng: np.random.Generator, items: tuple[str, ...], least: int, most: int
+) -> tuple[str, ...]:
+    chosen = rng.permutation(len(items))[: int(rng.integers(least, most + 1))]
+    return tuple(items[int(i)] for i in chosen)
+
+
+def _sample_sign(rng: np.random.Generator, config: SceneConfig) -> Sign:
+    length = int(rng.integers(1, MAX_SIGN + 1))
+    text = "".join(_pick(rng, CHARACTERS) for _ in range(length))
+    sign = Sign(text, _pick(rng, config.fonts), 0, 0)
+    step = config.sign_step_px
+    x = int(rng.integers((IMAGE_PX - sign.width_px) // step + 1)) * step
+    y = int(rng.integers((IMAGE_PX - sign.height_px) // step + 1)) * step
+    return Sign(text, sign.font, x, y)
+
+
+def _free_place(
+    rng: np.random.Generator, size: str, objects: list[SceneObject], sign: Sign | None
+) -> tuple[int, int, int] | None:
+    """A centre and half width clear of everything else, or None after 40 tries."""
+    least, most = RADIUS_PX[size]
+    gap = 3
+    for _ in range(40):
+        radius = int(rng.integers(least, most + 1))
+        x, y = (int(v) for v in rng.integers(radius + 1, IMAGE_PX - radius, size=2))
+        if any(max(abs(x - o.x_px), abs(y - o.y_px)) < radius + o.radius_px + gap for o in objects):
+            continue
+        if sign is not None:
+            dx = max(sign.x_px - x, 0, x - sign.x_px - sign.width_px)
+            dy = max(sign.y_px - y, 0, y - sign.y_px - sign.height_px)
+            if max(dx, dy) < radius + gap:
+                continue
+        return x, y, radius
+    return None

@@ -1,0 +1,120 @@
+"""Accuracy by task: `python -m atp_patch.builtin.score --split test --questions 500`.
+
+A question counts as answered if every token of the true answer and the closing `</s>` is the
+likeliest given the true tokens before it. For exact match this equals greedy generation: up to
+the first miss both see the same tokens. One pass answers all questions of an image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from atp_patch.builtin.batches import BatchSpec, make_batch
+from atp_patch.builtin.forward import decoder_forward, to_pixel_values, tower_forward
+from atp_patch.builtin.losses import answered
+from atp_patch.builtin.scenes import GRID
+from atp_patch.builtin.vocabulary import TASKS
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Right answers out of `asked`."""
+
+    task: str
+    right: int
+    asked: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        z, n, p = 1.96, self.asked, self.accuracy
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return middle - half, middle + half
+
+
+@torch.no_grad()
+def score(
+    model: LlavaForConditionalGeneration,
+    split: str,
+    questions: int,
+    first_scene: int = 0,
+    images_per_batch: int = 8,
+) -> list[TaskScore]:
+    """Accuracy by task on the first scenes of a split, until every task has enough questions.
+
+    Each scene asks each task at most once; a task's questions beyond `questions` are left out.
+
+    Raises:
+        ValueError: `questions` is not positive.
+    """
+    if questions < 1:
+        raise ValueError(f"need at least one question a task, got {questions}")
+    spec = BatchSpec(images_per_batch, tasks=TASKS, split=split, offset=first_scene)
+    right = dict.fromkeys(TASKS, 0)
+    asked = dict.fromkeys(TASKS, 0)
+    places = torch.arange(GRID * GRID, device=model.device)
+    number = 0
+    while min(asked.values()) < questions:
+        batch = make_batch(spec, number)
+        number += 1
+        ids, targets, task = (
+            torch.tensor(batch[name], device=model.device) for name in ("ids", "targets", "task")
+        )
+        features = tower_forward(model, to_pixel_values(batch["pixels"], model.device))
+        logits, _ = decoder_forward(model, features, places, ids)
+        hits = answered(logits, targets)
+        for k, name in enumerate(TASKS):
+            of_task = hits[task == k][: questions - asked[name]]
+            right[name] += int(of_task.sum())
+            asked[name] += of_task.numel()
+    return [TaskScore(name, right[name], asked[name]) for name in TASKS]
+
+
+def table(scores: list[TaskScore]) -> str:
+    """Markdown: task, accuracy, 95 % interval, questions; then the mean over tasks."""
+    lines = ["| task | accuracy | 95 % interval | questions |", "|---|---|---|---|"]
+    for s in scores:
+        low, high = s.interval()
+        lines.append(f"| {s.task} | {s.accuracy:.3f} | {low:.3f}-{high:.3f} | {s.asked} |")
+    mean = sum(s.accuracy for s in scores) / len(scores)
+    lines.append(f"| **mean over tasks** | **{mean:.3f}** | | {sum(s.asked for s in scores)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, or JSON."""
+    from transformers import LlavaForConditionalGeneration
+
+    from atp_patch.builtin import builtin_path
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", default="test", choices=["train", "development", "test"])
+    parser.add_argument("--questions", type=int, default=500, help="a task")
+    parser.add_argument("--model", type=Path, default=builtin_path(), help="a model folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+    scores = score(model.to(options.device).eval(), options.split, options.questions)
+    if options.json:
+        print(json.dumps({s.task: {"right": s.right, "asked": s.asked} for s in scores}))
+    else:
+        print(table(scores))
+
+
+if __name__ == "__main__":
+    main()

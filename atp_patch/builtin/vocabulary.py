@@ -1,0 +1,72 @@
+"""The closed set of words that scenes, questions and answers are made of."""
+
+from __future__ import annotations
+
+OBJECT_COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (210, 30, 35),
+    "orange": (240, 130, 20),
+    "yellow": (235, 220, 40),
+    "green": (30, 150, 50),
+    "cyan": (40, 205, 215),
+    "blue": (35, 60, 205),
+    "purple": (125, 40, 165),
+    "pink": (245, 130, 190),
+}
+"""The objects' colours: word -> mean RGB, 0-255."""
+
+BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
+    "white": (222, 222, 222),
+    "grey": (135, 135, 135),
+    "black": (48, 48, 48),
+    "brown": (125, 88, 55),
+}
+"""The backgrounds' colours: word -> mean RGB, 0-255. None of them is an object's colour."""
+
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "star")
+PLURALS: dict[str, str] = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
+SIZES: tuple[str, ...] = ("small", "large")
+TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted", "checked")
+CHARACTERS: tuple[str, ...] = tuple("CFHKLMPTVXYZ2457")
+"""What a sign may carry. Without letters that are words of a question."""
+
+MAX_SIGN = 3
+MAX_OBJECTS = 8
+
+TASKS: tuple[str, ...] = (
+    "exist",
+    "colour",
+    "shape",
+    "count",
+    "relation",
+    "position",
+    "size",
+    "ocr",
+    "common",
+    "background",
+    "texture",
+)
+"""From questions about one object to questions about the scene."""
+
+RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+
+OPENERS: tuple[str, ...] = ("How", "Is", "What", "Which", "Where", "Does", "Are", "Name", "Read")
+"""Words that may open a question; the tokenizer writes them in lower case."""
+
+_FUNCTION_WORDS = ["?", ".", ",", "a", "an", "the", "is", "are", "there", "any", "of", "on", "in", "it", "many", "what", "which", "where", "how", "does", "do", "say", "colour", "shape", "shapes", "object", "objects", "one", "size", "sign", "background", "texture", "most", "common", "text", "written", "name", "read", "have", "left", "right", "above", "below", "top", "bottom", "or", "yes", "no"]
+
+
+def words() -> list[str]:
+    """Every word of every question and answer, in the tokenizer's order, each once."""
+    digits = [str(n) for n in range(10)]
+    everything = [
+        *_FUNCTION_WORDS,
+        *SHAPES,
+        *PLURALS.values(),
+        *OBJECT_COLOURS,
+        *BACKGROUND_COLOURS,
+        *SIZES,
+        *TEXTURES,
+        *digits,
+        *CHARACTERS,
+    ]
+    return list(dict.fromkeys(everything))

@@ -1,0 +1,181 @@
+"""Scenes are reproducible, splits do not meet, and every answer is true and the only one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from atp_patch.builtin import SPLITS, TASKS, Question, Scene, SceneConfig, make_scene
+from atp_patch.builtin.glyphs import FONTS, glyph
+from atp_patch.builtin.labels import PATCH_FIELDS, patch_labels
+from atp_patch.builtin.vocabulary import CHARACTERS, OBJECT_COLOURS, PLURALS, SHAPES
+
+SCENES = 150
+
+
+def digest(scene: Scene) -> str:
+    text = repr((scene.layout, scene.questions)).encode()
+    return hashlib.sha256(text + scene.image.tobytes()).hexdigest()
+
+
+def test_same_arguments_give_the_same_scene() -> None:
+    assert digest(make_scene("test", 7)) == digest(make_scene("test", 7))
+
+
+def test_scene_does_not_depend_on_the_hash_seed() -> None:
+    program = (
+        "import hashlib; from atp_patch.builtin import make_scene; s = make_scene('train', 5);"
+        "text = repr((s.layout, s.questions)).encode();"
+        "print(hashlib.sha256(text + s.image.tobytes()).hexdigest())"
+    )
+    for seed in ("1", "2"):
+        shown = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert shown.stdout.strip() == digest(make_scene("train", 5))
+
+
+def test_no_scene_is_in_two_splits() -> None:
+    seen = {split: {digest(make_scene(split, k)) for k in range(SCENES)} for split in SPLITS}
+    assert all(len(digests) == SCENES for digests in seen.values())
+    assert not seen["train"] & seen["development"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["development"] & seen["test"]
+
+
+def test_image_is_192_rgb() -> None:
+    image = make_scene("test", 0).image
+    assert image.size == (192, 192)
+    assert image.mode == "RGB"
+
+
+def test_objects_and_sign_do_not_overlap_and_lie_inside() -> None:
+    for k in range(SCENES):
+        scene = make_scene("train", k, SceneConfig(min_objects=4, max_objects=8))
+        boxes = [
+            (o.x_px - o.radius_px, o.y_px - o.radius_px, o.x_px + o.radius_px, o.y_px + o.radius_px)
+            for o in scene.objects
+        ]
+        if (sign := scene.layout.sign) is not None:
+            right, bottom = sign.x_px + sign.width_px, sign.y_px + sign.height_px
+            boxes.append((sign.x_px, sign.y_px, right, bottom))
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            assert min(left, top) >= 0 and max(right, bottom) <= 192
+            for other in boxes[:i]:
+                apart = other[0] >= right or left >= other[2]
+                apart |= other[1] >= bottom or top >= other[3]
+                assert apart, (k, scene.layout)
+
+
+def named(scene: Scene, phrase: str) -> list[tuple[str, str, str, int, int]]:
+    """Objects that a phrase such as "red circles" or "blue object" matches."""
+    singular = {plural: shape for shape, plural in PLURALS.items()}
+    found = [(o.colour, o.shape, o.size, o.x_px, o.y_px) for o in scene.objects]
+    for word in phrase.split():
+        if word in OBJECT_COLOURS:
+            found = [o for o in found if o[0] == word]
+        elif word in SHAPES or word in singular:
+            found = [o for o in found if o[1] == singular.get(word, word)]
+        else:
+            assert word in ("object", "shapes"), phrase
+    return found
+
+
+def the(scene: Scene, phrase: str) -> tuple[str, str, str, int, int]:
+    found = named(scene, phrase)
+    assert len(found) == 1, f"{phrase!r} is ambiguous"
+    return found[0]
+
+
+def truth(scene: Scene, question: Question) -> str:
+    """The answer, found from the text alone and without the generator's own code."""
+    text = question.text.rstrip("?.")
+    if text.startswith("How many"):
+        match = re.fullmatch(r"How many (.+) are there", text)
+        assert match
+        return str(len(named(scene, match[1])))
+    if match := re.fullmatch(r"Is (?:there )?an? (\w+ \w+)(?: there)?", text):
+        return "yes" if named(scene, match[1]) else "no"
+    if match := re.fullmatch(r"Is the (\w+ \w+) (left of|right of|above|below) the (.+)", text):
+        _, _, _, ax, ay = the(scene, match[1])
+        _, _, _, bx, by = the(scene, match[3])
+        gap = {"left of": bx - ax, "right of": ax - bx, "above": by - ay, "below": ay - by}
+        assert abs(gap[match[2]]) >= 20
+        return "yes" if gap[match[2]] > 0 else "no"
+    if match := re.fullmatch(r"Where is the (.+)", text):
+        _, _, _, x, y = the(scene, match[1])
+        assert abs(x - 96) >= 12 and abs(y - 96) >= 12
+        return ("top" if y < 96 else "bottom") + (" left" if x < 96 else " right")
+    if match := re.fullmatch(r"(?:Is the (.+) small or large|What size is the (.+))", text):
+        return the(scene, match[1] or match[2])[2]
+    if "sign" in text:
+        assert scene.layout.sign is not None
+        return " ".join(scene.layout.sign.text)
+    if "most common" in text:
+        colours = [o.colour for o in scene.objects]
+        most = max(colours.count(c) for c in colours)
+        winners = {c for c in colours if colours.count(c) == most}
+        assert len(winners) == 1
+        return winners.pop()
+    if "texture" in text:
+        return scene.layout.texture
+    if "background" in text:
+        return scene.layout.background
+    if match := re.fullmatch(r"W\w+ colour (?:is|does) the (\w+)(?: have)?", text):
+        return the(scene, match[1])[0]
+    if match := re.fullmatch(r"What (?:shape )?is the (\w+ object)", text):
+        return the(scene, match[1])[1]
+    raise AssertionError(f"cannot read {question.text!r}")
+
+
+@pytest.mark.parametrize("split", list(SPLITS))
+def test_answers_agree_with_an_independent_reading(split: str) -> None:
+    asked = set()
+    for k in range(SCENES):
+        scene = make_scene(split, k)
+        for question in scene.questions:
+            assert question.answer == truth(scene, question), (split, k, question)
+            asked.add(question.task)
+    assert asked == set(TASKS)
+
+
+def test_answers_of_dense_scenes_too() -> None:
+    for k in range(60):
+        scene = make_scene("train", k, SceneConfig(min_objects=6, max_objects=8))
+        assert all(q.answer == truth(scene, q) for q in scene.questions)
+
+
+def test_glyphs_differ_in_every_font() -> None:
+    for font in FONTS:
+        inks = {glyph(c, font).tobytes() for c in CHARACTERS}
+        assert len(inks) == len(CHARACTERS)
+
+
+def test_each_object_has_one_core_patch_in_every_stride_two_subset() -> None:
+    for k in range(40):
+        layout = make_scene("train", k).layout
+        labels = patch_labels(layout)[:, list(PATCH_FIELDS).index("core")].reshape(24, 24)
+        for row in range(2):
+            for column in range(2):
+                assert np.sum(labels[row::2, column::2]) == len(layout.objects)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="no split"):
+        make_scene("validation", 0)
+    with pytest.raises(ValueError, match="0 or more"):
+        make_scene("test", -1)
+    with pytest.raises(ValueError, match="no task"):
+        make_scene("test", 0, tasks=("smell",))
+    with pytest.raises(ValueError, match="max_objects"):
+        SceneConfig(max_objects=9)

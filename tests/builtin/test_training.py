@@ -1,0 +1,161 @@
+"""The training program's parts: its forward pass is the model's own, growth changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from atp_patch.builtin.architecture import DECODER_LAYERS, ORIGINALS, build, grow
+from atp_patch.builtin.batches import TEXT_LENGTH, BatchSpec, make_batch
+from atp_patch.builtin.forward import (
+    PREFIX,
+    decoder_forward,
+    to_pixel_values,
+    tower_forward,
+    window_order,
+)
+from atp_patch.builtin.losses import answered
+from atp_patch.builtin.optim import orthogonalize
+from atp_patch.builtin.scenes import make_scene
+from atp_patch.builtin.stages import STAGES
+from atp_patch.builtin.tokens import IMAGE, PAD, encode, word_ids
+from atp_patch.builtin.train import (
+    Learner,
+    load_checkpoint,
+    make_heads,
+    make_optimizers,
+    save_checkpoint,
+    tower_loss,
+)
+
+EVERYTHING = torch.arange(576)
+
+
+def plain_logits(model: torch.nn.Module, pixel_values: Tensor, text: Tensor) -> Tensor:
+    """The model's own forward on one question, logits at its text."""
+    prefix = torch.tensor([word_ids()[t] for t in PREFIX])
+    image = torch.full((576,), word_ids()[IMAGE])
+    ids = torch.cat([prefix, image, text])[None]
+    output = model(
+        input_ids=ids, pixel_values=pixel_values[None], attention_mask=torch.ones_like(ids)
+    )
+    logits: Tensor = output.logits[0, len(PREFIX) + 576 :]
+    return logits
+
+
+@torch.no_grad()
+def test_packed_questions_equal_single_ones() -> None:
+    torch.manual_seed(0)
+    model = build(3).eval()
+    batch = make_batch(BatchSpec(2), 0)
+    pixel_values, ids = to_pixel_values(batch["pixels"]), torch.tensor(batch["ids"])
+    features = tower_forward(model, pixel_values)
+    logits, _ = decoder_forward(model, features, EVERYTHING, ids)
+    for row, question in ((0, 0), (0, 5), (1, 3)):
+        text = ids[row, question]
+        text = text[text != word_ids()[PAD]]
+        expected = plain_logits(model, pixel_values[row], text)
+        torch.testing.assert_close(
+            logits[row, question, : len(text)], expected, atol=1e-5, rtol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_growth_keeps_the_function() -> None:
+    torch.manual_seed(0)
+    shallow = build(len(ORIGINALS)).eval()
+    deep = grow(shallow).eval()
+    assert len(deep.model.language_model.layers) == DECODER_LAYERS == 32
+    batch = make_batch(BatchSpec(1), 0)
+    pixel_values = to_pixel_values(batch["pixels"])
+    text = torch.tensor(encode("How many red shapes are there?"))
+    torch.testing.assert_close(
+        plain_logits(deep, pixel_values[0], text),
+        plain_logits(shallow, pixel_values[0], text),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_layers_that_are_scored_are_originals() -> None:
+    assert {3, 13, 23} <= set(ORIGINALS)
+
+
+@torch.no_grad()
+def test_windows_do_not_see_each_other() -> None:
+    model = build(1).eval()
+    order = window_order((5, 7))
+    assert order.sort().values.equal(EVERYTHING)
+    pixels = to_pixel_values(make_batch(BatchSpec(1), 0)["pixels"])
+    changed = pixels.clone()
+    first = int(order[0])
+    row, column = first // 24 * 8, first % 24 * 8
+    changed[..., row : row + 8, column : column + 8] = 0
+    moved = (tower_forward(model, pixels, order) - tower_forward(model, changed, order))[0]
+    touched = moved.abs().amax(-1) > 0
+    assert touched[order[:144]].any()
+    assert not touched[order[144:]].any()
+
+
+def test_no_question_is_longer_than_a_row() -> None:
+    for k in range(200):
+        for question in make_scene("train", k).questions:
+            tokens = len(encode(question.text)) + 1 + len(encode(question.answer)) + 1
+            assert tokens <= TEXT_LENGTH
+
+
+def test_answered_needs_every_token() -> None:
+    targets = torch.tensor([[[-100, 1, 2, -100], [-100, 1, 2, -100]]])
+    logits = torch.zeros(1, 2, 4, 3)
+    logits[0, :, 1, 1] = 1
+    logits[0, 0, 2, 2] = 1
+    assert answered(logits, targets).tolist() == [[True, False]]
+
+
+def test_orthogonalize_brings_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 32, 16), (2, 16, 32)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+
+
+def test_batches_are_the_same_every_time() -> None:
+    spec = BatchSpec(2, views=2, with_patch_labels=True)
+    first, again = make_batch(spec, 3), make_batch(spec, 3)
+    for name, values in first.items():
+        assert (values == again[name]).all()
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resumed_training_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
+    stage = replace(STAGES[0], batch=replace(STAGES[0].batch, images=1))
+
+    def fresh() -> Learner:
+        torch.manual_seed(0)
+        model, heads = build(1), make_heads()
+        return Learner(model, heads, make_optimizers(model, heads, stage))
+
+    def advance(learner: Learner, steps: range) -> None:
+        for step in steps:
+            loss, _ = tower_loss(learner, make_batch(stage.batch, step), stage, step, False)
+            loss.backward()
+            for optimizer in learner.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    whole, cut = fresh(), fresh()
+    advance(whole, range(3))
+    advance(cut, range(stop))
+    save_checkpoint(tmp_path / "c.safetensors", cut, stop)
+    resumed = fresh()
+    done = load_checkpoint(tmp_path / "c.safetensors", resumed, with_optimizers=True)
+    advance(resumed, range(done, 3))
+    for (name, a), (_, b) in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
