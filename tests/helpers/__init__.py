@@ -1,0 +1,1 @@
+"""What the tests share: tiny models with real grids, inputs, and independent oracles."""

@@ -1,0 +1,185 @@
+"""Independent references for pruning: the plain model, at full length, with pruned keys masked out.
+
+Nothing here knows how the package prunes. Masks are built from scratch (causality, padding, sliding
+window, kept keys), given to each decoder layer by a pre-hook, and eager attention adds them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.helpers.inputs import Inputs, real_mask, visual_mask
+from tests.helpers.tiny import decoder_layers
+
+Kept = Mapping[int, Tensor]  # pruning layer -> (B, L) bool in original positions, cumulative
+
+
+@contextmanager
+def masked(model: PreTrainedModel, real: Tensor, kept: Kept) -> Iterator[PreTrainedModel]:
+    """A plain eager copy of ``model`` whose layers from each pruning layer on miss the pruned keys.
+
+    Args:
+        model: a plain model of any attention backend; it is copied.
+        real: (B, L) bool, False at padding.
+        kept: for each pruning layer, which keys it and the later layers may see. The sequence may
+            grow beyond ``L`` and the batch may be repeated, as generation does it.
+    """
+    reference = eager(model)
+    window = getattr(reference.config.get_text_config(), "sliding_window", None)
+    hooks = []
+    for number, layer in enumerate(decoder_layers(reference)):
+        passed = [step for step in kept if step <= number]
+        visible = kept[max(passed)] & real if passed else real
+
+        def mask_keys(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], visible: Tensor = visible
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            batch, length = args[0].shape[:2]
+            mask = additive_mask(_fitted(visible, batch, length), window, args[0].dtype)
+            return args, {**kwargs, "attention_mask": mask}
+
+        hooks.append(layer.register_forward_pre_hook(mask_keys, with_kwargs=True))
+    yield reference
+    for hook in hooks:
+        hook.remove()
+
+
+def additive_mask(visible: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """(B, 1, L, L), 0 where a query may see a key and hugely negative elsewhere.
+
+    Every token sees itself, so that no row is empty.
+    """
+    place = torch.arange(visible.shape[1])
+    distance = place[:, None] - place[None, :]
+    near = distance >= 0
+    if window is not None:
+        near &= distance < window
+    seen = near & visible[:, None, None, :] | (distance == 0)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def eager(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a plain model with eager attention."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    return reference
+
+
+def masked_logits(model: PreTrainedModel, inputs: Inputs, kept: Kept, **kwargs: Any) -> Tensor:
+    """(B, L, vocabulary) logits of the masked full-length model."""
+    with torch.no_grad(), masked(model, real_mask(inputs), kept) as reference:
+        return reference(**inputs, use_cache=False, **kwargs).logits
+
+
+def masked_generate(model: PreTrainedModel, inputs: Inputs, kept: Kept, **kwargs: Any) -> Any:
+    """``generate`` of the masked model, every step at full length without any cache."""
+    with torch.no_grad(), masked(model, real_mask(inputs), kept) as reference:
+        return reference.generate(**inputs, use_cache=False, **kwargs)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What the full-length masked model computed.
+
+    Attributes:
+        attentions: a layer's (B, H, L, L) probabilities, one a layer.
+        logits: a layer's (B, H, L, L) attention logits before any mask.
+        hidden_states: (B, L, D), one a layer and the normed last.
+    """
+
+    attentions: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
+
+
+def attention_maps(model: PreTrainedModel, inputs: Inputs, kept: Kept) -> Maps:
+    """Full maps of every layer, by ``output_attentions`` and by multiplying q and k out anew."""
+    logits: list[Tensor] = []
+
+    def multiply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cos, sin = (table.unsqueeze(1) for table in kwargs["position_embeddings"])
+        query, key = (
+            _rotated(_heads(projection(hidden), module.head_dim), cos, sin)
+            for projection in (module.q_proj, module.k_proj)
+        )
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits.append(torch.einsum("bhqd,bhkd->bhqk", query, key) / module.head_dim**0.5)
+
+    with torch.no_grad(), masked(model, real_mask(inputs), kept) as reference:
+        for layer in decoder_layers(reference):
+            layer.self_attn.register_forward_pre_hook(multiply, with_kwargs=True)
+        out = reference(
+            **inputs, use_cache=False, output_attentions=True, output_hidden_states=True
+        )
+    return Maps(out.attentions, tuple(logits), out.hidden_states)
+
+
+def atp_scores(maps: Maps, inputs: Inputs, layer: int, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """``S_self`` (eq. 3) and ``S_cross`` (eq. 4) before ``layer``: (B, L), NaN where not scored.
+
+    Args:
+        maps: of a model masked as the layers before ``layer`` are.
+        alive: (B, L) bool, the tokens that reach ``layer - 1``.
+    """
+    visual, real = visual_mask(inputs), real_mask(inputs)
+    own, cross = (torch.full(visual.shape, torch.nan) for _ in range(2))
+    for b in range(visual.shape[0]):
+        scored = (visual & alive)[b].nonzero().flatten()
+        if not len(scored):
+            continue
+        first = int(visual[b].nonzero()[0])
+        text = [p for p in range(visual.shape[1]) if real[b, p] and not visual[b, p] and p > first]
+        raw = maps.logits[layer - 1][b].mean(0)
+        own[b, scored] = raw[scored][:, scored].mean(0)
+        paid = maps.attentions[layer - 1][b].mean(0)
+        cross[b, scored] = paid[text][:, scored].mean(0)
+    return own, cross
+
+
+def fastv_choice(
+    model: PreTrainedModel, inputs: Inputs, layers: Sequence[int], counts: Sequence[Sequence[int]]
+) -> dict[int, Tensor]:
+    """What FastV keeps, greedily: the tokens to which the last token pays most attention.
+
+    Args:
+        counts: for each pruning layer, how many visual tokens each sample keeps.
+
+    Returns:
+        Pruning layer -> (B, L) bool, text kept and padding not.
+    """
+    visual, real = visual_mask(inputs), real_mask(inputs)
+    alive, kept = real.clone(), {}
+    for layer, wanted in zip(layers, counts, strict=True):
+        paid = attention_maps(model, inputs, kept).attentions[layer - 1].mean(1)
+        alive = alive.clone()
+        for b, count in enumerate(wanted):
+            last = int(real[b].nonzero()[-1])
+            scored = (visual & alive)[b].nonzero().flatten()
+            order = paid[b, last, scored].argsort(descending=True)
+            alive[b, scored[order[count:]]] = False
+        kept[layer] = alive
+    return kept
+
+
+def _fitted(visible: Tensor, batch: int, length: int) -> Tensor:
+    """``visible`` repeated for beams and grown by the generated tokens, which are never pruned."""
+    visible = visible.repeat_interleave(batch // visible.shape[0], 0)
+    return nn.functional.pad(visible, (0, length - visible.shape[1]), value=True)
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    return states.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = states.chunk(2, -1)
+    return states * cos + torch.cat([-second, first], -1) * sin
