@@ -26,6 +26,8 @@ class Adapter(ModelHubMixin):
 
     def __init__(self, pruning: PruningConfig, tensors: dict[str, Tensor]) -> None:
         self.pruning, self.tensors = pruning, tensors
+        # The mixin would write the arguments above into a config.json of its own.
+        self._hub_mixin_config = None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(self.pruning.to_json(), encoding="utf-8")

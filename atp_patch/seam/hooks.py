@@ -63,6 +63,9 @@ class Decode:
         mask = kwargs.get("attention_mask")
         if held is None or (mask is None and held.valid is None):
             return
+        if torch.compiler.is_compiling():  # object identities would force a recompilation a step
+            kwargs["attention_mask"] = decode_mask(mask, held, length, flash=self.flash)
+            return
         # Layers that were pruned together share their positions, and so the mask.
         key = (id(mask), id(held.positions))
         if key not in self._masks:

@@ -1,0 +1,57 @@
+"""Pure torch: every function cites its equation and gives shapes."""
+
+from atp_patch.maths.budget import (
+    average_tokens,
+    keep_counts,
+    least_target,
+    paper_proportions,
+    target_counts,
+)
+from atp_patch.maths.flops import (
+    kv_bytes,
+    layer_flops,
+    paper_flops_reduction,
+    paper_layer_flops,
+    prefill_flops,
+)
+from atp_patch.maths.indexing import (
+    descending_rank,
+    gather_heads,
+    gather_tokens,
+    local_index,
+    pack,
+    scatter_tokens,
+    top_k_mask,
+)
+from atp_patch.maths.scores import cross_scores, normalise_scores, redundant_scores, self_scores
+from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
+from atp_patch.maths.thresholds import budget_thresholds, hard_keep
+
+__all__ = [
+    "average_tokens",
+    "budget_thresholds",
+    "cross_scores",
+    "descending_rank",
+    "gather_heads",
+    "gather_tokens",
+    "hard_keep",
+    "keep_counts",
+    "kv_bytes",
+    "layer_flops",
+    "least_target",
+    "local_index",
+    "normalise_scores",
+    "pack",
+    "paper_flops_reduction",
+    "paper_layer_flops",
+    "paper_proportions",
+    "prefill_flops",
+    "progressive_order",
+    "redundant_scores",
+    "scatter_tokens",
+    "self_scores",
+    "spatial_scores",
+    "target_counts",
+    "to_reference_grid",
+    "top_k_mask",
+]

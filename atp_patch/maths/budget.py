@@ -1,0 +1,101 @@
+"""How many visual tokens to keep after each pruning layer: plain integers, no tensors."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+_PAPER_COUNTS = (
+    126.0,
+    88.0,
+    20.0,
+)  # ATP-LLaVA: [126, 88, 20] after layers [4, 14, 24], 144 on average
+
+
+def paper_proportions(layers: int) -> tuple[float, ...]:
+    """The paper's counts relative to the first, resampled to any number of pruning layers."""
+    if layers == 1:
+        return (1.0,)
+    last = len(_PAPER_COUNTS) - 1
+    shares = []
+    for j in range(layers):
+        place = j * last / (layers - 1)
+        left = min(int(place), last - 1)
+        low, high = _PAPER_COUNTS[left], _PAPER_COUNTS[left + 1]
+        shares.append((low + (high - low) * (place - left)) / _PAPER_COUNTS[0])
+    return tuple(shares)
+
+
+def average_tokens(
+    total: int, counts: Sequence[float], layers: Sequence[int], num_layers: int
+) -> float:
+    """Visual tokens averaged over all decoder layers (Nbar of eq. 13).
+
+    >>> average_tokens(576, [126, 88, 20], [4, 14, 24], 32)
+    143.875
+    """
+    ends = [*layers[1:], num_layers]
+    spans = (end - start for start, end in zip(layers, ends, strict=True))
+    kept = sum(span * count for span, count in zip(spans, counts, strict=True))
+    return (layers[0] * total + kept) / num_layers
+
+
+def least_target(total: int, layers: Sequence[int], num_layers: int, minimum: int = 1) -> float:
+    """The least average possible: all tokens before the first pruning, ``minimum`` after it."""
+    return average_tokens(total, [min(minimum, total)] * len(layers), layers, num_layers)
+
+
+def target_counts(
+    total: int,
+    layers: Sequence[int],
+    num_layers: int,
+    target: float,
+    proportions: Sequence[float] | None = None,
+) -> tuple[int, ...]:
+    """Counts after each pruning layer whose average over all layers is ``target``.
+
+    Args:
+        total: visual tokens before pruning.
+        proportions: of the counts to each other; the paper's by default.
+
+    Returns:
+        Integers from 1 to ``total`` that never rise; all ``total`` if the target is no less.
+
+    Raises:
+        ValueError: where the target is below :func:`least_target`.
+    """
+    shares = paper_proportions(len(layers)) if proportions is None else proportions
+    if target >= total:
+        return (total,) * len(layers)
+    least = least_target(total, layers, num_layers)
+    if target < least:
+        raise ValueError(f"target {target:g} is below the least possible average of {least:.1f}")
+
+    def counts(scale: float) -> tuple[int, ...]:
+        kept: list[int] = []
+        for share in shares:
+            kept.append(min(max(round(scale * share), 1), kept[-1] if kept else total))
+        return tuple(kept)
+
+    def average(scale: float) -> float:
+        return average_tokens(total, counts(scale), layers, num_layers)
+
+    # The average is a staircase in the scale: take the nearer of the two steps around the target.
+    step = 0.01
+    scales = range(int(total / min(shares) / step) + 2)
+    at = bisect_left(scales, target, key=lambda i: average(i * step))
+    around = [counts(i * step) for i in (max(at - 1, 0), min(at, len(scales) - 1))]
+    return min(
+        around, key=lambda kept: abs(average_tokens(total, kept, layers, num_layers) - target)
+    )
+
+
+def keep_counts(total: int, keep: Sequence[float], minimum: int = 1) -> tuple[int, ...]:
+    """Counts where each pruning layer keeps a share of what reached it, but ``minimum`` at
+    least.
+    """
+    kept: list[int] = []
+    for share in keep:
+        left = kept[-1] if kept else total
+        kept.append(max(min(minimum, left), round(share * left)))
+    return tuple(kept)

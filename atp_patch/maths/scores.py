@@ -1,0 +1,149 @@
+"""Attention scores of visual tokens, from post-rotary queries and keys alone (ATP-LLaVA eq. 3-4).
+
+``B`` batch, ``H`` query heads, ``Hk`` key/value heads (query head ``h`` reads key head
+``h // (H / Hk)``), ``V`` packed visual tokens, ``T`` packed text rows, ``K`` keys, ``d`` head size.
+No attention map over all tokens is ever built.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from atp_patch.maths.indexing import descending_rank
+
+
+def self_scores(
+    query: Tensor, key: Tensor, valid: Tensor, scaling: float, *, causal: bool = False
+) -> Tensor:
+    """S_self of eq. 3: the mean attention logit that a visual token gets from visual queries.
+
+    The logits are linear in the queries, so their mean is the logit of the mean query: O(V d).
+
+    Args:
+        query: (B, H, V, d) of the visual tokens; ``key``: (B, Hk, V, d).
+        valid: (B, V) bool.
+        scaling: factor of the logits, usually ``d ** -0.5``.
+        causal: average only over the queries that causality lets see the token (itself and later).
+
+    Returns:
+        (B, V) float32, 0 in invalid slots.
+    """
+    groups = query.shape[1] // key.shape[1]
+    # Heads that share a key head can be summed before the product.
+    queries = rearrange(query.float(), "b (k g) v d -> b k g v d", g=groups).sum(2)
+    queries = queries.masked_fill(~valid[:, None, :, None], 0.0)
+    if causal:
+        total = queries.flip(2).cumsum(2).flip(2)
+        seen_by = valid.flip(1).cumsum(1).flip(1)
+        logits = (total * key.float()).sum((1, 3)) / seen_by.clamp(min=1)
+    else:
+        total = queries.sum(2)
+        logits = torch.einsum("bkd,bkvd->bv", total, key.float())
+        logits = logits / valid.sum(1, keepdim=True).clamp(min=1)
+    return (logits * (scaling / query.shape[1])).masked_fill(~valid, 0.0)
+
+
+def cross_scores(
+    query: Tensor,
+    key: Tensor,
+    row_valid: Tensor,
+    visual_index: Tensor,
+    visual_valid: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+    renormalise: bool = False,
+    chunk_rows: int = 64,
+) -> Tensor:
+    """S_cross of eq. 4: the attention probability a visual token gets, averaged over text rows.
+
+    Args:
+        query: (B, H, T, d) of the text rows; ``key``: (B, Hk, K, d), all keys they may see.
+        row_valid: (B, T) bool, rows that count.
+        visual_index, visual_valid: (B, V) places of the visual tokens among the keys.
+        scaling: factor of the logits.
+        mask: broadcastable to (B, H, T, K): bool (True = visible) or float (added to the logits).
+        renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
+        chunk_rows: rows whose probabilities are held at a time.
+
+    Returns:
+        (B, V) float32; zeros for a sample without a row that counts.
+    """
+    batch, heads, rows, _ = query.shape
+    groups = heads // key.shape[1]
+    keys = key.transpose(-1, -2)
+    column = visual_index[:, None, None, :]
+    total = torch.zeros(visual_index.shape, dtype=torch.float32, device=query.device)
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, start + chunk_rows)
+        grouped = rearrange(query[:, :, part], "b (k g) t d -> b k (g t) d", g=groups)
+        logits = rearrange((grouped @ keys).float(), "b k (g t) n -> b (k g) t n", g=groups)
+        logits = logits * scaling
+        if mask is not None:
+            here = mask if mask.shape[2] == 1 else mask[:, :, part]
+            hidden = torch.finfo(logits.dtype).min
+            logits = (
+                logits.masked_fill(~here, hidden) if here.dtype == torch.bool else logits + here
+            )
+        probability = logits.softmax(-1)
+        seen = probability.gather(3, column.expand(batch, heads, logits.shape[2], -1))
+        seen = seen.masked_fill(~visual_valid[:, None, None, :], 0.0)
+        if renormalise:
+            seen = seen / seen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        total += (seen.mean(1) * row_valid[:, part, None]).sum(1)
+    return total / row_valid.sum(1, keepdim=True).clamp(min=1)
+
+
+def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:
+    """Bring a sample's scores to one scale.
+
+    Args:
+        scores, valid: (B, V).
+        mode: "rank": (rank + 0.5) / n from the worst to the best of the n valid tokens, distinct,
+            the earlier of equals higher; "minmax": to [0, 1], 0.5 where all are equal; "none".
+
+    Returns:
+        (B, V) float32, 0 in invalid slots.
+    """
+    scores = scores.float()
+    if mode == "rank":
+        count = valid.sum(1, keepdim=True)
+        from_worst = count - 1 - descending_rank(scores, valid)
+        scores = (from_worst + 0.5) / count.clamp(min=1)
+    elif mode == "minmax":
+        low = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+        high = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+        spread = high - low
+        scaled = (scores - low) / torch.where(spread > 0, spread, 1.0)
+        scores = torch.where(spread > 0, scaled, 0.5)
+    elif mode != "none":
+        raise ValueError(f"unknown score normalisation {mode!r}: rank, minmax or none")
+    return scores.masked_fill(~valid, 0.0)
+
+
+def redundant_scores(
+    s_self: Tensor, s_cross: Tensor, valid: Tensor, *, score: str, norm: str
+) -> Tensor:
+    """S_redundant: the mean of both scores (below eq. 4), or one of them alone.
+
+    Args:
+        s_self, s_cross, valid: (B, V).
+        score: "mean", "cross" or "self".
+        norm: a mode of :func:`normalise_scores`; a mean of ranks is ranked again, so that a
+            threshold ``t`` prunes exactly a share ``t``.
+
+    Returns:
+        (B, V) float32, 0 in invalid slots.
+    """
+    if score == "self":
+        return normalise_scores(s_self, valid, norm)
+    if score == "cross":
+        return normalise_scores(s_cross, valid, norm)
+    if score != "mean":
+        raise ValueError(f"unknown score {score!r}: mean, cross or self")
+    both = (normalise_scores(s, valid, norm) for s in (s_self, s_cross))
+    mean = sum(both) / 2
+    assert isinstance(mean, Tensor)
+    return normalise_scores(mean, valid, "rank") if norm == "rank" else mean

@@ -1,0 +1,105 @@
+"""Spatial scores (ATP-LLaVA eq. 5), and bringing any grid to one reference size."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+@lru_cache(maxsize=256)
+def progressive_order(height: int, width: int) -> Tensor:
+    """An order of a grid's places of which every beginning covers the grid evenly.
+
+    Farthest point first, from the centre: each next place is the one farthest from all before it.
+
+    Returns:
+        (height * width,) int64: the turn of each place, row-major. Shared between calls: do not
+        write.
+    """
+    row = torch.arange(height).repeat_interleave(width)
+    column = torch.arange(width).repeat(height)
+    turn = torch.empty(height * width, dtype=torch.long)
+    distance = torch.full((height * width,), torch.iinfo(torch.long).max)
+    place = (height // 2) * width + width // 2
+    for j in range(height * width):
+        turn[place] = j
+        torch.minimum(
+            distance, (row - row[place]) ** 2 + (column - column[place]) ** 2, out=distance
+        )
+        distance[place] = -1
+        place = int(distance.argmax())
+    return turn
+
+
+def spatial_scores(
+    height: int, width: int, *, order: str = "progressive", lambda_sample: float = 3.0
+) -> Tensor:
+    """S_spatial of eq. 5, ``1 - R * lambda_sample`` clipped to [0, 1], for each place of a grid.
+
+    Args:
+        order: "strided": sampling with strides 2, 3, 4, ... in both directions, centred, where R is
+            the share sampled and a place on several grids takes its highest score; "progressive":
+            the j-th place of :func:`progressive_order` has R = (j + 1) / (height * width), which is
+            eq. 5 with every rate.
+
+    Returns:
+        (height * width,) float32, row-major.
+    """
+    places = height * width
+    if order == "progressive":
+        rate = (progressive_order(height, width).float() + 1) / places
+        return (1 - lambda_sample * rate).clamp(0, 1)
+    if order != "strided":
+        raise ValueError(f"unknown spatial order {order!r}: progressive or strided")
+    scores = torch.zeros(height, width)
+    for stride in range(max(height, width), 1, -1):
+        rows = torch.arange((height - 1) % stride // 2, height, stride)
+        columns = torch.arange((width - 1) % stride // 2, width, stride)
+        score = 1 - lambda_sample * len(rows) * len(columns) / places
+        sampled = (rows[:, None], columns[None, :])
+        scores[sampled] = scores[sampled].clamp(min=min(max(score, 0.0), 1.0))
+    return scores.flatten()
+
+
+def to_reference_grid(
+    values: Tensor,
+    grid_id: Tensor,
+    row: Tensor,
+    col: Tensor,
+    valid: Tensor,
+    heights: Tensor,
+    widths: Tensor,
+    size: int = 24,
+) -> Tensor:
+    """Put values back into their grids, bring each to ``size`` x ``size``, average a sample's
+    grids.
+
+    This gives the threshold heads (eq. 6) one input size for any resolution, tile and frame count.
+    It reads the grid sizes, which waits for the device once.
+
+    Args:
+        values, grid_id, row, col, valid: (B, V); places without a valid value are 0.
+        heights, widths: (B, G) int64; 0 where a sample has fewer grids.
+
+    Returns:
+        (B, size, size) in the dtype of ``values``; zeros for a sample without grids.
+    """
+    sizes = torch.stack([heights, widths], -1).tolist()
+    out = values.new_zeros(values.shape[0], size, size)
+    for b, sample in enumerate(sizes):
+        grids = [(g, h, w) for g, (h, w) in enumerate(sample) if h and w]
+        for g, h, w in grids:
+            here = valid[b] & (grid_id[b] == g)
+            # Values of other grids go to a spare last place.
+            place = torch.where(here, row[b] * w + col[b], h * w)
+            plane = values.new_zeros(h * w + 1).scatter(0, place, values[b])[: h * w]
+            plane = plane.reshape(1, 1, h, w)
+            if (h, w) != (size, size):
+                plane = interpolate(
+                    plane, (size, size), mode="bilinear", align_corners=False, antialias=True
+                )
+            out[b] += plane[0, 0] / len(grids)
+    return out

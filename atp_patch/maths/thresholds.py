@@ -1,0 +1,77 @@
+"""Scores against thresholds: hard decisions, soft masks, and thresholds that meet a count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Above every score and below every score: scores of budgets are ranks in (0, 1).
+_ABOVE, _BELOW = 2.0, -1.0
+
+
+def hard_keep(
+    s_redundant: Tensor,
+    s_spatial: Tensor,
+    theta_redundant: Tensor,
+    theta_spatial: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """Eq. 9-11 at inference: a token stays where either score reaches its threshold.
+
+    Args:
+        s_redundant, s_spatial, valid: (B, V).
+        theta_redundant, theta_spatial: (B,).
+
+    Returns:
+        (B, V) bool, False in invalid slots.
+    """
+    by_redundant = s_redundant >= theta_redundant[:, None]
+    by_spatial = s_spatial >= theta_spatial[:, None]
+    return (by_redundant | by_spatial) & valid
+
+
+def budget_thresholds(
+    s_redundant: Tensor, s_spatial: Tensor, valid: Tensor, counts: Tensor, spatial_share: float
+) -> tuple[Tensor, Tensor]:
+    """Thresholds with which :func:`hard_keep` keeps exactly ``counts`` tokens of each sample.
+
+    Args:
+        s_redundant: (B, V) float32, distinct within a sample (ranks).
+        s_spatial: (B, V) float32; places with score 0 are never taken for their place.
+        valid: (B, V) bool.
+        counts: (B,) int64, at most the valid tokens of each sample.
+        spatial_share: about this share of a count is taken by spatial score, the rest by redundant
+            score among the others. Ties in ``s_spatial`` (strided grids) stay together, so the
+            spatial part may be smaller, never larger.
+
+    Returns:
+        theta_redundant and theta_spatial, (B,) float32, halfway between neighbouring scores.
+    """
+    if s_redundant.shape[1] == 0:
+        empty = s_redundant.new_full(counts.shape, _ABOVE)
+        return empty, empty.clone()
+    candidates = valid & (s_spatial > 0)
+    wanted = (counts * spatial_share).round().long()
+    # Every candidate's value, and how many candidates reach it: ties count together.
+    rising = s_spatial.masked_fill(~candidates, -torch.inf).sort(1).values
+    order = rising.flip(1)
+    reach = order.shape[1] - torch.searchsorted(rising, order.contiguous())
+    allowed = torch.isfinite(order) & (reach <= wanted[:, None])
+    taken = torch.where(allowed, reach, 0).amax(1)
+    theta_spatial = _between(order, taken)
+    spatial = candidates & (s_spatial >= theta_spatial[:, None])
+    rest = valid & ~spatial
+    ranked = s_redundant.masked_fill(~rest, -torch.inf).sort(1, descending=True).values
+    theta_redundant = _between(ranked, counts - taken)
+    return theta_redundant, theta_spatial
+
+
+def _between(descending: Tensor, count: Tensor) -> Tensor:
+    """(B,) thresholds that exactly the first ``count`` of each row of (B, V) sorted scores
+    reach.
+    """
+    ends = descending.new_tensor([_ABOVE, _BELOW]).expand(descending.shape[0], 2)
+    padded = torch.cat([ends[:, :1], descending.clamp(min=_BELOW), ends[:, 1:]], dim=1)
+    above = padded.gather(1, count[:, None])[:, 0]
+    below = padded.gather(1, count[:, None] + 1)[:, 0]
+    return (above + below) / 2

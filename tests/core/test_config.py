@@ -1,0 +1,130 @@
+"""Arguments are checked, budgets are met, JSON comes back as it went."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import atp_patch
+from atp_patch.config import BaseModel, PruningConfig, scaled_layers
+
+BASE = BaseModel("llava", 32, 4096)
+
+
+def config(**changes: object) -> PruningConfig:
+    settings: dict[str, object] = {"method": "atp", "layers": (4, 14, 24), "base": BASE}
+    return PruningConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def average(total: int, counts: tuple[int, ...], layers: tuple[int, ...], depth: int) -> float:
+    entering = []
+    for layer in range(depth):
+        left = total
+        for place, count in zip(layers, counts, strict=True):
+            if layer >= place:
+                left = count
+        entering.append(left)
+    return sum(entering) / depth
+
+
+def test_the_papers_budget_gives_the_papers_counts() -> None:
+    counts = config(target_tokens=143.9).counts(576)
+    assert all(abs(a - b) <= 1 for a, b in zip(counts, (126, 88, 20), strict=True))
+
+
+@pytest.mark.parametrize("total", [40, 81, 144, 256, 576, 1500, 2880])
+@pytest.mark.parametrize("share", [0.15, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize(("layers", "depth"), [((4, 14, 24), 32), ((1, 13, 25), 32), ((2,), 28)])
+def test_target_is_held_within_two_percent_or_one_token(
+    total: int, share: float, layers: tuple[int, ...], depth: int
+) -> None:
+    target = share * total
+    made = config(layers=layers, base=BaseModel("llava", depth, 64), target_tokens=target)
+    try:
+        counts = made.counts(total)
+    except atp_patch.BudgetError:
+        assert target < average(total, (1,) * len(layers), layers, depth) + 1e-9
+        return
+    assert abs(average(total, counts, layers, depth) - target) <= max(1.0, 0.02 * target)
+    assert list(counts) == sorted(counts, reverse=True)
+
+
+def test_without_a_budget_a_quarter_is_kept() -> None:
+    assert average(576, config().counts(576), (4, 14, 24), 32) == pytest.approx(144, abs=1)
+
+
+def test_minimum_of_each_image_wins_over_the_budget() -> None:
+    counts = config(keep=(0.01,) * 3, min_tokens_per_image=5).counts(100, images=4)
+    assert counts == (20, 20, 20)
+    assert config(keep=(0.01,) * 3, min_tokens=7).counts(100) == (7, 7, 7)
+    assert config(keep=(0.01,) * 3, min_tokens=7).counts(3) == (3, 3, 3)
+
+
+def test_a_budget_below_the_unpruned_layers_names_the_least_possible() -> None:
+    with pytest.raises(atp_patch.BudgetError, match=r"least possible average of 72\.9"):
+        config(target_tokens=60).counts(576)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (0, 4)}, r"layer 0 has no layer before it.*\[4, 14, 24\]"),
+        ({"layers": (4, 32)}, "layers 1 to 31"),
+        ({"layers": (-1,)}, "layers 1 to 31"),
+        ({"layers": ()}, "empty"),
+        ({"layers": (14, 4)}, "must rise"),
+        ({"layers": (4, 4)}, "must rise"),
+        ({"keep": (0.5,)}, "1 shares for 3"),
+        ({"keep": (0.5, 0.0, 0.5)}, "above 0"),
+        ({"keep": (0.5, 1.5, 0.5)}, "at most 1"),
+        ({"target_tokens": -3}, "above 0"),
+        ({"target_tokens": float("nan")}, "above 0"),
+        ({"keep": (0.5,) * 3, "target_tokens": 10}, "give one of them"),
+        ({"min_tokens": 0}, "min_tokens"),
+    ],
+)
+def test_wrong_arguments_name_the_mend(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(atp_patch.ConfigError, match=message) as caught:
+        config(**changes)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, atp_patch.ATPError)
+
+
+def test_scaled_layers_are_proportional_and_legal() -> None:
+    assert scaled_layers(32) == [4, 14, 24]
+    assert scaled_layers(28) == [4, 12, 21]
+    for depth in range(2, 90):
+        layers = scaled_layers(depth)
+        assert layers == sorted(set(layers))
+        assert 1 <= layers[0] <= layers[-1] < depth
+
+
+def test_json_round_trip() -> None:
+    made = config(keep=(0.5, 0.25, 0.125), options={"score": "mean"})
+    assert PruningConfig.from_json(made.to_json(), "here") == made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
+        ({"layers": [0]}, "layer 0"),
+        ({"base": {"family": "llava"}}, "missing"),
+    ],
+)
+def test_foreign_json_is_refused(change: dict[str, object], message: str) -> None:
+    data = {**json.loads(config().to_json()), **change}
+    with pytest.raises(atp_patch.WeightsError, match=message):
+        PruningConfig.from_json(json.dumps(data), "here")
+
+
+def test_missing_keys_and_broken_json_are_refused() -> None:
+    data = json.loads(config().to_json())
+    del data["layers"]
+    with pytest.raises(atp_patch.WeightsError, match=r"missing keys \['layers'\]"):
+        PruningConfig.from_json(json.dumps(data), "here")
+    for text in ("{", "[]", '"text"'):
+        with pytest.raises(atp_patch.WeightsError):
+            PruningConfig.from_json(text, "here")
