@@ -1,34 +1,48 @@
-"""The console script ``atp-patch``: one subcommand for each ``python -m atp_patch.<name>``."""
+"""The console script ``atp-patch``: a subcommand for each ``python -m atp_patch.<name>``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from atp_patch import __version__, demo
+from atp_patch import __version__
 
-COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {"demo": demo.main}
+# command -> the module whose ``main(argv)`` it is, and what it does
+COMMANDS = {
+    "demo": ("atp_patch.demo", "ask about an image, plain and pruned, side by side"),
+    "bench": ("atp_patch.bench.__main__", "time a pruned model against the plain one"),
+}
 
-USAGE = f"""usage: atp-patch COMMAND ...
 
-commands:
-  demo    ask about an image, plain and pruned, side by side
-
-atp-patch COMMAND --help tells a command's options. This is atp-patch {__version__}."""
+def usage() -> str:
+    """What ``atp-patch --help`` prints."""
+    lines = [f"  {name:8}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: atp-patch COMMAND ...",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "More: atp-patch COMMAND --help",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ("-h", "--help", "--version"):
-        print(f"atp-patch {__version__}" if arguments[0] == "--version" else USAGE)
+    command = arguments[0] if arguments else ""
+    if command in ("-h", "--help"):
+        print(usage())
         return 0
-    if not arguments or arguments[0] not in COMMANDS:
-        given = repr(arguments[0]) if arguments else "none"
-        print(
-            f"atp-patch: give a command of: {', '.join(COMMANDS)} (given: {given}).",
-            file=sys.stderr,
-        )
+    if command == "--version":
+        print(f"atp-patch {__version__}")
+        return 0
+    if command not in COMMANDS:
+        problem = f"unknown command {command!r}" if command else "no command given"
+        print(f"atp-patch: {problem}; known are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    name, *rest = arguments
-    return COMMANDS[name](rest, f"atp-patch {name}")
+    module, _ = COMMANDS[command]
+    return int(import_module(module).main(arguments[1:]))

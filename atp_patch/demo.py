@@ -1,0 +1,137 @@
+"""The main job: ask a model about an image, plain and pruned, and show what was saved.
+
+    python -m atp_patch.demo IMAGE "QUESTION" [options]
+
+Exit status: 0, or 2 with one line on stderr where the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atp_patch.bench.measure import compare
+from atp_patch.builtin import load_builtin
+from atp_patch.demo_options import PROG, check, parser, patch_settings
+from atp_patch.errors import ATPError, ConfigError
+from atp_patch.loading import (
+    as_seen,
+    choose_device,
+    choose_dtype,
+    encode,
+    first_line,
+    load_checkpoint,
+    quiet_transformers,
+    read_image,
+)
+from atp_patch.patch import disabled, last_trace, patch_model
+from atp_patch.report import Report, Times, print_report
+from atp_patch.visualize import overlay
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+DECODE_TOKENS = 16
+RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        with quiet_transformers(progress=args.model is not None):
+            check(args)
+            console = None if args.json else _console()
+            report = run(args)
+    except ATPError as error:
+        problem = " ".join(str(error).split())
+    except torch.OutOfMemoryError:
+        problem = "out of memory; try --dtype bfloat16, another --device, or a smaller model."
+    else:
+        if console is None:
+            print(report.to_json())
+        else:
+            print_report(report, console)
+        return 0
+    print(f"{PROG}: {problem}", file=sys.stderr)
+    return 2
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Load, answer both ways, draw, time both.
+
+    Raises:
+        ATPError: where an argument is wrong.
+    """
+    image = read_image(args.image)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+
+    def prune(model: Any) -> None:
+        patch_model(model, **patch_settings(args))
+
+    if args.model is None:
+        model, processor = load_builtin(dtype=dtype, device=device)
+    else:
+        model, processor = load_checkpoint(args.model, device, dtype, check=prune)
+        print("Answering and timing ...", file=sys.stderr)
+    prune(model)
+    inputs = encode(processor, image, args.question, model)
+    with disabled(model):
+        plain, _ = answer(model, processor, inputs, args.max_new_tokens)
+    pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
+    trace = last_trace(model)
+    if args.overlay is not None:
+        _write(overlay(as_seen(processor, image), trace), args.overlay)
+    runs = RUNS if seconds < SLOW_SECONDS else SLOW_RUNS
+    found = compare(model, dict(inputs), runs=runs, decode_tokens=DECODE_TOKENS)
+    times = Times.of(found, runs, DECODE_TOKENS)
+    return Report.of(args, model, trace, (plain, pruned), times)
+
+
+def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
+    """The greedy answer, and the seconds it took."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = str(processor.decode(new, skip_special_tokens=True)).strip()
+    return text, time.perf_counter() - start
+
+
+def _write(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--overlay {path} cannot be written ({first_line(error)}); give another file."
+        ) from error
+
+
+def _console() -> Any:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ConfigError(
+            "tables need the package rich: pip install 'atp-patch[demo]', or give --json."
+        ) from error
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
