@@ -48,6 +48,7 @@ class Patch:
         self.min_per_image = config.min_tokens_per_image
         self.visual_token_ids = family.placeholder_ids(parts.top.config)
         self.causal = family.causal
+        self.learned = heads is not None
         self.ignored_before = parts.top.__dict__.get(IGNORED)
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from atp_patch.errors import CacheError
+from atp_patch.errors import CacheError, UnsupportedModelError
 from atp_patch.seam import recorder
 from atp_patch.seam.cache import check_cache, pruned_layer
 from atp_patch.seam.host import HostPass
@@ -36,6 +36,7 @@ class Pruner(Protocol):
     min_per_image: int
     visual_token_ids: tuple[int, ...]
     causal: bool
+    learned: bool
 
     def grids(self, spans: list[list[Span]], position_ids: Tensor | None) -> Any:
         """The grids of each sample's visual tokens."""
@@ -172,6 +173,11 @@ class Seam:
         any.
         """
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        if self.parts.top.training and self.pruner.learned:
+            raise UnsupportedModelError(
+                "learned thresholds take part in inference only: call model.eval(), or train the "
+                "language model with thresholds='budget' or another method."
+            )
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
         if not bool(prompt.visual.any()):
