@@ -37,14 +37,17 @@ def masked(model: PreTrainedModel, real: Tensor, kept: Kept) -> Iterator[PreTrai
     hooks = []
     for number, layer in enumerate(decoder_layers(reference)):
         passed = [step for step in kept if step <= number]
-        visible = kept[max(passed)] & real if passed else real
+        chosen = kept[max(passed)] if passed else real
 
         def mask_keys(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], visible: Tensor = visible
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Tensor = chosen
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             batch, length = args[0].shape[:2]
-            mask = additive_mask(_fitted(visible, batch, length), window, args[0].dtype)
-            return args, {**kwargs, "attention_mask": mask}
+            visible = _fitted(chosen, batch, length) & _fitted(real, batch, length)
+            return args, {
+                **kwargs,
+                "attention_mask": additive_mask(visible, window, args[0].dtype),
+            }
 
         hooks.append(layer.register_forward_pre_hook(mask_keys, with_kwargs=True))
     yield reference
@@ -123,12 +126,15 @@ def attention_maps(model: PreTrainedModel, inputs: Inputs, kept: Kept) -> Maps:
     return Maps(out.attentions, tuple(logits), out.hidden_states)
 
 
-def atp_scores(maps: Maps, inputs: Inputs, layer: int, alive: Tensor) -> tuple[Tensor, Tensor]:
+def atp_scores(
+    maps: Maps, inputs: Inputs, layer: int, alive: Tensor, renormalise: bool = False
+) -> tuple[Tensor, Tensor]:
     """``S_self`` (eq. 3) and ``S_cross`` (eq. 4) before ``layer``: (B, L), NaN where not scored.
 
     Args:
         maps: of a model masked as the layers before ``layer`` are.
         alive: (B, L) bool, the tokens that reach ``layer - 1``.
+        renormalise: every head's and row's probabilities over the visual tokens sum to one.
     """
     visual, real = visual_mask(inputs), real_mask(inputs)
     own, cross = (torch.full(visual.shape, torch.nan) for _ in range(2))
@@ -140,8 +146,10 @@ def atp_scores(maps: Maps, inputs: Inputs, layer: int, alive: Tensor) -> tuple[T
         text = [p for p in range(visual.shape[1]) if real[b, p] and not visual[b, p] and p > first]
         raw = maps.logits[layer - 1][b].mean(0)
         own[b, scored] = raw[scored][:, scored].mean(0)
-        paid = maps.attentions[layer - 1][b].mean(0)
-        cross[b, scored] = paid[text][:, scored].mean(0)
+        paid = maps.attentions[layer - 1][b][:, text][:, :, scored]
+        if renormalise:
+            paid = paid / paid.sum(-1, keepdim=True)
+        cross[b, scored] = paid.mean((0, 1))
     return own, cross
 
 
