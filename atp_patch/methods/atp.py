@@ -19,7 +19,6 @@ from atp_patch.maths import (
     cross_scores,
     gather_heads,
     hard_keep,
-    normalise_scores,
     redundant_scores,
     self_scores,
     spatial_scores,
@@ -169,13 +168,14 @@ class ATP(_Scored):
         if isinstance(module, ThresholdHeads):
             theta_r, theta_s = module(view, s_self, s_cross)
         else:
-            if first is not None:
-                redundant = normalise_scores(redundant + 2 * first, view.slot_valid, "rank")
+            free, counts = view.slot_valid, view.counts_tensor()
+            if first is not None:  # these stay anyway; the budget is spread over the others
+                free, counts = free & ~first, (counts - first.sum(1)).clamp(min=0)
             theta_r, theta_s = budget_thresholds(
-                redundant, spatial, view.slot_valid, view.counts_tensor(), self.spatial_share
+                redundant, spatial, free, counts, self.spatial_share
             )
         keep = hard_keep(redundant, spatial, theta_r, theta_s, view.slot_valid)
-        if module is not None and first is not None:
+        if first is not None:
             keep = keep | first
         return Decision(
             keep,

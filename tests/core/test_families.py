@@ -1,0 +1,131 @@
+"""Where visual tokens lie, from a family's own metadata, against an independent derivation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlavaConfig
+
+import atp_patch
+from atp_patch.families import family_of
+from atp_patch.types import GridQuery, Layout, Span, VisualGrid
+from tests.helpers import inputs as made
+from tests.helpers import tiny
+from tests.helpers.tiny import tiny_model
+
+
+def traced(model: Any, prompts: Any, padding: str = "left") -> tuple[atp_patch.PruningTrace, Any]:
+    atp_patch.patch_model(model, [2, 4, 6], "uniform", keep=0.5)
+    inputs = made.batch(model, prompts, padding)
+    with torch.no_grad():
+        model(**inputs)
+    return atp_patch.last_trace(model), inputs
+
+
+def expected_grids(model: Any, prompts: Any) -> list[list[tuple[int, int, int]]]:
+    """(frames, height, width) of each sample's images as the prompt asks for them."""
+    llava = tiny.is_llava(model)
+    result = []
+    for prompt in prompts:
+        sample = []
+        for piece in prompt.pieces:
+            if isinstance(piece, made.Image):
+                side = tiny.CLIP_SIDE
+                sample.append((1, side, side) if llava else (1, piece.height, piece.width))
+            elif isinstance(piece, made.Video):
+                sample.append((piece.frames, piece.height, piece.width))
+        result.append(sample)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["llava-llama", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["SINGLE", "TWO_IMAGES", "MIXED", "RAGGED", "VIDEO"])
+def test_grids_are_the_prompts(kind: str, padding: str, name: str) -> None:
+    if name == "VIDEO" and kind.startswith("llava"):
+        pytest.skip("llava has no video input")
+    model, prompts = tiny_model(kind), getattr(made, name)
+    trace, inputs = traced(model, prompts, padding)
+    found = [[(g.frames, g.height, g.width) for g in sample] for sample in trace.grids]
+    assert found == expected_grids(model, prompts)
+    assert torch.equal(trace.visual, made.visual_mask(inputs))
+    layout = trace.layout
+    for b in range(len(prompts)):
+        positions = torch.nonzero(made.visual_mask(inputs)[b])[:, 0]
+        assert torch.equal(layout.position[b][layout.valid[b]], positions)
+
+
+def test_images_without_text_between_are_told_apart() -> None:
+    model = tiny_model("llava-llama")
+    trace, _ = traced(model, (made.prompt(made.Image(), made.Image(), made.Words(5), seed=1),))
+    assert [(g.start, g.height, g.width) for g in trace.grids[0]] == [(1, 6, 6), (37, 6, 6)]
+
+
+def test_strided_grids_leave_their_gaps_alone() -> None:
+    # Two rows of three tokens with a newline after each; then two frames behind a class token.
+    rows = VisualGrid(start=4, frames=1, height=2, width=3, row_stride=4)
+    frames = VisualGrid(start=20, frames=2, height=1, width=2, frame_stride=3)
+    layout = Layout.from_grids([[rows, frames], []], 30, torch.device("cpu"))
+    assert layout.totals == (10, 0)
+    assert layout.position[0].tolist() == [4, 5, 6, 8, 9, 10, 20, 21, 23, 24]
+    assert layout.image[0].tolist() == [0] * 6 + [1] * 4
+    assert layout.frame[0].tolist() == [0] * 8 + [1, 1]
+    assert layout.row[0].tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]
+    assert layout.column[0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1]
+    assert layout.mask[0].nonzero()[:, 0].tolist() == layout.position[0].tolist()
+    assert not layout.mask[1].any()
+
+
+def test_full_selection_keeps_the_class_token_out_of_the_grid() -> None:
+    config = LlavaConfig(vision_feature_select_strategy="full")
+    config.vision_config.image_size, config.vision_config.patch_size = 48, 8
+    query = GridQuery(config, [[Span(3, 40, 5)]], None)
+    assert family_of(config).grids(query) == [[VisualGrid(4, 1, 6, 6)]]
+
+
+def test_a_run_of_placeholders_that_is_no_image_is_refused() -> None:
+    config = LlavaConfig()
+    config.vision_config.image_size, config.vision_config.patch_size = 48, 8
+    with pytest.raises(atp_patch.UnsupportedModelError, match="35 visual tokens"):
+        family_of(config).grids(GridQuery(config, [[Span(0, 35, 5)]], None))
+
+
+def test_qwen_without_its_position_ids_says_what_to_pass() -> None:
+    config = tiny_model("qwen2_vl").config
+    with pytest.raises(atp_patch.InputError, match="mm_token_type_ids"):
+        family_of(config).grids(GridQuery(config, [[Span(0, 8, 5)]], None))
+    ragged = torch.tensor([[[0] * 7], [[0, 0, 0, 1, 1, 1, 2]], [[0, 1, 2, 0, 1, 2, 0]]])
+    with pytest.raises(atp_patch.InputError, match="form no grid"):
+        family_of(config).grids(GridQuery(config, [[Span(0, 7, 5)]], ragged))
+
+
+@pytest.mark.parametrize("model_type", ["mllama", "bert", None])
+def test_unknown_models_are_refused_with_the_known_ones(model_type: str | None) -> None:
+    with pytest.raises(atp_patch.UnsupportedModelError, match=r"llava, qwen2_5_vl, qwen2_vl"):
+        family_of(SimpleNamespace(model_type=model_type))
+
+
+def test_pixtral_towers_are_refused() -> None:
+    config = LlavaConfig(vision_config={"model_type": "pixtral"})
+    with pytest.raises(atp_patch.UnsupportedModelError, match="Pixtral"):
+        family_of(config)
+
+
+def test_models_without_images_are_refused() -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, vocab_size=50, **small))
+    bert = BertModel(BertConfig(num_hidden_layers=2, vocab_size=50, **small))
+    for model in (llama, bert, torch.nn.Linear(2, 2)):
+        with pytest.raises(atp_patch.UnsupportedModelError):
+            atp_patch.patch_model(model, [2])
+        assert not model._forward_pre_hooks
+
+
+def test_supported_families_lists_model_types() -> None:
+    assert atp_patch.supported_families() == {
+        "llava": ("llava", "vipllava"),
+        "qwen2_vl": ("qwen2_vl", "qwen2_5_vl"),
+    }
