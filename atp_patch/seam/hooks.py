@@ -189,11 +189,8 @@ class Seam:
             self.pruner.grids(prompt.spans(), position_ids), embeds.shape[1], embeds.device
         )
         check_cache(cache, self.pruner.layers[0])
-        if past and cache is not None and isinstance(cache.layers[0], StaticLayer):
-            raise CacheError(
-                "an image in a later turn cannot be pruned into a StaticCache; use a "
-                "DynamicCache for conversations with several images."
-            )
+        if past and cache is not None:
+            self._check_later_turn(cache, past + layout.length)
         host = HostPass(
             cache=cache,
             past=past,
@@ -211,6 +208,22 @@ class Seam:
             embeds.element_size(),
             self.session.choices if self.session is not None and cache is None else None,
         )
+
+    def _check_later_turn(self, cache: Cache, total: int) -> None:
+        """Raise CacheError where an image in a later turn cannot be pruned."""
+        if isinstance(cache.layers[0], StaticLayer):
+            raise CacheError(
+                "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache "
+                "for conversations with several images."
+            )
+        windows = (self._sliding_window(layer) for layer in range(len(self.parts.layers)))
+        narrowest = min((window for window in windows if window is not None), default=total)
+        if total > narrowest:
+            raise CacheError(
+                f"an image in a later turn cannot be pruned once the conversation ({total} tokens) "
+                f"is longer than the sliding window of {narrowest}; put the image into the first "
+                "turn, or use atp_patch.disabled(model) for this turn."
+            )
 
     def before_layer(
         self, layer: int, run: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -77,12 +77,14 @@ class Call:
         return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
 
     def unsupervise(self, run: Prefill) -> None:
-        """Drop the targets that pruned places would have had to predict (in the copied labels)."""
+        """Drop the targets that places without an output would have had to predict.
+
+        Those are pruned places, and padding once it was dropped with them (in the copied labels).
+        """
         if self.labels is None:
             return
-        kept = run.kept(max(run.records)).to(self.labels.device)
-        lost = ~kept[:, :-1] & run.layout.mask[:, :-1].to(kept.device)
-        self.labels[:, 1:].masked_fill_(lost, IGNORED_LABEL)
+        lost = ~run.kept(max(run.records)).to(self.labels.device)
+        self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
 
 
 def _present(value: Any) -> bool:
