@@ -179,6 +179,8 @@ def _check_name(name: str) -> None:
 def _explained(name: str, what: str, mend: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except ImportError as error:
+        raise ConfigError(f"{name}: {first_line(error)} Install it.") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         problem = first_line(error).rstrip(".")
         raise ConfigError(f"{name} {what} ({problem}); {mend}.") from error
