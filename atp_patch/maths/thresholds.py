@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Above every score and below every score: scores of budgets are ranks in (0, 1).
-_ABOVE, _BELOW = 2.0, -1.0
+_ABOVE = 2.0  # above every score: ranks and spatial scores are at most 1
 
 
 def hard_keep(
@@ -58,20 +57,22 @@ def budget_thresholds(
     reach = order.shape[1] - torch.searchsorted(rising, order.contiguous())
     allowed = torch.isfinite(order) & (reach <= wanted[:, None])
     taken = torch.where(allowed, reach, 0).amax(1)
-    theta_spatial = _between(order, taken)
+    theta_spatial = _between(order, taken, 0.0)  # never down to a score of 0
     spatial = candidates & (s_spatial >= theta_spatial[:, None])
     rest = valid & ~spatial
     ranked = s_redundant.masked_fill(~rest, -torch.inf).sort(1, descending=True).values
-    theta_redundant = _between(ranked, counts - taken)
+    theta_redundant = _between(ranked, counts - taken, -1.0)
     return theta_redundant, theta_spatial
 
 
-def _between(descending: Tensor, count: Tensor) -> Tensor:
-    """(B,) thresholds that exactly the first ``count`` of each row of (B, V) sorted scores
-    reach.
+def _between(descending: Tensor, count: Tensor, floor: float) -> Tensor:
+    """Thresholds that exactly the first ``count`` (B,) of each row of (B, V) sorted scores reach.
+
+    Returns:
+        (B,), each halfway to the next score, or to ``floor`` where there is none.
     """
-    ends = descending.new_tensor([_ABOVE, _BELOW]).expand(descending.shape[0], 2)
-    padded = torch.cat([ends[:, :1], descending.clamp(min=_BELOW), ends[:, 1:]], dim=1)
+    ends = descending.new_tensor([_ABOVE, floor]).expand(descending.shape[0], 2)
+    padded = torch.cat([ends[:, :1], descending.clamp(min=floor), ends[:, 1:]], dim=1)
     above = padded.gather(1, count[:, None])[:, 0]
     below = padded.gather(1, count[:, None] + 1)[:, 0]
     return (above + below) / 2
