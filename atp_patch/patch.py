@@ -286,5 +286,5 @@ def _build_heads(
         return None
     if tensors:
         heads.load_state_dict(tensors)
-    device = next(parts.layers[config.layers[0]].parameters()).device
-    return heads.to(device)
+    weight = next(parts.layers[config.layers[0]].parameters())
+    return heads if weight.is_meta else heads.to(weight.device)

@@ -76,7 +76,10 @@ class ThresholdHeads(nn.Module):
         ]
         into_z = self.z[layer]
         assert isinstance(into_z, nn.Linear)
-        z = into_z(torch.cat(maps, dim=1).to(into_z.weight))
+        weight = into_z.weight
+        # Weights that accelerate has offloaded are on "meta" until their module is called.
+        device = s_self.device if weight.is_meta else weight.device
+        z = into_z(torch.cat(maps, dim=1).to(device, weight.dtype))
         thetas = (self.theta_redundant[layer](z), self.theta_spatial[layer](z))
         redundant, spatial = (torch.sigmoid(t.float())[:, 0].to(s_self.device) for t in thetas)
         return redundant, spatial
