@@ -23,16 +23,20 @@ Kept = Mapping[int, Tensor]  # pruning layer -> (B, L) bool in original position
 
 
 @contextmanager
-def masked(model: PreTrainedModel, real: Tensor, kept: Kept) -> Iterator[PreTrainedModel]:
-    """A plain eager copy of ``model`` whose layers from each pruning layer on miss the pruned keys.
+def masked(
+    model: PreTrainedModel, real: Tensor, kept: Kept, backend: str = "eager"
+) -> Iterator[PreTrainedModel]:
+    """A plain copy of ``model`` whose layers from each pruning layer on miss the pruned keys.
 
     Args:
         model: a plain model of any attention backend; it is copied.
         real: (B, L) bool, False at padding.
         kept: for each pruning layer, which keys it and the later layers may see. The sequence may
             grow beyond ``L`` and the batch may be repeated, as generation does it.
+        backend: "eager", or "sdpa", which alone takes double precision through the softmax.
     """
-    reference = eager(model)
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation(backend)
     window = getattr(reference.config.get_text_config(), "sliding_window", None)
     hooks = []
     for number, layer in enumerate(decoder_layers(reference)):
@@ -69,17 +73,12 @@ def additive_mask(visible: Tensor, window: int | None, dtype: torch.dtype) -> Te
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def eager(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a plain model with eager attention."""
-    reference = copy.deepcopy(model)
-    reference.set_attn_implementation("eager")
-    return reference
-
-
-def masked_logits(model: PreTrainedModel, inputs: Inputs, kept: Kept, **kwargs: Any) -> Tensor:
+def masked_logits(
+    model: PreTrainedModel, inputs: Inputs, kept: Kept, backend: str = "eager"
+) -> Tensor:
     """(B, L, vocabulary) logits of the masked full-length model."""
-    with torch.no_grad(), masked(model, real_mask(inputs), kept) as reference:
-        return reference(**inputs, use_cache=False, **kwargs).logits
+    with torch.no_grad(), masked(model, real_mask(inputs), kept, backend) as reference:
+        return reference(**inputs, use_cache=False).logits
 
 
 def masked_generate(model: PreTrainedModel, inputs: Inputs, kept: Kept, **kwargs: Any) -> Any:

@@ -1,0 +1,275 @@
+"""Behaviour 7: un-patching leaves nothing, also after an exception; importing changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import atp_patch
+from tests.helpers import inputs as prompts
+from tests.helpers import tiny
+from tests.helpers.compare import assert_close, hooks, shape_of, snapshot
+from tests.helpers.inputs import batch
+from tests.helpers.run import FASTV, METHODS, Session, forward, generate, kept_of, patched, words
+
+families = pytest.mark.parametrize("kind", tiny.FAMILIES)
+backends = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+class PoisonError(Exception):
+    """Raised inside a forward pass."""
+
+
+@contextmanager
+def poisoned(module: nn.Module) -> Iterator[None]:
+    """A module that raises, as one does that runs out of memory."""
+
+    def fail(*_: Any) -> None:
+        raise PoisonError
+
+    handle = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def used(model: PreTrainedModel) -> PreTrainedModel:
+    """After a forward pass and a generation, which set attributes of their own."""
+    forward(model, batch(model, prompts.MIXED))
+    generate(model, batch(model, prompts.SINGLE), 2)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@backends
+@families
+def test_unpatching_leaves_nothing(kind: str, attention: str, method: str) -> None:
+    model = used(tiny.tiny_model(kind, attention))
+    fresh, before = copy.deepcopy(model), snapshot(model)
+    assert atp_patch.patch_model(model, **METHODS[method]) is model
+    assert snapshot(model) != before, "patching changed nothing: this shows nothing"
+    used(model)
+    assert atp_patch.unpatch_model(model) is model
+    check_restored(model, fresh, before)
+
+
+def check_restored(model: PreTrainedModel, fresh: PreTrainedModel, before: dict[str, Any]) -> None:
+    """Hooks, attributes, configs and keys are as they were; so is what the model answers."""
+    after = snapshot(model)
+    for part, value in before.items():
+        assert after[part] == value, part
+    assert shape_of(model) == shape_of(fresh)
+    inputs = batch(model, prompts.MIXED)
+    assert torch.equal(forward(model, inputs).logits, forward(fresh, inputs).logits)
+    assert torch.equal(generate(model, inputs), generate(fresh, inputs))
+    with pytest.raises(atp_patch.ATPError):
+        atp_patch.last_trace(model)
+
+
+PLACES = {
+    "vision": lambda model: model.model.get_submodule(
+        "vision_tower" if tiny.is_llava(model) else "visual"
+    ),
+    "recorded attention": lambda model: tiny.decoder_layers(model)[1].self_attn.o_proj,
+    "pruning layer": lambda model: tiny.decoder_layers(model)[2].input_layernorm,
+    "between": lambda model: tiny.decoder_layers(model)[4].mlp,
+    "final norm": lambda model: model.model.language_model.norm,
+    "head": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@families
+def test_after_an_exception_all_is_well(kind: str, place: str) -> None:
+    """The next forward is right, and un-patching exact, wherever the last one broke off."""
+    model = used(tiny.tiny_model(kind))
+    fresh, before = copy.deepcopy(model), snapshot(model)
+    atp_patch.patch_model(model, **FASTV)
+    inputs = batch(model, prompts.MIXED)
+    for call in (forward, generate):
+        with poisoned(PLACES[place](model)), pytest.raises(PoisonError):
+            call(model, inputs)
+    text = batch(model, prompts.NO_IMAGE)
+    assert torch.equal(forward(model, text).logits, forward(fresh, text).logits)
+    assert torch.equal(forward(model, inputs).logits, forward(patched(kind), inputs).logits)
+    with poisoned(PLACES[place](model)), pytest.raises(PoisonError):
+        forward(model, inputs)
+    atp_patch.unpatch_model(model)
+    check_restored(model, fresh, before)
+
+
+@families
+def test_after_an_exception_in_decoding(kind: str) -> None:
+    model = patched(kind)
+    session = Session(model, batch(model, prompts.MIXED))
+    kept = kept_of(model)
+    twin = session.fork()
+    with poisoned(tiny.decoder_layers(model)[5]), pytest.raises(PoisonError):
+        session.feed(words(4, 1))
+    answer = twin.feed(words(4, 2))
+    assert_close(answer, twin.reference(tiny.tiny_model(kind), kept)[:, -2:])
+
+
+@families
+def test_patching_twice_replaces(kind: str) -> None:
+    model = used(tiny.tiny_model(kind))
+    fresh, before = copy.deepcopy(model), snapshot(model)
+    atp_patch.patch_model(model, **METHODS["atp"])
+    forward(model, batch(model, prompts.MIXED))
+    atp_patch.patch_model(model, method="random", layers=[3], keep=0.5, seed=0)
+    inputs = batch(model, prompts.MIXED)
+    logits = forward(model, inputs).logits
+    once = patched(kind, method="random", layers=[3], keep=0.5, seed=0)
+    assert torch.equal(logits, forward(once, inputs).logits)
+    assert list(atp_patch.last_trace(model).layers) == [3]
+    numbers = [
+        {name: {at: len(ids) for at, ids in kinds.items()} for name, kinds in hooks(one).items()}
+        for one in (model, once)
+    ]
+    assert numbers[0] == numbers[1]
+    atp_patch.unpatch_model(model)
+    check_restored(model, fresh, before)
+    with pytest.raises(atp_patch.NotPatchedError):
+        atp_patch.unpatch_model(model)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},  # the default layers do not fit eight
+        {"layers": [0, 3]},
+        {"layers": [3, 8]},
+        {"layers": [4, 2]},
+        {"layers": []},
+        {"layers": [2], "keep": 0.0},
+        {"layers": [2], "keep": 1.5},
+        {"layers": [2], "keep": [0.5, 0.5]},
+        {"layers": [2], "keep": 0.5, "target_tokens": 20},
+        {"layers": [2], "target_tokens": -3},
+        {"layers": [2], "target_tokens": 5},  # two of eight layers cost nine tokens
+        {"layers": [2], "method": "no such method"},
+        {"layers": [2], "no_such_option": 1},
+    ],
+    ids=str,
+)
+def test_a_refused_patch_changes_nothing(wrong: dict[str, Any]) -> None:
+    model = tiny.tiny_model("llava-llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"\w") as refusal:
+        atp_patch.patch_model(model, **wrong)
+    assert isinstance(refusal.value, atp_patch.ATPError)
+    if not wrong:
+        assert str(atp_patch.scaled_layers(tiny.LAYERS)) in str(refusal.value)
+    assert snapshot(model) == before
+    atp_patch.patch_model(model, **FASTV)
+    patched_once = snapshot(model)
+    with pytest.raises(atp_patch.ATPError):
+        atp_patch.patch_model(model, **wrong)
+    assert snapshot(model) == patched_once, "a refused second patch damaged the first"
+
+
+@backends
+@families
+def test_disabled_is_plain_for_a_while(kind: str, attention: str) -> None:
+    plain, model = tiny.tiny_model(kind, attention), patched(kind, attention)
+    inputs = batch(plain, prompts.MIXED)
+    pruned = forward(model, inputs).logits
+    with atp_patch.disabled(model):
+        assert torch.equal(forward(model, inputs).logits, forward(plain, inputs).logits)
+        with atp_patch.disabled(model):
+            pass
+        assert torch.equal(generate(model, inputs), generate(plain, inputs))
+    assert torch.equal(forward(model, inputs).logits, pruned)
+    with pytest.raises(PoisonError), atp_patch.disabled(model):
+        raise PoisonError
+    assert torch.equal(forward(model, inputs).logits, pruned)
+
+
+@families
+def test_disabled_reads_caches_of_either_kind(kind: str) -> None:
+    """A prompt pruned before, and a prompt that was not, each go on as they began."""
+    model, plain = patched(kind), tiny.tiny_model(kind)
+    before = Session(model, batch(model, prompts.MIXED))
+    kept = kept_of(model)
+    with atp_patch.disabled(model):
+        answer = before.feed(words(4, 2))
+        whole = Session(model, batch(model, prompts.MIXED))
+        whole.feed(words(4, 1))
+    assert_close(answer, before.reference(plain, kept)[:, -2:])
+    later = whole.feed(words(4, 2, seed=1))
+    assert_close(later, whole.reference(plain, {})[:, -2:])
+
+
+def test_functions_need_a_patched_model() -> None:
+    model = tiny.tiny_model("llava-llama")
+    for call in (atp_patch.unpatch_model, atp_patch.last_trace):
+        with pytest.raises(atp_patch.NotPatchedError):
+            call(model)
+    with pytest.raises(atp_patch.NotPatchedError), atp_patch.disabled(model):
+        pass
+
+
+IMPORT = """
+import torch, transformers
+from torch.nn.modules import module as nn_module
+from transformers import cache_utils, masking_utils, modeling_utils
+from transformers.models.llava import modeling_llava
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.llama import modeling_llama
+
+def state():
+    found = {}
+    tables = {
+        "attention": modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "masks": masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+        "static": cache_utils.STATIC_LAYER_TYPE_MAPPING,
+        "dynamic": cache_utils.DYNAMIC_LAYER_TYPE_MAPPING,
+    }
+    for name, value in vars(nn_module).items():
+        if "hooks" in name and hasattr(value, "items"):
+            tables[name] = value
+    modules = [modeling_llava, modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_llama]
+    modules += [cache_utils, masking_utils, modeling_utils, torch.nn.functional]
+    tables.update({module.__name__: vars(module) for module in modules})
+    for module in modules:
+        tables.update({f"{module.__name__}.{name}": vars(value)
+                       for name, value in vars(module).items() if isinstance(value, type)})
+    for name, table in tables.items():
+        found[name] = {key: id(value) for key, value in table.items() if not key.startswith("_abc")}
+    return found
+
+import atp_patch as _  # noqa: F401  (once, so that lazy modules of transformers are loaded)
+"""
+
+
+def test_importing_changes_nothing() -> None:
+    """Registries, global hooks, classes and functions of transformers and torch: all as before."""
+    before_import = IMPORT.replace("import atp_patch as _", "import PIL as _")
+    program = (
+        before_import
+        + """
+before = state()
+import atp_patch
+after = state()
+for name in before:
+    same = {key: value for key, value in after[name].items() if key in before[name]}
+    assert same == before[name], name
+    if "attention" in name or "masks" in name or "hooks" in name or name in ("static", "dynamic"):
+        assert after[name] == before[name], name
+print("same")
+"""
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["same"]
