@@ -211,6 +211,13 @@ def test_overlay_that_fails_when_written(
     assert "give another file" in err.splitlines()[-1]
 
 
+def test_without_rich(
+    scene: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert "atp-patch[demo]" in complaint(capsys, scene, QUESTION)
+
+
 def test_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "atp_patch.demo", str(tmp_path / "none.png"), QUESTION],
