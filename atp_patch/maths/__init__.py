@@ -25,7 +25,12 @@ from atp_patch.maths.indexing import (
 )
 from atp_patch.maths.scores import cross_scores, normalise_scores, redundant_scores, self_scores
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
-from atp_patch.maths.thresholds import budget_thresholds, hard_keep
+from atp_patch.maths.thresholds import (
+    budget_thresholds,
+    hard_keep,
+    soft_mask,
+    straight_through_mask,
+)
 
 __all__ = [
     "average_tokens",
@@ -50,7 +55,9 @@ __all__ = [
     "redundant_scores",
     "scatter_tokens",
     "self_scores",
+    "soft_mask",
     "spatial_scores",
+    "straight_through_mask",
     "target_counts",
     "to_reference_grid",
     "top_k_mask",

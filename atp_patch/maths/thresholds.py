@@ -29,6 +29,62 @@ def hard_keep(
     return (by_redundant | by_spatial) & valid
 
 
+def soft_mask(
+    s_redundant: Tensor,
+    s_spatial: Tensor,
+    theta_redundant: Tensor,
+    theta_spatial: Tensor,
+    valid: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Eq. 9-11 as printed: ``max(sigmoid((S_r - theta_r) T), sigmoid((S_s - theta_s) T))``.
+
+    The masks of earlier pruning layers are not multiplied in. With the paper's ``T = 1e6`` the
+    gradient vanishes almost everywhere; :func:`straight_through_mask` has one that does not.
+
+    Args:
+        s_redundant, s_spatial, valid: (B, V).
+        theta_redundant, theta_spatial: (B,).
+        temperature: ``T``, the slope of the sigmoids.
+
+    Returns:
+        (B, V) float32, 0 in invalid slots.
+    """
+
+    def one(scores: Tensor, theta: Tensor) -> Tensor:
+        # Cleared before the sigmoid too: a NaN there would reach the thresholds' gradient.
+        margin = scores.float().masked_fill(~valid, 0.0) - theta.float()[:, None]
+        return (margin * temperature).sigmoid()
+
+    soft = torch.maximum(one(s_redundant, theta_redundant), one(s_spatial, theta_spatial))
+    return soft.masked_fill(~valid, 0.0)
+
+
+def straight_through_mask(
+    s_redundant: Tensor,
+    s_spatial: Tensor,
+    theta_redundant: Tensor,
+    theta_spatial: Tensor,
+    valid: Tensor,
+    slope: float,
+) -> Tensor:
+    """Eq. 9-11, decided as at inference and learned from as a soft mask.
+
+    Forward it is exactly :func:`hard_keep`, backward :func:`soft_mask` with temperature ``slope``.
+
+    Args:
+        s_redundant, s_spatial, valid: (B, V).
+        theta_redundant, theta_spatial: (B,).
+        slope: temperature of the backward pass.
+
+    Returns:
+        (B, V) float32, each entry exactly 0 or 1.
+    """
+    scores_and_thetas = (s_redundant, s_spatial, theta_redundant, theta_spatial)
+    soft = soft_mask(*scores_and_thetas, valid, slope)
+    return hard_keep(*scores_and_thetas, valid).float() + (soft - soft.detach())
+
+
 def budget_thresholds(
     s_redundant: Tensor, s_spatial: Tensor, valid: Tensor, counts: Tensor, spatial_share: float
 ) -> tuple[Tensor, Tensor]:
