@@ -18,7 +18,7 @@ PIN = next(
 )
 # Stands in for Python: notes each pip call and refuses the first $REFUSALS of them.
 PYTHON = """#!/bin/sh
-[ "$1" = -c ] && exit 1
+case "$2" in *"import torch"*) exit 1;; *"import sys"*) exit "${OLD:-0}";; esac
 echo "$*" >> "$CALLS"
 [ "$(grep -c . "$CALLS")" -gt "$REFUSALS" ] || exit 1
 """
@@ -77,6 +77,20 @@ def test_the_fallback_says_what_it_does(tmp_path: Path) -> None:
     assert asked[2] == PIN
     assert "TORCH_INDEX" in first
     assert "CUDA" in second
+
+
+def test_an_old_python_is_named(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        [ROOT / ".ci" / "install-torch", tmp_path / "python", ROOT / "constraints.txt"],
+        env={**os.environ, "OLD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Python 3.10 or newer is needed")
 
 
 def test_the_script_is_executable() -> None:
