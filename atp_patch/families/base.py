@@ -66,3 +66,9 @@ def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
         starts = range(span.start, span.stop, tokens)
         images += [Span(start, start + tokens, span.token_id) for start in starts]
     return images
+
+
+def square_grids(spans: Sequence[Span], side: int) -> list[VisualGrid]:
+    """Runs of placeholders as squares of ``side`` x ``side`` tokens, one after the other."""
+    mend = "let the model's own processor expand the image to placeholders."
+    return [VisualGrid(tile.start, 1, side, side) for tile in equal_images(spans, side**2, mend)]

@@ -24,7 +24,13 @@ Kept = Mapping[int, Tensor]  # pruning layer -> (B, L) bool in original position
 
 @contextmanager
 def masked(
-    model: PreTrainedModel, real: Tensor, kept: Kept, backend: str = "eager"
+    model: PreTrainedModel,
+    real: Tensor,
+    kept: Kept,
+    backend: str = "eager",
+    *,
+    blocks: Tensor | None = None,
+    window_over_blocks: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """A plain copy of ``model`` whose layers from each pruning layer on miss the pruned keys.
 
@@ -34,24 +40,32 @@ def masked(
         kept: for each pruning layer, which keys it and the later layers may see. The sequence may
             grow beyond ``L`` and the batch may be repeated, as generation does it.
         backend: "eager", or "sdpa", which alone takes double precision through the softmax.
+        blocks: (B, L) int64 numbers of the blocks (>= 0) whose tokens see each other both ways.
+        window_over_blocks: sliding windows bound what is seen within a block too.
     """
     reference = copy.deepcopy(model)
     reference.set_attn_implementation(backend)
-    window = getattr(reference.config.get_text_config(), "sliding_window", None)
+    config = reference.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
     hooks = []
     for number, layer in enumerate(decoder_layers(reference)):
         passed = [step for step in kept if step <= number]
         chosen = kept[max(passed)] if passed else real
+        slides = types is None or types[number] == "sliding_attention"
 
         def mask_keys(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Tensor = chosen
+            _: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            chosen: Tensor = chosen,
+            near: int | None = window if slides else None,
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             batch, length = args[0].shape[:2]
             visible = _fitted(chosen, batch, length) & _fitted(real, batch, length)
-            return args, {
-                **kwargs,
-                "attention_mask": additive_mask(visible, window, args[0].dtype),
-            }
+            both = None if blocks is None else _fitted(blocks, batch, length, value=-1)
+            mask = additive_mask(visible, near, args[0].dtype, both, over=window_over_blocks)
+            return args, {**kwargs, "attention_mask": mask}
 
         hooks.append(layer.register_forward_pre_hook(mask_keys, with_kwargs=True))
     yield reference
@@ -59,25 +73,39 @@ def masked(
         hook.remove()
 
 
-def additive_mask(visible: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+def additive_mask(
+    visible: Tensor,
+    window: int | None,
+    dtype: torch.dtype,
+    blocks: Tensor | None = None,
+    *,
+    over: bool = False,
+) -> Tensor:
     """(B, 1, L, L), 0 where a query may see a key and hugely negative elsewhere.
 
-    Every token sees itself, so that no row is empty.
+    Every token sees itself, so that no row is empty. Tokens of one block (numbers >= 0) see each
+    other both ways; ``over``: the window bounds that too.
     """
     place = torch.arange(visible.shape[1])
     distance = place[:, None] - place[None, :]
     near = distance >= 0
     if window is not None:
-        near &= distance < window
+        near = near & (distance < window)
+    near = near.expand(visible.shape[0], 1, -1, -1)
+    if blocks is not None:
+        same = (blocks[:, None, :, None] == blocks[:, None, None, :]) & (blocks >= 0)[:, None, None]
+        if over and window is not None:
+            same = same & (distance < window)
+        near = near | same
     seen = near & visible[:, None, None, :] | (distance == 0)
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def masked_logits(
-    model: PreTrainedModel, inputs: Inputs, kept: Kept, backend: str = "eager"
+    model: PreTrainedModel, inputs: Inputs, kept: Kept, backend: str = "eager", **options: Any
 ) -> Tensor:
-    """(B, L, vocabulary) logits of the masked full-length model."""
-    with torch.no_grad(), masked(model, real_mask(inputs), kept, backend) as reference:
+    """(B, L, vocabulary) logits of the masked full-length model; options as of :func:`masked`."""
+    with torch.no_grad(), masked(model, real_mask(inputs), kept, backend, **options) as reference:
         return reference(**inputs, use_cache=False).logits
 
 
@@ -177,10 +205,10 @@ def fastv_choice(
     return kept
 
 
-def _fitted(visible: Tensor, batch: int, length: int) -> Tensor:
-    """``visible`` repeated for beams and grown by the generated tokens, which are never pruned."""
-    visible = visible.repeat_interleave(batch // visible.shape[0], 0)
-    return nn.functional.pad(visible, (0, length - visible.shape[1]), value=True)
+def _fitted(table: Tensor, batch: int, length: int, value: float = True) -> Tensor:
+    """(B, L) repeated for beams and grown by the generated tokens, which are never pruned."""
+    table = table.repeat_interleave(batch // table.shape[0], 0)
+    return nn.functional.pad(table, (0, length - table.shape[1]), value=value)
 
 
 def _heads(states: Tensor, size: int) -> Tensor:

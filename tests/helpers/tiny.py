@@ -58,8 +58,8 @@ def is_llava(model: PreTrainedModel) -> bool:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of either family."""
-    layers = model.model.language_model.layers
+    """The decoder layers of any family."""
+    layers = model.get_decoder().layers
     assert isinstance(layers, nn.ModuleList)
     return layers
 

@@ -1,0 +1,228 @@
+"""Every family in one table: plain when nothing goes, masked when something does, true grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from atp_patch.seam import locate
+from tests.families import square
+from tests.families.kinds import (
+    MIXED,
+    SINGLE,
+    TWO,
+    Batch,
+    Kind,
+    columns_ramp,
+    make,
+    rows_ramp,
+)
+from tests.helpers.compare import assert_close, assert_same_choice, snapshot
+from tests.helpers.inputs import real_mask
+from tests.helpers.oracle import masked_logits
+from tests.helpers.run import forward, generate, kept_of
+
+KINDS = square.KINDS
+FAST = {"method": "fastv", "keep": 0.5}
+
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+paddings = pytest.mark.parametrize("padding", ["left", "right"])
+
+
+def patched(kind: Kind, **options: Any) -> Any:
+    return atp_patch.patch_model(kind.build(), **{**FAST, "layers": kind.layers, **options})
+
+
+def placed(batch: Batch) -> Tensor:
+    """(B, L) bool: the tokens that have a place in a grid."""
+    return torch.tensor([[place is not None for place in row] for row in batch.places])
+
+
+def check_masked(kind: Kind, model: Any, plain: Any, batch: Batch) -> None:
+    """Logits of the survivors are those of the plain model that cannot see what went."""
+    inputs = batch.inputs
+    logits = forward(model, inputs).logits
+    kept = kept_of(model)
+    survivors = kept[max(kept)]
+    assert survivors[real_mask(inputs) & ~placed(batch)].all(), "more than grids was pruned"
+    assert not survivors[~real_mask(inputs)].any(), "padding was kept"
+    assert (placed(batch) & ~survivors).any(), "nothing was pruned: this shows nothing"
+    expected = masked_logits(
+        plain,
+        inputs,
+        kept,
+        blocks=kind.blocks(inputs),
+        window_over_blocks=kind.window_over_blocks,
+    )
+    assert_close(logits, expected, survivors)
+
+
+@every_kind
+def test_keeping_all_is_plain_bit_for_bit(kind: Kind) -> None:
+    plain, model = kind.build(), patched(kind, keep=1.0)
+    inputs = make(kind, MIXED).inputs
+    assert torch.equal(forward(model, inputs).logits, forward(plain, inputs).logits)
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    expected, actual = (generate(one, inputs, 4, **wanted) for one in (plain, model))
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+@paddings
+@every_kind
+def test_gathered_is_masked(kind: Kind, padding: str) -> None:
+    check_masked(kind, patched(kind), kind.build(), make(kind, MIXED, padding))
+
+
+@every_kind
+def test_gathered_is_masked_without_padding(kind: Kind) -> None:
+    check_masked(kind, patched(kind), kind.build(), make(kind, TWO))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["atp", "fixed", "random", "uniform"])
+@every_kind
+def test_gathered_is_masked_with_every_method(kind: Kind, method: str) -> None:
+    check_masked(kind, patched(kind, method=method), kind.build(), make(kind, MIXED))
+
+
+@every_kind
+def test_eager_attention_chooses_and_computes_alike(kind: Kind) -> None:
+    inputs = make(kind, MIXED).inputs
+    model = patched(kind)
+    expected, kept = forward(model, inputs).logits, kept_of(model)
+    model.set_attn_implementation("eager")
+    actual = forward(model, inputs).logits
+    for layer, mask in kept_of(model).items():
+        assert_same_choice(mask, kept[layer])
+    assert_close(actual, expected, kept[max(kept)])
+
+
+@every_kind
+def test_the_cache_changes_no_answer(kind: Kind) -> None:
+    model = patched(kind)
+    inputs = make(kind, MIXED).inputs
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    cached = generate(model, inputs, **wanted)
+    uncached = generate(model, inputs, use_cache=False, **wanted)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(uncached.logits))
+    plain = generate(kind.build(), inputs, **wanted)
+    assert not torch.equal(torch.stack(plain.logits), torch.stack(cached.logits))
+
+
+@paddings
+@every_kind
+def test_a_batch_is_its_samples_alone(kind: Kind, padding: str) -> None:
+    model = patched(kind)
+    inputs = make(kind, MIXED, padding).inputs
+    together, kept = forward(model, inputs).logits, kept_of(model)
+    answers = generate(model, inputs, 4) if padding == "left" else None
+    for b, one in enumerate(MIXED):
+        real = real_mask(inputs)[b]
+        single = make(kind, [one])
+        alone = forward(model, single.inputs).logits
+        if placed(single).any():
+            chosen = kept_of(model)
+            for layer, mask in kept.items():
+                assert_same_choice(mask[b, real][None], chosen[layer])
+        survivors = kept[max(kept)][b, real][None]
+        assert_close(together[b, real][None], alone, survivors)
+        if answers is not None:
+            assert torch.equal(answers[b, -4:], generate(model, single.inputs, 4)[0, -4:])
+
+
+@every_kind
+def test_beams_are_right(kind: Kind) -> None:
+    """Beams repeat the samples, and so the grids, before anything is chosen."""
+    model = patched(kind)
+    inputs = make(kind, MIXED[:2]).inputs
+    cached, uncached = (
+        generate(model, inputs, 4, num_beams=2, use_cache=use) for use in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+
+
+@every_kind
+def test_unpatching_leaves_nothing(kind: Kind) -> None:
+    model = kind.build()
+    inputs = make(kind, SINGLE).inputs
+    expected, before = forward(model, inputs).logits, snapshot(model)
+    atp_patch.patch_model(model, **{**FAST, "layers": kind.layers})
+    forward(model, inputs)
+    generate(model, inputs, 2)
+    atp_patch.unpatch_model(model)
+    assert snapshot(model) == before
+    assert torch.equal(forward(model, inputs).logits, expected)
+
+
+@paddings
+@every_kind
+def test_grids_are_where_the_processor_puts_them(kind: Kind, padding: str) -> None:
+    model = patched(kind, method="uniform")
+    batch = make(kind, MIXED, padding)
+    forward(model, batch.inputs)
+    layout = atp_patch.last_trace(model).layout
+    for b, row in enumerate(batch.places):
+        expected = [(at, *place) for at, place in enumerate(row) if place is not None]
+        table = torch.stack(
+            [layout.position, layout.image, layout.frame, layout.row, layout.column]
+        )
+        found = table[:, b, layout.valid[b]].T.tolist()
+        assert sorted(map(tuple, found)) == expected
+
+
+@every_kind
+def test_grids_are_seen_in_pictures_of_stripes(kind: Kind) -> None:
+    """A tower that looks at each patch alone makes equal features of equal stripes."""
+    model = patched(kind, method="uniform")
+    local(model)
+    embeds: list[Tensor] = []
+    locate(model).decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    for paint, along in ((rows_ramp, "row"), (columns_ramp, "column")):
+        forward(model, make(kind, TWO, paint=paint).inputs)
+        layout = atp_patch.last_trace(model).layout
+        image, line = layout.image[0], getattr(layout, along)[0]
+        features = embeds[-1][0, layout.position[0]]
+        for number in image.unique().tolist():
+            centres = []
+            for stripe in line[image == number].unique().tolist():
+                same = features[(image == number) & (line == stripe)]
+                assert_close(same, same.mean(0).expand_as(same), tolerance=1e-4)
+                centres.append(same.mean(0))
+            steps = torch.stack(centres).diff(dim=0).abs().amax(-1)
+            assert (steps > 1e-3).all(), f"{along}s of grid {number} look alike"
+
+
+def local(model: Any) -> None:
+    """Make the vision tower look at each patch alone, wherever it stands."""
+    outputs = ("out_proj", "o_proj", "projection_layer", "attn.proj", "attention.dense")
+    decoder = {id(weight) for weight in model.get_decoder().parameters()}
+    for name, weight in model.named_parameters():
+        mixes = any(part in name for part in outputs) or "position_embedding" in name
+        if mixes and id(weight) not in decoder and "head" not in name:
+            weight.data.zero_()
+
+
+@every_kind
+def test_adapters_come_back(kind: Kind, tmp_path: Path) -> None:
+    inputs = make(kind, SINGLE).inputs
+    model = patched(kind, method="atp")
+    expected = forward(model, inputs).logits
+    atp_patch.save_pretrained(model, tmp_path)
+    again = atp_patch.patch_model(kind.build(), weights=tmp_path)
+    assert torch.equal(forward(again, inputs).logits, expected)
+
+
+def test_inputs_are_used_up() -> None:
+    """Guard of the tests: every kind is another kind, every prompt has dozens of tokens."""
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+    for kind in KINDS:
+        assert placed(make(kind, SINGLE)).sum() >= 24
