@@ -64,35 +64,44 @@ def cross_scores(
         row_valid: (B, T) bool, rows that count.
         visual_index, visual_valid: (B, V) places of the visual tokens among the keys.
         scaling: factor of the logits.
-        mask: broadcastable to (B, H, T, K): bool (True = visible) or float (added to the logits).
+        mask: broadcastable to (B, H, T, K): bool (True = visible) or float (added to the logits;
+            half of its dtype's least number and below hides).
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
         chunk_rows: rows whose probabilities are held at a time.
 
     Returns:
-        (B, V) float32; zeros for a sample without a row that counts.
+        (B, V) float32, 0 in invalid slots; zeros for a sample without a row that counts. A row
+        that sees no key adds 0.
     """
     batch, heads, rows, _ = query.shape
     groups = heads // key.shape[1]
-    keys = key.transpose(-1, -2)
+    # Float32 products too: float16 overflows before scaling, bfloat16 rounds logits to 1/16 at 16.
+    keys = key.float().transpose(-1, -2)
     column = visual_index[:, None, None, :]
+    lowest = torch.finfo(torch.float32).min
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     total = torch.zeros(visual_index.shape, dtype=torch.float32, device=query.device)
     for start in range(0, rows, chunk_rows):
         part = slice(start, start + chunk_rows)
-        grouped = rearrange(query[:, :, part], "b (k g) t d -> b k (g t) d", g=groups)
-        logits = rearrange((grouped @ keys).float(), "b k (g t) n -> b (k g) t n", g=groups)
-        logits = logits * scaling
+        scaled = query[:, :, part].float() * scaling
+        grouped = rearrange(scaled, "b (k g) t d -> b k (g t) d", g=groups)
+        logits = rearrange(grouped @ keys, "b k (g t) n -> b (k g) t n", g=groups)
         if mask is not None:
             here = mask if mask.shape[2] == 1 else mask[:, :, part]
-            hidden = torch.finfo(logits.dtype).min
-            logits = (
-                logits.masked_fill(~here, hidden) if here.dtype == torch.bool else logits + here
-            )
-        probability = logits.softmax(-1)
-        seen = probability.gather(3, column.expand(batch, heads, logits.shape[2], -1))
-        seen = seen.masked_fill(~visual_valid[:, None, None, :], 0.0)
-        if renormalise:
-            seen = seen / seen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        total += (seen.mean(1) * row_valid[:, part, None]).sum(1)
+            if here.dtype == torch.bool:
+                hidden = ~here
+            else:
+                hidden = here <= torch.finfo(here.dtype).min / 2
+                logits = logits + here
+            logits = logits.masked_fill(hidden, lowest)
+        columns = column.expand(batch, heads, logits.shape[2], -1)
+        visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
+        # Renormalised is a softmax over the visual tokens alone: a quotient of probabilities would
+        # be 0 / 0 where the text draws all attention.
+        seen = visual.softmax(-1) if renormalise else logits.softmax(-1).gather(3, columns)
+        seen = seen.masked_fill(visual == lowest, 0.0).mean(1)
+        total += seen.masked_fill(~row_valid[:, part, None], 0.0).sum(1)
     return total / row_valid.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -167,3 +167,102 @@ def test_unknown_words_are_refused() -> None:
         normalise_scores(scores, valid, "softmax")
     with pytest.raises(ValueError, match="mean, cross or self"):
         redundant_scores(scores, scores, valid, score="max", norm="none")
+
+
+def one_case(seed: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Three rows of which two count, five keys of which the visual ones are 1 and 2."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 4, 3, 4, generator=generator)
+    key = torch.randn(1, 2, 5, 4, generator=generator)
+    rows = torch.tensor([[True, True, False]])
+    return query, key, rows, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("nan")])
+def test_rows_that_do_not_count_may_hold_anything(renormalise: bool, garbage: float) -> None:
+    query, key, rows, index, valid = one_case()
+    clean = cross_scores(query, key, rows, index, valid, 0.5, renormalise=renormalise)
+    query[:, :, 2] = garbage
+    spoiled = cross_scores(query, key, rows, index, valid, 0.5, renormalise=renormalise)
+    assert torch.equal(clean, spoiled)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_rows_whose_mask_hides_every_key_add_nothing(renormalise: bool) -> None:
+    """Padding rows of a float mask are often -inf throughout, which is NaN in a plain softmax."""
+    query, key, rows, index, valid = one_case()
+    clean = cross_scores(query, key, rows, index, valid, 0.5, renormalise=renormalise)
+    for least in (-torch.inf, torch.finfo(torch.float32).min):
+        mask = torch.zeros(1, 1, 3, 5)
+        mask[:, :, 2] = least
+        got = cross_scores(query, key, rows, index, valid, 0.5, mask=mask, renormalise=renormalise)
+        assert torch.equal(got, clean)
+        mask[:, :, 1] = least
+        got = cross_scores(query, key, rows, index, valid, 0.5, mask=mask, renormalise=renormalise)
+        alone = torch.tensor([[True, False, False]])
+        first = cross_scores(query, key, alone, index, valid, 0.5, renormalise=renormalise)
+        torch.testing.assert_close(got, first / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_every_form_of_a_mask_means_the_same(dtype: torch.dtype, renormalise: bool) -> None:
+    query, key, rows, index, valid = one_case()
+    # The second row sees text alone: it pays the visual tokens nothing, renormalised or not.
+    seen = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    least = torch.finfo(dtype).min
+    added = torch.zeros(3, 5, dtype=dtype).masked_fill(~seen, least)
+    forms = [
+        seen,
+        seen[None, None],
+        seen.expand(1, 4, 3, 5),
+        added,
+        added[None, None],
+        (added + added)[None],  # causal and padding masks summed: -inf
+    ]
+    first, *others = (
+        cross_scores(query, key, rows, index, valid, 0.5, mask=m, renormalise=renormalise)
+        for m in forms
+    )
+    for other in others:
+        torch.testing.assert_close(other, first)
+    assert float(first[0, 1]) == 0.0
+    if renormalise:
+        assert float(first[0, 0]) == pytest.approx(0.5)  # all of the first row, none of the second
+
+
+def test_a_mask_of_one_row_is_for_every_row() -> None:
+    query, key, rows, index, valid = one_case()
+    mask = torch.tensor([True, True, True, False, False]).reshape(1, 1, 1, 5)
+    got = cross_scores(query, key, rows, index, valid, 0.5, mask=mask)
+    short = cross_scores(query, key[:, :, :3], rows, index, valid, 0.5)
+    torch.testing.assert_close(got, short)
+
+
+def test_renormalised_scores_survive_text_that_draws_all_attention() -> None:
+    query, key, rows, index, valid = one_case()
+    query = query.abs() * 100
+    key[:, :, 4] = 50.0
+    assert cross_scores(query, key, rows, index, valid, 0.5).tolist() == [[0.0, 0.0]]
+    got = cross_scores(query, key, rows, index, valid, 0.5, renormalise=True)
+    assert float(got.sum()) == pytest.approx(1.0)
+
+
+def test_float16_logits_do_not_overflow_before_they_are_scaled() -> None:
+    query, key = torch.full((1, 1, 1, 64), 60.0).half(), torch.full((1, 1, 3, 64), 60.0).half()
+    index, ones = torch.arange(2)[None], torch.ones(1, 2, dtype=torch.bool)
+    got = cross_scores(query, key, ones[:, :1], index, ones, 64**-0.5)
+    torch.testing.assert_close(got, torch.full((1, 2), 1 / 3))
+    assert bool(self_scores(query, key[:, :, :1], ones[:, :1], 64**-0.5).isfinite().all())
+
+
+@pytest.mark.parametrize("mode", ["rank", "minmax", "none"])
+@pytest.mark.parametrize("garbage", [float("inf"), float("-inf"), float("nan")])
+def test_invalid_scores_do_not_matter(mode: str, garbage: float) -> None:
+    scores = torch.tensor([[0.3, 0.0, -2.0, 0.0, 5.0], [0.0] * 5])
+    valid = torch.tensor([[True, False, True, False, True], [False] * 5])
+    clean = normalise_scores(scores, valid, mode)
+    spoiled = normalise_scores(scores.masked_fill(~valid, garbage), valid, mode)
+    assert torch.equal(clean, spoiled)
+    assert clean[1].tolist() == [0.0] * 5
