@@ -23,7 +23,7 @@ from atp_patch.hub import adapter_of, load_adapter
 from atp_patch.methods import Method, ModuleSpec, make_method
 from atp_patch.seam import Parts, Prefill, Seam, decoder_shape, locate
 from atp_patch.trace import LayerTrace, PruningTrace
-from atp_patch.types import Decision, GridQuery, Layout, Span, View, VisualGrid
+from atp_patch.types import Decision, GridQuery, Layout, View, VisualGrid
 
 STATE = "_atp_patch"
 HEADS = "atp_patch_heads"
@@ -47,17 +47,15 @@ class Patch:
         self.layers = config.layers
         self.min_per_image = config.min_tokens_per_image
         self.visual_token_ids = family.placeholder_ids(parts.top.config)
-        self.causal = family.causal
+        self.causal, self.newline = family.causal, family.newline
         self.learned = heads is not None
         self.ignored_before = parts.top.__dict__.get(IGNORED)
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)
 
-    def grids(
-        self, spans: list[list[Span]], position_ids: Tensor | None
-    ) -> Sequence[Sequence[VisualGrid]]:
+    def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
         """Where the grids of each sample lie, as the family says."""
-        return self.family.grids(GridQuery(self.parts.top.config, spans, position_ids))
+        return self.family.grids(query)
 
     def counts(self, step: int, left: tuple[int, ...], layout: Layout) -> tuple[int, ...] | None:
         """How many visual tokens the budget leaves each sample at a pruning layer."""

@@ -215,11 +215,16 @@ class GridQuery:
         config: the config of the whole vision-language model.
         spans: for each sample, its runs of visual placeholders in order.
         position_ids: (..., B, L) int64 on the CPU as the decoder got them, or None.
+        ids: (B, L) int64 on the CPU, or None where only embeddings were given.
+        newlines: (B, L) bool on the CPU, the visual places that hold the model's newline feature;
+            None for families without one.
     """
 
     config: object
     spans: Sequence[Sequence[Span]]
     position_ids: Tensor | None
+    ids: Tensor | None = None
+    newlines: Tensor | None = None
 
 
 @dataclass(frozen=True)

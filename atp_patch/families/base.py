@@ -31,6 +31,8 @@ class Family:
         token_ids: config attributes that hold the ids of visual placeholders.
         causal: whether the decoder attends causally everywhere (no prefix, no images attending both
             ways), so that without padding no mask is needed.
+        newline: name of the parameter of the model without its head that stands at the end of rows
+            of features, under the image's id; it belongs to no grid.
         visual_tokens: prunable tokens of one image where the config alone fixes them, else None.
         check: raises UnsupportedModelError for configs that the family cannot serve.
     """
@@ -40,6 +42,7 @@ class Family:
     grids: Callable[[GridQuery], Grids]
     token_ids: tuple[str, ...] = ("image_token_id",)
     causal: bool = True
+    newline: str | None = None
     visual_tokens: Callable[[Any], int | None] = _unknown
     check: Callable[[Any], None] = _accept
 

@@ -18,13 +18,13 @@ from atp_patch.errors import CacheError, UnsupportedModelError
 from atp_patch.seam import recorder
 from atp_patch.seam.cache import check_cache, pruned_layer
 from atp_patch.seam.host import HostPass
-from atp_patch.seam.inputs import Call, read_prompt
+from atp_patch.seam.inputs import Call, grid_query, read_prompt
 from atp_patch.seam.locate import Parts
 from atp_patch.seam.narrow import check_implementation, decode_mask, is_flash
 from atp_patch.seam.prefill import Prefill
 from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.session import Session
-from atp_patch.types import Decision, Layout, Span, View
+from atp_patch.types import Decision, GridQuery, Layout, View
 
 RUN = "atp_patch_run"
 
@@ -36,9 +36,10 @@ class Pruner(Protocol):
     min_per_image: int
     visual_token_ids: tuple[int, ...]
     causal: bool
+    newline: str | None
     learned: bool
 
-    def grids(self, spans: list[list[Span]], position_ids: Tensor | None) -> Any:
+    def grids(self, query: GridQuery) -> Any:
         """The grids of each sample's visual tokens."""
 
     def counts(self, step: int, left: tuple[int, ...], layout: Layout) -> tuple[int, ...] | None:
@@ -182,12 +183,8 @@ class Seam:
         prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
         if not bool(prompt.visual.any()):
             return None
-        position_ids = kwargs.get("position_ids")
-        if position_ids is not None:
-            position_ids = position_ids.cpu()
-        layout = Layout.from_grids(
-            self.pruner.grids(prompt.spans(), position_ids), embeds.shape[1], embeds.device
-        )
+        query = grid_query(self.parts, prompt, kwargs, self.pruner.newline)
+        layout = Layout.from_grids(self.pruner.grids(query), embeds.shape[1], embeds.device)
         check_cache(cache, self.pruner.layers[0])
         if past and cache is not None:
             self._check_later_turn(cache, past + layout.length)

@@ -13,6 +13,7 @@ from atp_patch.errors import InputError
 from atp_patch.seam.locate import Parts
 from atp_patch.seam.prompt import Prompt
 from atp_patch.seam.session import Session
+from atp_patch.types import GridQuery
 
 if TYPE_CHECKING:
     from atp_patch.seam.prefill import Prefill
@@ -125,6 +126,31 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     if call.labels is not None:
         scored &= call.labels.cpu() == IGNORED_LABEL
     return Prompt(visual & attended, attended, ids, scored)
+
+
+def grid_query(
+    parts: Parts, prompt: Prompt, kwargs: dict[str, Any], newline: str | None
+) -> GridQuery:
+    """What a family may look at, on the CPU, from what the decoder is about to get.
+
+    Args:
+        kwargs: the decoder's, with ``inputs_embeds`` (B, L, D).
+        newline: name of the base model's parameter that ends rows of features, if it has one.
+    """
+    positions = kwargs.get("position_ids")
+    newlines = None
+    if newline is not None:
+        embeds = kwargs["inputs_embeds"]
+        value = getattr(parts.base, newline).detach().to(embeds)
+        # Autocast may have rounded what was written to half precision.
+        newlines = ((embeds - value).abs() <= value.abs() / 128).all(-1).cpu() & prompt.visual
+    return GridQuery(
+        config=parts.top.config,
+        spans=prompt.spans(),
+        position_ids=None if positions is None else positions.cpu(),
+        ids=prompt.ids,
+        newlines=newlines,
+    )
 
 
 def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
