@@ -121,6 +121,11 @@ class Seam:
         if hasattr(parts.top, "generate"):
             parts.top.generate = self.generate
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A patched model that is unpickled needs its attention function known in that process."""
+        self.__dict__.update(state)
+        recorder.register()
+
     def remove(self) -> None:
         """Take everything back."""
         for handle in self._handles:

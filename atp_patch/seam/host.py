@@ -58,6 +58,8 @@ class HostPass:
         """
 
         def gather(table: Tensor) -> Tensor:
+            if table.ndim == 4:  # before 5.5, multimodal rotary tables come one each for t, h, w
+                return torch.stack([gather(part) for part in table])
             return gather_tokens(table, survivors.index.to(table.device))
 
         tables = kwargs.get("position_embeddings")

@@ -104,7 +104,7 @@ def test_qwen_without_its_position_ids_says_what_to_pass() -> None:
 
 @pytest.mark.parametrize("model_type", ["mllama", "bert", None])
 def test_unknown_models_are_refused_with_the_known_ones(model_type: str | None) -> None:
-    with pytest.raises(atp_patch.UnsupportedModelError, match=r"llava, qwen2_5_vl, qwen2_vl"):
+    with pytest.raises(atp_patch.UnsupportedModelError, match=r"supported.*llava.*qwen2_vl"):
         family_of(SimpleNamespace(model_type=model_type))
 
 
@@ -125,7 +125,6 @@ def test_models_without_images_are_refused() -> None:
 
 
 def test_supported_families_lists_model_types() -> None:
-    assert atp_patch.supported_families() == {
-        "llava": ("llava", "vipllava"),
-        "qwen2_vl": ("qwen2_vl", "qwen2_5_vl"),
-    }
+    listed = atp_patch.supported_families()
+    assert listed["llava"] == ("llava", "vipllava")
+    assert listed["qwen2_vl"] == ("qwen2_vl", "qwen2_5_vl")
