@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from atp_patch.errors import UnsupportedModelError
+from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
 from atp_patch.families.llava import LLAVA
 from atp_patch.families.qwen2_vl import QWEN2_VL
 from atp_patch.families.square import GEMMA3, IDEFICS3, INTERNVL, PALIGEMMA
 
-FAMILIES: tuple[Family, ...] = (LLAVA, QWEN2_VL, INTERNVL, PALIGEMMA, GEMMA3, IDEFICS3)
+FAMILIES: tuple[Family, ...] = (LLAVA, ANYRES, QWEN2_VL, INTERNVL, PALIGEMMA, GEMMA3, IDEFICS3)
 
 
 def supported_families() -> dict[str, tuple[str, ...]]:

@@ -42,6 +42,7 @@ TOWER: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+VIDEO = 2  # the number of the picture that is a video, in rows that have one
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ MIXED = (
     sample(Words(2), Picture(0), Words(4), Picture(1), Words(5), seed=6),
     sample(Words(13), seed=7),
     sample(Words(5), Picture(1), Words(3), seed=8),
+)
+VIDEOS = (
+    sample(Words(3), Picture(VIDEO), Words(8), seed=11),
+    sample(Words(2), Picture(0), Words(2), Picture(VIDEO), Words(6), seed=12),
 )
 
 
@@ -123,7 +128,7 @@ class Kind:
     Attributes:
         name: of the test.
         model: the transformers class; ``config``: makes its tiny config.
-        draw: (config, which picture, paint, pictures in the sample) -> what the processor makes.
+        draw: (config, which picture, paint, images in the sample) -> what the processor makes.
         collate: (pictures of each sample, text inputs) -> the model's further inputs.
         pictures_first: the processor moves pictures in front of the text.
         blocks: (B, L) numbers of the blocks within which tokens see each other both ways, -1 for
@@ -131,6 +136,7 @@ class Kind:
         window_over_blocks: sliding windows bound what is seen within a block too.
         adjust: changes the random weights.
         layers: where the tests prune.
+        videos: picture number ``VIDEO`` is a video.
         attention: the implementation that the tests run by default.
     """
 
@@ -144,6 +150,7 @@ class Kind:
     window_over_blocks: bool = False
     adjust: Callable[[PreTrainedModel], None] | None = None
     layers: tuple[int, ...] = (2, 4, 6)
+    videos: bool = False
     attention: str = "sdpa"
 
     def build(self) -> PreTrainedModel:
@@ -223,7 +230,7 @@ def _draw(
     ids: list[int] = [] if kind.pictures_first else [tiny.BOS]
     places: list[Place | None] = [None] * len(ids)
     pictures: list[Drawn] = []
-    count = sum(isinstance(piece, Picture) for piece in pieces)
+    count = sum(isinstance(piece, Picture) and piece.which < VIDEO for piece in pieces)
     grids = 0
     for piece in pieces:
         if isinstance(piece, Words):

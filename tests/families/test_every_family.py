@@ -11,11 +11,12 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.seam import locate
-from tests.families import square
+from tests.families import anyres, square
 from tests.families.kinds import (
     MIXED,
     SINGLE,
     TWO,
+    VIDEOS,
     Batch,
     Kind,
     columns_ramp,
@@ -27,10 +28,13 @@ from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-KINDS = square.KINDS
+KINDS = (*square.KINDS, *anyres.KINDS)
 FAST = {"method": "fastv", "keep": 0.5}
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+with_videos = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.videos], ids=lambda kind: kind.name
+)
 paddings = pytest.mark.parametrize("padding", ["left", "right"])
 
 
@@ -82,6 +86,11 @@ def test_gathered_is_masked(kind: Kind, padding: str) -> None:
 @every_kind
 def test_gathered_is_masked_without_padding(kind: Kind) -> None:
     check_masked(kind, patched(kind), kind.build(), make(kind, TWO))
+
+
+@with_videos
+def test_gathered_is_masked_with_videos(kind: Kind) -> None:
+    check_masked(kind, patched(kind), kind.build(), make(kind, VIDEOS))
 
 
 @pytest.mark.slow
@@ -164,8 +173,16 @@ def test_unpatching_leaves_nothing(kind: Kind) -> None:
 @paddings
 @every_kind
 def test_grids_are_where_the_processor_puts_them(kind: Kind, padding: str) -> None:
-    model = patched(kind, method="uniform")
-    batch = make(kind, MIXED, padding)
+    check_grids(patched(kind, method="uniform"), make(kind, MIXED, padding))
+
+
+@with_videos
+def test_grids_of_videos_are_where_the_processor_puts_them(kind: Kind) -> None:
+    check_grids(patched(kind, method="uniform"), make(kind, VIDEOS))
+
+
+def check_grids(model: Any, batch: Batch) -> None:
+    """Position, number of the grid, frame, row and column of every visual token."""
     forward(model, batch.inputs)
     layout = atp_patch.last_trace(model).layout
     for b, row in enumerate(batch.places):
@@ -187,18 +204,23 @@ def test_grids_are_seen_in_pictures_of_stripes(kind: Kind) -> None:
         lambda _, args, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     for paint, along in ((rows_ramp, "row"), (columns_ramp, "column")):
-        forward(model, make(kind, TWO, paint=paint).inputs)
+        forward(model, make(kind, MIXED, paint=paint).inputs)
         layout = atp_patch.last_trace(model).layout
-        image, line = layout.image[0], getattr(layout, along)[0]
-        features = embeds[-1][0, layout.position[0]]
-        for number in image.unique().tolist():
-            centres = []
-            for stripe in line[image == number].unique().tolist():
-                same = features[(image == number) & (line == stripe)]
-                assert_close(same, same.mean(0).expand_as(same), tolerance=1e-4)
-                centres.append(same.mean(0))
-            steps = torch.stack(centres).diff(dim=0).abs().amax(-1)
-            assert (steps > 1e-3).all(), f"{along}s of grid {number} look alike"
+        for b, total in enumerate(layout.totals):
+            image, line = layout.image[b, :total], getattr(layout, along)[b, :total]
+            check_stripes(embeds[-1][b, layout.position[b, :total]], image, line)
+
+
+def check_stripes(features: Tensor, image: Tensor, line: Tensor) -> None:
+    """Features (V, D) are equal along each line of a grid, and unlike those of the next line."""
+    for number in image.unique().tolist():
+        centres = []
+        for stripe in line[image == number].unique().tolist():
+            same = features[(image == number) & (line == stripe)]
+            assert_close(same, same.mean(0).expand_as(same), tolerance=1e-4)
+            centres.append(same.mean(0))
+        steps = torch.stack(centres).diff(dim=0).abs().amax(-1)
+        assert (steps > 1e-3).all(), f"lines of grid {number} look alike"
 
 
 def local(model: Any) -> None:
