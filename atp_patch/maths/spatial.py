@@ -13,24 +13,36 @@ from torch.nn.functional import interpolate
 def progressive_order(height: int, width: int) -> Tensor:
     """An order of a grid's places of which every beginning covers the grid evenly.
 
-    Farthest point first, from the centre: each next place is the one farthest from all before it.
+    Farthest point first, from the centre: each next place is the one farthest from all before it;
+    of equally far places (a grid has many) the least crowded, by the sum of inverse squared
+    distances to all before it, then the first in reading order. Without that second rule ties would
+    fill the grid from the top.
 
     Returns:
-        (height * width,) int64: the turn of each place, row-major. Shared between calls: do not
-        write.
+        (height * width,) int64 on the CPU: the turn of each place, row-major. Shared between calls:
+        do not write.
     """
-    row = torch.arange(height).repeat_interleave(width)
-    column = torch.arange(width).repeat(height)
-    turn = torch.empty(height * width, dtype=torch.long)
-    distance = torch.full((height * width,), torch.iinfo(torch.long).max)
-    place = (height // 2) * width + width // 2
-    for j in range(height * width):
-        turn[place] = j
-        torch.minimum(
-            distance, (row - row[place]) ** 2 + (column - column[place]) ** 2, out=distance
-        )
-        distance[place] = -1
-        place = int(distance.argmax())
+    # Cached, so made as a plain CPU tensor whatever mode or default device the first caller is in.
+    with torch.inference_mode(False), torch.device("cpu"):
+        # Both tables hold every offset from (1 - height, 1 - width) on: a place's view is a window.
+        down, right = torch.arange(1.0 - height, height), torch.arange(1.0 - width, width)
+        squared = (down[:, None] ** 2 + right**2).double()
+        # Whole numbers order the places; crowding, kept far below 1, only parts equals.
+        crowding = 1e-3 / squared.clamp(min=1)
+        farness = torch.full((height, width), torch.inf, dtype=torch.double)
+        crowd = torch.zeros_like(farness)
+        order: list[int] = []
+        place = (height // 2) * width + width // 2
+        while len(order) < height * width:
+            order.append(place)
+            row, column = divmod(place, width)
+            top, left = height - 1 - row, width - 1 - column
+            window = (slice(top, top + height), slice(left, left + width))
+            torch.minimum(farness, squared[window], out=farness)
+            crowd += crowding[window]
+            place = int((farness - crowd).argmax())
+        turn = torch.empty(height * width, dtype=torch.long)
+        turn[torch.tensor(order, dtype=torch.long)] = torch.arange(height * width)
     return turn
 
 
@@ -46,7 +58,7 @@ def spatial_scores(
             eq. 5 with every rate.
 
     Returns:
-        (height * width,) float32, row-major.
+        (height * width,) float32, row-major, on the CPU.
     """
     places = height * width
     if order == "progressive":
@@ -54,13 +66,12 @@ def spatial_scores(
         return (1 - lambda_sample * rate).clamp(0, 1)
     if order != "strided":
         raise ValueError(f"unknown spatial order {order!r}: progressive or strided")
-    scores = torch.zeros(height, width)
+    scores = torch.zeros(height, width, device="cpu")
     for stride in range(max(height, width), 1, -1):
-        rows = torch.arange((height - 1) % stride // 2, height, stride)
-        columns = torch.arange((width - 1) % stride // 2, width, stride)
-        score = 1 - lambda_sample * len(rows) * len(columns) / places
-        sampled = (rows[:, None], columns[None, :])
-        scores[sampled] = scores[sampled].clamp(min=min(max(score, 0.0), 1.0))
+        top, left = (height - 1) % stride // 2, (width - 1) % stride // 2
+        sampled = scores[top::stride, left::stride]
+        score = 1 - lambda_sample * sampled.numel() / places
+        sampled.clamp_(min=min(max(score, 0.0), 1.0))
     return scores.flatten()
 
 
