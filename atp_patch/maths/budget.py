@@ -5,11 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-_PAPER_COUNTS = (
-    126.0,
-    88.0,
-    20.0,
-)  # ATP-LLaVA: [126, 88, 20] after layers [4, 14, 24], 144 on average
+# ATP-LLaVA: [126, 88, 20] after layers [4, 14, 24], 144 on average
+_PAPER_COUNTS = (126.0, 88.0, 20.0)
 
 
 def paper_proportions(layers: int) -> tuple[float, ...]:
@@ -56,15 +53,23 @@ def target_counts(
 
     Args:
         total: visual tokens before pruning.
-        proportions: of the counts to each other; the paper's by default.
+        proportions: of the counts to each other, on any scale; the paper's by default.
 
     Returns:
-        Integers from 1 to ``total`` that never rise; all ``total`` if the target is no less.
+        Integers from 1 to ``total`` that never rise, with an average within half a token of the
+        target; all ``total`` if the target is no less.
 
     Raises:
-        ValueError: where the target is below :func:`least_target`.
+        ValueError: where the target is below :func:`least_target`, or the proportions are not one
+            positive number a layer.
     """
     shares = paper_proportions(len(layers)) if proportions is None else proportions
+    if len(shares) != len(layers) or min(shares) <= 0:
+        raise ValueError(
+            f"proportions {tuple(shares)} are not one positive number for each of the layers "
+            f"{tuple(layers)}"
+        )
+    shares = [share / max(shares) for share in shares]
     if target >= total:
         return (total,) * len(layers)
     least = least_target(total, layers, num_layers)
@@ -81,6 +86,7 @@ def target_counts(
         return average_tokens(total, counts(scale), layers, num_layers)
 
     # The average is a staircase in the scale: take the nearer of the two steps around the target.
+    # No share is above 1, so one step of the scale moves no count by more than 1.
     step = 0.01
     scales = range(int(total / min(shares) / step) + 2)
     at = bisect_left(scales, target, key=lambda i: average(i * step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _ABOVE = 2.0  # above every score: ranks and spatial scores are at most 1
 
@@ -127,8 +128,8 @@ def _between(descending: Tensor, count: Tensor, floor: float) -> Tensor:
     Returns:
         (B,), each halfway to the next score, or to ``floor`` where there is none.
     """
-    ends = descending.new_tensor([_ABOVE, floor]).expand(descending.shape[0], 2)
-    padded = torch.cat([ends[:, :1], descending.clamp(min=floor), ends[:, 1:]], dim=1)
+    # Padded by kernels: a tensor made from Python numbers would wait for the device.
+    padded = pad(pad(descending.clamp(min=floor), (1, 0), value=_ABOVE), (0, 1), value=floor)
     above = padded.gather(1, count[:, None])[:, 0]
     below = padded.gather(1, count[:, None] + 1)[:, 0]
     return (above + below) / 2
