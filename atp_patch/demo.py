@@ -22,7 +22,6 @@ from atp_patch.builtin import load_builtin
 from atp_patch.demo_options import PROG, check, parser, patch_settings
 from atp_patch.errors import ATPError, ConfigError
 from atp_patch.loading import (
-    as_seen,
     choose_device,
     choose_dtype,
     encode,
@@ -33,7 +32,7 @@ from atp_patch.loading import (
 )
 from atp_patch.patch import disabled, last_trace, patch_model
 from atp_patch.report import Report, Times, print_report
-from atp_patch.visualize import overlay
+from atp_patch.visualize import as_seen, overlay
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -97,7 +96,8 @@ def run(args: argparse.Namespace) -> Report:
     pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
     trace = last_trace(model)
     if args.overlay is not None:
-        _write(overlay(as_seen(processor, image), trace), args.overlay)
+        pictures = as_seen(image, inputs, processor, trace)
+        _write(overlay(pictures, trace), args.overlay)
     runs = RUNS if seconds < SLOW_SECONDS else SLOW_RUNS
     found = compare(model, dict(inputs), runs=runs, decode_tokens=DECODE_TOKENS)
     times = Times.of(found, runs, DECODE_TOKENS)

@@ -126,14 +126,6 @@ def encode(processor: Any, image: Image.Image, question: str, model: Any) -> Bat
     return inputs.to(model.device, model.dtype)
 
 
-def as_seen(processor: Any, image: Image.Image) -> Image.Image:
-    """The part of an image that reaches the model: some processors cut its middle out."""
-    images = processor.image_processor
-    if getattr(images, "do_center_crop", False) and images.size.get("shortest_edge"):
-        return ImageOps.fit(image, (images.crop_size["width"], images.crop_size["height"]))
-    return image
-
-
 @contextmanager
 def quiet_transformers(progress: bool) -> Iterator[None]:
     """Keep the notes of transformers, and its progress bars unless asked for, off stderr."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -34,8 +36,8 @@ def overlay(
     """Draw an image beside what each pruning layer leaves of it; pruned patches are dimmed.
 
     Args:
-        images: as the model sees them (after any cropping), one for each frame of each of the
-            sample's grids, in order. A picture alone is taken for every frame.
+        images: as the model sees them (:func:`as_seen`), one for each frame of each of the sample's
+            grids, in order. A picture alone is taken for every frame.
         trace: of the forward pass.
         panel: width of one panel in pixels.
 
@@ -64,6 +66,37 @@ def overlay(
             row.append(_titled(_dim(base, kept), title))
         rows.append(row)
     return _sheet(rows)
+
+
+def as_seen(
+    image: Image.Image, inputs: Mapping[str, Any], processor: Any, trace: PruningTrace
+) -> list[Image.Image]:
+    """What a model was shown of one image, a picture for each frame of each grid of sample 0.
+
+    A processor may crop, stretch or tile; where ``pixel_values`` are pictures that match the grids,
+    they are taken, and the whole image otherwise (patches in a row, or a grid over several tiles).
+
+    Args:
+        inputs: what the processor made of the image.
+    """
+    grids = trace.grids[0]
+    pixels = inputs["pixel_values"].float().cpu()
+    if pixels.ndim == 5:
+        pixels = pixels[0]
+    match = pixels.ndim == 4 and all(
+        grid.frames == 1 and grid.height * pixels.shape[3] == grid.width * pixels.shape[2]
+        for grid in grids
+    )
+    if not match or len(pixels) != len(grids):
+        return [image] * sum(grid.frames for grid in grids)
+    settings = processor.image_processor
+    if settings.do_normalize:
+        mean, std = (
+            torch.tensor(x).view(-1, 1, 1) for x in (settings.image_mean, settings.image_std)
+        )
+        pixels = pixels * std + mean
+    shades = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(picture.numpy()) for picture in shades]
 
 
 def _fit(image: Image.Image, grid: VisualGrid, panel: int) -> Image.Image:

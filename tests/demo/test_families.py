@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -18,7 +19,7 @@ class StandIn:
     """A processor with a question and an image of its own (the real ones need more packages)."""
 
     chat_template = "any"
-    image_processor = None
+    image_processor = SimpleNamespace(do_normalize=False)
 
     def __init__(self, kind: str) -> None:
         self.inputs = BatchFeature(dict(batch(tiny_model(kind), SINGLE)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import atp_patch
-from atp_patch.visualize import GAP, TITLE, overlay, survivors
+from atp_patch.types import VisualGrid
+from atp_patch.visualize import GAP, TITLE, as_seen, overlay, survivors
 from tests.helpers.inputs import RAGGED, VIDEO, Prompt, batch
 from tests.helpers.tiny import tiny_model
 
@@ -56,6 +60,72 @@ def test_pruned_patches_are_dimmed_and_the_others_are_not(sample: int) -> None:
         kept = survivors(trace, grid, layer, sample)[0].numpy()
         assert (bright == kept).all()
         assert (dimmed == ~kept).all()
+
+
+class Processor:
+    """As far as ``as_seen`` looks."""
+
+    def __init__(self, **settings: object) -> None:
+        self.image_processor = CLIPImageProcessorPil(**settings)
+
+
+@dataclass
+class Trace:
+    """As far as ``as_seen`` looks."""
+
+    grids: list[list[VisualGrid]]
+
+
+CROP = {"height": 64, "width": 64}
+PAINTED = Image.fromarray(
+    np.stack(np.broadcast_arrays(np.arange(160), np.arange(70)[:, None] * 3, 99), -1).astype(
+        "uint8"
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"size": {"shortest_edge": 64}, "crop_size": CROP}, ImageOps.fit(PAINTED, (64, 64))),
+        ({"size": CROP, "crop_size": CROP}, PAINTED.resize((64, 64))),
+        ({"size": CROP, "crop_size": CROP, "do_normalize": False}, PAINTED.resize((64, 64))),
+    ],
+    ids=["cropped", "stretched", "not normalised"],
+)
+def test_a_picture_shows_what_the_processor_passed_on(
+    settings: dict[str, object], expected: Image.Image
+) -> None:
+    processor = Processor(**settings)
+    inputs = processor.image_processor(PAINTED, return_tensors="pt")
+    (shown,) = as_seen(PAINTED, inputs, processor, Trace([[VisualGrid(3, 1, 8, 8)]]))
+    difference = np.asarray(shown, np.float32) - np.asarray(expected, np.float32)
+    assert np.abs(difference).mean() < 3
+
+
+def test_every_tile_gets_its_own_picture() -> None:
+    processor = Processor(do_normalize=False)
+    shades = torch.tensor([0.0, 0.4, 1.0]).view(1, 3, 1, 1, 1)  # three tiles of sample 0
+    inputs = {"pixel_values": shades.expand(1, 3, 3, 16, 16)}
+    trace = Trace([[VisualGrid(start, 1, 4, 4) for start in (2, 20, 40)]])
+    pictures = as_seen(PAINTED, inputs, processor, trace)
+    assert [picture.getpixel((5, 5)) for picture in pictures] == [(n,) * 3 for n in (0, 102, 255)]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "grids"),
+    [
+        (torch.zeros(48, 12), [VisualGrid(1, 1, 4, 12)]),  # patches in a row
+        (torch.zeros(1, 5, 3, 16, 16), [VisualGrid(1, 1, 4, 4), VisualGrid(17, 1, 6, 8)]),
+        (torch.zeros(1, 2, 3, 16, 16), [VisualGrid(1, 1, 4, 4), VisualGrid(17, 1, 3, 4)]),
+    ],
+)
+def test_the_whole_image_stands_where_pixels_do_not_match_the_grids(
+    pixels: torch.Tensor, grids: list[VisualGrid]
+) -> None:
+    pictures = as_seen(PAINTED, {"pixel_values": pixels}, Processor(), Trace([grids]))
+    assert len(pictures) == len(grids)
+    assert all(picture is PAINTED for picture in pictures)
 
 
 def test_a_video_gets_a_row_a_frame() -> None:
