@@ -23,6 +23,9 @@ ORIGINALS: tuple[int, ...] = (0, 3, 6, 9, 13, 18, 23, 28)
 attention is scored before the layers 4, 14 and 24."""
 PROBED_ORIGINAL = 4
 """The auxiliary loss reads the output of this layer of the shallow model (13 of 32)."""
+GAZING_ORIGINALS: tuple[int, int] = (3, 4)
+"""In these layers half of the heads are taught where to look: nouns at what they name, and the
+token before a sign's character at that character."""
 
 _POSITION_DIMS = 32
 _HEAD_OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (
@@ -150,6 +153,24 @@ def _turn(offset: tuple[int, int]) -> Tensor:
         cos, sin = torch.diag((steps * turns).cos()), torch.diag((steps * turns).sin())
         blocks.append(torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)], 0))
     return torch.block_diag(*blocks)
+
+
+@torch.no_grad()
+def recentre(model: LlavaForConditionalGeneration, features: Tensor) -> None:
+    """Give the projector's output mean 0 and root mean square 1, in place.
+
+    What all visual tokens share tells nothing, but would fill most of what the decoder's norms
+    let through.
+
+    Args:
+        features: (images, 576, hidden) of the tower.
+    """
+    projector = model.model.multi_modal_projector
+    shown = projector(features).flatten(0, 1)
+    mean = shown.mean(0)
+    scale = (shown - mean).square().mean().rsqrt()
+    projector.linear_2.weight.mul_(scale)
+    projector.linear_2.bias.sub_(mean).mul_(scale)
 
 
 @torch.no_grad()

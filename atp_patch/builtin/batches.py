@@ -9,11 +9,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from atp_patch.builtin.labels import IGNORE, NOUN_FIELDS, noun_labels, patch_labels
+from atp_patch.builtin.labels import (
+    IGNORE,
+    NOUN_FIELDS,
+    noun_labels,
+    patch_labels,
+    patch_owners,
+    patch_places,
+)
 from atp_patch.builtin.questions import ask
 from atp_patch.builtin.scenes import IMAGE_PX, SceneConfig, make_scene, scene_rng
 from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, encode, word_ids
-from atp_patch.builtin.vocabulary import TASKS
+from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
 TEXT_LENGTH = 13
 """Tokens of the longest question with its answer and `</s>`."""
@@ -32,6 +39,8 @@ class BatchSpec:
     tasks: tuple[str, ...] = (*TASKS, "count", "ocr", "relation", "exist", "common", "size")
     """Tried in this order after a shuffle, until there are `questions` of them."""
     with_patch_labels: bool = False
+    with_owners: bool = False
+    """Whether to say which patches show what a token of a question names."""
     split: str = "train"
     offset: int = 0
     """Index of the first scene."""
@@ -44,6 +53,8 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
     `ids` and `targets` are (images * views, questions, TEXT_LENGTH): question, `ASSISTANT:`,
     answer, `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE.
     `nouns` is (images * views, questions, TEXT_LENGTH, NOUN_FIELDS); `task` is the index in TASKS.
+    `owners` is (images, 576); `gaze` is (images * views, questions, TEXT_LENGTH, 2): owners, a
+    bit each, that a noun names, and those that the token before a sign's character should see.
     """
     rows = spec.images * spec.views
     shape = (rows, spec.questions, TEXT_LENGTH)
@@ -54,13 +65,17 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         "nouns": np.full((*shape, len(NOUN_FIELDS)), IGNORE, dtype=np.int16),
         "task": np.full(shape[:2], IGNORE),
     }
-    labels = []
+    labels, owners, places = [], [], []
+    gaze = np.zeros((*shape, 2), dtype=np.int32)
     for i in range(spec.images):
         index = spec.offset + number * spec.images + i
         scene = make_scene(spec.split, index, spec.scenes, tasks=())
         batch["pixels"][i] = np.asarray(scene.image)
         if spec.with_patch_labels:
             labels.append(patch_labels(scene.layout))
+            places.append(patch_places(scene.layout))
+        if spec.with_owners:
+            owners.append(patch_owners(scene.layout))
         for view in range(spec.views):
             row = i * spec.views + view
             rng = scene_rng(spec.split, index, 3 + view)
@@ -73,10 +88,16 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
                 batch["ids"][row, j, :length] = prompt + answer
                 batch["targets"][row, j, len(prompt) - 1 : length - 1] = answer
                 batch["task"][row, j] = TASKS.index(question.task)
-                for k, values in noun_labels(question.text, scene.layout):
+                for k, values, named in noun_labels(question.text, scene.layout):
                     batch["nouns"][row, j, k] = values
+                    gaze[row, j, k, 0] = named
+                if question.task == "ocr":
+                    for place in range(len(answer) - 1):
+                        gaze[row, j, len(prompt) - 1 + place, 1] = 1 << (MAX_OBJECTS + place)
     if spec.with_patch_labels:
-        batch["labels"] = np.stack(labels)
+        batch |= {"labels": np.stack(labels), "places": np.stack(places)}
+    if spec.with_owners:
+        batch |= {"owners": np.stack(owners), "gaze": gaze}
     return batch
 
 

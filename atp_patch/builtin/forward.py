@@ -7,6 +7,7 @@ question and all tokens it equals the model's own forward (a test).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,10 +37,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
     Written out because the backward of the fused kernel is slow on CPUs.
     """
+    return attention_map(q, k, bias) @ v
+
+
+def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias), (..., queries, keys)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    if bias is not None:
-        scores = scores + bias
-    return scores.softmax(dim=-1) @ v
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -95,13 +99,30 @@ def window_order(shift: tuple[int, int]) -> Tensor:
     return grid.reshape(2, half, 2, half).transpose(1, 2).reshape(-1)
 
 
+@dataclass
+class Notes:
+    """What the auxiliary losses read out of a forward pass.
+
+    `states` (rows, questions, length, hidden) are the text states after the layer `probe`.
+    `gazes` are, for each of `gaze_layers`, half of the heads' attention from the packed text to
+    the visual tokens, (rows, heads / 2, packed, visual); `order` (rows, packed) says where the
+    packed tokens stand in the flattened questions.
+    """
+
+    probe: int
+    gaze_layers: tuple[int, ...]
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    gazes: list[Tensor] = field(default_factory=list)
+    order: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 def decoder_forward(
     model: LlavaForConditionalGeneration,
     features: Tensor,
     places: Tensor,
     ids: Tensor,
-    probe: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    notes: Notes | None = None,
+) -> Tensor:
     """Logits of many questions about one image a row.
 
     Visual tokens and the prefix see each other causally and no text, so they are computed once;
@@ -109,14 +130,13 @@ def decoder_forward(
 
     Args:
         features: (rows, visual, hidden), what the tower gave for the patches that are shown.
-        places: (visual,) raster indices of these patches, ascending: they keep the position ids
-            that they have in the full sequence.
+        places: (visual,) or (rows, visual), raster indices of these patches, ascending: they keep
+            the position ids that they have in the full sequence.
         ids: (rows, questions, length), each question filled up with `<pad>`.
-        probe: the text states after this layer are returned as well.
+        notes: filled with what the auxiliary losses read.
 
     Returns:
-        logits (rows, questions, length, vocabulary) and the states (rows, questions, length,
-        hidden) or None. At padding they mean nothing.
+        logits (rows, questions, length, vocabulary). At padding they mean nothing.
     """
     decoder = model.model.language_model
     heads = int(model.config.text_config.num_attention_heads)
@@ -126,7 +146,9 @@ def decoder_forward(
     prefix_ids = torch.tensor([word_ids()[t] for t in PREFIX], device=device)
     prefix = decoder.embed_tokens(prefix_ids).expand(rows, -1, -1)
     seen = torch.cat([prefix, model.model.multi_modal_projector(features)], dim=1)
-    seen_at = torch.cat([torch.arange(first, device=device), places + first])[None]
+    places = places.reshape(-1, places.shape[-1])
+    start = torch.arange(first, device=device).expand(places.shape[0], -1)
+    seen_at = torch.cat([start, places + first], dim=1)
     order, question, step = _pack(ids)  # each (rows, packed)
     text = decoder.embed_tokens(ids.flatten(1).gather(1, order))  # (rows, packed, hidden)
     text_at = step + first + GRID * GRID
@@ -138,7 +160,6 @@ def decoder_forward(
         for x in (seen_hidden, text_hidden[:, None])
     )
     text_bias = nn.functional.pad(text_bias, (seen.shape[1], 0))
-    probed: Tensor | None = None
     for number, layer in enumerate(decoder.layers):
         attention = layer.self_attn
         projected = []
@@ -151,13 +172,16 @@ def decoder_forward(
             projected.append((*apply_rotary_pos_emb(q, k, cos, sin), v))
         (q_seen, k_seen, v_seen), (q, k, v) = projected
         keys, values = torch.cat([k_seen, k], dim=2), torch.cat([v_seen, v], dim=2)
-        text = text + attention.o_proj(_merge(attend(q, keys, values, text_bias)))
+        weights = attention_map(q, keys, text_bias)
+        text = text + attention.o_proj(_merge(weights @ values))
         text = text + layer.mlp(layer.post_attention_layernorm(text))
         if number < len(decoder.layers) - 1:  # nothing reads what the last layer saw
             seen = seen + attention.o_proj(_merge(attend(q_seen, k_seen, v_seen, seen_bias)))
             seen = seen + layer.mlp(layer.post_attention_layernorm(seen))
-        if number == probe:
-            probed = text
+        if notes is not None and number in notes.gaze_layers:
+            notes.gazes.append(weights[:, : heads // 2, :, first : seen.shape[1]])
+        if notes is not None and number == notes.probe:
+            notes.states = text
     back = torch.zeros_like(ids).flatten(1)
     back = back.scatter(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
 
@@ -165,8 +189,10 @@ def decoder_forward(
         spread = x.gather(1, back[..., None].expand(-1, -1, x.shape[-1]))
         return spread.unflatten(1, (questions, length))
 
-    logits = unpack(model.lm_head(decoder.norm(text)))
-    return logits, None if probed is None else unpack(probed)
+    if notes is not None:
+        notes.order = order
+        notes.states = unpack(notes.states)
+    return unpack(model.lm_head(decoder.norm(text)))
 
 
 def _pack(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,8 @@ PATCH_FIELDS: dict[str, int] = {
     "part": 7,
     "background": len(BACKGROUND_COLOURS),
     "texture": len(TEXTURES),
+    "row": GRID,
+    "column": GRID,
 }
 """Label of a patch -> number of classes; the last class of most is "none"."""
 
@@ -65,6 +67,8 @@ def patch_labels(layout: Layout) -> NDArray[np.int64]:
     labels["core"][:] = 0
     labels["background"][:] = list(BACKGROUND_COLOURS).index(layout.background)
     labels["texture"][:] = TEXTURES.index(layout.texture)
+    labels["row"][:] = np.arange(GRID)[:, None]
+    labels["column"][:] = np.arange(GRID)
     middle = (np.arange(GRID) + 0.5) * PATCH_PX
     for item in layout.objects:
         owned = _coverage(item) >= _OWNED_SHARE
@@ -88,6 +92,39 @@ def patch_labels(layout: Layout) -> NDArray[np.int64]:
     return np.stack([labels[name].ravel() for name in PATCH_FIELDS], axis=-1)
 
 
+def patch_places(layout: Layout) -> NDArray[np.float32]:
+    """Where each patch lies and where the centre of its object does, (576, 5).
+
+    Row, column, the centre's row and column (its own where there is no object), each -1..1 over
+    the image, and a weight: 1 on objects, 0.1 elsewhere.
+    """
+    middle = (np.arange(GRID) + 0.5) * PATCH_PX
+    places = np.zeros((GRID, GRID, 5), dtype=np.float32)
+    places[..., 0] = places[..., 2] = middle[:, None]
+    places[..., 1] = places[..., 3] = middle
+    places[..., 4] = 0.1
+    for item in layout.objects:
+        places[_coverage(item) >= _OWNED_SHARE, 2:] = (item.y_px, item.x_px, 1.0)
+    places[..., :4] = places[..., :4] * (2 / IMAGE_PX) - 1
+    return places.reshape(-1, 5)
+
+
+NOTHING = 15
+"""Owner of a patch that shows neither an object nor a character."""
+
+
+def patch_owners(layout: Layout) -> NDArray[np.int64]:
+    """What each patch shows, (576,): object number, 8 + place of a character, or NOTHING."""
+    owners = np.full((GRID, GRID), NOTHING)
+    for number, item in enumerate(layout.objects):
+        owners[_coverage(item) >= _OWNED_SHARE] = number
+    if layout.sign is not None:
+        row, column = layout.sign.y_px // PATCH_PX + 1, layout.sign.x_px // PATCH_PX + 1
+        for k in range(len(layout.sign.text)):
+            owners[row : row + 3, column + 2 * k : column + 2 * k + 2] = MAX_OBJECTS + k
+    return owners.ravel()
+
+
 def _coverage(item: SceneObject) -> NDArray[np.float64]:
     """Share of each patch that an object covers, (24, 24)."""
     mask = PILImage.new("L", (IMAGE_PX, IMAGE_PX))
@@ -97,19 +134,22 @@ def _coverage(item: SceneObject) -> NDArray[np.float64]:
     return coverage
 
 
-def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64]]]:
-    """For each noun of a question that names objects or the sign: (token index, its labels).
+def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64], int]]:
+    """For each noun that names objects or the sign: (token index, its labels, its owners).
 
     The labels, (number of NOUN_FIELDS,), say how many objects the noun phrase matches, and, where
-    it is just one, which. What does not apply is IGNORE.
+    it is just one, which. What does not apply is IGNORE. The owners, a bit each, tell which
+    patches (patch_owners) show what the noun names.
     """
     tokens = [w.lower() if w in OPENERS else w for w in re.findall(r"\w+|[^\w\s]", text)]
     found = []
     for k, word in enumerate(tokens):
         values = dict.fromkeys(NOUN_FIELDS, IGNORE)
+        owners = 0
         if word == "sign" and layout.sign is not None:
             padded = layout.sign.text.ljust(MAX_SIGN)
             for place, character in enumerate(padded):
+                owners |= (character != " ") << (MAX_OBJECTS + place)
                 values[f"character{place}"] = (*CHARACTERS, " ").index(character)
         elif word in SHAPES or word in _SINGULAR or word in _ANY_SHAPE:
             shape = None if word in _ANY_SHAPE else _SINGULAR.get(word, word)
@@ -118,6 +158,7 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64]]
                 o for o in layout.objects if shape in (None, o.shape) and colour in (None, o.colour)
             ]
             values["count"] = len(matches)
+            owners = sum(1 << k for k, o in enumerate(layout.objects) if o in matches)
             if len(matches) == 1:
                 values.update(_describe(matches[0]))
         elif word == "common":
@@ -125,7 +166,7 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64]]
             values["colour"] = list(OBJECT_COLOURS).index(ranked[0][0])
         else:
             continue
-        found.append((k, np.array([values[name] for name in NOUN_FIELDS])))
+        found.append((k, np.array([values[name] for name in NOUN_FIELDS]), owners))
     return found
 
 

@@ -14,12 +14,15 @@ _FIELD_WEIGHT = {"shape": 4.0, "character": 2.0, "background": 0.5, "texture": 0
 """Weight of a patch field; 1 for those not named. Shape is the slowest to be learned."""
 
 
-def patch_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+def patch_loss(
+    logits: Tensor, labels: Tensor, place_weight: float
+) -> tuple[Tensor, dict[str, float]]:
     """Mean cross-entropy over the fields of PATCH_FIELDS, and the accuracy by field.
 
     Args:
         logits: (images, 576, sum of all classes).
         labels: (images, 576, fields).
+        place_weight: weight of the fields "row" and "column".
     """
     losses = []
     accuracy = {}
@@ -28,17 +31,30 @@ def patch_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]
     ):
         target = labels[..., k]
         each = nn.functional.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none")
-        if name in ("background", "texture"):
+        in_grid = name in ("row", "column")
+        if in_grid or name in ("background", "texture"):
             told = torch.ones_like(target, dtype=torch.bool)
         elif name == "core":
             told = target == 1
         else:
             told = target != PATCH_FIELDS[name] - 1
         weight = torch.where(told, 1.0, _EMPTY_WEIGHT).flatten()
-        losses.append(_FIELD_WEIGHT.get(name, 1.0) * (each * weight).sum() / weight.sum())
+        field_weight = place_weight if in_grid else _FIELD_WEIGHT.get(name, 1.0)
+        losses.append(field_weight * (each * weight).sum() / weight.sum())
         hits = (part.argmax(-1) == target)[told]
         accuracy[name] = hits.float().mean().item() if hits.numel() else float("nan")
     return torch.stack(losses).mean(), accuracy
+
+
+def place_loss(guess: Tensor, places: Tensor) -> Tensor:
+    """Weighted mean squared error of rows and columns.
+
+    Args:
+        guess: (images, 576, 4).
+        places: (images, 576, 5), the last entry is the weight.
+    """
+    weight = places[..., 4:]
+    return ((guess - places[..., :4]).square() * weight).mean() / weight.mean()
 
 
 def answer_loss(logits: Tensor, targets: Tensor, task_weight: Tensor) -> Tensor:
@@ -64,6 +80,22 @@ def noun_loss(logits: Tensor, labels: Tensor) -> Tensor:
         if told.any():
             losses.append(nn.functional.cross_entropy(part[told], target[told].long()))
     return torch.stack(losses).mean()
+
+
+def gaze_loss(gaze: Tensor, wanted: Tensor, owners: Tensor) -> Tensor:
+    """Mean of -log(attention that falls on the patches of what a token names).
+
+    Args:
+        gaze: (rows, heads, packed, visual) attention.
+        wanted: (rows, packed) owners that a token names, a bit each.
+        owners: (rows, visual) owner of each visual token.
+    """
+    on_it = (wanted[:, :, None] >> owners[:, None, :]) & 1  # (rows, packed, visual)
+    told = on_it.any(-1)
+    if not told.any():
+        return gaze.new_zeros(())
+    share = (gaze * on_it[:, None]).sum(-1)  # (rows, heads, packed)
+    return -(share.transpose(1, 2)[told] + 1e-6).log().mean()
 
 
 def answered(logits: Tensor, targets: Tensor) -> Tensor:

@@ -40,21 +40,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step with the gradients at hand."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
+                    by_shape.setdefault(p.shape, []).append((p, p.grad))
+            for shape, pairs in by_shape.items():
                 directions = []
-                for p in params:
+                for p, gradient in pairs:
                     state = self.state[p]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    directions.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                    directions.append(gradient.lerp(state["momentum"], group["momentum"]))
                 steps = orthogonalize(torch.stack(directions))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, step in zip(params, steps, strict=True):
+                for (p, _), step in zip(pairs, steps, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(step, alpha=-group["lr"] * scale)

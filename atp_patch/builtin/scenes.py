@@ -83,10 +83,12 @@ class Sign:
 
     @property
     def width_px(self) -> int:
+        """Width of the plate."""
         return len(self.text) * CELL_WIDTH_PX + 2 * PATCH_PX
 
     @property
     def height_px(self) -> int:
+        """Height of the plate."""
         return CELL_HEIGHT_PX + 2 * PATCH_PX
 
 
@@ -121,6 +123,7 @@ class Scene:
 
     @property
     def objects(self) -> tuple[SceneObject, ...]:
+        """The objects of the layout."""
         return self.layout.objects
 
 

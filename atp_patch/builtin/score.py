@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers, 0-1."""
         return self.right / self.asked
 
     def interval(self) -> tuple[float, float]:
@@ -75,7 +77,7 @@ def score(
             torch.tensor(batch[name], device=model.device) for name in ("ids", "targets", "task")
         )
         features = tower_forward(model, to_pixel_values(batch["pixels"], model.device))
-        logits, _ = decoder_forward(model, features, places, ids)
+        logits = decoder_forward(model, features, places, ids)
         hits = answered(logits, targets)
         for k, name in enumerate(TASKS):
             of_task = hits[task == k][: questions - asked[name]]
@@ -111,9 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
     scores = score(model.to(options.device).eval(), options.split, options.questions)
     if options.json:
-        print(json.dumps({s.task: {"right": s.right, "asked": s.asked} for s in scores}))
+        shown = json.dumps({s.task: {"right": s.right, "asked": s.asked} for s in scores})
     else:
-        print(table(scores))
+        shown = table(scores)
+    sys.stdout.write(shown + "\n")
 
 
 if __name__ == "__main__":

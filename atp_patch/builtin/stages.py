@@ -27,12 +27,21 @@ class Stage:
     tower_rate: float = 0.0
     """Learning rate of the tower as a share of the others'; 0 freezes it."""
     weight_decay: float = 0.0
+    place_weight: float = 0.0
+    """Weight of a patch's own row and column among the tower's labels."""
     windowed_steps: int = 0
     """First steps in which the tower sees windows of 12 x 12 patches only."""
-    strided: bool = False
-    """Whether the decoder sees one patch of four, at a random phase."""
+    visual_tokens: int = 576
+    """Patches that the decoder is shown. If not all, they come from a stride-2 subset of the grid
+    at a random phase, those that show something first."""
+    patch_weight: float = 0.0
+    """Weight of the tower's own labels while the decoder is trained."""
+    recentre: bool = False
+    """Whether to standardise what the projector gives before the stage begins."""
     noun_weight: float = 0.0
-    """Weight of the auxiliary loss at mid-depth."""
+    """Weight of the auxiliary loss at mid-depth: what nouns refer to."""
+    gaze_weight: float = 0.0
+    """Weight of the auxiliary loss on attention: where nouns refer to."""
     task_weight: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -69,14 +78,128 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="strided",
         kind="shallow",
-        steps=1500,
-        batch=BatchSpec(images=4, views=2, offset=1_000_000),
+        steps=300,
+        batch=BatchSpec(images=4, views=2, offset=1_000_000, with_owners=True),
         muon_rate=0.02,
         adam_rate=0.002,
         warm_up=30,
-        decay=700,
-        strided=True,
+        decay=1,
+        visual_tokens=144,
         noun_weight=1.0,
         task_weight={"count": 1.5, "relation": 1.5},
+    ),
+    Stage(
+        name="strided-slow",
+        kind="shallow",
+        steps=101,
+        batch=BatchSpec(images=4, views=2, offset=1_100_000, with_owners=True),
+        muon_rate=0.01,
+        adam_rate=0.002,
+        warm_up=10,
+        decay=1,
+        visual_tokens=144,
+        noun_weight=1.0,
+        task_weight={"count": 1.5, "relation": 1.5},
+    ),
+    Stage(
+        name="gaze",
+        kind="shallow",
+        steps=282,
+        batch=BatchSpec(images=4, views=2, offset=1_200_000, with_owners=True),
+        muon_rate=0.012,
+        adam_rate=0.002,
+        warm_up=10,
+        decay=1,
+        visual_tokens=64,
+        noun_weight=1.0,
+        gaze_weight=0.3,
+        task_weight={"count": 1.5, "relation": 1.5},
+    ),
+    Stage(
+        name="tower-place",
+        kind="tower",
+        steps=130,
+        batch=BatchSpec(
+            images=16, with_patch_labels=True, questions=1, scenes=_DENSE, offset=200_000
+        ),
+        muon_rate=0.006,
+        adam_rate=0.0015,
+        tower_rate=1.0,
+        warm_up=10,
+        decay=80,
+        place_weight=2.0,
+        windowed_steps=110,
+    ),
+    Stage(
+        name="gaze-place",
+        kind="shallow",
+        steps=198,
+        batch=BatchSpec(images=4, views=2, offset=1_300_000, with_owners=True),
+        muon_rate=0.012,
+        adam_rate=0.002,
+        warm_up=20,
+        decay=1,
+        visual_tokens=64,
+        recentre=True,
+        noun_weight=1.0,
+        gaze_weight=0.3,
+        task_weight={"count": 1.5, "relation": 1.5},
+    ),
+    Stage(
+        name="gaze-slow",
+        kind="shallow",
+        steps=352,
+        batch=BatchSpec(images=8, views=2, offset=1_400_000, with_owners=True),
+        muon_rate=0.005,
+        adam_rate=0.001,
+        warm_up=5,
+        decay=1,
+        visual_tokens=64,
+        noun_weight=1.0,
+        gaze_weight=0.2,
+        task_weight={"count": 1.5, "relation": 1.5, "position": 1.5},
+    ),
+    Stage(
+        name="joint",
+        kind="shallow",
+        steps=420,
+        batch=BatchSpec(
+            images=8, views=2, offset=1_500_000, with_owners=True, with_patch_labels=True
+        ),
+        muon_rate=0.005,
+        adam_rate=0.001,
+        tower_rate=0.8,
+        warm_up=5,
+        decay=320,
+        visual_tokens=64,
+        patch_weight=0.5,
+        noun_weight=1.5,
+        gaze_weight=0.2,
+        task_weight={"count": 1.5, "relation": 2.0, "position": 2.0},
+    ),
+    Stage(
+        name="words",
+        kind="shallow",
+        steps=1400,
+        batch=BatchSpec(images=8, views=2, offset=1_600_000, with_owners=True),
+        muon_rate=0.006,
+        adam_rate=0.001,
+        warm_up=10,
+        decay=900,
+        visual_tokens=64,
+        noun_weight=1.5,
+        gaze_weight=0.1,
+        task_weight={"count": 1.5, "relation": 2.0, "position": 1.5, "shape": 1.5},
+    ),
+    Stage(
+        name="full",
+        kind="shallow",
+        steps=150,
+        batch=BatchSpec(images=8, views=1, offset=1_700_000, with_owners=True),
+        muon_rate=0.0015,
+        adam_rate=0.0003,
+        warm_up=10,
+        decay=130,
+        task_weight={"count": 1.5, "relation": 1.5, "ocr": 1.2},
     ),
 )

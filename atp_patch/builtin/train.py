@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,31 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from atp_patch.builtin.architecture import ORIGINALS, PROBED_ORIGINAL, build, grow
-from atp_patch.builtin.batches import Batch, batches
-from atp_patch.builtin.forward import decoder_forward, to_pixel_values, tower_forward, window_order
-from atp_patch.builtin.labels import NOUN_FIELDS, PATCH_FIELDS
-from atp_patch.builtin.losses import answer_loss, answered, noun_loss, patch_loss
+from atp_patch.builtin.architecture import (
+    GAZING_ORIGINALS,
+    ORIGINALS,
+    PROBED_ORIGINAL,
+    build,
+    grow,
+    recentre,
+)
+from atp_patch.builtin.batches import Batch, batches, make_batch
+from atp_patch.builtin.forward import (
+    Notes,
+    decoder_forward,
+    to_pixel_values,
+    tower_forward,
+    window_order,
+)
+from atp_patch.builtin.labels import IGNORE, NOTHING, NOUN_FIELDS, PATCH_FIELDS
+from atp_patch.builtin.losses import (
+    answer_loss,
+    answered,
+    gaze_loss,
+    noun_loss,
+    patch_loss,
+    place_loss,
+)
 from atp_patch.builtin.optim import Muon
 from atp_patch.builtin.scenes import GRID
 from atp_patch.builtin.stages import STAGES, Stage
@@ -59,6 +80,7 @@ def make_heads() -> nn.ModuleDict:
             "patch": nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, sum(PATCH_FIELDS.values()))
             ),
+            "place": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4)),
             "noun": nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(NOUN_FIELDS.values()))),
         }
     )
@@ -77,7 +99,8 @@ def make_optimizers(
             continue
         is_matrix = p.dim() == 2 and ("layers." in name or "projector" in name)
         groups.setdefault((is_matrix, in_tower), []).append(p)
-    muon, adam = [], []
+    muon: list[dict[str, object]] = []
+    adam: list[dict[str, object]] = []
     for (is_matrix, in_tower), params in groups.items():
         share = stage.tower_rate if in_tower else 1.0
         rate = (stage.muon_rate if is_matrix else stage.adam_rate) * share
@@ -95,22 +118,35 @@ def rate_share(step: int, stage: Stage) -> float:
     return rise * max(fall, 0.05)
 
 
-def visible_places(stage: Stage, step: int) -> Tensor:
-    """Raster indices of the patches that the decoder is shown, ascending."""
+def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
+    """Raster indices of the patches that the decoder is shown, ascending, (rows, visual).
+
+    Args:
+        owners: (rows, 576) what each patch shows.
+    """
     grid = torch.arange(GRID * GRID).reshape(GRID, GRID)
-    if not stage.strided:
-        return grid.reshape(-1)
-    phase = torch.randint(2, (2,), generator=torch.Generator().manual_seed(step)).tolist()
-    return grid[phase[0] :: 2, phase[1] :: 2].reshape(-1)
+    if stage.visual_tokens == GRID * GRID:
+        return grid.reshape(1, -1)
+    generator = torch.Generator().manual_seed(step)
+    row, column = torch.randint(2, (2,), generator=generator).tolist()
+    subset = grid[row::2, column::2].reshape(-1)
+    # Of the patches that show nothing only so many as are needed to fill up.
+    rank = torch.rand(owners.shape[0], len(subset), generator=generator)
+    rank += (owners[:, subset] == NOTHING).float()
+    chosen = rank.argsort(dim=1)[:, : stage.visual_tokens].sort(dim=1).values
+    return subset[chosen]
 
 
 def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
     """Load what `save_checkpoint` wrote; returns the number of steps done."""
     with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}
+        names = list(file.keys())
+        stored = {name: file.get_tensor(name) for name in names}
         step = int(file.metadata()["step"])
     for part, module in (("model.", learner.model), ("heads.", learner.heads)):
-        module.load_state_dict({k[len(part) :]: v for k, v in stored.items() if k.startswith(part)})
+        values = {k[len(part) :]: v for k, v in stored.items() if k.startswith(part)}
+        # A stage may have a head that the stage before had not.
+        module.load_state_dict(values, strict=part == "model.")
     if with_optimizers:
         for n, optimizer in enumerate(learner.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
@@ -120,6 +156,12 @@ def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
                     state.setdefault(int(k), {})[key] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return step
+
+
+def steps_done(path: Path) -> int:
+    """Number of steps after which a checkpoint was written."""
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
 
 
 def save_checkpoint(path: Path, learner: Learner, step: int) -> None:
@@ -141,31 +183,51 @@ def tower_loss(
         order = window_order((rows, columns))
     run = _compiled_tower if compiled else tower_forward
     features = run(learner.model, to_pixel_values(batch["pixels"]), order)
-    return patch_loss(learner.heads["patch"](features), torch.as_tensor(batch["labels"]))
+    labels = torch.as_tensor(batch["labels"])
+    return patch_loss(learner.heads["patch"](features), labels, stage.place_weight)
 
 
 def decoder_loss(
     learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by task."""
-    places = visible_places(stage, step)
+    owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)
+    places = visible_places(stage, step, owners)
     run = _compiled_tower if compiled else tower_forward
     with torch.set_grad_enabled(stage.tower_rate > 0):
         features = run(learner.model, to_pixel_values(batch["pixels"]), None)
-    features = features[:, places].repeat_interleave(stage.batch.views, 0)
+    whole = features
+    features = features.repeat_interleave(stage.batch.views, 0)
+    places = places.expand(len(features), -1)
+    features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
     ids, targets = torch.as_tensor(batch["ids"]), torch.as_tensor(batch["targets"])
     task = torch.as_tensor(batch["task"])
-    probe = ORIGINALS[PROBED_ORIGINAL] if stage.kind == "deep" else PROBED_ORIGINAL
-    logits, probed = decoder_forward(learner.model, features, places, ids, probe)
+    at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
+    notes = Notes(at[PROBED_ORIGINAL], tuple(at[k] for k in GAZING_ORIGINALS))
+    logits = decoder_forward(learner.model, features, places, ids, notes)
     weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
     loss = answer_loss(logits, targets, weight)
     shares = {"answer_loss": loss.item()}
-    if stage.noun_weight > 0 and probed is not None:
+    if stage.patch_weight > 0:
+        labels = torch.as_tensor(batch["labels"])
+        patch, seen = patch_loss(learner.heads["patch"](whole), labels, 0.0)
+        placed = place_loss(learner.heads["place"](whole), torch.as_tensor(batch["places"]))
+        loss = loss + stage.patch_weight * (patch + 3 * placed)
+        shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
+        shares["patch_shape"] = seen["shape"]
+    if stage.noun_weight > 0:
         nouns = torch.as_tensor(batch["nouns"])
-        here = (nouns != -100).any(-1)
-        extra = noun_loss(learner.heads["noun"](probed[here]), nouns[here])
+        here = (nouns != IGNORE).any(-1)
+        extra = noun_loss(learner.heads["noun"](notes.states[here]), nouns[here])
         loss = loss + stage.noun_weight * extra
         shares["noun_loss"] = extra.item()
+    if stage.gaze_weight > 0:
+        wanted = torch.as_tensor(batch["gaze"]).flatten(1, 2)  # (rows, questions * length, 2)
+        shown = owners.gather(1, places)
+        for k, gaze in enumerate(notes.gazes):
+            extra = gaze_loss(gaze, wanted[..., k].gather(1, notes.order), shown)
+            loss = loss + stage.gaze_weight * extra
+            shares[f"gaze_loss_{k}"] = extra.item()
     right = answered(logits, targets)
     for k, name in enumerate(TASKS):
         asked = task == k
@@ -207,7 +269,8 @@ def run_stage(
             row: dict[str, object] = {"stage": stage.name, "step": step}
             row["seconds"] = round(time.monotonic() - start, 1)
             row |= {name: round(_mean(values), 4) for name, values in sums.items()}
-            print(json.dumps(row), flush=True)
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
             sums = {}
         if time.monotonic() - saved > 120 or step == stage.steps:
             save_checkpoint(path, learner, step)
@@ -235,11 +298,17 @@ def main(arguments: list[str] | None = None) -> None:
     for number, stage in enumerate(STAGES):
         torch.manual_seed(1 + number)
         path = options.work / f"{number}-{stage.name}.safetensors"
+        if path.exists() and steps_done(path) >= stage.steps and stage.name != options.until:
+            before = path
+            continue
         learner = Learner(model, heads, [])
         if before is not None:
             load_checkpoint(before, learner, with_optimizers=False)
         if stage.kind == "deep" and len(model.model.language_model.layers) == len(ORIGINALS):
             model = grow(model)
+        if stage.recentre and not path.exists():
+            pixels = make_batch(replace(stage.batch, images=16), 0)["pixels"]
+            recentre(model, tower_forward(model, to_pixel_values(pixels)))
         learner = Learner(model, heads, make_optimizers(model, heads, stage))
         run_stage(learner, stage, path, not options.no_compile)
         before = path

@@ -52,14 +52,18 @@ RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 OPENERS: tuple[str, ...] = ("How", "Is", "What", "Which", "Where", "Does", "Are", "Name", "Read")
 """Words that may open a question; the tokenizer writes them in lower case."""
 
-_FUNCTION_WORDS = ["?", ".", ",", "a", "an", "the", "is", "are", "there", "any", "of", "on", "in", "it", "many", "what", "which", "where", "how", "does", "do", "say", "colour", "shape", "shapes", "object", "objects", "one", "size", "sign", "background", "texture", "most", "common", "text", "written", "name", "read", "have", "left", "right", "above", "below", "top", "bottom", "or", "yes", "no"]
+_FUNCTION_WORDS = (
+    "? . , a an the is are there any of on in it many what which where how does do say colour "
+    "shape shapes object objects one size sign background texture most common text written "
+    "name read have left right above below top bottom or yes no"
+)
 
 
 def words() -> list[str]:
     """Every word of every question and answer, in the tokenizer's order, each once."""
     digits = [str(n) for n in range(10)]
     everything = [
-        *_FUNCTION_WORDS,
+        *_FUNCTION_WORDS.split(),
         *SHAPES,
         *PLURALS.values(),
         *OBJECT_COLOURS,

@@ -54,7 +54,7 @@ def test_packed_questions_equal_single_ones() -> None:
     batch = make_batch(BatchSpec(2), 0)
     pixel_values, ids = to_pixel_values(batch["pixels"]), torch.tensor(batch["ids"])
     features = tower_forward(model, pixel_values)
-    logits, _ = decoder_forward(model, features, EVERYTHING, ids)
+    logits = decoder_forward(model, features, EVERYTHING, ids)
     for row, question in ((0, 0), (0, 5), (1, 3)):
         text = ids[row, question]
         text = text[text != word_ids()[PAD]]
