@@ -7,11 +7,22 @@ from typing import Any
 from atp_patch.errors import UnsupportedModelError
 from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
-from atp_patch.families.llava import LLAVA
+from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
+from atp_patch.families.pixtral import MISTRAL3
 from atp_patch.families.qwen2_vl import QWEN2_VL
 from atp_patch.families.square import GEMMA3, IDEFICS3, INTERNVL, PALIGEMMA
 
-FAMILIES: tuple[Family, ...] = (LLAVA, ANYRES, QWEN2_VL, INTERNVL, PALIGEMMA, GEMMA3, IDEFICS3)
+FAMILIES: tuple[Family, ...] = (
+    LLAVA,
+    ANYRES,
+    VIDEO_LLAVA,
+    QWEN2_VL,
+    INTERNVL,
+    PALIGEMMA,
+    GEMMA3,
+    IDEFICS3,
+    MISTRAL3,
+)
 
 
 def supported_families() -> dict[str, tuple[str, ...]]:

@@ -1,12 +1,19 @@
-"""LLaVA and VipLLaVA: one square grid an image, from a CLIP-like tower."""
+"""LLaVA, VipLLaVA and Video-LLaVA: one square grid an image or frame, from a CLIP-like tower.
+
+LLaVA with a Pixtral tower has a grid of its own for every image.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.errors import InputError
 from atp_patch.families.base import Family, Grids, equal_images
-from atp_patch.types import GridQuery, VisualGrid
+from atp_patch.families.pixtral import pixtral_grids
+from atp_patch.types import GridQuery, Span, VisualGrid
+
+MEND = "let the model's own processor expand <image> to placeholders."
 
 
 def _side(config: Any) -> int:
@@ -14,8 +21,12 @@ def _side(config: Any) -> int:
     return int(vision.image_size) // int(vision.patch_size)
 
 
-def _visual_tokens(config: Any) -> int:
-    return _side(config) ** 2
+def _is_pixtral(config: Any) -> bool:
+    return bool(config.vision_config.model_type == "pixtral")
+
+
+def _visual_tokens(config: Any) -> int | None:
+    return None if _is_pixtral(config) else _side(config) ** 2
 
 
 def _class_tokens(config: Any) -> int:
@@ -25,26 +36,44 @@ def _class_tokens(config: Any) -> int:
     return int(strategy == "full" and has_class)
 
 
+def _images(spans: Sequence[Span], config: Any) -> list[VisualGrid]:
+    side, extra = _side(config), _class_tokens(config)
+    images = equal_images(spans, side * side + extra, MEND)
+    return [VisualGrid(image.start + extra, 1, side, side) for image in images]
+
+
 def _grids(query: GridQuery) -> Grids:
     config: Any = query.config
-    side, extra = _side(config), _class_tokens(config)
-    mend = "let the model's own processor expand <image> to placeholders."
+    if _is_pixtral(config):
+        return pixtral_grids(query)
+    return [_images(spans, config) for spans in query.spans]
+
+
+def _video(span: Span, side: int) -> VisualGrid:
+    """The frames of one run of placeholders, a class token in front of each."""
+    stride = side * side + 1
+    if span.length % stride:
+        raise InputError(
+            f"{span.length} visual tokens are no whole frames of {stride}: let the model's own "
+            "processor expand <video> to placeholders."
+        )
+    return VisualGrid(span.start + 1, span.length // stride, side, side, frame_stride=stride)
+
+
+def _video_grids(query: GridQuery) -> Grids:
+    config: Any = query.config
     return [
         [
-            VisualGrid(image.start + extra, 1, side, side)
-            for image in equal_images(spans, side * side + extra, mend)
+            grid
+            for span in spans
+            for grid in (
+                [_video(span, _side(config))]
+                if span.token_id == config.video_token_id
+                else _images([span], config)
+            )
         ]
         for spans in query.spans
     ]
-
-
-def _check(config: Any) -> None:
-    vision_type = config.vision_config.model_type
-    if vision_type == "pixtral":
-        raise UnsupportedModelError(
-            "a LLaVA model with a Pixtral tower has a grid of its own for every image; supported "
-            "are towers with one square grid (CLIP, SigLIP)."
-        )
 
 
 LLAVA = Family(
@@ -52,5 +81,10 @@ LLAVA = Family(
     model_types=("llava", "vipllava"),
     grids=_grids,
     visual_tokens=_visual_tokens,
-    check=_check,
+)
+VIDEO_LLAVA = Family(
+    name="video_llava",
+    model_types=("video_llava",),
+    grids=_video_grids,
+    token_ids=("image_token_id", "video_token_id"),
 )

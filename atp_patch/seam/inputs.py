@@ -18,7 +18,12 @@ from atp_patch.types import GridQuery
 if TYPE_CHECKING:
     from atp_patch.seam.prefill import Prefill
 
-IMAGE_KEYS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+IMAGE_KEYS = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_videos",
+    "mm_encoder_outputs",
+)
 IGNORED_LABEL = -100
 
 
@@ -34,6 +39,8 @@ class Call:
     attention_mask: Any = None
     embedding: nn.Module | None = None
     has_images: bool = False
+    num_items: Any = None
+    run: Prefill | None = None
 
     @classmethod
     def begin(
@@ -48,11 +55,11 @@ class Call:
         labels = kwargs.get("labels")
         if labels is not None:
             labels = kwargs["labels"] = labels.clone()
-        if session is None:
-            return cls(labels, visual_mask, None)
-        if visual_mask is None:
-            visual_mask = session.visual_mask
-        return cls(labels, visual_mask, session.prompt_length)
+        length = None
+        if session is not None:
+            length = session.prompt_length
+            visual_mask = session.visual_mask if visual_mask is None else visual_mask
+        return cls(labels, visual_mask, length, num_items=kwargs.get("num_items_in_batch"))
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Add what the model without its head was given."""
@@ -86,6 +93,23 @@ class Call:
             return
         lost = ~run.kept(max(run.records)).to(self.labels.device)
         self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
+
+    def add_losses(self, output: Any, losses: dict[str, tuple[float, Tensor]]) -> Any:
+        """Add weighted losses to the host's own (``output.loss``, or the first of a tuple).
+
+        Where the host divides by the supervised tokens of several batches, so that their gradients
+        can be accumulated, this batch's share of them weighs what is added.
+        """
+        if self.labels is None:
+            return None
+        share = 1.0
+        if self.num_items is not None:
+            share = (self.labels[:, 1:] != IGNORED_LABEL).sum() / self.num_items
+        extra = share * sum(weight * loss for weight, loss in losses.values())
+        if isinstance(output, tuple):
+            return (output[0] + extra.to(output[0]), *output[1:])
+        output.loss = output.loss + extra.to(output.loss)
+        return output
 
 
 def _present(value: Any) -> bool:

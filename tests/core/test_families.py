@@ -108,10 +108,19 @@ def test_unknown_models_are_refused_with_the_known_ones(model_type: str | None) 
         family_of(SimpleNamespace(model_type=model_type))
 
 
-def test_pixtral_towers_are_refused() -> None:
-    config = LlavaConfig(vision_config={"model_type": "pixtral"})
-    with pytest.raises(atp_patch.UnsupportedModelError, match="Pixtral"):
-        family_of(config)
+def test_images_of_pixtral_are_told_apart_by_what_ends_them() -> None:
+    config = LlavaConfig(vision_config={"model_type": "pixtral"}, image_token_index=5)
+    brk, end = 6, 7
+    one, two = [5, 5, brk, 5, 5, end], [5, 5, 5, end]  # 2 x 2 and 1 x 3, nothing between
+    ids = torch.tensor([[1, *one, *two, *one, 9, *two, 9]])
+    visual = (ids == 5).long()
+    edges = visual[0].diff(prepend=torch.zeros(1, dtype=torch.long)).nonzero().flatten().tolist()
+    spans = [Span(a, b, 5) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    grids = family_of(config).grids(GridQuery(config, [spans], None, ids))[0]
+    found = [(grid.start, grid.height, grid.width, grid.row_stride) for grid in grids]
+    assert found == [(1, 2, 2, 3), (7, 1, 3, 4), (11, 2, 2, 3), (18, 1, 3, 4)]
+    with pytest.raises(atp_patch.InputError, match="input_ids"):
+        family_of(config).grids(GridQuery(config, [spans], None))
 
 
 def test_models_without_images_are_refused() -> None:

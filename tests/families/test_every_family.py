@@ -11,7 +11,7 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.seam import locate
-from tests.families import anyres, square
+from tests.families import anyres, square, towers
 from tests.families.kinds import (
     MIXED,
     SINGLE,
@@ -28,7 +28,7 @@ from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-KINDS = (*square.KINDS, *anyres.KINDS)
+KINDS = (*square.KINDS, *anyres.KINDS, *towers.KINDS)
 FAST = {"method": "fastv", "keep": 0.5}
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -1,0 +1,61 @@
+"""Mistral 3, LLaVA with a Pixtral tower: every image has its own grid, rows end in a text id.
+
+An image is written as rows of placeholders with a break id after each but the last, and an end id
+after that. Rows of one image lie one id apart; where images follow each other directly, the end ids
+tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atp_patch.errors import InputError
+from atp_patch.families.base import Family, Grids
+from atp_patch.types import GridQuery, Span, VisualGrid
+
+
+def _chains(spans: Sequence[Span]) -> list[list[Span]]:
+    """Runs of rows that lie one id apart: one image, or images without text between them."""
+    chains: list[list[Span]] = []
+    for span in spans:
+        if chains and span.start == chains[-1][-1].stop + 1:
+            chains[-1].append(span)
+        else:
+            chains.append([span])
+    return chains
+
+
+def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
+    """The images of a chain; ``ids`` are those of the whole sample."""
+    after = [ids[row.stop] if row.stop < len(ids) else -1 for row in chain]
+    end = after[-1]  # what stands behind the last row of a chain ends every image in it
+    grids = []
+    first = 0
+    for last, mark in enumerate(after):
+        if mark != end:
+            continue
+        rows, first = chain[first : last + 1], last + 1
+        start, width = rows[0].start, rows[0].length
+        if any(row.length != width for row in rows):
+            raise InputError(
+                f"the rows of the image at position {start} have different lengths; let the "
+                "model's own processor make input_ids and pixel values together."
+            )
+        grids.append(VisualGrid(start, 1, len(rows), width, row_stride=width + 1))
+    return grids
+
+
+def pixtral_grids(query: GridQuery) -> Grids:
+    """Grids of images whose rows are told apart by ids."""
+    if query.ids is None:
+        raise InputError(
+            "rows of an image are told apart by the ids between them: pass input_ids, not "
+            "inputs_embeds alone."
+        )
+    return [
+        [grid for chain in _chains(spans) for grid in _images(chain, ids)]
+        for spans, ids in zip(query.spans, query.ids.tolist(), strict=True)
+    ]
+
+
+MISTRAL3 = Family(name="mistral3", model_types=("mistral3",), grids=pixtral_grids)
