@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from atp_patch.config import (
@@ -21,7 +23,7 @@ from atp_patch.errors import ConfigError, NotPatchedError
 from atp_patch.families import Family, family_of
 from atp_patch.hub import adapter_of, load_adapter
 from atp_patch.methods import Method, ModuleSpec, make_method
-from atp_patch.seam import Parts, Prefill, Seam, decoder_shape, locate
+from atp_patch.seam import LearningPass, Parts, Prefill, Seam, decoder_shape, locate
 from atp_patch.trace import LayerTrace, PruningTrace
 from atp_patch.types import Decision, GridQuery, Layout, View, VisualGrid
 
@@ -98,6 +100,19 @@ class Patch:
             bytes_per_element=run.bytes_per_element,
         )
 
+    def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss; its parts go into the trace too."""
+        seen = [b for b, total in enumerate(run.layout.totals) if total]
+        totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
+        target = self.config.target_tokens or DEFAULT_SHARE * float(totals.mean())
+        counts = [count[seen] for count in run.soft_counts]
+        terms = self.method.losses(
+            counts, totals.to(counts[0].device), self.layers, self.config.base.num_layers, target
+        )
+        parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
+        self.trace = replace(last_trace(self.parts.top), losses=parts)
+        return terms
+
 
 def patch_model(
     model: ModelT,
@@ -112,10 +127,6 @@ def patch_model(
     **options: Any,
 ) -> ModelT:
     """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
-
-    >>> patch_model(model, layers=[4, 14, 24])                           # doctest: +SKIP
-    >>> patch_model(model, method="fastv", layers=[2], keep=0.25)        # doctest: +SKIP
-    >>> patch_model(model, weights="user/llava-1.5-7b-atp")              # doctest: +SKIP
 
     Args:
         model: a transformers vision-language model of a supported family.
@@ -170,6 +181,7 @@ def patch_model(
             min_tokens_per_image=min_tokens_per_image,
             options=chosen.options(),
         )
+    family.check_layers(model.config, config.layers)
     total = family.visual_tokens(model.config)
     if total is not None and chosen.needs_budget:
         config.counts(total)  # a budget that no image can meet is an error now, not later

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -74,6 +74,7 @@ class PruningTrace:
         shape: sizes of the decoder.
         text_tokens: tokens of each sample that no method may prune.
         bytes_per_element: of the key/value cache.
+        losses: in training, what was added to the loss before weighing: "atp" and "target".
     """
 
     layers: dict[int, LayerTrace]
@@ -81,6 +82,7 @@ class PruningTrace:
     shape: DecoderShape
     text_tokens: tuple[int, ...]
     bytes_per_element: int
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def visual(self) -> Tensor:

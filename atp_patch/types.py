@@ -139,6 +139,7 @@ class View:
         sample_key: (B,) int64 drawn from each sample's own text tokens, so that seeded randomness
             differs between samples and does not depend on the batch.
         min_per_image: visual tokens that every image keeps at least.
+        learning: the decision needs a ``soft`` mask.
     """
 
     layer: int
@@ -158,6 +159,7 @@ class View:
     counts: tuple[int, ...] | None
     sample_key: Tensor
     min_per_image: int = 0
+    learning: bool = False
 
     @property
     def key_offset(self) -> int:
@@ -185,12 +187,14 @@ class Decision:
             synchronisation).
         scores: name -> (B, V) float32.
         thresholds: name -> (B,) float32.
+        soft: (B, V) float32, where the view asks for learning: 1 kept, 0 not, with a gradient.
     """
 
     keep: Tensor
     exact: bool = False
     scores: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
+    soft: Tensor | None = None
 
 
 @dataclass(frozen=True)

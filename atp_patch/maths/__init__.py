@@ -23,6 +23,7 @@ from atp_patch.maths.indexing import (
     scatter_tokens,
     top_k_mask,
 )
+from atp_patch.maths.losses import atp_loss, target_loss
 from atp_patch.maths.scores import cross_scores, normalise_scores, redundant_scores, self_scores
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
 from atp_patch.maths.thresholds import (
@@ -33,6 +34,7 @@ from atp_patch.maths.thresholds import (
 )
 
 __all__ = [
+    "atp_loss",
     "average_tokens",
     "budget_thresholds",
     "cross_scores",
@@ -59,6 +61,7 @@ __all__ = [
     "spatial_scores",
     "straight_through_mask",
     "target_counts",
+    "target_loss",
     "to_reference_grid",
     "top_k_mask",
 ]

@@ -7,6 +7,7 @@ with hard decisions). Thresholds are predicted by small heads (eq. 6-8) or set t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 
 from atp_patch.errors import ConfigError
 from atp_patch.maths import (
+    atp_loss,
     budget_thresholds,
     cross_scores,
     gather_heads,
     hard_keep,
     redundant_scores,
     self_scores,
+    soft_mask,
     spatial_scores,
+    straight_through_mask,
+    target_loss,
 )
 from atp_patch.methods.atp_heads import ThresholdHeads
 from atp_patch.methods.base import (
@@ -110,6 +115,12 @@ class ATP(_Scored):
         spatial_order: "progressive" (eq. 5 with every rate) or "strided" (a few sampling rates).
         lambda_sample: eq. 5's scaling coefficient.
         spatial_share: part of a budget that the spatial score gets.
+        surrogate: how learned thresholds get a gradient: "straight-through" (hard decisions
+            forward, sigmoids of slope ``slope`` backward) or "literal" (eq. 9-11 with temperature
+            ``slope``, 1e6 in the paper).
+        detach_scores: keep the thresholds' gradient out of the scores, and so out of the decoder.
+        lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13 ("paper"
+            or "smooth").
         heads_hidden_size, reference_grid: width of z, and the side of the grid its input is brought
             to.
     """
@@ -121,6 +132,12 @@ class ATP(_Scored):
     spatial_order: str = "progressive"
     lambda_sample: float = 3.0
     spatial_share: float = 0.25
+    surrogate: str = "straight-through"
+    slope: float = 30.0
+    detach_scores: bool = True
+    lambda_atp: float = 0.05
+    lambda_target: float = 0.2
+    target_loss: str = "smooth"
     heads_hidden_size: int = 64
     reference_grid: int = 24
 
@@ -128,6 +145,8 @@ class ATP(_Scored):
         super().__post_init__()
         choice("thresholds", self.thresholds, ("budget", "learned"))
         choice("spatial_order", self.spatial_order, ("progressive", "strided"))
+        choice("surrogate", self.surrogate, ("straight-through", "literal"))
+        choice("target_loss", self.target_loss, ("paper", "smooth"))
         if self.thresholds == "budget" and self.score_norm != "rank":
             raise ConfigError(
                 f"score_norm={self.score_norm!r} cannot be set to a budget, only ranks can; use "
@@ -135,6 +154,8 @@ class ATP(_Scored):
             )
         if not 0 <= self.spatial_share <= 1:
             raise ConfigError(f"spatial_share={self.spatial_share} is not between 0 and 1.")
+        if self.slope <= 0 or self.lambda_atp < 0 or self.lambda_target < 0:
+            raise ConfigError("slope must be positive, lambda_atp and lambda_target not negative.")
         if self.lambda_sample <= 0:
             raise ConfigError(f"lambda_sample={self.lambda_sample} is not positive.")
         if self.heads_hidden_size < 1 or self.reference_grid < 1:
@@ -160,6 +181,8 @@ class ATP(_Scored):
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Eq. 3-11 with hard decisions."""
         s_self, s_cross, redundant = self.scores(view)
+        if self.detach_scores:
+            s_self, s_cross, redundant = s_self.detach(), s_cross.detach(), redundant.detach()
         score_of_grid = partial(
             spatial_scores, order=self.spatial_order, lambda_sample=self.lambda_sample
         )
@@ -177,9 +200,31 @@ class ATP(_Scored):
         keep = hard_keep(redundant, spatial, theta_r, theta_s, view.slot_valid)
         if first is not None:
             keep = keep | first
+        soft = None
+        if view.learning:
+            relax = soft_mask if self.surrogate == "literal" else straight_through_mask
+            soft = relax(redundant, spatial, theta_r, theta_s, view.slot_valid, self.slope)
+            if first is not None:
+                soft = soft.masked_fill(first, 1.0)
         return Decision(
             keep,
             exact=module is None,
             scores={"self": s_self, "cross": s_cross, "redundant": redundant, "spatial": spatial},
             thresholds={"redundant": theta_r, "spatial": theta_s},
+            soft=soft,
         )
+
+    def losses(
+        self,
+        counts: Sequence[Tensor],
+        totals: Tensor,
+        layers: Sequence[int],
+        num_layers: int,
+        target: float,
+    ) -> dict[str, tuple[float, Tensor]]:
+        """L_atp and L_target of eq. 12-13 with their weights of eq. 14."""
+        to_target = target_loss(counts, totals, layers, num_layers, target, self.target_loss)
+        return {
+            "atp": (self.lambda_atp, atp_loss(counts, totals, layers)),
+            "target": (self.lambda_target, to_target),
+        }

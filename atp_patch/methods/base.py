@@ -7,7 +7,7 @@ adapter's JSON, and never changed after. What it learns, if anything, lives in a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +59,23 @@ class Method(ABC):
     def build(self, spec: ModuleSpec) -> nn.Module | None:
         """The module that holds what the method learns, or None."""
         return None
+
+    def losses(
+        self,
+        counts: Sequence[Tensor],
+        totals: Tensor,
+        layers: Sequence[int],
+        num_layers: int,
+        target: float,
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the host's loss: name -> its weight and a scalar.
+
+        Args:
+            counts: (B,) float with a gradient, tokens left after each pruning layer.
+            totals: (B,) float, tokens before any pruning.
+            target: visual tokens averaged over all decoder layers that are aimed at.
+        """
+        return {}
 
     def options(self) -> dict[str, Any]:
         """The fields, for an adapter's JSON."""

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from atp_patch.errors import CacheError, UnsupportedModelError
+from atp_patch.errors import CacheError
 from atp_patch.seam import recorder
 from atp_patch.seam.cache import check_cache, pruned_layer
+from atp_patch.seam.decode import Decode
 from atp_patch.seam.host import HostPass
 from atp_patch.seam.inputs import Call, grid_query, read_prompt
+from atp_patch.seam.learning import LearningPass, check_checkpointing
 from atp_patch.seam.locate import Parts
-from atp_patch.seam.narrow import check_implementation, decode_mask, is_flash
+from atp_patch.seam.narrow import check_implementation, is_flash
 from atp_patch.seam.prefill import Prefill
 from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.session import Session
@@ -51,29 +53,8 @@ class Pruner(Protocol):
     def finished(self, run: Prefill) -> None:
         """A forward pass with images is through the decoder."""
 
-
-class Decode:
-    """One forward pass without images on a cache that holds a pruned prompt."""
-
-    def __init__(self, cache: Cache, flash: bool) -> None:
-        self.cache, self.flash = cache, flash
-        self._masks: dict[Any, Any] = {}
-
-    def narrow_kwargs(self, layer: int, length: int, kwargs: dict[str, Any]) -> None:
-        """Give a layer the mask of the keys it holds (in place)."""
-        held = pruned_layer(self.cache, layer)
-        mask = kwargs.get("attention_mask")
-        if held is None or (mask is None and held.valid is None):
-            return
-        if torch.compiler.is_compiling():  # object identities would force a recompilation a step
-            kwargs["attention_mask"] = decode_mask(mask, held, length, flash=self.flash)
-            return
-        # Layers that were pruned together share their positions, and so the mask.
-        key = (id(mask), id(held.positions))
-        if key not in self._masks:
-            made = decode_mask(mask, held, length, flash=self.flash)
-            self._masks[key] = (mask, held.positions, made)
-        kwargs["attention_mask"] = self._masks[key][2]
+    def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss: name -> its weight and a scalar."""
 
 
 class LayerHook:
@@ -132,7 +113,8 @@ class Seam:
             handle.remove()
         self._handles.clear()
         self.parts.top.__dict__.pop("generate", None)
-        self._disarm()
+        for layer in self.parts.layers:
+            recorder.release(layer.self_attn)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The host's ``generate``; it tells the forward passes within where the prompt ends."""
@@ -156,10 +138,14 @@ class Seam:
         self._call = call.with_base(module, args, kwargs)
         return args, kwargs
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.parts.top or self.parts.top is self.parts.base:
-            self._call = None
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._disarm()
+        if module is not self.parts.top:
+            return None
+        call, self._call = self._call, None
+        if call is None or output is None or not isinstance(call.run, LearningPass):
+            return None
+        return call.add_losses(output, self.pruner.losses(call.run))
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call, cache = self._call, kwargs.get("past_key_values")
@@ -179,11 +165,6 @@ class Seam:
         any.
         """
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        if self.parts.top.training and self.pruner.learned:
-            raise UnsupportedModelError(
-                "learned thresholds take part in inference only: call model.eval(), or train the "
-                "language model with thresholds='budget' or another method."
-            )
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
         if not bool(prompt.visual.any()):
@@ -201,7 +182,12 @@ class Seam:
             plain_mask=self.pruner.causal and call.mask_is_plain,
             sliding_window=self._sliding_window,
         )
-        return Prefill(
+        learning = self.pruner.learned and self.parts.top.training
+        if learning:
+            check_checkpointing(self.parts.layers[0])
+            if past:
+                raise CacheError("thresholds learn from whole prompts: give no filled cache.")
+        return (LearningPass if learning else Prefill)(
             layout,
             TextRows.of(prompt, embeds.device),
             None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device),
@@ -241,8 +227,13 @@ class Seam:
             run.narrow_kwargs(layer, kwargs)
         elif run.host.cache is not None and run.host.past:
             Decode(run.host.cache, run.host.flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
-        if layer + 1 in layers and self._needs_scores(layer + 1, run):
-            recorder.arm(self.parts.layers[layer].self_attn, run.record)
+        attention = self.parts.layers[layer].self_attn
+        sink = run.record if layer + 1 in layers and self._needs_scores(layer + 1, run) else None
+        if isinstance(run, LearningPass) and run.weight is not None:
+            recorder.arm(attention, sink, weighted=True)
+            kwargs[recorder.KEY_WEIGHT] = run.weight.to(hidden.device)
+        elif sink is not None:
+            recorder.arm(attention, sink)
         return (hidden, *rest)
 
     def _needs_scores(self, layer: int, run: Prefill) -> bool:
@@ -264,7 +255,7 @@ class Seam:
             return False  # the budget keeps everything: nothing was recorded, nothing changes
         if decision is None:
             step, minimum = self.pruner.layers.index(layer), self.pruner.min_per_image
-            with torch.no_grad():
+            with torch.set_grad_enabled(isinstance(run, LearningPass)):
                 decision = self.pruner.decide(run.view(layer, step, hidden, counts, minimum))
         return run.apply(layer, decision, counts)
 
@@ -277,10 +268,12 @@ class Seam:
     def finish(self, run: Prefill, output: Any) -> Any:
         """Note what a pass did, and give its output the public length; None leaves it as it is."""
         self.pruner.finished(run)
+        learning = isinstance(run, LearningPass)
+        if self._call is not None and (learning or run.survivors is not None):
+            self._call.unsupervise(run)
+            self._call.run = run
         if run.survivors is None:
             return None
-        if self._call is not None:
-            self._call.unsupervise(run)
         return run.restore(output, len(self.parts.layers))
 
     def _sliding_window(self, layer: int) -> int | None:

@@ -100,12 +100,12 @@ class Call:
         Where the host divides by the supervised tokens of several batches, so that their gradients
         can be accumulated, this batch's share of them weighs what is added.
         """
-        if self.labels is None:
+        if self.labels is None or not losses:
             return None
-        share = 1.0
+        extra = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
         if self.num_items is not None:
             share = (self.labels[:, 1:] != IGNORED_LABEL).sum() / self.num_items
-        extra = share * sum(weight * loss for weight, loss in losses.values())
+            extra = extra * share.to(extra)
         if isinstance(output, tuple):
             return (output[0] + extra.to(output[0]), *output[1:])
         output.loss = output.loss + extra.to(output.loss)

@@ -19,8 +19,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atp_patch.errors import UnsupportedModelError
+from atp_patch.seam.weighted import weighted_attention
 
 ATTENTION_NAME = "atp_patch_record"
+KEY_WEIGHT = "atp_patch_key_weight"
 
 
 @dataclass
@@ -37,23 +39,40 @@ def register() -> None:
     """Make the recording attention known to transformers (idempotent; done when a model is
     patched).
     """
-    AttentionInterface.register(ATTENTION_NAME, _record_and_delegate)
+    AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
-def arm(attention: Any, sink: Callable[[Recording], None]) -> None:
-    """Have the next call of ``attention`` hand its q and k to ``sink``."""
+def arm(
+    attention: Any, sink: Callable[[Recording], None] | None = None, *, weighted: bool = False
+) -> None:
+    """Have the next call of ``attention`` hand its q and k to ``sink``.
+
+    Args:
+        weighted: every call, until :func:`release`, weighs keys with what ``KEY_WEIGHT`` brings
+            (gradient checkpointing calls again long after the forward pass).
+    """
     host = attention.config
     if _is_armed(host):
         host = host.__dict__["_atp_host"]
     armed = copy.copy(host)
     armed.__dict__.update(
-        _attn_implementation_internal=ATTENTION_NAME, _atp_host=host, _atp_sink=sink
+        _attn_implementation_internal=ATTENTION_NAME,
+        _atp_host=host,
+        _atp_sink=sink,
+        _atp_weighted=weighted,
     )
     attention.config = armed
 
 
 def disarm(attention: Any) -> None:
-    """Undo :func:`arm` if the call it waited for never came."""
+    """Undo a recording for which the call never came."""
+    config = attention.config
+    if _is_armed(config) and not config.__dict__["_atp_weighted"]:
+        attention.config = config.__dict__["_atp_host"]
+
+
+def release(attention: Any) -> None:
+    """Give the host's config back, whatever :func:`arm` did."""
     if _is_armed(attention.config):
         attention.config = attention.config.__dict__["_atp_host"]
 
@@ -62,7 +81,7 @@ def _is_armed(config: Any) -> bool:
     return "_atp_host" in getattr(config, "__dict__", {})
 
 
-def _record_and_delegate(
+def _attend(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -71,14 +90,26 @@ def _record_and_delegate(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
+    """Hand on q and k where they are waited for, then attend as the host would, or weighted."""
     armed = module.config
-    module.config = armed.__dict__["_atp_host"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    armed.__dict__["_atp_sink"](Recording(query, key, attention_mask, scale))
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, _eager_function(module)
-    )
-    return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    sink = armed.__dict__["_atp_sink"]
+    armed.__dict__["_atp_sink"] = None  # a replay must not record again
+    if sink is not None:
+        sink(Recording(query, key, attention_mask, scale))
+    weight = kwargs.pop(KEY_WEIGHT, None)
+    if weight is not None:
+        dropout = kwargs.get("dropout", 0.0)
+        return weighted_attention(query, key, value, attention_mask, scale, weight, dropout)
+    module.config = armed.__dict__["_atp_host"]
+    try:
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            module.config._attn_implementation, _eager_function(module)
+        )
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    finally:
+        if armed.__dict__["_atp_weighted"]:
+            module.config = armed
 
 
 def _eager_function(module: Any) -> Callable[..., Any]:

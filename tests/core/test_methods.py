@@ -121,14 +121,6 @@ def test_learned_thresholds_decide_by_the_papers_equations() -> None:
     assert torch.equal(trace.layers[2].kept[0][visual], expected[visual])
 
 
-def test_learned_thresholds_refuse_training_by_name() -> None:
-    model = tiny_model("llava-llama")
-    atp_patch.patch_model(model, LAYERS, thresholds="learned", reference_grid=6)
-    model.train()
-    with pytest.raises(atp_patch.UnsupportedModelError, match=r"model\.eval\(\)"):
-        model(**made.batch(model, made.SINGLE))
-
-
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [

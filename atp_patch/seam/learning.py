@@ -1,0 +1,94 @@
+"""A forward pass that learns: full length throughout, pruned keys weighed down instead of
+gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from atp_patch.errors import UnsupportedModelError
+from atp_patch.maths import pack
+from atp_patch.seam.narrow import scoring_mask
+from atp_patch.seam.prefill import LayerRecord, Prefill
+from atp_patch.seam.recorder import Recording
+from atp_patch.seam.survivors import Survivors
+from atp_patch.types import Decision, View
+
+
+class LearningPass(Prefill):
+    """As :class:`Prefill`, with soft masks over keys (METHOD: training attention).
+
+    Attributes:
+        weight: (B, L) float32 of the keys of later layers, None before the first pruning: 1 for
+            text, the product of the soft masks so far for visual tokens.
+        soft_counts: (B,) float32 tokens left after each pruning layer so far, with a gradient.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight: Tensor | None = None
+        self.soft_counts: list[Tensor] = []
+        self._alive: Tensor | None = None
+
+    def view(
+        self, layer: int, step: int, hidden: Tensor, counts: tuple[int, ...] | None, minimum: int
+    ) -> View:
+        """As at inference: what is pruned already is hidden from the scores, and a mask is
+        asked.
+        """
+        recording = self.recording
+        if recording is not None and self._alive is not None:
+            self.recording = self._without_pruned(recording)
+        view = super().view(layer, step, hidden, counts, minimum)
+        return View(**{**vars(view), "learning": True})
+
+    def _without_pruned(self, recording: Recording) -> Recording:
+        query = recording.query
+        mask = scoring_mask(recording.mask, query.shape[2], query.shape[2], query.device)
+        assert self._alive is not None
+        gone = ~self._alive.to(query.device)[:, None, None, :]
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = mask.masked_fill(gone, hidden)
+        return Recording(query, recording.key, mask, recording.scaling)
+
+    def apply(self, layer: int, decision: Decision, counts: tuple[int, ...] | None) -> bool:
+        """Weigh down what the decision does not keep; the sequence stays as long as it is."""
+        assert decision.soft is not None
+        keep = decision.keep & self._token_valid
+        kept = keep.sum(1).tolist()
+        length = self.layout.length
+        position = self.layout.position.gather(1, self._token)
+        spare = torch.where(self._token_valid, position, length)
+        text = pad(~self.layout.mask, (0, 1)).float()
+        weight = text.scatter(1, spare, decision.soft.float())[:, :length]
+        self.weight = weight if self.weight is None else self.weight * weight
+        self.soft_counts.append((self.weight * self.layout.mask).sum(1))
+        alive = self.kept(layer) if self._alive is None else self._alive
+        gone = torch.where(self._token_valid & ~keep, position, length)
+        self._alive = pad(alive, (0, 1)).scatter(1, gone, False)[:, :length]
+        self.records[layer] = LayerRecord(
+            decision, self._token, self._token_valid, tuple(kept), Survivors(*pack(self._alive))
+        )
+        chosen, chosen_valid = pack(keep, length=max(kept))
+        self._token, self._token_valid = self._token.gather(1, chosen), chosen_valid
+        self._left = kept
+        return False
+
+
+def check_checkpointing(layer: Any) -> None:
+    """Raise for reentrant gradient checkpointing, which loses what the thresholds learn from.
+
+    Raises:
+        UnsupportedModelError: naming the call that turns it off.
+    """
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    active = getattr(layer, "gradient_checkpointing", False)
+    if active and getattr(function, "keywords", {}).get("use_reentrant", False):
+        raise UnsupportedModelError(
+            "reentrant gradient checkpointing gives the thresholds wrong gradients; call "
+            "model.gradient_checkpointing_enable({'use_reentrant': False})."
+        )

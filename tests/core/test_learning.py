@@ -1,0 +1,288 @@
+"""Training: masked attention is gathered attention, and the thresholds learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import atp_patch
+from atp_patch.maths import atp_loss, target_loss
+from atp_patch.seam.weighted import weighted_attention
+from tests.helpers import inputs as made
+from tests.helpers.tiny import tiny_model
+
+LAYERS = [2, 4, 6]
+KINDS = ["llava-llama", "qwen2_vl"]
+
+
+def learner(kind: str, attention: str = "sdpa", **options: Any) -> Any:
+    model = tiny_model(kind, attention)
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"thresholds": "learned", "reference_grid": 6, **options}
+    atp_patch.patch_model(model, LAYERS, **settings)
+    for name, parameter in model.atp_patch_heads.named_parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3 if "theta" in name else 0.05)
+    return model
+
+
+def labelled(model: Any, prompts: Any = made.MIXED, padding: str = "right") -> dict[str, Tensor]:
+    """The last two tokens of every sample are the answer."""
+    inputs = made.batch(model, prompts, padding)
+    mask = inputs["attention_mask"]
+    from_end = mask.flip(1).cumsum(1).flip(1) * mask
+    answer = (from_end > 0) & (from_end <= 2)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(~answer, -100)}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "llava-mistral", "qwen2_5_vl"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_masked_training_is_gathered_inference(kind: str, attention: str, padding: str) -> None:
+    model = learner(kind, attention)
+    inputs = made.batch(model, made.MIXED, padding)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        gathered = atp_patch.last_trace(model)
+        model.train()
+        got = model(**inputs).logits
+    masked = atp_patch.last_trace(model)
+    assert gathered.average_tokens < gathered.visual_tokens
+    for layer in LAYERS:
+        assert torch.equal(masked.layers[layer].kept, gathered.layers[layer].kept)
+        for name, theta in gathered.layers[layer].thresholds.items():
+            torch.testing.assert_close(masked.layers[layer].thresholds[name], theta)
+    kept = gathered.layers[6].kept
+    torch.testing.assert_close(got[kept], expected[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_answer_does_not_change_the_choice(kind: str) -> None:
+    model = learner(kind).train()
+    inputs = labelled(model)
+    with torch.no_grad():
+        model(**inputs)
+        first = atp_patch.last_trace(model)
+        answer = inputs["labels"] >= 0
+        changed = (inputs["input_ids"] + 7) % 50 + 60
+        inputs["input_ids"] = torch.where(answer, changed, inputs["input_ids"])
+        inputs["labels"] = torch.where(answer, changed, inputs["labels"])
+        model(**inputs)
+    second = atp_patch.last_trace(model)
+    for layer in LAYERS:
+        assert torch.equal(first.layers[layer].kept, second.layers[layer].kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind_of_target", ["paper", "smooth"])
+def test_the_loss_is_the_sum_of_equation_14(kind: str, kind_of_target: str) -> None:
+    model = learner(
+        kind,
+        target_tokens=12,
+        lambda_atp=0.3,
+        lambda_target=0.7,
+        target_loss=kind_of_target,
+    ).train()
+    inputs = labelled(model)
+    outputs = model(**inputs)
+    trace = atp_patch.last_trace(model)
+    vocabulary = outputs.logits.shape[-1]
+    ntp = cross_entropy(
+        outputs.logits[:, :-1].reshape(-1, vocabulary), inputs["labels"][:, 1:].flatten()
+    )
+    seen = [b for b, total in enumerate(trace.layout.totals) if total]
+    l_atp = sum(
+        layer * trace.layers[layer].kept_counts[b] / trace.layout.totals[b]
+        for b in seen
+        for layer in LAYERS
+    ) / len(seen)
+    difference = trace.average_tokens - 12
+    l_target = abs(difference)
+    if kind_of_target == "smooth":
+        l_target = 500 * (difference / trace.visual_tokens) ** 2
+    assert trace.losses == pytest.approx({"atp": l_atp, "target": l_target}, rel=1e-4)
+    total = float(outputs.loss.detach())
+    assert total == pytest.approx(float(ntp.detach()) + 0.3 * l_atp + 0.7 * l_target, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_head_learns_from_the_next_token_alone(kind: str) -> None:
+    model = learner(kind, lambda_atp=0, lambda_target=0).train()
+    model(**labelled(model)).loss.backward()
+    for name, parameter in model.atp_patch_heads.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_scores_stay_out_of_the_decoders_gradient_unless_asked() -> None:
+    reached = {}
+    for detached in (True, False):
+        model = learner("llava-llama", detach_scores=detached, score_norm="minmax").train()
+        inputs = labelled(model)
+        del inputs["labels"]
+        model(**inputs)
+        decision = atp_patch.last_trace(model).layers[2].decision
+        assert decision is not None
+        assert decision.soft is not None
+        weights = model.model.language_model.layers[1].self_attn.k_proj.weight
+        gradient = torch.autograd.grad(decision.soft.sum(), weights, allow_unused=True)[0]
+        reached[detached] = gradient is not None and bool(gradient.abs().sum() > 0)
+    assert reached == {True: False, False: True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    gradients = {}
+    for checkpointing in (False, True):
+        model = learner(kind).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**labelled(model), use_cache=False).loss.backward()
+        gradients[checkpointing] = {
+            name: parameter.grad for name, parameter in model.named_parameters()
+        }
+    for name, gradient in gradients[False].items():
+        other = gradients[True][name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None:
+            torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused_by_name() -> None:
+    model = learner("llava-llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(atp_patch.UnsupportedModelError, match="'use_reentrant': False"):
+        model(**labelled(model), use_cache=False)
+
+
+def test_a_filled_cache_is_refused_in_training() -> None:
+    model = learner("llava-llama")
+    inputs = made.batch(model, made.SINGLE)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        model.train()
+        with pytest.raises(atp_patch.CacheError, match="no filled cache"):
+            model(**inputs, past_key_values=cache)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    """Told how many supervised tokens there are in all, halves add up as the host's own loss
+    does.
+    """
+    model = learner("llava-llama", lambda_atp=0.5, lambda_target=0.0).train()
+    inputs = labelled(model, made.SAME_SIZE)
+    items = (inputs["labels"][:, 1:] != -100).sum()
+    whole = model(**inputs, num_items_in_batch=items).loss
+    halves = []
+    for b in range(2):
+        half = {name: tensor[b : b + 1] for name, tensor in inputs.items()}
+        halves.append(model(**half, num_items_in_batch=items).loss)
+    assert float(sum(halves)) == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_a_bare_loop_meets_its_budget() -> None:
+    model = learner("llava-llama", target_tokens=14, lambda_atp=0.0, lambda_target=1.0).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    heads = list(model.atp_patch_heads.parameters())
+    for parameter in heads:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(heads, lr=2e-2)
+    inputs = labelled(model, made.SAME_SIZE)
+    averages = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+        averages.append(atp_patch.last_trace(model).average_tokens)
+    assert abs(averages[0] - 14) > 3
+    model.eval()
+    with torch.no_grad():
+        model(**inputs)
+    assert atp_patch.last_trace(model).average_tokens == pytest.approx(14, rel=0.1)
+
+
+def test_unpatching_after_training_leaves_the_hosts_configs() -> None:
+    model = learner("llava-llama").train()
+    model(**labelled(model)).loss.backward()
+    atp_patch.unpatch_model(model)
+    config = model.model.language_model.config
+    assert all(layer.self_attn.config is config for layer in model.model.language_model.layers)
+
+
+def test_after_training_the_model_runs_plainly_and_on_text() -> None:
+    model = learner("llava-llama")
+    inputs = made.batch(model, made.MIXED)
+    text = made.batch(model, made.NO_IMAGE)
+    with torch.no_grad():
+        before, plain = model(**inputs).logits, model(**text).logits
+        model.train()
+        model(**labelled(model))
+        trained_text = model(**text).logits
+        model.eval()
+        after = model(**inputs).logits
+    assert torch.equal(trained_text, plain)
+    assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "float"])
+def test_weighted_attention_by_hand(mask_kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 3, generator=generator)
+    key, value = torch.randn(2, 2, 2, 5, 3, generator=generator)
+    weight = torch.tensor([[1.0, 0.0, 0.3, 1.0, 0.0], [0.0, 1.0, 1.0, 0.7, 1.0]])
+    seen = torch.ones(5, 5).tril().bool()[None, None].expand(2, 1, 5, 5).clone()
+    if mask_kind != "none":
+        seen[1, :, :, 0] = False  # padding on the left of the second sample
+    floats = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    mask = {"none": None, "bool": seen, "float": floats}[mask_kind]
+    got, _ = weighted_attention(query, key, value, mask, 0.5, weight)
+    for b in range(2):
+        for h in range(4):
+            for i in range(5):
+                e = [
+                    float(torch.exp(query[b, h, i] @ key[b, h // 2, j] * 0.5))
+                    * (1.0 if i == j else float(weight[b, j]))
+                    * float(seen[b, 0, i, j])
+                    for j in range(5)
+                ]
+                row = sum(e) and sum(e[j] / sum(e) * value[b, h // 2, j] for j in range(5))
+                expected = row if isinstance(row, Tensor) else torch.zeros(3)
+                torch.testing.assert_close(got[b, i, h], expected)
+
+
+def test_a_key_of_weight_zero_still_gets_its_gradient() -> None:
+    """The derivative by a weight is (e_n / sum) (v_n - out), also at 0, also far above the
+    maximum.
+    """
+    query = torch.tensor([[[[0.0], [1.0]]]])
+    key = torch.tensor([[[[3.0], [1.0]]]])
+    value = torch.tensor([[[[5.0], [2.0]]]])
+    weight = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    out, _ = weighted_attention(query, key, value, None, 1.0, weight)
+    assert out[0, 1, 0].tolist() == [2.0]
+    out[0, 1, 0, 0].backward()
+    assert weight.grad is not None
+    assert float(weight.grad[0, 0]) == pytest.approx(5.0 - 2.0)  # clamped: e_n / sum is 1 at most
+    loud = torch.tensor([[[[300.0], [1.0]]]])
+    out, _ = weighted_attention(query, loud, value, None, 1.0, weight)
+    assert bool(torch.isfinite(out).all())
+
+
+def test_losses_by_hand() -> None:
+    totals = torch.tensor([576.0, 100.0])
+    counts = [torch.tensor([126.0, 50.0]), torch.tensor([88.0, 25.0]), torch.tensor([20.0, 5.0])]
+    layers = [4, 14, 24]
+    expected = ((4 * 126 + 14 * 88 + 24 * 20) / 576 + (4 * 50 + 14 * 25 + 24 * 5) / 100) / 2
+    assert float(atp_loss(counts, totals, layers)) == pytest.approx(expected)
+    average = (143.875 + (4 * 100 + 10 * 50 + 10 * 25 + 8 * 5) / 32) / 2
+    paper = target_loss(counts, totals, layers, 32, 100.0, "paper")
+    smooth = target_loss(counts, totals, layers, 32, 100.0, "smooth")
+    assert float(paper) == pytest.approx(abs(average - 100))
+    assert float(smooth) == pytest.approx(500 * ((average - 100) / 338) ** 2)
+    with pytest.raises(ValueError, match="paper or smooth"):
+        target_loss(counts, totals, layers, 32, 100.0, "cubic")
