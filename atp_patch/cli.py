@@ -11,13 +11,14 @@ from atp_patch import __version__
 # command -> the module whose ``main(argv)`` it is, and what it does
 COMMANDS = {
     "demo": ("atp_patch.demo", "ask about an image, plain and pruned, side by side"),
+    "evaluate": ("atp_patch.evaluate", "accuracy against visual tokens, method by method"),
     "bench": ("atp_patch.bench.__main__", "time a pruned model against the plain one"),
 }
 
 
 def usage() -> str:
     """What ``atp-patch --help`` prints."""
-    lines = [f"  {name:8}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: atp-patch COMMAND ...",

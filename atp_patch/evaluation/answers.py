@@ -1,0 +1,66 @@
+"""Answers and their scores, generated greedily or found by asking for the true answer's tokens.
+
+"forced": the prompt is read into a cache as ``generate`` reads it; then the true answer is fed on
+that cache in one pass. The answer counts as given if each of its tokens, and the end token after
+it, is the likeliest given the true ones before it. That is what greedy generation would have
+written, token for token: up to the first miss both have read the same tokens. It says nothing
+about what a wrong answer would have been, and is exact only where a text has one spelling in
+tokens, as with the built-in word-level tokenizer; elsewhere answers are generated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from atp_patch.evaluation.prepare import Batch, end_ids
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
+
+def forced(model: Any, batch: Batch) -> list[bool]:
+    """Whether greedy generation would give each sample's true answer; two forward passes."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.inference_mode():
+        read = model(**batch.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        predicted = [read.logits[:, -1:].argmax(-1)]
+        fed = batch.answers[:, :-1]
+        mask = torch.cat([batch.inputs["attention_mask"], batch.answers_valid[:, :-1].long()], 1)
+        steps = torch.arange(1, fed.shape[1] + 1, device=fed.device)
+        told = model(
+            input_ids=fed,
+            attention_mask=mask,
+            position_ids=batch.inputs["position_ids"][:, -1:] + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        predicted.append(told.logits.argmax(-1))
+    hits = (torch.cat(predicted, 1) == batch.answers) | ~batch.answers_valid
+    return [bool(hit) for hit in hits.all(1).tolist()]
+
+
+def generated(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> list[str]:
+    """The greedy answers as texts, cut at the first end token."""
+    ends = end_ids(model)
+    with torch.inference_mode():
+        ids = model.generate(
+            **batch.inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=ends[0]
+        )
+    new = ids[:, batch.inputs["input_ids"].shape[1] :]
+    return [_text(processor, row, ends) for row in new]
+
+
+def _text(processor: Any, ids: Tensor, ends: tuple[int, ...]) -> str:
+    words = ids.tolist()
+    stop = next((at for at, token in enumerate(words) if token in ends), len(words))
+    # Special tokens stay: an answer that holds one is not the true answer.
+    return str(processor.tokenizer.decode(words[:stop], skip_special_tokens=False)).strip()

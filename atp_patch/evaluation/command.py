@@ -1,0 +1,186 @@
+"""The command: load, ask, count, write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atp_patch.builtin import builtin_path, load_builtin
+from atp_patch.builtin.tokens import word_ids
+from atp_patch.errors import ATPError, ConfigError
+from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
+from atp_patch.evaluation.identity import machine, model_hash, today, versions
+from atp_patch.evaluation.options import BUILTIN_MODEL, PROG, check, method_options, parser
+from atp_patch.evaluation.plots import check_plots, draw_all
+from atp_patch.evaluation.progress import progress
+from atp_patch.evaluation.runner import Bench, chunks, prepared, run
+from atp_patch.evaluation.settings import Setting, applied, plan, unreachable
+from atp_patch.evaluation.store import RunFile
+from atp_patch.evaluation.summary import Measured, Row, summarize
+from atp_patch.evaluation.tables import markdown
+from atp_patch.evaluation.tasks import choose_tasks
+from atp_patch.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
+from atp_patch.patch import require_patch
+
+RUNS, SUMMARY, TABLE = "runs", "summary.jsonl", "table.md"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 with one line on stderr."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        with quiet_transformers(progress=False):
+            check(args)
+            if not args.no_plots:
+                check_plots()
+            rows = evaluate(args)
+            sys.stdout.write(write(rows, args))
+    except ATPError as error:
+        sys.stderr.write(f"{PROG}: {' '.join(str(error).split())}\n")
+        return 2
+    except torch.OutOfMemoryError:
+        sys.stderr.write(f"{PROG}: out of memory; try a smaller --batch-size.\n")
+        return 2
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> list[Row]:
+    """Everything that the arguments ask for, going on where an earlier run stopped.
+
+    Raises:
+        ATPError: where an argument is wrong.
+    """
+    tasks = choose_tasks(args.tasks)
+    options = method_options(args.option)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+
+    def settings_for(model: Any) -> list[Setting]:
+        return plan(
+            args.methods,
+            args.budgets,
+            args.seeds,
+            options,
+            args.layers,
+            args.adapters,
+            model.config.get_text_config().num_hidden_layers,
+        )
+
+    model, processor = _load(args.model, device, dtype, settings_for)
+    settings = settings_for(model)
+    speaks = processor.tokenizer.get_vocab() == word_ids()
+    if args.answers == "forced" and not speaks:
+        raise ConfigError(
+            f"--answers forced is exact with the built-in tokenizer alone, and {args.model} has "
+            "another; give --answers generate."
+        )
+    answers = {"auto": "forced" if speaks else "generate"}.get(args.answers, args.answers)
+    bench = Bench(model, processor, speaks, answers, args.batch_size, args.max_new_tokens)
+    if answers == "forced" and not bench.flat_positions:
+        bench = Bench(model, processor, speaks, "generate", args.batch_size, args.max_new_tokens)
+    work = chunks(tasks, args.split, args.questions)
+    first = next(task for task in tasks if task.name == work[0][0].task)
+    visual_tokens = prepared(bench, first, args.split, work[0][0]).visual_tokens
+    measured = _open(args, bench, settings, visual_tokens)
+    runs = [(s, f) for m in measured if m.files for s, f in zip(_seeded(m), m.files, strict=True)]
+    examples = [example for chunk in work for example in chunk]
+    done = sum(file.has(e.task, e.number) for _, file in runs for e in examples)
+    with progress(len(runs) * len(examples), done) as advance:
+        run(bench, runs, tasks, args.split, work, visual_tokens, advance)
+    return summarize(measured, tasks, examples, model.config.get_text_config().num_hidden_layers)
+
+
+def write(rows: Sequence[Row], args: argparse.Namespace) -> str:
+    """Write summary, table and plots; returns the table."""
+    title = f"Visual tokens and accuracy: {args.model}"
+    text = markdown(rows, title)
+    lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
+    try:
+        (args.out / SUMMARY).write_text("".join(lines), encoding="utf-8")
+        (args.out / TABLE).write_text(text, encoding="utf-8")
+        if not args.no_plots:
+            draw_all(rows, args.out)
+    except OSError as error:
+        raise ConfigError(f"--out: {error}; give a folder that can be written.") from error
+    return text
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype, check: Any) -> tuple[Any, Any]:
+    if name != BUILTIN_MODEL:
+        return load_checkpoint(name, device, dtype, check=check)
+    if not (builtin_path() / "config.json").is_file():
+        raise ConfigError(
+            f"the built-in model is not in this installation ({builtin_path()} is missing); give "
+            "--model FOLDER."
+        )
+    return load_builtin(dtype=dtype, device=device)
+
+
+def _open(
+    args: argparse.Namespace, bench: Bench, settings: Sequence[Setting], visual_tokens: int
+) -> list[Measured]:
+    """Files of all settings, those that differ in the seed alone together."""
+    model = bench.model
+    shared = {
+        "model_hash": model_hash(model),
+        "split": args.split,
+        "answers": bench.answers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": versions(),
+    }
+    if bench.answers == "generate":
+        shared["max_new_tokens"] = bench.max_new_tokens
+    facts = {
+        "model": Path(args.model).name,
+        "visual_tokens": visual_tokens,
+        "machine": machine(model.device),
+        "date": today(),
+    }
+    reasons = {s: unreachable(model, s, visual_tokens) for s in settings}
+    found: list[Measured] = []
+    for pooled in dict.fromkeys(setting.pooled for setting in settings):
+        members = [setting for setting in settings if setting.pooled == pooled]
+        why = reasons[members[0]]
+        header = {"identity": shared, **facts}
+        if why is not None:
+            found.append(Measured(pooled, (), (), pooled.layers, why, header))
+            continue
+        files = []
+        for setting in members:
+            identity = shared | {"setting": setting.identity()}
+            name = "-".join(
+                str(part)
+                for part in (setting.name, setting.budget, setting.seed)
+                if part is not None
+            )
+            files.append(RunFile.open(args.out / RUNS, name, identity, facts))
+        seeds = tuple(s.seed for s in members if s.seed is not None)
+        layers = _layers_of(model, members[0], visual_tokens)
+        found.append(Measured(pooled, tuple(files), seeds, layers, None, header))
+    return found
+
+
+def _layers_of(model: Any, setting: Setting, visual_tokens: int) -> tuple[int, ...]:
+    """Before which layers a setting prunes: an adapter brings its own."""
+    if setting.adapter is None:
+        return setting.layers
+    with applied(model, setting, visual_tokens):
+        return tuple(require_patch(model).config.layers)
+
+
+def _seeded(measured: Measured) -> list[Setting]:
+    """The settings behind a measured one's files."""
+    if not measured.seeds:
+        return [measured.setting]
+    return [replace(measured.setting, seed=seed) for seed in measured.seeds]

@@ -1,0 +1,90 @@
+"""Who answered: hashes of model, adapter and code, versions, device. All that decides an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import atp_patch
+
+_PACKAGE = Path(atp_patch.__file__).parent
+# What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
+_CODE = (
+    *("config.py", "patch.py", "trace.py", "types.py", "hub.py"),
+    *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
+    *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "vocabulary")),
+    *(f"evaluation/{n}.py" for n in ("answers", "prepare", "scenes", "shades", "tasks")),
+)
+
+
+def short_hash(data: Iterable[bytes]) -> str:
+    """First 12 hexadecimal digits of a SHA-256."""
+    digest = hashlib.sha256()
+    for piece in data:
+        digest.update(piece)
+    return digest.hexdigest()[:12]
+
+
+def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
+    """Of names and contents of the files that match."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return short_hash(
+        piece
+        for file in files
+        for piece in (str(file.relative_to(folder)).encode(), file.read_bytes())
+    )
+
+
+@cache  # what is loaded does not change with the files
+def code_hash() -> str:
+    """Of the package's code that can change an answer."""
+    return folder_hash(_PACKAGE, _CODE)
+
+
+def model_hash(model: Any) -> str:
+    """Of all parameters and buffers in a state dict, as they are in memory."""
+
+    def pieces() -> Iterable[bytes]:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield name.encode()
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+    return short_hash(pieces())
+
+
+def adapter_hash(source: str) -> str:
+    """Of an adapter's files; of its name where it is not a folder."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return short_hash([source.encode()])
+    return folder_hash(folder, ["atp_config.json", "atp_model.safetensors"])
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that compute."""
+    return {
+        "atp_patch": atp_patch.__version__,
+        "code": code_hash(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def machine(device: torch.device) -> str:
+    """What it ran on, for the record: it does not decide which run a result belongs to."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def today() -> str:
+    """The date, UTC."""
+    return datetime.now(timezone.utc).date().isoformat()

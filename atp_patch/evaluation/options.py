@@ -1,0 +1,130 @@
+"""The command line, and what can be said of its arguments before any work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from atp_patch.builtin import SPLITS
+from atp_patch.errors import ConfigError
+from atp_patch.loading import DTYPES
+from atp_patch.methods import available_methods
+
+PROG = "python -m atp_patch.evaluate"
+BUILTIN_MODEL = "builtin"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = _Parser(
+        prog=PROG,
+        description="Accuracy of pruned models against visual tokens, every method on the same "
+        "questions. Random and uniform tokens, the unpruned model and the model without its image "
+        "are always among what is measured. A killed run goes on where it was.",
+    )
+    add = parse.add_argument
+    add("--model", default=BUILTIN_MODEL, help="builtin (default), or a folder or Hub id")
+    add(
+        "--methods",
+        type=_list(str),
+        default=available_methods(),
+        metavar="A[,B..]",
+        help="default: all; NAME@I+J+K prunes before layers of its own. Differences are to the "
+        "first",
+    )
+    add(
+        "--budgets",
+        type=_list(float),
+        default=[0.5, 0.25, 0.15],
+        metavar="S[,T..]",
+        help="visual tokens averaged over all decoder layers, as shares (default: 0.5,0.25,0.15)",
+    )
+    add("--layers", type=_list(int), metavar="I[,J..]", help="default: 4,14,24, scaled if need be")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of every method that has it, or METHOD.NAME=VALUE; may be repeated",
+    )
+    add("--adapters", type=_list(str), default=[], metavar="A[,B..]", help="saved adapters")
+    add(
+        "--tasks",
+        type=_list(str),
+        default=["builtin"],
+        metavar="T[,U..]",
+        help="tasks, groups (builtin, dense, slanted, offgrid, shades) or all (default: builtin)",
+    )
+    add("--questions", type=int, default=100, metavar="N", help="of each task (default: 100)")
+    add("--seeds", type=int, default=3, metavar="N", help="draws of what is random (default: 3)")
+    add("--split", choices=[s for s in SPLITS if s != "train"], default="test")
+    add(
+        "--answers",
+        choices=("auto", "forced", "generate"),
+        default="auto",
+        help="forced: ask for the true answer's tokens, as exact as generating with the built-in "
+        "tokenizer and several times as fast (auto: with that tokenizer alone)",
+    )
+    add("--max-new-tokens", type=int, default=16, metavar="N", help="where answers are generated")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions a pass (default: 16)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")
+    add("--no-plots", action="store_true", help="write no plots (they need matplotlib)")
+    return parse
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find out before the work what would only fail after it.
+
+    Raises:
+        ConfigError: naming the argument and the mend.
+    """
+    for name in ("questions", "seeds", "batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {getattr(args, name)} must be at least 1.")
+    for budget in args.budgets:
+        if not 0 < budget <= 1:
+            raise ConfigError(
+                f"--budgets {budget:g}: a share of the visual tokens is above 0 and at most 1."
+            )
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out} is a file; give a folder.")
+
+
+def method_options(given: list[str]) -> dict[str, Any]:
+    """``name=value`` as a mapping; values are JSON where they can be, else words.
+
+    Raises:
+        ConfigError: where there is no "=".
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option {text}: give NAME=VALUE, for example spatial_share=0.5.")
+        try:
+            parsed = json.loads(value)
+            options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
+    return parse

@@ -1,0 +1,145 @@
+"""Plots: accuracy against visual tokens, over all tasks and by task; kept tokens by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atp_patch.errors import ConfigError
+from atp_patch.evaluation.settings import BLIND, UNPRUNED
+from atp_patch.evaluation.summary import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARKS = "os^DvPX*<>"
+_COLUMNS = 4
+
+
+def check_plots() -> None:
+    """Find out before the work whether plots can be drawn.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "plots need matplotlib: pip install 'atp-patch[eval]', or give --no-plots."
+        ) from error
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write the plots of each group of tasks; returns their paths."""
+    written = []
+    for group in dict.fromkeys(row.group for row in rows):
+        members = [r for r in rows if r.group == group and r.unreachable is None]
+        for name, figure in (
+            ("frontier", frontier(members)),
+            ("tasks", frontier_by_task(members)),
+            ("kept", kept_by_layer(members)),
+        ):
+            if figure is not None:
+                written.append(folder / f"{group}-{name}.png")
+                figure.savefig(written[-1], dpi=120, metadata={"Software": None})
+    return written
+
+
+def frontier(rows: Sequence[Row]) -> Any:
+    """Mean accuracy against average tokens, with 95 % intervals."""
+    figure, ((axes,),) = _figure(1, 1, (7, 5))
+    for number, (label, points) in enumerate(_curves(rows).items()):
+        estimates = [row.mean for row in points if row.mean is not None]
+        values = [e.value for e in estimates]
+        # An interval of a few images may leave its own value out by a rounding error.
+        low = [max(0.0, e.value - _or(e.low, e.value)) for e in estimates]
+        high = [max(0.0, _or(e.high, e.value) - e.value) for e in estimates]
+        tokens = [row.average_tokens for row in points]
+        axes.errorbar(
+            tokens, values, yerr=[low, high], label=label, marker=_mark(number), capsize=3, lw=1
+        )
+    _references(axes, rows, lambda row: row.mean.value if row.mean else math.nan)
+    axes.set_ylabel("accuracy, mean over tasks")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def frontier_by_task(rows: Sequence[Row]) -> Any:
+    """The same for each task, without intervals."""
+    tasks = list(rows[0].accuracy)
+    columns = min(_COLUMNS, len(tasks))
+    height = math.ceil(len(tasks) / columns)
+    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
+    places = [axes for line in grid for axes in line]
+    for axes, task in zip(places, tasks, strict=False):
+        for number, (label, points) in enumerate(_curves(rows).items()):
+            tokens = [row.tokens[task] for row in points]
+            values = [row.accuracy[task] for row in points]
+            axes.plot(tokens, values, label=label, marker=_mark(number), ms=4, lw=1)
+        _references(axes, rows, lambda row, task=task: row.accuracy[task])
+        axes.set_title(task, fontsize=9)
+    for axes in places[len(tasks) :]:
+        axes.set_visible(False)
+    places[0].legend(fontsize=6)
+    return figure
+
+
+def kept_by_layer(rows: Sequence[Row]) -> Any:
+    """Visual tokens that enter each pruning layer, a line a task, a panel a setting; or None."""
+    pruned = [row for row in rows if row.layers]
+    if not pruned:
+        return None
+    columns = min(_COLUMNS, len(pruned))
+    height = math.ceil(len(pruned) / columns)
+    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
+    places = [axes for line in grid for axes in line]
+    for axes, row in zip(places, pruned, strict=False):
+        for task, counts in row.entering.items():
+            axes.plot(list(counts), list(counts.values()), label=task, marker=".", lw=1)
+        budget = "" if row.setting.budget is None else f" {row.setting.budget:g}"
+        axes.set_title(f"{row.setting.name}{budget}", fontsize=9)
+        axes.set_xticks([0, *row.layers])
+        axes.set_yscale("log")
+        axes.set_xlabel("decoder layer", fontsize=8)
+        axes.set_ylabel("visual tokens", fontsize=8)
+    for axes in places[len(pruned) :]:
+        axes.set_visible(False)
+    places[0].legend(fontsize=5)
+    return figure
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Method and layers -> its rows by tokens."""
+    curves: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.average_tokens):
+        if not row.setting.is_reference:
+            label = f"{row.setting.name} @ {'+'.join(map(str, row.layers))}"
+            curves.setdefault(label, []).append(row)
+    return curves
+
+
+def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
+    for name, style in ((UNPRUNED, "-"), (BLIND, ":")):
+        for row in (row for row in rows if row.setting.name == name):
+            axes.axhline(value(row), color="0.5", ls=style, lw=1, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("visual tokens, mean over layers", fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _figure(height: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    figure = Figure(figsize=inches, layout="constrained")
+    return figure, figure.subplots(height, columns, squeeze=False)
+
+
+def _mark(number: int) -> str:
+    return _MARKS[number % len(_MARKS)]
+
+
+def _or(value: float, instead: float) -> float:
+    return instead if math.isnan(value) else value

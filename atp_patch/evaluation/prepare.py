@@ -1,0 +1,126 @@
+"""Questions as inputs: encoded once a question, padded to batches, with or without the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from atp_patch.evaluation.tasks import Example
+from atp_patch.loading import encode
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded question.
+
+    Attributes:
+        inputs: what the processor gave, (1, L) or a row for each image.
+        visual: (L,) bool, the placeholders of visual tokens.
+        answer: ids of the true answer and the end token, empty where they are not needed.
+    """
+
+    example: Example
+    inputs: Inputs
+    visual: Tensor
+    answer: tuple[int, ...] = ()
+
+    @property
+    def visual_tokens(self) -> int:
+        """Placeholders of visual tokens in the prompt."""
+        return int(self.visual.sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the left to one length.
+
+    Attributes:
+        inputs: on the model's device; ``position_ids`` count from 0 at the first token of each.
+        answers, answers_valid: (B, A) ids of the true answers, padded on the right; both empty
+            where a sample has none.
+    """
+
+    samples: tuple[Sample, ...]
+    inputs: Inputs
+    answers: Tensor
+    answers_valid: Tensor
+
+
+def prepare(
+    model: Any,
+    processor: Any,
+    example: Example,
+    image: Image.Image,
+    placeholder_ids: Sequence[int],
+    with_answer: bool,
+) -> Sample:
+    """Encode one question about one image; tensors stay on the model's device."""
+    inputs = {
+        name: value
+        for name, value in encode(processor, image, example.question, model).items()
+        if isinstance(value, Tensor)
+    }
+    ids = inputs["input_ids"][0]
+    visual = torch.isin(ids, torch.tensor(placeholder_ids, device=ids.device))
+    answer: tuple[int, ...] = ()
+    if with_answer:
+        words = processor.tokenizer.encode(example.answer, add_special_tokens=False)
+        answer = (*words, end_ids(model)[0])
+    return Sample(example, inputs, visual, answer)
+
+
+def collate(samples: Sequence[Sample], pad_id: int, blind: bool, positions: bool) -> Batch:
+    """Pad samples on the left to one batch.
+
+    Args:
+        blind: leave the image and its placeholders out. The other tokens keep the position ids
+            that they have with the image, where ``positions`` says that the model takes such ids.
+        positions: whether to give (B, L) position ids; models with others find theirs themselves.
+    """
+    kept = [~sample.visual if blind else torch.ones_like(sample.visual) for sample in samples]
+    counts = [int(mask.sum()) for mask in kept]
+    length, ids = max(counts), samples[0].inputs["input_ids"]
+    sized = [n for n, t in samples[0].inputs.items() if t.shape == ids.shape]
+    inputs = {
+        name: torch.stack(
+            [
+                _padded(s.inputs[name][0][mask], length, pad_id if name == "input_ids" else 0)
+                for s, mask in zip(samples, kept, strict=True)
+            ]
+        )
+        for name in sized
+    }
+    if positions:
+        inputs["position_ids"] = torch.stack(
+            [_padded(mask.nonzero()[:, 0], length, 0) for mask in kept]
+        )
+    if not blind:
+        for name in samples[0].inputs.keys() - set(sized):
+            inputs[name] = torch.cat([s.inputs[name] for s in samples])
+    longest = max(len(sample.answer) for sample in samples)
+    answers = ids.new_full((len(samples), longest), pad_id)
+    valid = torch.zeros_like(answers, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        answers[row, : len(sample.answer)] = torch.tensor(sample.answer, device=ids.device)
+        valid[row, : len(sample.answer)] = True
+    return Batch(tuple(samples), inputs, answers, valid)
+
+
+def end_ids(model: Any) -> tuple[int, ...]:
+    """The ids at which ``generate`` stops."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
+
+
+def _padded(row: Tensor, length: int, value: int) -> Tensor:
+    """(length,) with ``value`` on the left."""
+    return torch.nn.functional.pad(row, (length - row.shape[0], 0), value=value)

@@ -1,0 +1,48 @@
+"""How far a run is: a bar where rich is installed and stderr a terminal, else a line at times."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 30.0
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress(total: int, done: int) -> Iterator[Advance]:
+    """Gives a function that is told how many more answers there are.
+
+    Args:
+        total: answers of all settings; ``done``: of these, answered in an earlier run.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError:
+        console = None
+    else:
+        console = Console(stderr=True)
+    if console is None or not console.is_terminal:
+        yield _Lines(total, done).advance
+        return
+    with Progress(
+        "answers", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task("answers", total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
+
+
+class _Lines:
+    """One line now and then, for logs."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.told_at = total, done, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.told_at >= SECONDS_BETWEEN_LINES:
+            self.told_at = time.monotonic()
+            sys.stderr.write(f"{self.done} of {self.total} answers\n")

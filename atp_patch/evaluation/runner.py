@@ -1,0 +1,142 @@
+"""The runner: every setting answers the same questions, chunk by chunk of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from atp_patch.evaluation.answers import forced, generated
+from atp_patch.evaluation.prepare import Sample, collate, prepare
+from atp_patch.evaluation.progress import Advance
+from atp_patch.evaluation.settings import BLIND, Setting, applied
+from atp_patch.evaluation.store import Answer, RunFile
+from atp_patch.evaluation.tasks import Example, Task
+from atp_patch.families import family_of
+from atp_patch.patch import last_trace
+
+CHUNK_IMAGES = 4
+Chunk = list[Example]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What answers.
+
+    Attributes:
+        speaks: whether the tokenizer is the built-in one, in which a text has one spelling.
+        answers: "forced" or "generate" (see ``answers``).
+        batch_size: questions a forward pass.
+    """
+
+    model: Any
+    processor: Any
+    speaks: bool
+    answers: str
+    batch_size: int = 16
+    max_new_tokens: int = 16
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Ids of visual placeholders."""
+        return family_of(self.model.config).placeholder_ids(self.model.config)
+
+    @property
+    def flat_positions(self) -> bool:
+        """Whether a token's position is one number (not so with M-RoPE)."""
+        rope = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        return "mrope_section" not in rope
+
+
+def chunks(tasks: Sequence[Task], split: str, questions: int) -> list[Chunk]:
+    """All questions, those about one image together, a few images a chunk.
+
+    The cut depends on the arguments alone, so that a resumed run meets the same batches.
+    """
+    found: list[Chunk] = []
+    for _, members in groupby(sorted(tasks, key=lambda t: t.group), key=lambda t: t.group):
+        asked: dict[int, Chunk] = {}
+        for task in members:
+            for example in task.examples(split, questions):
+                asked.setdefault(example.number, []).append(example)
+        images = [asked[number] for number in sorted(asked)]
+        for start in range(0, len(images), CHUNK_IMAGES):
+            found.append([e for image in images[start : start + CHUNK_IMAGES] for e in image])
+    return found
+
+
+def run(
+    bench: Bench,
+    runs: Sequence[tuple[Setting, RunFile]],
+    tasks: Sequence[Task],
+    split: str,
+    work: Sequence[Chunk],
+    visual_tokens: int,
+    advance: Advance,
+) -> None:
+    """Answer what is not answered yet; each setting's chunk is written as soon as it is done."""
+    registry = {task.name: task for task in tasks}
+    for number, chunk in enumerate(work):
+        open_runs = [(s, f) for s, f in runs if any(not f.has(e.task, e.number) for e in chunk)]
+        if not open_runs:
+            continue
+        samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
+        for setting, file in open_runs:
+            left = [s for s in samples if not file.has(s.example.task, s.example.number)]
+            results: dict[str, dict[int, Answer]] = {}
+            with applied(bench.model, setting, visual_tokens):
+                for sample, answer in answered(bench, setting, registry, left):
+                    example = sample.example
+                    results.setdefault(example.task, {})[example.number] = answer
+            file.add(number, results)
+            advance(len(left))
+
+
+def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:
+    """Encode a question of a task."""
+    image = task.image(split, example.number)
+    may_force = bench.answers == "forced" and task.exact
+    return prepare(bench.model, bench.processor, example, image, bench.placeholder_ids, may_force)
+
+
+def answered(
+    bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
+) -> Iterator[tuple[Sample, Answer]]:
+    """Answer samples with the model as it is now, batch by batch; forced ones apart from others."""
+    for with_answer in (True, False):
+        alike = [sample for sample in samples if bool(sample.answer) == with_answer]
+        for start in range(0, len(alike), bench.batch_size):
+            part = alike[start : start + bench.batch_size]
+            yield from zip(part, _answer_batch(bench, setting, registry, part), strict=True)
+
+
+def _answer_batch(
+    bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
+) -> list[Answer]:
+    pad_id = bench.processor.tokenizer.pad_token_id
+    batch = collate(samples, pad_id or 0, setting.name == BLIND, bench.flat_positions)
+    if samples[0].answer:
+        scores = [float(hit) for hit in forced(bench.model, batch)]
+    else:
+        texts = generated(bench.model, bench.processor, batch, bench.max_new_tokens)
+        scores = []
+        for sample, text in zip(samples, texts, strict=True):
+            task = registry[sample.example.task]
+            score = task.score if bench.speaks else task.loose
+            scores.append(score(text, sample.example.answer))
+    counts = _entering(bench, setting, samples)
+    return [Answer(score, row) for score, row in zip(scores, counts, strict=True)]
+
+
+def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
+    """Visual tokens that entered layer 0 and each pruning layer, for each sample."""
+    if setting.name == BLIND:
+        return [(0,) for _ in samples]
+    if setting.is_reference:
+        return [(sample.visual_tokens,) for sample in samples]
+    trace = last_trace(bench.model)
+    rows: torch.Tensor = trace.tokens_per_layer[:, [0, *trace.layers]]
+    return [tuple(row) for row in rows.tolist()]

@@ -1,0 +1,119 @@
+"""The tasks of the built-in scenes: held-out ones, and sets shifted away from the training's.
+
+Shifted sets are there to be measured on, never to choose anything by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
+
+from PIL import Image
+
+from atp_patch.builtin import SPLITS, TASKS, Question, Scene, SceneConfig, make_scene
+from atp_patch.errors import ConfigError
+from atp_patch.evaluation.shades import repaint
+from atp_patch.evaluation.tasks import Example, Task, register_task
+
+BUILTIN = "builtin"
+_SCENES_TO_TRY = 60  # for each question that is wanted
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """Scenes of one kind and what is asked about them.
+
+    Attributes:
+        name: of the group; ``summary`` says for tables what is special about it.
+        tasks: of the generator; those of the set "builtin" keep their names, others are called
+            ``name/task``.
+        change: makes the picture of a scene, where it is not the generator's.
+    """
+
+    name: str
+    summary: str
+    config: SceneConfig = field(default_factory=SceneConfig)
+    tasks: tuple[str, ...] = TASKS
+    change: Callable[[Scene], Image.Image] | None = None
+
+    def task_name(self, task: str) -> str:
+        """What the registry calls a task of this set."""
+        return task if self.name == BUILTIN else f"{self.name}/{task}"
+
+
+_ABOUT_OBJECTS = tuple(task for task in TASKS if task not in ("ocr", "background", "texture"))
+SETS: dict[str, SceneSet] = {
+    kind.name: kind
+    for kind in (
+        SceneSet(BUILTIN, "scenes as in training, of a split that training never saw"),
+        SceneSet("dense", "7 or 8 objects, where they fit", SceneConfig(7, 8)),
+        SceneSet(
+            "slanted",
+            "signs in a font that training never showed",
+            SceneConfig(sign_share=1.0, fonts=("slanted",)),
+            ("ocr",),
+        ),
+        SceneSet(
+            "offgrid",
+            "signs at any pixel, not on multiples of the patch size",
+            SceneConfig(sign_share=1.0, sign_step_px=1),
+            ("ocr",),
+        ),
+        SceneSet(
+            "shades",
+            "objects in shades of their colours that training never showed",
+            tasks=_ABOUT_OBJECTS,
+            change=repaint,
+        ),
+    )
+}
+
+
+@lru_cache(maxsize=64)
+def _scene(kind: str, split: str, number: int) -> Scene:
+    return make_scene(split, number, SETS[kind].config)
+
+
+@cache
+def _questions(kind: str, split: str, number: int) -> tuple[Question, ...]:
+    return _scene(kind, split, number).questions
+
+
+def scene_image(kind: str, split: str, number: int) -> Image.Image:
+    """The picture of a scene of a set."""
+    scene = _scene(kind, split, number)
+    change = SETS[kind].change
+    return scene.image if change is None else change(scene)
+
+
+def scene_examples(kind: str, task: str, split: str, count: int) -> list[Example]:
+    """The first ``count`` questions of a task, one a scene at most, scenes in order.
+
+    Raises:
+        ConfigError: where scenes with such questions are too rare, or the split is unknown.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"there is no split {split!r}; there are {', '.join(SPLITS)}.")
+    name = SETS[kind].task_name(task)
+    found: list[Example] = []
+    for number in range(_SCENES_TO_TRY * count):
+        if len(found) == count:
+            break
+        asked = [q for q in _questions(kind, split, number) if q.task == task][:1]
+        found += [Example(name, number, q.text, q.answer) for q in asked]
+    if len(found) < count:
+        raise ConfigError(f"the generator asks too few questions of {name}: {len(found)}.")
+    return found
+
+
+for _set in SETS.values():
+    for _task in _set.tasks:
+        register_task(
+            Task(
+                name=_set.task_name(_task),
+                group=_set.name,
+                examples=partial(scene_examples, _set.name, _task),
+                image=partial(scene_image, _set.name),
+            )
+        )

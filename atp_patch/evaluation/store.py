@@ -1,0 +1,124 @@
+"""Results on disk: one file a run, one line a chunk of questions; a killed run goes on from there.
+
+A file's name ends with the hash of everything that decides an answer (model, method, settings,
+split, code, versions, dtype), so answers of different kinds never mix. A line is written whole or
+not at all: what a kill leaves of a last line is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atp_patch.errors import ConfigError
+from atp_patch.evaluation.identity import short_hash
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's result.
+
+    Attributes:
+        score: 0 (wrong) to 1 (right).
+        entering: visual tokens that entered layer 0 and each pruning layer, from the trace.
+    """
+
+    score: float
+    entering: tuple[int, ...]
+
+
+@dataclass
+class RunFile:
+    """The file of one run.
+
+    Attributes:
+        header: what the first line says; ``identity`` in it decides the name.
+        answers: task -> number of the question's image -> result.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    answers: dict[str, dict[int, Answer]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, folder: Path, name: str, identity: dict[str, Any], facts: dict[str, Any]
+    ) -> RunFile:
+        """Open a run's file, with what it holds already, or begin one.
+
+        Args:
+            name: readable first part of the file's name.
+            facts: written to the header of a new file beside the identity.
+
+        Raises:
+            ConfigError: where the folder cannot be written, or the file is damaged.
+        """
+        fingerprint = short_hash([json.dumps(identity, sort_keys=True).encode()])
+        stem = re.sub(r"[^A-Za-z0-9.+-]+", "-", name).strip("-")
+        run = cls(folder / f"{stem}-{fingerprint}.jsonl", {"identity": identity, **facts})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not run._read():
+                run.path.write_text(_line(run.header), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out: {error}; give a folder that can be written.") from error
+        return run
+
+    def has(self, task: str, number: int) -> bool:
+        """Whether a question is answered already."""
+        return number in self.answers.get(task, {})
+
+    def add(self, chunk: int, results: dict[str, dict[int, Answer]]) -> None:
+        """Append a chunk's results: one line."""
+        tasks = {task: _packed(answers) for task, answers in results.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line({"chunk": chunk, "tasks": tasks}))
+        self._take(results)
+
+    def _take(self, results: dict[str, dict[int, Answer]]) -> None:
+        """What is answered already stays as it is: nothing counts twice."""
+        for task, answers in results.items():
+            known = self.answers.setdefault(task, {})
+            for number, answer in answers.items():
+                known.setdefault(number, answer)
+
+    def _read(self) -> bool:
+        """Read the file; False where there is nothing in it yet."""
+        if not self.path.exists():
+            return False
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            for row in rows[1:]:
+                self._take({task: _unpacked(packed) for task, packed in row["tasks"].items()})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.path} is damaged ({error}); remove it.") from error
+        if rows:
+            self.header = rows[0]
+        return bool(rows)
+
+
+def _line(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _packed(answers: dict[int, Answer]) -> dict[str, list[Any]]:
+    """Columns; the token counts once where they are the same for all."""
+    rows = [list(answer.entering) for answer in answers.values()]
+    same = all(row == rows[0] for row in rows)
+    scores = [int(a.score) if a.score in (0, 1) else a.score for a in answers.values()]
+    return {"numbers": list(answers), "scores": scores, "entering": rows[:1] if same else rows}
+
+
+def _unpacked(packed: dict[str, list[Any]]) -> dict[int, Answer]:
+    rows = packed["entering"]
+    if len(rows) == 1:
+        rows = rows * len(packed["numbers"])
+    columns = zip(packed["numbers"], packed["scores"], rows, strict=True)
+    return {number: Answer(float(score), tuple(row)) for number, score, row in columns}

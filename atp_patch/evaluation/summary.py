@@ -1,0 +1,182 @@
+"""From answers to numbers: one row a setting and group of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atp_patch.evaluation.settings import BASELINES, UNPRUNED, Setting
+from atp_patch.evaluation.statistics import (
+    Array,
+    Estimate,
+    difference,
+    draw_weights,
+    mean_accuracy,
+    retention,
+    score_matrix,
+    task_means,
+)
+from atp_patch.evaluation.store import Answer, RunFile
+from atp_patch.evaluation.tasks import Example, Task
+
+DRAWS, DRAW_SEED = 2000, 0
+
+
+@dataclass
+class Row:
+    """What a setting reached on a group of tasks.
+
+    Attributes:
+        accuracy: task -> mean score, 0 to 1; ``questions``: task -> how many.
+        mean: of the tasks' accuracies; ``retention``: mean of accuracy over unpruned accuracy.
+        against: name of a setting of the same budget -> difference of mean accuracy to it.
+        average_tokens: visual tokens averaged over all decoder layers and questions, as measured;
+            ``tokens``: by task.
+        entering: task -> layer -> mean visual tokens that enter it, at 0 and each pruning layer.
+        by_seed: mean accuracy of each seed.
+        unreachable: why the budget cannot be met; then nothing else is known.
+        run: header of the run, for the record.
+    """
+
+    setting: Setting
+    group: str
+    layers: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    accuracy: dict[str, float] = field(default_factory=dict)
+    questions: dict[str, int] = field(default_factory=dict)
+    mean: Estimate | None = None
+    retention: Estimate | None = None
+    against: dict[str, Estimate] = field(default_factory=dict)
+    average_tokens: float = float("nan")
+    tokens: dict[str, float] = field(default_factory=dict)
+    entering: dict[str, dict[int, float]] = field(default_factory=dict)
+    by_seed: list[float] = field(default_factory=list)
+    unreachable: str | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; every row names model, method, options, seeds, versions, and so on."""
+        estimates = {
+            "mean_accuracy": self.mean,
+            "retention": self.retention,
+            **{f"minus {name}": gap for name, gap in self.against.items()},
+        }
+        return {
+            **{k: v for k, v in self.run.items() if k != "identity"},
+            **self.run.get("identity", {}),
+            **self.setting.identity(),
+            "layers": list(self.layers),
+            "adapter": self.setting.adapter,
+            "seeds": list(self.seeds),
+            "group": self.group,
+            "unreachable": self.unreachable,
+            "average_tokens": None if self.unreachable else self.average_tokens,
+            "questions": self.questions,
+            "accuracy": self.accuracy,
+            **{name: e.to_list() for name, e in estimates.items() if e is not None},
+            "accuracy_by_seed": self.by_seed,
+            "tokens_by_task": self.tokens,
+            "tokens_entering": self.entering,
+            "bootstrap": {"draws": DRAWS, "seed": DRAW_SEED, "unit": "image"},
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting with the files of its seeds, or why it has none."""
+
+    setting: Setting
+    files: tuple[RunFile, ...]
+    seeds: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    unreachable: str | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def summarize(
+    measured: Sequence[Measured],
+    tasks: Sequence[Task],
+    examples: Sequence[Example],
+    num_layers: int,
+    draws: int = DRAWS,
+) -> list[Row]:
+    """Rows of every group of tasks, settings in the order given; the unpruned one is among them.
+
+    Args:
+        examples: the questions that count; files may hold more.
+        num_layers: of the decoder.
+    """
+    rows: list[Row] = []
+    for group in dict.fromkeys(task.group for task in tasks):
+        names = [task.name for task in tasks if task.group == group]
+        asked = {name: [e.number for e in examples if e.task == name] for name in names}
+        units = sorted({number for numbers in asked.values() for number in numbers})
+        weights = draw_weights(len(units), draws, DRAW_SEED)
+        matrices = {
+            m.setting: [_matrix(file, asked, units) for file in m.files]
+            for m in measured
+            if m.unreachable is None
+        }
+        pooled: dict[Setting, Array] = {s: np.stack(found).mean(0) for s, found in matrices.items()}
+        plain = next(scores for s, scores in pooled.items() if s.name == UNPRUNED)
+        for m in measured:
+            row = Row(m.setting, group, m.layers, m.seeds, unreachable=m.unreachable, run=m.run)
+            rows.append(row)
+            if m.unreachable is not None:
+                continue
+            scores = pooled[m.setting]
+            row.accuracy = dict(zip(names, _means(scores), strict=True))
+            row.questions = {name: len(numbers) for name, numbers in asked.items()}
+            row.mean = mean_accuracy(scores, weights)
+            row.retention = retention(scores, plain, weights)
+            row.by_seed = [float(np.mean(_means(found))) for found in matrices[m.setting]]
+            row.against = {
+                name: difference(scores, other, weights)
+                for name, other in _rivals(m.setting, pooled).items()
+            }
+            _count_tokens(row, m, asked, num_layers)
+    return rows
+
+
+def _matrix(file: RunFile, asked: dict[str, list[int]], units: list[int]) -> Array:
+    """(units, tasks) scores of the questions that count."""
+    return score_matrix(
+        [{n: file.answers[task][n].score for n in numbers} for task, numbers in asked.items()],
+        units,
+    )
+
+
+def _means(scores: Array) -> list[float]:
+    """The accuracy of each task."""
+    means: list[float] = task_means(scores, np.ones((1, scores.shape[0])))[0].tolist()
+    return means
+
+
+def _rivals(setting: Setting, pooled: dict[Setting, Array]) -> dict[str, Array]:
+    """What a setting is compared with: the first method and the baselines, at the same budget."""
+    if setting.budget is None:
+        return {}
+    same = {s.name: v for s, v in reversed(pooled.items()) if s.budget == setting.budget}
+    first = next(s.name for s in pooled if s.budget == setting.budget)
+    names = dict.fromkeys([first, *BASELINES])
+    return {n: same[n] for n in names if n in same and n != setting.name}
+
+
+def _count_tokens(
+    row: Row, measured: Measured, asked: dict[str, list[int]], num_layers: int
+) -> None:
+    """Means over questions (and seeds) of what the trace counted."""
+    starts = [0, *measured.layers]
+    spans = np.diff([*starts, num_layers])
+    totals: list[float] = []
+    for task, numbers in asked.items():
+        found: list[Answer] = [f.answers[task][n] for f in measured.files for n in numbers]
+        counts = np.array([a.entering for a in found], dtype=np.float64)  # (answers, starts)
+        averages = counts @ spans / num_layers
+        row.tokens[task] = float(averages.mean())
+        row.entering[task] = dict(zip(starts, counts.mean(0).tolist(), strict=True))
+        totals += averages.tolist()
+    row.average_tokens = float(np.mean(totals))

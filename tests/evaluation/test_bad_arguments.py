@@ -1,0 +1,105 @@
+"""Every wrong argument: one line on stderr that names the mend, exit status 2, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from atp_patch import cli, evaluate
+from atp_patch.evaluation import command
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    capsys.readouterr()
+    assert evaluate.main([str(arg) for arg in argv]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("Loading ")]
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("python -m atp_patch.evaluate: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--methods", "magic"], ["'magic'", "atp, fixed, fastv"]),
+        (["--methods", "fastv@two"], ["fastv@two", "@1+13+25"]),
+        (["--methods", "fastv@8"], ["layers=[8]", "1 to 7"]),
+        (["--layers", "4,2"], ["layers=[4, 2]", "must rise"]),
+        (["--layers", "a"], ["--layers", "int"]),
+        (["--budgets", "0"], ["--budgets 0", "above 0"]),
+        (["--budgets", "144"], ["--budgets 144", "at most 1"]),
+        (["--budgets", "half"], ["--budgets", "float"]),
+        (["--tasks", "taste"], ["'taste'", "builtin, dense", "ocr"]),
+        (["--questions", "0"], ["--questions 0", "at least 1"]),
+        (["--seeds", "0"], ["--seeds 0", "at least 1"]),
+        (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
+        (["--split", "train"], ["--split", "'train'", "test"]),
+        (["--option", "score"], ["--option score", "NAME=VALUE"]),
+        (["--option", "colour=red"], ["'colour'", "fastv: none", "spatial_share"]),
+        (["--methods", "fastv", "--option", "atp.score=self"], ["'atp.score'"]),
+        (["--option", "score=best"], ["score='best'", "mean, cross, self"]),
+        (["--adapters", "."], [". has no atp_config.json"]),
+        (["--model", "."], ["not a model folder", "config.json"]),
+        (["--device", "abacus"], ["--device abacus"]),
+        (["--speed"], ["--speed"]),
+    ],
+)
+def test_arguments(
+    options: list[str],
+    parts: list[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", folder, "--no-plots", "--questions", 2, "--tasks", "exist", *options]
+    error = complaint(capsys, *argv)
+    for part in parts:
+        assert part in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out"
+    path.touch()
+    assert "is a file" in complaint(capsys, "--model", folder, "--out", path)
+    assert "can be written" in complaint(
+        capsys, "--model", folder, "--no-plots", "--questions", 1, "--out", path / "deeper"
+    )
+
+
+def test_answers_are_forced_with_the_built_in_tokenizer_alone(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "word_ids", dict)
+    error = complaint(
+        capsys, "--model", folder, "--no-plots", "--answers", "forced", "--out", tmp_path
+    )
+    assert "--answers generate" in error
+
+
+def test_plots_need_a_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "atp-patch[eval]" in complaint(capsys)
+
+
+def test_it_is_a_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--questions", "0"]) == 2
+    assert "--questions 0" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--help"]) == 0
+    assert "--budgets" in capsys.readouterr().out

@@ -1,0 +1,123 @@
+"""Which settings a command line asks for, and what identifies their runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import atp_patch
+from atp_patch.errors import ConfigError
+from atp_patch.evaluation.identity import adapter_hash, model_hash
+from atp_patch.evaluation.runner import Bench, chunks
+from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied, plan, unreachable
+from atp_patch.evaluation.tasks import choose_tasks
+from tests.evaluation.conftest import TOKENS
+
+
+def planned(methods: list[str], **changes: Any) -> list[Setting]:
+    asked: dict[str, Any] = {
+        "budgets": [0.5, 0.25],
+        "seeds": 2,
+        "options": {},
+        "layers": None,
+        "adapters": [],
+        "num_layers": 32,
+    }
+    return plan(methods, **asked | changes)
+
+
+def test_references_and_baselines_are_always_there() -> None:
+    names = [s.name for s in planned(["atp"])]
+    assert names == [UNPRUNED, BLIND, *(["atp", "random", "random", "uniform"] * 2)]
+    assert names.count("random") == sum(s.name == "random" for s in planned(["atp", "random"]))
+
+
+def test_seeds_layers_and_options() -> None:
+    settings = planned(["atp", "fastv@2"], options={"score": "self", "atp.spatial_share": 0.5})
+    by_name = {s.name: s for s in settings}
+    assert by_name["fastv"].layers == (2,)
+    assert by_name["atp"].layers == by_name["random"].layers == (4, 14, 24)
+    assert dict(by_name["atp"].options) == {"score": "self", "spatial_share": 0.5}
+    assert by_name["uniform"].options == ()
+    assert {s.seed for s in settings if s.name == "random"} == {0, 1}
+    assert by_name["atp"].seed is None
+    fixed = planned(["random"], options={"seed": 7})
+    assert [s.seed for s in fixed if s.name == "random"] == [None, None]
+
+
+def test_layers_are_scaled_to_a_short_decoder() -> None:
+    assert planned(["atp"], num_layers=8)[2].layers == tuple(atp_patch.scaled_layers(8))
+
+
+def test_a_method_without_a_budget_runs_once() -> None:
+    settings = planned(["atp"], options={"thresholds": "learned"})
+    assert [s.budget for s in settings if s.name == "atp"] == [None]
+
+
+def test_every_method_is_taken() -> None:
+    names = {s.name for s in planned(atp_patch.available_methods())}
+    assert names >= set(atp_patch.available_methods())
+
+
+def test_the_identity_holds_all_options() -> None:
+    identity = Setting("atp", (("score", "self"),), (4,), 0.5).identity()
+    assert identity["options"]["score"] == "self"
+    assert identity["options"]["score_norm"] == "rank"
+    assert identity["method"] == "atp"
+
+
+def test_an_applied_setting_leaves_nothing_behind(bench: Bench) -> None:
+    before = model_hash(bench.model)
+    setting = Setting("random", layers=(2,), budget=0.5, seed=3)
+    with applied(bench.model, setting, TOKENS):
+        assert atp_patch.patch.require_patch(bench.model).config.options == {"seed": 3}
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        applied(bench.model, setting, TOKENS),
+    ):
+        raise RuntimeError("stop")
+    assert not hasattr(bench.model, "_atp_patch")
+    assert model_hash(bench.model) == before
+
+
+def test_a_budget_that_cannot_be_met_is_told_apart_from_a_wrong_argument(bench: Bench) -> None:
+    low = Setting("fastv", layers=(4,), budget=0.1)
+    assert "least possible" in (unreachable(bench.model, low, TOKENS) or "")
+    assert unreachable(bench.model, Setting("fastv", layers=(4,), budget=0.6), TOKENS) is None
+    with pytest.raises(ConfigError, match="1 to 7"):
+        unreachable(bench.model, Setting("fastv", layers=(9,), budget=0.6), TOKENS)
+
+
+def test_hashes_see_what_changes(bench: Bench, tmp_path: Path) -> None:
+    before = model_hash(bench.model)
+    weight = bench.model.lm_head.weight
+    value = weight.data[100, 3].item()
+    weight.data[100, 3] += 1
+    assert model_hash(bench.model) != before
+    weight.data[100, 3] = value
+    assert model_hash(bench.model) == before
+    hashes = set()
+    for share in (0.25, 0.5):
+        atp_patch.patch_model(bench.model, [2], "atp", spatial_share=share)
+        atp_patch.save_pretrained(bench.model, tmp_path)
+        atp_patch.unpatch_model(bench.model)
+        hashes.add(adapter_hash(str(tmp_path)))
+    assert len(hashes) == 2
+
+
+def test_questions_about_an_image_stay_together() -> None:
+    tasks = choose_tasks(["exist", "ocr", "slanted"])
+    work = chunks(tasks, "development", 9)
+    asked = [example for chunk in work for example in chunk]
+    assert len(asked) == len(set(asked)) == 3 * 9
+    shifted = [{e.task == "slanted/ocr" for e in chunk} for chunk in work]
+    assert all(len(kinds) == 1 for kinds in shifted)
+    for kind in (True, False):
+        numbers = [
+            {e.number for e in chunk}
+            for chunk, kinds in zip(work, shifted, strict=True)
+            if kinds == {kind}
+        ]
+        assert sum(map(len, numbers)) == len(set.union(*numbers))

@@ -1,0 +1,162 @@
+"""Rows against hand counts, the table of a fixed result, plots that hold every setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atp_patch.evaluation.plots import draw_all, frontier, kept_by_layer
+from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting
+from atp_patch.evaluation.statistics import Estimate
+from atp_patch.evaluation.store import Answer, RunFile
+from atp_patch.evaluation.summary import Measured, Row, summarize
+from atp_patch.evaluation.tables import markdown, percent, table
+from atp_patch.evaluation.tasks import Example, Task
+
+LAYERS = 4
+RUN = {
+    "identity": {
+        "model_hash": "abc",
+        "split": "test",
+        "answers": "forced",
+        "dtype": "float32",
+        "versions": {"atp_patch": "0", "code": "c", "torch": "2", "transformers": "5"},
+    },
+    "model": "m",
+    "machine": "one",
+    "date": "today",
+}
+
+
+def none(*_: object) -> list[Example]:
+    return []
+
+
+TASKS = [Task("small", "fake", none, none), Task("large", "fake", none, none)]  # type: ignore[arg-type]
+EXAMPLES = [Example("small", n, "?", "!") for n in (0, 1, 2, 5)]
+EXAMPLES += [Example("large", n, "?", "!") for n in (1, 5)]
+FAST = {"layers": (1, 2), "budget": 0.5}
+
+
+def file(small: str, large: str, entering: tuple[int, ...]) -> RunFile:
+    """A run with these scores, and one answer beyond the questions that count."""
+    answers = {"small": {9: Answer(1.0, entering)}, "large": {}}
+    for example in EXAMPLES:
+        scores = {"small": small, "large": large}[example.task]
+        at = [e.number for e in EXAMPLES if e.task == example.task].index(example.number)
+        answers[example.task][example.number] = Answer(float(scores[at]), entering)
+    return RunFile(Path("none"), {}, answers)
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    fastv, random = Setting("fastv", **FAST), Setting("random", **FAST)
+    adaptive = file("1101", "11", (40, 10, 2))
+    adaptive.answers["large"][5] = Answer(1.0, (40, 20, 4))
+    measured = [
+        Measured(Setting(UNPRUNED), (file("1111", "10", (40,)),), run=RUN),
+        Measured(Setting(BLIND), (file("1000", "00", (0,)),), run=RUN),
+        Measured(fastv, (adaptive,), (), (1, 2), run=RUN),
+        Measured(
+            random,
+            (file("1100", "01", (40, 10, 2)), file("1001", "00", (40, 10, 2))),
+            (0, 1),
+            (1, 2),
+            run=RUN,
+        ),
+        Measured(Setting("fastv", layers=(1, 2), budget=0.1), (), (), (1, 2), "too low", RUN),
+    ]
+    return summarize(measured, TASKS, EXAMPLES, LAYERS, draws=50)
+
+
+def test_numbers_by_hand(rows: list[Row]) -> None:
+    plain, blind, fastv, random, unreachable = rows
+    assert plain.accuracy == {"small": 1.0, "large": 0.5}
+    assert plain.questions == {"small": 4, "large": 2}
+    assert [r.average_tokens for r in (plain, blind)] == [40, 0]
+    assert plain.retention == Estimate(1.0, 1.0, 1.0)
+    assert fastv.mean is not None
+    assert fastv.retention is not None
+    assert fastv.mean.value == pytest.approx((0.75 + 1.0) / 2)
+    assert fastv.retention.value == pytest.approx((0.75 / 1.0 + 1.0 / 0.5) / 2)
+    # 40 enter layer 0, 10 layer 1, 2 layers 2 and 3; one question of six keeps twice as many.
+    assert fastv.tokens["small"] == (40 + 10 + 2 * 2) / 4
+    assert fastv.tokens["large"] == (13.5 + (40 + 20 + 2 * 4) / 4) / 2
+    assert fastv.average_tokens == pytest.approx((5 * 13.5 + 17) / 6)
+    assert fastv.entering["large"] == {0: 40, 1: 15, 2: 3}
+    assert random.accuracy == {"small": 0.5, "large": 0.25}
+    assert random.by_seed == [0.5, 0.25]
+    assert random.seeds == (0, 1)
+    assert set(fastv.against) == {"random"}
+    assert fastv.against["random"].value == pytest.approx(0.875 - 0.375)
+    assert random.against["fastv"].value == pytest.approx(0.375 - 0.875)
+    assert unreachable.mean is None
+
+
+def test_the_table_of_a_fixed_result() -> None:
+    setting = Setting("atp", (("score", "self"),), (4, 14), 0.25)
+    rows = [
+        Row(
+            Setting(UNPRUNED),
+            "fake",
+            accuracy={"small": 0.95, "large": 0.5},
+            questions={"small": 4, "large": 2},
+            mean=Estimate(0.725, 0.7, 0.75),
+            retention=Estimate(1, 1, 1),
+            average_tokens=576,
+            run=RUN,
+        ),
+        Row(
+            setting,
+            "fake",
+            (4, 14),
+            (0, 1, 2),
+            {"small": 0.9, "large": 0.25},
+            mean=Estimate(0.575, 0.5, 0.65),
+            retention=Estimate(float("nan"), float("nan"), float("nan")),
+            against={
+                "random": Estimate(0.0312, -0.01, 0.07),
+                "fastv": Estimate(-0.1, -0.2, float("nan")),
+            },
+            average_tokens=143.9375,
+            run=RUN,
+        ),
+        Row(setting, "fake", (4, 14), unreachable="least is 73", run=RUN),
+    ]
+    assert table(rows).splitlines() == [
+        "| method | layers | budget | tokens | mean | retention | minus fastv | minus random "
+        "| small | large |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| unpruned | - | - | 576.0 | 72.5 [70.0, 75.0] | 100.0 [100.0, 100.0] | - | - "
+        "| 95.0 | 50.0 |",
+        "| atp (score=self, 3 seeds) | 4+14 | 0.25 | 143.9 | 57.5 [50.0, 65.0] | - "
+        "| -10.0 [-20.0, +nan] | +3.1 [-1.0, +7.0] | 90.0 | 25.0 |",
+        "| atp (score=self) | 4+14 | 0.25 | unreachable | - | - | - | - | - | - |",
+        "",
+        "- atp: least is 73",
+    ]
+    text = markdown(rows, "Title")
+    assert text.startswith("# Title\n\nModel m (abc), split test, answers forced, float32 on one,")
+    assert "\n## fake\n\nQuestions: small 4, large 2.\n\n| method" in text
+
+
+def test_percentages() -> None:
+    assert percent(None) == "-"
+    assert percent(Estimate(0.5, float("nan"), float("nan"))) == "50.0"
+    assert percent(Estimate(-0.5, -0.75, 0.25), signed=True) == "-50.0 [-75.0, +25.0]"
+
+
+def test_plots_hold_every_setting(rows: list[Row], tmp_path: Path) -> None:
+    reached = [row for row in rows if row.unreachable is None]
+    labels = frontier(reached).axes[0].get_legend_handles_labels()[1]
+    assert {"fastv @ 1+2", "random @ 1+2", UNPRUNED, BLIND} == set(labels)
+    panels = [axes for axes in kept_by_layer(reached).axes if axes.get_visible()]
+    assert [panel.get_title() for panel in panels] == ["fastv 0.5", "random 0.5"]
+    lines = {line.get_label(): line.get_ydata() for line in panels[0].lines}
+    assert list(lines["large"]) == [40, 15, 3]
+    written = draw_all(rows, tmp_path)
+    assert [p.name for p in written] == [
+        f"fake-{name}.png" for name in ("frontier", "tasks", "kept")
+    ]
+    assert all(p.stat().st_size > 1000 for p in written)
