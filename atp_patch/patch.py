@@ -102,6 +102,8 @@ class Patch:
 
     def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss; its parts go into the trace too."""
+        # From now on a checkpoint must hold the heads, or training could not be resumed from it.
+        self.parts.top.__dict__[IGNORED] = self.ignored_before
         seen = [b for b, total in enumerate(run.layout.totals) if total]
         totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
         target = self.config.target_tokens or DEFAULT_SHARE * float(totals.mean())
@@ -148,15 +150,13 @@ def patch_model(
         UnsupportedModelError: where the model cannot be patched.
         WeightsError: where an adapter is missing, broken, or made for another model.
     """
-    previous = _state(model)
     family = family_of(getattr(model, "config", None))
     parts = locate(model)
     shape = decoder_shape(parts.config)
     base = BaseModel(family.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
     if weights is not None:
-        given = [layers, method, keep, target_tokens]
-        if any(value is not None for value in given) or options:
+        if options or any(x is not None for x in (layers, method, keep, target_tokens)):
             raise ConfigError(
                 "weights bring layers, method, budget and options along; give weights alone."
             )
@@ -186,7 +186,7 @@ def patch_model(
     if total is not None and chosen.needs_budget:
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = _build_heads(chosen, config, parts, total, tensors)
-    if previous is not None:
+    if _state(model) is not None:
         unpatch_model(model)
     patch = Patch(parts, family, chosen, config, heads)
     if heads is not None:
