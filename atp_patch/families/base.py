@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.types import GridQuery, Span, VisualGrid
 
 Grids = list[list[VisualGrid]]
@@ -18,6 +18,10 @@ def _unknown(config: Any) -> int | None:
 
 def _accept(config: Any) -> None:
     return None
+
+
+def _none(config: Any) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Family:
         newline: name of the parameter of the model without its head that stands at the end of rows
             of features, under the image's id; it belongs to no grid.
         visual_tokens: prunable tokens of one image where the config alone fixes them, else None.
+        late_layers: after how many of the first decoder layers visual features are still added.
         check: raises UnsupportedModelError for configs that the family cannot serve.
     """
 
@@ -44,12 +49,23 @@ class Family:
     causal: bool = True
     newline: str | None = None
     visual_tokens: Callable[[Any], int | None] = _unknown
+    late_layers: Callable[[Any], int] = _none
     check: Callable[[Any], None] = _accept
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""
         ids = (getattr(config, name, None) for name in self.token_ids)
         return tuple(int(token_id) for token_id in ids if token_id is not None)
+
+    def check_layers(self, config: Any, layers: Sequence[int]) -> None:
+        """Raise ConfigError where the first pruning layer comes too early for the model."""
+        late = self.late_layers(config)
+        if layers[0] < late:
+            raise ConfigError(
+                f"this model adds visual features after each of its first {late} decoder layers, "
+                f"so no token can go before layer {late}; layers={list(layers)} begins earlier. "
+                f"Begin at {late} or later."
+            )
 
 
 def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
