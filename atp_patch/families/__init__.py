@@ -9,7 +9,8 @@ from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.pixtral import MISTRAL3
-from atp_patch.families.qwen2_vl import QWEN2_VL
+from atp_patch.families.qwen2_vl import GLM4V, QWEN2_VL, QWEN3_VL
+from atp_patch.families.refused import REFUSED
 from atp_patch.families.square import GEMMA3, IDEFICS3, INTERNVL, PALIGEMMA
 
 FAMILIES: tuple[Family, ...] = (
@@ -17,6 +18,8 @@ FAMILIES: tuple[Family, ...] = (
     ANYRES,
     VIDEO_LLAVA,
     QWEN2_VL,
+    QWEN3_VL,
+    GLM4V,
     INTERNVL,
     PALIGEMMA,
     GEMMA3,
@@ -42,8 +45,12 @@ def family_of(config: Any) -> Family:
             family.check(config)
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    why = ""
+    if model_type in REFUSED:
+        reason, alternative = REFUSED[model_type]
+        why = f": {reason}. Instead: {alternative}"
     raise UnsupportedModelError(
-        f"models of type {model_type!r} are not supported; supported are: {known}."
+        f"models of type {model_type!r} are not supported{why}; supported are: {known}."
     )
 
 

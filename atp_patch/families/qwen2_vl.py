@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: dynamic grids, read off the multimodal rotary position ids.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V: dynamic grids, read off the multimodal position ids.
 
 The decoder gets (t, h, w) position ids for every token. Within one image or video they *are* the
 grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself).
@@ -61,6 +61,19 @@ def _grids(query: GridQuery) -> Grids:
 QWEN2_VL = Family(
     name="qwen2_vl",
     model_types=("qwen2_vl", "qwen2_5_vl"),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+)
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+    late_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
+)
+GLM4V = Family(
+    name="glm4v",
+    model_types=("glm4v",),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.seam import locate
-from tests.families import anyres, square, towers
+from tests.families import anyres, mrope, square, towers
 from tests.families.kinds import (
     MIXED,
     SINGLE,
@@ -28,7 +28,7 @@ from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-KINDS = (*square.KINDS, *anyres.KINDS, *towers.KINDS)
+KINDS = (*square.KINDS, *anyres.KINDS, *towers.KINDS, *mrope.KINDS)
 FAST = {"method": "fastv", "keep": 0.5}
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -147,14 +147,13 @@ def test_a_batch_is_its_samples_alone(kind: Kind, padding: str) -> None:
 
 
 @every_kind
-def test_beams_are_right(kind: Kind) -> None:
+def test_beams_of_a_batch_are_its_samples_beams(kind: Kind) -> None:
     """Beams repeat the samples, and so the grids, before anything is chosen."""
     model = patched(kind)
-    inputs = make(kind, MIXED[:2]).inputs
-    cached, uncached = (
-        generate(model, inputs, 4, num_beams=2, use_cache=use) for use in (True, False)
-    )
-    assert torch.equal(cached, uncached)
+    together = generate(model, make(kind, MIXED[:2]).inputs, 4, num_beams=2)
+    for answer, one in zip(together, MIXED[:2], strict=True):
+        alone = generate(model, make(kind, [one]).inputs, 4, num_beams=2)
+        assert torch.equal(answer[-4:], alone[0, -4:])
 
 
 @every_kind
@@ -228,7 +227,7 @@ def local(model: Any) -> None:
     outputs = ("out_proj", "o_proj", "projection_layer", "attn.proj", "attention.dense")
     decoder = {id(weight) for weight in model.get_decoder().parameters()}
     for name, weight in model.named_parameters():
-        mixes = any(part in name for part in outputs) or "position_embedding" in name
+        mixes = any(part in name for part in (*outputs, "position_embedding", "pos_embed"))
         if mixes and id(weight) not in decoder and "head" not in name:
             weight.data.zero_()
 

@@ -1,4 +1,4 @@
-"""LLaVA with towers of several kinds: CLIP with many layers read, Pixtral; Mistral 3; Video-LLaVA."""
+"""LLaVA with other towers: CLIP with several layers read, Pixtral; Mistral 3; Video-LLaVA."""
 
 from __future__ import annotations
 

@@ -1,0 +1,25 @@
+"""Models that cannot be pruned: why, and what to use in their place."""
+
+from __future__ import annotations
+
+_CROSS = "its images are read by cross-attention and never stand in the decoder's sequence"
+_SHARED = "its later decoder layers reuse the keys of earlier ones, which have another length"
+_QUERIES = "its Q-Former already reduces an image to a few dozen query tokens"
+_HYBRID = "some of its decoder layers are no attention, but linear attention or convolution"
+
+#: ``config.model_type`` -> (reason, alternative)
+REFUSED: dict[str, tuple[str, str]] = {
+    "mllama": (_CROSS, "llava_next has LLaMA decoders with images in the sequence"),
+    "idefics": (_CROSS, "idefics3 is its successor"),
+    "gemma3n": (_SHARED, "gemma3 can be pruned"),
+    "gemma4": (_SHARED, "gemma3 can be pruned"),
+    "llama4": ("its rotary tables are complex numbers", "llava_next has LLaMA decoders"),
+    "florence2": ("it is an encoder-decoder", "paligemma answers the same kinds of prompts"),
+    "blip-2": (_QUERIES, "llava keeps a grid of visual tokens"),
+    "instructblip": (_QUERIES, "llava keeps a grid of visual tokens"),
+    "instructblipvideo": (_QUERIES, "video_llava keeps a grid of visual tokens"),
+    "qwen3_5": (_HYBRID, "qwen3_vl can be pruned"),
+    "qwen3_5_moe": (_HYBRID, "qwen3_vl_moe can be pruned"),
+    "lfm2_vl": (_HYBRID, "smolvlm is of similar size"),
+    "lfm3_vl": (_HYBRID, "smolvlm is of similar size"),
+}
