@@ -90,10 +90,10 @@ def test_batching_does_not_change_answers(
     registry = {task.name: task for task in choose_tasks(TASKS)}
     found = []
     with applied(bench.model, setting, TOKENS):
-        for size in (1, 4, len(given)):
+        for size in (1, 7):
             several = replace(bench, batch_size=size, answers=answers, max_new_tokens=4)
             found.append(dict_of(answered(several, setting, registry, given)))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def dict_of(answers: object) -> dict[tuple[str, int], object]:

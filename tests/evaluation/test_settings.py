@@ -100,7 +100,7 @@ def test_hashes_see_what_changes(bench: Bench, tmp_path: Path) -> None:
     assert model_hash(bench.model) == before
     hashes = set()
     for share in (0.25, 0.5):
-        atp_patch.patch_model(bench.model, [2], "atp", spatial_share=share)
+        atp_patch.patch_model(bench.model, [1], "atp", spatial_share=share)
         atp_patch.save_pretrained(bench.model, tmp_path)
         atp_patch.unpatch_model(bench.model)
         hashes.add(adapter_hash(str(tmp_path)))
