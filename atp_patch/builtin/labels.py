@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
+from atp_patch.builtin.questions import RELATION_MARGIN_PX
 from atp_patch.builtin.render import outline
 from atp_patch.builtin.scenes import GRID, IMAGE_PX, PATCH_PX, Layout, SceneObject
 from atp_patch.builtin.vocabulary import (
@@ -52,8 +53,11 @@ NOUN_FIELDS: dict[str, int] = {
     "row": 8,
     "column": 8,
     **{f"character{k}": len(CHARACTERS) + 1 for k in range(MAX_SIGN)},
+    "below_first": 2,
+    "right_of_first": 2,
 }
-"""Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide."""
+"""Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide; the
+last two say where the second object of a question lies as seen from the first."""
 
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
 _ANY_SHAPE = ("object", "objects", "shapes")
@@ -143,6 +147,7 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
     """
     tokens = [w.lower() if w in OPENERS else w for w in re.findall(r"\w+|[^\w\s]", text)]
     found = []
+    first: SceneObject | None = None
     for k, word in enumerate(tokens):
         values = dict.fromkeys(NOUN_FIELDS, IGNORE)
         owners = 0
@@ -161,6 +166,9 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
             owners = sum(1 << k for k, o in enumerate(layout.objects) if o in matches)
             if len(matches) == 1:
                 values.update(_describe(matches[0]))
+                if first is not None:
+                    values.update(_compare(first, matches[0]))
+                first = matches[0]
         elif word == "common":
             ranked = Counter(o.colour for o in layout.objects).most_common(1)
             values["colour"] = list(OBJECT_COLOURS).index(ranked[0][0])
@@ -168,6 +176,15 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
             continue
         found.append((k, np.array([values[name] for name in NOUN_FIELDS]), owners))
     return found
+
+
+def _compare(first: SceneObject, second: SceneObject) -> dict[str, int]:
+    """Labels of the second object's side of the first, where it is clear."""
+    gaps = {
+        "below_first": second.y_px - first.y_px,
+        "right_of_first": second.x_px - first.x_px,
+    }
+    return {k: int(gap > 0) for k, gap in gaps.items() if abs(gap) >= RELATION_MARGIN_PX}
 
 
 def _describe(item: SceneObject) -> dict[str, int]:

@@ -16,7 +16,7 @@ from atp_patch.builtin import builtin_path, load_builtin
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.errors import ATPError, ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
-from atp_patch.evaluation.identity import machine, model_hash, today, versions
+from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import BUILTIN_MODEL, PROG, check, method_options, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
@@ -30,6 +30,7 @@ from atp_patch.loading import choose_device, choose_dtype, load_checkpoint, quie
 from atp_patch.patch import require_patch
 
 RUNS, SUMMARY, TABLE = "runs", "summary.jsonl", "table.md"
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         sys.stderr.write(f"{PROG}: out of memory; try a smaller --batch-size.\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROG}: stopped; the same command goes on from here.\n")
+        return INTERRUPTED
     return 0
 
 
@@ -133,6 +137,7 @@ def _open(
     model = bench.model
     shared = {
         "model_hash": model_hash(model),
+        "processor_hash": processor_hash(bench.processor),
         "split": args.split,
         "answers": bench.answers,
         "dtype": str(model.dtype).removeprefix("torch."),

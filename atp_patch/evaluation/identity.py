@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -58,6 +59,16 @@ def model_hash(model: Any) -> str:
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
     return short_hash(pieces())
+
+
+def processor_hash(processor: Any) -> str:
+    """Of the words, the template of the prompt, and how images are brought to size."""
+    said = [
+        processor.tokenizer.get_vocab(),
+        processor.chat_template,
+        processor.image_processor.to_dict(),
+    ]
+    return short_hash([json.dumps(said, sort_keys=True, default=str).encode()])
 
 
 def adapter_hash(source: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
@@ -131,7 +132,7 @@ def plan(
         base = Setting(name, tuple(sorted(given.items())), places)
         (limited if method.needs_budget else free).extend(replace(base, seed=s) for s in drawn)
     settings += [
-        Setting(f"adapter {source}", adapter=source, adapter_hash=adapter_hash(source))
+        Setting(f"adapter {Path(source).name}", adapter=source, adapter_hash=adapter_hash(source))
         for source in adapters
     ]
     settings += free

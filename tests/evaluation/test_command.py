@@ -1,0 +1,63 @@
+"""The command end to end: adapters, other tokenizers, the record of what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import atp_patch
+from atp_patch.evaluation import command
+from tests.evaluation.conftest import TOKENS, build
+
+ASKED = "--methods uniform --budgets 0.5 --tasks exist --questions 6 --seeds 1 --split development"
+
+
+def rows(model: Path, out: Path, *more: str) -> list[dict[str, Any]]:
+    """The rows of the summary of a run."""
+    argv = ["--model", str(model), *ASKED.split(), "--no-plots", "--out", str(out), *more]
+    assert command.main(argv) == 0
+    lines = (out / command.SUMMARY).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_an_adapter_decides_by_itself(folder: Path, tmp_path: Path) -> None:
+    model, _ = build()
+    atp_patch.patch_model(model, [1, 5], "atp", thresholds="learned", target_tokens=12)
+    atp_patch.save_pretrained(model, tmp_path / "heads")
+    found = rows(folder, tmp_path / "out", "--adapters", str(tmp_path / "heads"))
+    row = next(row for row in found if row["method"] == "adapter heads")
+    assert row["adapter_hash"]
+    assert row["budget"] is None
+    assert row["layers"] == [1, 5]
+    assert 0 < row["average_tokens"] < TOKENS
+    table = (tmp_path / "out" / command.TABLE).read_text(encoding="utf-8")
+    assert "| adapter heads | 1+5 | its own |" in table
+
+
+def test_answers_are_generated_where_words_are_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced = rows(folder, tmp_path / "forced")
+    monkeypatch.setattr(command, "word_ids", dict)
+    generated = rows(folder, tmp_path / "generated", "--max-new-tokens", "4")
+    assert {row["answers"] for row in forced} == {"forced"}
+    assert {row["answers"] for row in generated} == {"generate"}
+    assert [row["accuracy"] for row in forced] == [row["accuracy"] for row in generated]
+
+
+def test_an_interrupt_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", stop)
+    argv = ["--model", str(folder), *ASKED.split(), "--no-plots", "--out", str(tmp_path)]
+    assert command.main(argv) == command.INTERRUPTED == 130
+    assert "goes on from here" in capsys.readouterr().err
