@@ -21,11 +21,15 @@ DECODER_LAYERS = 32
 ORIGINALS: tuple[int, ...] = (0, 3, 6, 9, 13, 18, 23, 28)
 """Where the layers of the shallow model stand in the deep one. 3, 13 and 23 are the layers whose
 attention is scored before the layers 4, 14 and 24."""
-PROBED_ORIGINAL = 4
-"""The auxiliary loss reads the output of this layer of the shallow model (13 of 32)."""
+NOUN_ORIGINAL = 4
+"""The output of this layer of the shallow model (13 of 32) is taught what nouns refer to."""
 GAZING_ORIGINALS: tuple[int, int] = (3, 4)
 """In these layers half of the heads are taught where to look: nouns at what they name, and the
 token before a sign's character at that character."""
+SIDE_ORIGINAL = 5
+"""In this layer (18 of 32) half of the heads are taught to look from a question's second noun at
+its first, and its output is taught on which side of the first object the second lies: one layer
+after both have been found."""
 
 _POSITION_DIMS = 32
 _HEAD_OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from atp_patch.builtin.labels import (
     IGNORE,
     NOUN_FIELDS,
+    SIDE_FIELDS,
     noun_labels,
     patch_labels,
     patch_owners,
     patch_places,
+    side_labels,
 )
 from atp_patch.builtin.questions import ask
 from atp_patch.builtin.scenes import IMAGE_PX, SceneConfig, make_scene, scene_rng
@@ -55,6 +57,9 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
     `nouns` is (images * views, questions, TEXT_LENGTH, NOUN_FIELDS); `task` is the index in TASKS.
     `owners` is (images, 576); `gaze` is (images * views, questions, TEXT_LENGTH, 2): owners, a
     bit each, that a noun names, and those that the token before a sign's character should see.
+    `sides` is (images * views, questions, TEXT_LENGTH, SIDE_FIELDS), told at the second noun of a
+    question; `back` is (images * views, questions, TEXT_LENGTH), how many tokens before it the
+    first noun stands, 0 elsewhere.
     """
     rows = spec.images * spec.views
     shape = (rows, spec.questions, TEXT_LENGTH)
@@ -63,6 +68,8 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         "ids": np.full(shape, word_ids()[PAD]),
         "targets": np.full(shape, IGNORE),
         "nouns": np.full((*shape, len(NOUN_FIELDS)), IGNORE, dtype=np.int16),
+        "sides": np.full((*shape, len(SIDE_FIELDS)), IGNORE, dtype=np.int16),
+        "back": np.zeros(shape, dtype=np.int64),
         "task": np.full(shape[:2], IGNORE),
     }
     labels, owners, places = [], [], []
@@ -91,6 +98,11 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
                 for k, values, named in noun_labels(question.text, scene.layout):
                     batch["nouns"][row, j, k] = values
                     gaze[row, j, k, 0] = named
+                pair = side_labels(question.text, scene.layout)
+                if pair is not None:
+                    first, second, sides = pair
+                    batch["sides"][row, j, second] = sides
+                    batch["back"][row, j, second] = second - first
                 if question.task == "ocr":
                     for place in range(len(answer) - 1):
                         gaze[row, j, len(prompt) - 1 + place, 1] = 1 << (MAX_OBJECTS + place)

@@ -103,16 +103,19 @@ def window_order(shift: tuple[int, int]) -> Tensor:
 class Notes:
     """What the auxiliary losses read out of a forward pass.
 
-    `states` (rows, questions, length, hidden) are the text states after the layer `probe`.
+    `states` are the text states, (rows, questions, length, hidden), after each of the `probes`.
     `gazes` are, for each of `gaze_layers`, half of the heads' attention from the packed text to
-    the visual tokens, (rows, heads / 2, packed, visual); `order` (rows, packed) says where the
-    packed tokens stand in the flattened questions.
+    the visual tokens, (rows, heads / 2, packed, visual); `backward` is that of `back_layer` to the
+    packed text, (rows, heads / 2, packed, packed). `order` (rows, packed) says where the packed
+    tokens stand in the flattened questions.
     """
 
-    probe: int
+    probes: tuple[int, ...]
     gaze_layers: tuple[int, ...]
-    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    back_layer: int
+    states: list[Tensor] = field(default_factory=list)
     gazes: list[Tensor] = field(default_factory=list)
+    backward: Tensor = field(default_factory=lambda: torch.empty(0))
     order: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -180,8 +183,10 @@ def decoder_forward(
             seen = seen + layer.mlp(layer.post_attention_layernorm(seen))
         if notes is not None and number in notes.gaze_layers:
             notes.gazes.append(weights[:, : heads // 2, :, first : seen.shape[1]])
-        if notes is not None and number == notes.probe:
-            notes.states = text
+        if notes is not None and number == notes.back_layer:
+            notes.backward = weights[:, : heads // 2, :, seen.shape[1] :]
+        if notes is not None and number in notes.probes:
+            notes.states.append(text)
     back = torch.zeros_like(ids).flatten(1)
     back = back.scatter(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
 
@@ -191,7 +196,7 @@ def decoder_forward(
 
     if notes is not None:
         notes.order = order
-        notes.states = unpack(notes.states)
+        notes.states = [unpack(x) for x in notes.states]
     return unpack(model.lm_head(decoder.norm(text)))
 
 

@@ -53,11 +53,11 @@ NOUN_FIELDS: dict[str, int] = {
     "row": 8,
     "column": 8,
     **{f"character{k}": len(CHARACTERS) + 1 for k in range(MAX_SIGN)},
-    "below_first": 2,
-    "right_of_first": 2,
 }
-"""Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide; the
-last two say where the second object of a question lies as seen from the first."""
+"""Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide."""
+
+SIDE_FIELDS: dict[str, int] = {"below": 2, "right": 2}
+"""Label of a question's second object -> number of classes: where it lies, seen from the first."""
 
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
 _ANY_SHAPE = ("object", "objects", "shapes")
@@ -147,7 +147,6 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
     """
     tokens = [w.lower() if w in OPENERS else w for w in re.findall(r"\w+|[^\w\s]", text)]
     found = []
-    first: SceneObject | None = None
     for k, word in enumerate(tokens):
         values = dict.fromkeys(NOUN_FIELDS, IGNORE)
         owners = 0
@@ -166,9 +165,6 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
             owners = sum(1 << k for k, o in enumerate(layout.objects) if o in matches)
             if len(matches) == 1:
                 values.update(_describe(matches[0]))
-                if first is not None:
-                    values.update(_compare(first, matches[0]))
-                first = matches[0]
         elif word == "common":
             ranked = Counter(o.colour for o in layout.objects).most_common(1)
             values["colour"] = list(OBJECT_COLOURS).index(ranked[0][0])
@@ -178,13 +174,18 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
     return found
 
 
-def _compare(first: SceneObject, second: SceneObject) -> dict[str, int]:
-    """Labels of the second object's side of the first, where it is clear."""
-    gaps = {
-        "below_first": second.y_px - first.y_px,
-        "right_of_first": second.x_px - first.x_px,
-    }
-    return {k: int(gap > 0) for k, gap in gaps.items() if abs(gap) >= RELATION_MARGIN_PX}
+def side_labels(text: str, layout: Layout) -> tuple[int, int, NDArray[np.int64]] | None:
+    """Of a question about two objects: token indices of the first and the second noun, and the
+    labels of SIDE_FIELDS, IGNORE along an axis where the two are about level.
+    """
+    named = [(k, owners) for k, values, owners in noun_labels(text, layout) if values[0] == 1]
+    if len(named) != 2:
+        return None
+    (at_first, first), (at_second, second) = named
+    one, other = (layout.objects[owners.bit_length() - 1] for owners in (first, second))
+    gaps = (other.y_px - one.y_px, other.x_px - one.x_px)
+    sides = [int(gap > 0) if abs(gap) >= RELATION_MARGIN_PX else IGNORE for gap in gaps]
+    return at_first, at_second, np.array(sides)
 
 
 def _describe(item: SceneObject) -> dict[str, int]:

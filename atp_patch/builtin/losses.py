@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from atp_patch.builtin.labels import IGNORE, NOUN_FIELDS, PATCH_FIELDS
+from atp_patch.builtin.labels import IGNORE, PATCH_FIELDS
 
 _EMPTY_WEIGHT = 0.05
 """Weight of a patch that shows no object in the object's fields: most patches are such."""
@@ -71,15 +73,28 @@ def answer_loss(logits: Tensor, targets: Tensor, task_weight: Tensor) -> Tensor:
     return (each * weight).sum() / weight.sum()
 
 
-def noun_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of what nouns refer to; logits (..., classes), labels (..., fields)."""
+def field_loss(logits: Tensor, labels: Tensor, fields: Mapping[str, int]) -> Tensor:
+    """Mean cross-entropy over `fields`; logits (..., all classes), labels (..., fields)."""
     losses = []
-    for k, part in enumerate(logits.split(list(NOUN_FIELDS.values()), dim=-1)):
+    for k, part in enumerate(logits.split(list(fields.values()), dim=-1)):
         target = labels[..., k]
         told = target != IGNORE
         if told.any():
             losses.append(nn.functional.cross_entropy(part[told], target[told].long()))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean() if losses else logits.new_zeros(())
+
+
+def back_loss(attention: Tensor, back: Tensor) -> Tensor:
+    """Mean of -log(attention of a question's second noun that falls on its first).
+
+    Args:
+        attention: (rows, heads, packed, packed).
+        back: (rows, packed) how many tokens before a token the first noun stands; 0 for none.
+    """
+    wanted = torch.arange(back.shape[1], device=back.device) - back  # (rows, packed)
+    share = attention.gather(3, wanted[:, None, :, None].expand(-1, attention.shape[1], -1, -1))
+    told = share[..., 0].transpose(1, 2)[back > 0]
+    return -(told + 1e-6).log().mean() if told.numel() else attention.new_zeros(())
 
 
 def gaze_loss(gaze: Tensor, wanted: Tensor, owners: Tensor) -> Tensor:

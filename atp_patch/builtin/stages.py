@@ -8,6 +8,7 @@ from typing import Literal
 
 from atp_patch.builtin.batches import BatchSpec
 from atp_patch.builtin.scenes import SceneConfig
+from atp_patch.builtin.vocabulary import TASKS
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class Stage:
     windowed_steps: int = 0
     """First steps in which the tower sees windows of 12 x 12 patches only."""
     visual_tokens: int = 576
-    """Patches that the decoder is shown. If not all, they come from a stride-2 subset of the grid
+    """Patches that the decoder is shown. If not all, they come from a strided subset of the grid
     at a random phase, those that show something first."""
+    stride: int = 2
+    """Of the subset that fewer patches than all come from; 1 is the whole grid. A count is read off
+    the share of attention that falls on objects, so that it depends on how many of their patches
+    are shown: with a stride of 1 it is nearly what all of them give."""
     patch_weight: float = 0.0
     """Weight of the tower's own labels while the decoder is trained."""
     recentre: bool = False
@@ -42,11 +47,16 @@ class Stage:
     """Weight of the auxiliary loss at mid-depth: what nouns refer to."""
     gaze_weight: float = 0.0
     """Weight of the auxiliary loss on attention: where nouns refer to."""
+    side_weight: float = 0.0
+    """Weight of the auxiliary loss on where a question's second object lies from its first."""
     task_weight: Mapping[str, float] = field(default_factory=dict)
 
 
 # Denser than what the model is asked about: more to learn from a picture.
 _DENSE = SceneConfig(min_objects=3, max_objects=8, sign_share=0.9)
+
+_SLOW = ("count", "relation", "common", "shape", "colour")
+"""Tasks that are learned last."""
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -206,14 +216,45 @@ STAGES: tuple[Stage, ...] = (
         task_weight={"count": 1.5, "relation": 2.0, "position": 1.2, "shape": 1.2},
     ),
     Stage(
+        name="sides",
+        kind="shallow",
+        steps=700,
+        batch=BatchSpec(
+            images=8,
+            questions=18,
+            tasks=(*TASKS, *_SLOW, *_SLOW, "relation", "relation"),
+            offset=1_700_000,
+            with_owners=True,
+        ),
+        muon_rate=0.006,
+        adam_rate=0.001,
+        warm_up=10,
+        decay=350,
+        visual_tokens=192,
+        stride=1,
+        noun_weight=1.0,
+        gaze_weight=0.1,
+        side_weight=1.0,
+        task_weight={"count": 1.5, "relation": 1.5, "common": 1.5},
+    ),
+    Stage(
         name="full",
         kind="shallow",
-        steps=120,
-        batch=BatchSpec(images=8, offset=1_700_000, with_owners=True),
-        muon_rate=0.0015,
-        adam_rate=0.0003,
+        steps=240,
+        batch=BatchSpec(
+            images=8,
+            questions=18,
+            tasks=(*TASKS, *_SLOW, *_SLOW),
+            offset=1_900_000,
+            with_owners=True,
+        ),
+        muon_rate=0.003,
+        adam_rate=0.0005,
         warm_up=10,
-        decay=100,
-        task_weight={"count": 1.5, "relation": 1.5, "ocr": 1.2},
+        decay=200,
+        noun_weight=1.0,
+        gaze_weight=0.1,
+        side_weight=0.5,
+        task_weight={"count": 1.5, "relation": 1.5, "common": 1.5},
     ),
 )

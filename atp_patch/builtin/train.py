@@ -1,7 +1,7 @@
 """Trains the built-in model from nothing: `python -m atp_patch.builtin.train --work FOLDER`.
 
-Stages: the tower alone on patch labels; a shallow decoder on a quarter of the visual tokens;
-the same on all of them; then 32 layers. A killed run goes on from its last checkpoint.
+Stages: the tower alone on patch labels; a shallow decoder on a few of the visual tokens; the same
+on all of them. A killed run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,236 +11,26 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from atp_patch.builtin.architecture import (
-    GAZING_ORIGINALS,
-    ORIGINALS,
-    PROBED_ORIGINAL,
-    build,
-    grow,
-    recentre,
+from atp_patch.builtin.architecture import ORIGINALS, build, grow, recentre
+from atp_patch.builtin.batches import batches, make_batch
+from atp_patch.builtin.forward import to_pixel_values, tower_forward
+from atp_patch.builtin.learner import (
+    Learner,
+    load_checkpoint,
+    make_heads,
+    make_optimizers,
+    rate_share,
+    save_checkpoint,
+    steps_done,
 )
-from atp_patch.builtin.batches import Batch, batches, make_batch
-from atp_patch.builtin.forward import (
-    Notes,
-    decoder_forward,
-    to_pixel_values,
-    tower_forward,
-    window_order,
-)
-from atp_patch.builtin.labels import IGNORE, NOTHING, NOUN_FIELDS, PATCH_FIELDS
-from atp_patch.builtin.losses import (
-    answer_loss,
-    answered,
-    gaze_loss,
-    noun_loss,
-    patch_loss,
-    place_loss,
-)
-from atp_patch.builtin.optim import Muon
-from atp_patch.builtin.scenes import GRID
+from atp_patch.builtin.objectives import decoder_loss, tower_loss
 from atp_patch.builtin.stages import STAGES, Stage
-from atp_patch.builtin.vocabulary import TASKS
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
-
-
-@dataclass
-class Learner:
-    """All that training changes: the model, the throw-away heads, the optimizers."""
-
-    model: LlavaForConditionalGeneration
-    heads: nn.ModuleDict
-    optimizers: list[torch.optim.Optimizer]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        found |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
-        for n, optimizer in enumerate(self.optimizers):
-            for k, state in optimizer.state_dict()["state"].items():
-                found |= {f"optimizer.{n}.{k}.{name}": v for name, v in state.items()}
-        return found
-
-
-def make_heads() -> nn.ModuleDict:
-    """Linear read-outs of the auxiliary losses; they do not ship."""
-    width = 128
-    return nn.ModuleDict(
-        {
-            "patch": nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, sum(PATCH_FIELDS.values()))
-            ),
-            "place": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4)),
-            "noun": nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(NOUN_FIELDS.values()))),
-        }
-    )
-
-
-def make_optimizers(
-    model: LlavaForConditionalGeneration, heads: nn.ModuleDict, stage: Stage
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of layers and projector, Adam for the rest; the tower by its share."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, p in [*model.named_parameters(), *heads.named_parameters()]:
-        in_tower = "vision_tower" in name
-        if "post_layernorm" in name or (in_tower and stage.tower_rate == 0):
-            continue
-        if stage.kind == "tower" and not in_tower and name in dict(model.named_parameters()):
-            continue
-        is_matrix = p.dim() == 2 and ("layers." in name or "projector" in name)
-        groups.setdefault((is_matrix, in_tower), []).append(p)
-    muon: list[dict[str, object]] = []
-    adam: list[dict[str, object]] = []
-    for (is_matrix, in_tower), params in groups.items():
-        share = stage.tower_rate if in_tower else 1.0
-        rate = (stage.muon_rate if is_matrix else stage.adam_rate) * share
-        (muon if is_matrix else adam).append({"params": params, "lr": rate, "top_lr": rate})
-    return [
-        Muon(muon, weight_decay=stage.weight_decay),
-        torch.optim.Adam(adam, betas=(0.9, 0.98), eps=1e-8),
-    ]
-
-
-def rate_share(step: int, stage: Stage) -> float:
-    """Share of the full learning rate: linear warm-up, level, linear decay to a twentieth."""
-    rise = min(1.0, (step + 1) / stage.warm_up)
-    fall = min(1.0, (stage.steps - step) / max(1, stage.decay))
-    return rise * max(fall, 0.05)
-
-
-def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
-    """Raster indices of the patches that the decoder is shown, ascending, (rows, visual).
-
-    Args:
-        owners: (rows, 576) what each patch shows.
-    """
-    grid = torch.arange(GRID * GRID).reshape(GRID, GRID)
-    if stage.visual_tokens == GRID * GRID:
-        return grid.reshape(1, -1)
-    generator = torch.Generator().manual_seed(step)
-    row, column = torch.randint(2, (2,), generator=generator).tolist()
-    subset = grid[row::2, column::2].reshape(-1)
-    # Of the patches that show nothing only so many as are needed to fill up.
-    rank = torch.rand(owners.shape[0], len(subset), generator=generator)
-    rank += (owners[:, subset] == NOTHING).float()
-    chosen = rank.argsort(dim=1)[:, : stage.visual_tokens].sort(dim=1).values
-    return subset[chosen]
-
-
-def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
-    """Load what `save_checkpoint` wrote; returns the number of steps done."""
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        stored = {name: file.get_tensor(name) for name in names}
-        step = int(file.metadata()["step"])
-    for part, module in (("model.", learner.model), ("heads.", learner.heads)):
-        values = {k[len(part) :]: v for k, v in stored.items() if k.startswith(part)}
-        # A stage may have a head that the stage before had not.
-        module.load_state_dict(values, strict=part == "model.")
-    if with_optimizers:
-        for n, optimizer in enumerate(learner.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in stored.items():
-                if name.startswith(f"optimizer.{n}."):
-                    _, _, k, key = name.split(".", 3)
-                    state.setdefault(int(k), {})[key] = value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return step
-
-
-def steps_done(path: Path) -> int:
-    """Number of steps after which a checkpoint was written."""
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
-
-
-def save_checkpoint(path: Path, learner: Learner, step: int) -> None:
-    """Write beside, then rename: a killed run leaves the old checkpoint whole."""
-    partial = path.with_suffix(".partial")
-    tensors = {k: v.contiguous() for k, v in learner.tensors().items()}
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.rename(path)
-
-
-def tower_loss(
-    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss and accuracies by patch field."""
-    order = None
-    if step < stage.windowed_steps:
-        generator = torch.Generator().manual_seed(step)
-        rows, columns = torch.randint(GRID, (2,), generator=generator).tolist()
-        order = window_order((rows, columns))
-    run = _compiled_tower if compiled else tower_forward
-    features = run(learner.model, to_pixel_values(batch["pixels"]), order)
-    labels = torch.as_tensor(batch["labels"])
-    return patch_loss(learner.heads["patch"](features), labels, stage.place_weight)
-
-
-def decoder_loss(
-    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss and accuracies by task."""
-    owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)
-    places = visible_places(stage, step, owners)
-    run = _compiled_tower if compiled else tower_forward
-    with torch.set_grad_enabled(stage.tower_rate > 0):
-        features = run(learner.model, to_pixel_values(batch["pixels"]), None)
-    whole = features
-    features = features.repeat_interleave(stage.batch.views, 0)
-    places = places.expand(len(features), -1)
-    features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
-    ids, targets = torch.as_tensor(batch["ids"]), torch.as_tensor(batch["targets"])
-    task = torch.as_tensor(batch["task"])
-    at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
-    notes = Notes(at[PROBED_ORIGINAL], tuple(at[k] for k in GAZING_ORIGINALS))
-    logits = decoder_forward(learner.model, features, places, ids, notes)
-    weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
-    loss = answer_loss(logits, targets, weight)
-    shares = {"answer_loss": loss.item()}
-    if stage.patch_weight > 0:
-        labels = torch.as_tensor(batch["labels"])
-        patch, seen = patch_loss(learner.heads["patch"](whole), labels, 0.0)
-        placed = place_loss(learner.heads["place"](whole), torch.as_tensor(batch["places"]))
-        loss = loss + stage.patch_weight * (patch + 3 * placed)
-        shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
-        shares["patch_shape"] = seen["shape"]
-    if stage.noun_weight > 0:
-        nouns = torch.as_tensor(batch["nouns"])
-        here = (nouns != IGNORE).any(-1)
-        extra = noun_loss(learner.heads["noun"](notes.states[here]), nouns[here])
-        loss = loss + stage.noun_weight * extra
-        shares["noun_loss"] = extra.item()
-    if stage.gaze_weight > 0:
-        wanted = torch.as_tensor(batch["gaze"]).flatten(1, 2)  # (rows, questions * length, 2)
-        shown = owners.gather(1, places)
-        for k, gaze in enumerate(notes.gazes):
-            extra = gaze_loss(gaze, wanted[..., k].gather(1, notes.order), shown)
-            loss = loss + stage.gaze_weight * extra
-            shares[f"gaze_loss_{k}"] = extra.item()
-    right = answered(logits, targets)
-    for k, name in enumerate(TASKS):
-        asked = task == k
-        if asked.any():
-            shares[name] = right[asked].float().mean().item()
-    return loss, shares
-
-
-@torch.compile(dynamic=False)
-def _compiled_tower(
-    model: LlavaForConditionalGeneration, pixel_values: Tensor, order: Tensor | None
-) -> Tensor:
-    return tower_forward(model, pixel_values, order)
 
 
 def run_stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,19 +19,20 @@ from atp_patch.builtin.forward import (
     tower_forward,
     window_order,
 )
-from atp_patch.builtin.losses import answered
-from atp_patch.builtin.optim import orthogonalize
-from atp_patch.builtin.scenes import make_scene
-from atp_patch.builtin.stages import STAGES
-from atp_patch.builtin.tokens import IMAGE, PAD, encode, word_ids
-from atp_patch.builtin.train import (
+from atp_patch.builtin.labels import NOTHING, side_labels
+from atp_patch.builtin.learner import (
     Learner,
     load_checkpoint,
     make_heads,
     make_optimizers,
     save_checkpoint,
-    tower_loss,
 )
+from atp_patch.builtin.losses import answered, back_loss
+from atp_patch.builtin.objectives import decoder_loss, tower_loss, visible_places
+from atp_patch.builtin.optim import orthogonalize
+from atp_patch.builtin.scenes import make_scene
+from atp_patch.builtin.stages import STAGES
+from atp_patch.builtin.tokens import IMAGE, PAD, encode, word_ids
 
 EVERYTHING = torch.arange(576)
 
@@ -159,3 +161,75 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, stop: int) -> Non
         whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_attention_to_the_first_noun_is_what_back_loss_measures() -> None:
+    attention = torch.full((1, 2, 6, 6), 0.01)
+    attention[0, :, 5, 1] = torch.tensor([0.5, 0.25])
+    back = torch.tensor([[0, 0, 0, 0, 0, 4]])
+    loss = back_loss(attention, back)
+    torch.testing.assert_close(
+        loss, torch.tensor([0.5, 0.25]).log().mean().neg(), atol=1e-4, rtol=0
+    )
+    assert back_loss(attention, torch.zeros_like(back)) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_shown_patches_are_those_that_show_something(stride: int) -> None:
+    batch = make_batch(BatchSpec(4, with_owners=True), 0)
+    owners = torch.as_tensor(batch["owners"])
+    stage = next(s for s in STAGES if s.name == "sides")
+    stage = replace(stage, visual_tokens=100, stride=stride)
+    places = visible_places(stage, 3, owners)
+    assert places.shape == (4, 100)
+    assert (places.diff(dim=1) > 0).all()
+    grid = torch.zeros(4, 576, dtype=torch.bool).scatter(1, places, True)
+    if stride == 1:
+        something = owners != NOTHING
+        few = something.sum(1) <= 100
+        assert few.any()
+        assert grid[few][something[few]].all()
+    else:
+        assert len((places[0] // 24 % 2).unique()) == len((places[0] % 2).unique()) == 1
+
+
+def test_every_auxiliary_loss_of_a_decoder_stage_reaches_the_decoder() -> None:
+    torch.manual_seed(0)
+    model, heads = build(len(ORIGINALS)), make_heads()
+    stage = replace(
+        next(s for s in STAGES if s.name == "sides"),
+        visual_tokens=64,
+        batch=BatchSpec(2, with_owners=True),
+    )
+    loss, shares = decoder_loss(
+        Learner(model, heads, []), make_batch(stage.batch, 1), stage, 0, False
+    )
+    assert {"noun_loss", "gaze_loss_0", "gaze_loss_1", "side_loss", "back_loss"} <= set(shares)
+    loss.backward()
+    for name in ("noun", "side"):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
+
+
+def test_side_labels_say_where_the_second_object_lies() -> None:
+    asked = 0
+    for index in range(60):
+        scene = make_scene("development", index)
+        for question in scene.questions:
+            found = side_labels(question.text, scene.layout)
+            if question.task != "relation":
+                assert found is None
+                continue
+            asked += 1
+            assert found is not None
+            first, second, (below, right) = found
+            words = re.findall(r"\w+", question.text)
+            axis, positive = {
+                "above": (below, 1),
+                "below": (below, 0),
+                "left": (right, 1),
+                "right": (right, 0),
+            }[words[first + 1]]
+            assert words[second] == words[-1]
+            # "A above B" holds where B is below A.
+            assert (axis == positive) == (question.answer == "yes")
+    assert asked > 10

@@ -1,0 +1,151 @@
+"""The loss of a training step, with what a log wants to know of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from atp_patch.builtin.architecture import (
+    GAZING_ORIGINALS,
+    NOUN_ORIGINAL,
+    ORIGINALS,
+    SIDE_ORIGINAL,
+)
+from atp_patch.builtin.batches import Batch
+from atp_patch.builtin.forward import (
+    Notes,
+    decoder_forward,
+    to_pixel_values,
+    tower_forward,
+    window_order,
+)
+from atp_patch.builtin.labels import IGNORE, NOTHING, NOUN_FIELDS, SIDE_FIELDS
+from atp_patch.builtin.learner import Learner
+from atp_patch.builtin.losses import (
+    answer_loss,
+    answered,
+    back_loss,
+    field_loss,
+    gaze_loss,
+    patch_loss,
+    place_loss,
+)
+from atp_patch.builtin.scenes import GRID
+from atp_patch.builtin.stages import Stage
+from atp_patch.builtin.vocabulary import TASKS
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
+    """Raster indices of the patches that the decoder is shown, ascending, (rows, visual).
+
+    Args:
+        owners: (rows, 576) what each patch shows.
+    """
+    grid = torch.arange(GRID * GRID).reshape(GRID, GRID)
+    if stage.visual_tokens == GRID * GRID:
+        return grid.reshape(1, -1)
+    generator = torch.Generator().manual_seed(step)
+    row, column = torch.randint(stage.stride, (2,), generator=generator).tolist()
+    subset = grid[row :: stage.stride, column :: stage.stride].reshape(-1)
+    # Of the patches that show nothing only so many as are needed to fill up.
+    rank = torch.rand(owners.shape[0], len(subset), generator=generator)
+    rank += (owners[:, subset] == NOTHING).float()
+    chosen = rank.argsort(dim=1)[:, : stage.visual_tokens].sort(dim=1).values
+    return subset[chosen]
+
+
+def tower_loss(
+    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and accuracies by patch field."""
+    order = None
+    if step < stage.windowed_steps:
+        generator = torch.Generator().manual_seed(step)
+        rows, columns = torch.randint(GRID, (2,), generator=generator).tolist()
+        order = window_order((rows, columns))
+    run = _compiled_tower if compiled else tower_forward
+    features = run(learner.model, to_pixel_values(batch["pixels"]), order)
+    labels = torch.as_tensor(batch["labels"])
+    return patch_loss(learner.heads["patch"](features), labels, stage.place_weight)
+
+
+def decoder_loss(
+    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and accuracies by task."""
+    owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)
+    places = visible_places(stage, step, owners)
+    run = _compiled_tower if compiled else tower_forward
+    with torch.set_grad_enabled(stage.tower_rate > 0):
+        features = run(learner.model, to_pixel_values(batch["pixels"]), None)
+    whole = features
+    features = features.repeat_interleave(stage.batch.views, 0)
+    places = places.expand(len(features), -1)
+    features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
+    ids, targets = torch.as_tensor(batch["ids"]), torch.as_tensor(batch["targets"])
+    task = torch.as_tensor(batch["task"])
+    at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
+    notes = Notes(
+        probes=(at[NOUN_ORIGINAL], at[SIDE_ORIGINAL]),
+        gaze_layers=tuple(at[k] for k in GAZING_ORIGINALS),
+        back_layer=at[SIDE_ORIGINAL],
+    )
+    logits = decoder_forward(learner.model, features, places, ids, notes)
+    weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
+    loss = answer_loss(logits, targets, weight)
+    shares = {"answer_loss": loss.item()}
+    if stage.patch_weight > 0:
+        labels = torch.as_tensor(batch["labels"])
+        patch, seen = patch_loss(learner.heads["patch"](whole), labels, 0.0)
+        placed = place_loss(learner.heads["place"](whole), torch.as_tensor(batch["places"]))
+        loss = loss + stage.patch_weight * (patch + 3 * placed)
+        shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
+        shares["patch_shape"] = seen["shape"]
+    auxiliary = _noun_losses(learner, batch, stage, notes, owners.gather(1, places))
+    for name, (share, extra) in auxiliary.items():
+        loss = loss + share * extra
+        shares[name] = extra.item()
+    right = answered(logits, targets)
+    for k, name in enumerate(TASKS):
+        asked = task == k
+        if asked.any():
+            shares[name] = right[asked].float().mean().item()
+    return loss, shares
+
+
+def _noun_losses(
+    learner: Learner, batch: Batch, stage: Stage, notes: Notes, shown: Tensor
+) -> dict[str, tuple[float, Tensor]]:
+    """Weight and loss of each auxiliary loss on nouns; `shown` (rows, visual) are owners."""
+    found: dict[str, tuple[float, Tensor]] = {}
+    heads = learner.heads
+    if stage.noun_weight > 0:
+        labels = torch.as_tensor(batch["nouns"])
+        told = (labels != IGNORE).any(-1)
+        extra = field_loss(heads["noun"](notes.states[0][told]), labels[told], NOUN_FIELDS)
+        found["noun_loss"] = (stage.noun_weight, extra)
+    if stage.gaze_weight > 0:
+        wanted = torch.as_tensor(batch["gaze"]).flatten(1, 2)  # (rows, questions * length, 2)
+        for k, gaze in enumerate(notes.gazes):
+            extra = gaze_loss(gaze, wanted[..., k].gather(1, notes.order), shown)
+            found[f"gaze_loss_{k}"] = (stage.gaze_weight, extra)
+    if stage.side_weight > 0:
+        sides = torch.as_tensor(batch["sides"])
+        told = (sides != IGNORE).any(-1)
+        extra = field_loss(heads["side"](notes.states[1][told]), sides[told], SIDE_FIELDS)
+        found["side_loss"] = (stage.side_weight, extra)
+        back = torch.as_tensor(batch["back"]).flatten(1).gather(1, notes.order)
+        found["back_loss"] = (0.3 * stage.side_weight, back_loss(notes.backward, back))
+    return found
+
+
+@torch.compile(dynamic=False)
+def _compiled_tower(
+    model: LlavaForConditionalGeneration, pixel_values: Tensor, order: Tensor | None
+) -> Tensor:
+    return tower_forward(model, pixel_values, order)
