@@ -30,6 +30,8 @@ SIDE_ORIGINAL = 5
 """In this layer (18 of 32) half of the heads are taught to look from a question's second noun at
 its first, and its output is taught on which side of the first object the second lies: one layer
 after both have been found."""
+HOLDS_ORIGINAL = 6
+"""The output of this layer (23 of 32) is taught at the second noun whether the relation holds."""
 
 _POSITION_DIMS = 32
 _HEAD_OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atp_patch.builtin.labels import (
+    HOLDS_FIELDS,
     IGNORE,
     NOUN_FIELDS,
     SIDE_FIELDS,
     noun_labels,
+    patch_cores,
     patch_labels,
     patch_owners,
     patch_places,
@@ -57,9 +59,9 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
     `nouns` is (images * views, questions, TEXT_LENGTH, NOUN_FIELDS); `task` is the index in TASKS.
     `owners` is (images, 576); `gaze` is (images * views, questions, TEXT_LENGTH, 2): owners, a
     bit each, that a noun names, and those that the token before a sign's character should see.
-    `sides` is (images * views, questions, TEXT_LENGTH, SIDE_FIELDS), told at the second noun of a
-    question; `back` is (images * views, questions, TEXT_LENGTH), how many tokens before it the
-    first noun stands, 0 elsewhere.
+    `sides` is (images * views, questions, TEXT_LENGTH, SIDE_FIELDS and HOLDS_FIELDS), told at the
+    second noun of a question; `back` is (images * views, questions, TEXT_LENGTH), how many tokens
+    before that noun the first one stands, 0 elsewhere. `cores` is (images, 576).
     """
     rows = spec.images * spec.views
     shape = (rows, spec.questions, TEXT_LENGTH)
@@ -68,11 +70,11 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         "ids": np.full(shape, word_ids()[PAD]),
         "targets": np.full(shape, IGNORE),
         "nouns": np.full((*shape, len(NOUN_FIELDS)), IGNORE, dtype=np.int16),
-        "sides": np.full((*shape, len(SIDE_FIELDS)), IGNORE, dtype=np.int16),
+        "sides": np.full((*shape, len(SIDE_FIELDS) + len(HOLDS_FIELDS)), IGNORE, dtype=np.int16),
         "back": np.zeros(shape, dtype=np.int64),
         "task": np.full(shape[:2], IGNORE),
     }
-    labels, owners, places = [], [], []
+    labels, owners, cores, places = [], [], [], []
     gaze = np.zeros((*shape, 2), dtype=np.int32)
     for i in range(spec.images):
         index = spec.offset + number * spec.images + i
@@ -83,6 +85,7 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
             places.append(patch_places(scene.layout))
         if spec.with_owners:
             owners.append(patch_owners(scene.layout))
+            cores.append(patch_cores(scene.layout))
         for view in range(spec.views):
             row = i * spec.views + view
             rng = scene_rng(spec.split, index, 3 + view)
@@ -109,7 +112,7 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
     if spec.with_patch_labels:
         batch |= {"labels": np.stack(labels), "places": np.stack(places)}
     if spec.with_owners:
-        batch |= {"owners": np.stack(owners), "gaze": gaze}
+        batch |= {"owners": np.stack(owners), "cores": np.stack(cores), "gaze": gaze}
     return batch
 
 

@@ -105,7 +105,9 @@ class Notes:
 
     `states` are the text states, (rows, questions, length, hidden), after each of the `probes`.
     `gazes` are, for each of `gaze_layers`, half of the heads' attention from the packed text to
-    the visual tokens, (rows, heads / 2, packed, visual); `backward` is that of `back_layer` to the
+    the visual tokens, (rows, heads / 2, packed, visual); `tally` is that of the last head of the
+    first of them to the beginning of the sequence and the visual tokens, (rows, packed, 1 +
+    visual); `backward` is that of `back_layer` to the
     packed text, (rows, heads / 2, packed, packed). `order` (rows, packed) says where the packed
     tokens stand in the flattened questions.
     """
@@ -115,6 +117,7 @@ class Notes:
     back_layer: int
     states: list[Tensor] = field(default_factory=list)
     gazes: list[Tensor] = field(default_factory=list)
+    tally: Tensor = field(default_factory=lambda: torch.empty(0))
     backward: Tensor = field(default_factory=lambda: torch.empty(0))
     order: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -183,6 +186,9 @@ def decoder_forward(
             seen = seen + layer.mlp(layer.post_attention_layernorm(seen))
         if notes is not None and number in notes.gaze_layers:
             notes.gazes.append(weights[:, : heads // 2, :, first : seen.shape[1]])
+        if notes is not None and number == notes.gaze_layers[0]:
+            last = weights[:, -1]
+            notes.tally = torch.cat([last[..., :1], last[..., first : seen.shape[1]]], dim=-1)
         if notes is not None and number == notes.back_layer:
             notes.backward = weights[:, : heads // 2, :, seen.shape[1] :]
         if notes is not None and number in notes.probes:

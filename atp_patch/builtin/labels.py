@@ -21,6 +21,7 @@ from atp_patch.builtin.vocabulary import (
     OBJECT_COLOURS,
     OPENERS,
     PLURALS,
+    RELATIONS,
     SHAPES,
     SIZES,
     TEXTURES,
@@ -56,8 +57,12 @@ NOUN_FIELDS: dict[str, int] = {
 }
 """Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide."""
 
-SIDE_FIELDS: dict[str, int] = {"below": 2, "right": 2}
-"""Label of a question's second object -> number of classes: where it lies, seen from the first."""
+SIDE_FIELDS: dict[str, int] = {"below": 2, "right": 2, "asked": len(RELATIONS)}
+"""Label of a question's second noun -> number of classes: where its object lies, seen from that of
+the first, and the relation that is asked about."""
+
+HOLDS_FIELDS: dict[str, int] = {"holds": 2}
+"""Label of a question's second noun -> number of classes: whether the relation holds."""
 
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
 _ANY_SHAPE = ("object", "objects", "shapes")
@@ -83,9 +88,7 @@ def patch_labels(layout: Layout) -> NDArray[np.int64]:
         dx = np.clip(np.round((item.x_px - middle) / PATCH_PX), -3, 3).astype(int) + 3
         labels["offset_y"][owned] = np.broadcast_to(dy[:, None], (GRID, GRID))[owned]
         labels["offset_x"][owned] = np.broadcast_to(dx[None, :], (GRID, GRID))[owned]
-        # Exactly 2 x 2 patches an object, so that any stride-2 subset of the grid holds one.
-        top, left = round(item.y_px / PATCH_PX) - 1, round(item.x_px / PATCH_PX) - 1
-        labels["core"][top : top + 2, left : left + 2] = 1
+        labels["core"][_core(item)] = 1
     if layout.sign is not None:
         row, column = layout.sign.y_px // PATCH_PX + 1, layout.sign.x_px // PATCH_PX + 1
         for k, character in enumerate(layout.sign.text):
@@ -129,6 +132,20 @@ def patch_owners(layout: Layout) -> NDArray[np.int64]:
     return owners.ravel()
 
 
+def patch_cores(layout: Layout) -> NDArray[np.int64]:
+    """Number of the object whose middle 2 x 2 patches a patch belongs to, (576,), else NOTHING."""
+    cores = np.full((GRID, GRID), NOTHING)
+    for number, item in enumerate(layout.objects):
+        cores[_core(item)] = number
+    return cores.ravel()
+
+
+def _core(item: SceneObject) -> tuple[slice, slice]:
+    """Exactly 2 x 2 patches an object, so that any stride-2 subset of the grid holds one."""
+    top, left = round(item.y_px / PATCH_PX) - 1, round(item.x_px / PATCH_PX) - 1
+    return np.s_[top : top + 2, left : left + 2]
+
+
 def _coverage(item: SceneObject) -> NDArray[np.float64]:
     """Share of each patch that an object covers, (24, 24)."""
     mask = PILImage.new("L", (IMAGE_PX, IMAGE_PX))
@@ -168,6 +185,7 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
         elif word == "common":
             ranked = Counter(o.colour for o in layout.objects).most_common(1)
             values["colour"] = list(OBJECT_COLOURS).index(ranked[0][0])
+            owners = (1 << len(layout.objects)) - 1
         else:
             continue
         found.append((k, np.array([values[name] for name in NOUN_FIELDS]), owners))
@@ -175,17 +193,21 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
 
 
 def side_labels(text: str, layout: Layout) -> tuple[int, int, NDArray[np.int64]] | None:
-    """Of a question about two objects: token indices of the first and the second noun, and the
-    labels of SIDE_FIELDS, IGNORE along an axis where the two are about level.
+    """Of a question whether one object lies so from another: token indices of the first and the
+    second noun, and the labels of SIDE_FIELDS (IGNORE along an axis where the two are about level)
+    and HOLDS_FIELDS.
     """
     named = [(k, owners) for k, values, owners in noun_labels(text, layout) if values[0] == 1]
-    if len(named) != 2:
+    asked = next((r for r in RELATIONS if f" {r} the " in text), None)
+    if len(named) != 2 or asked is None:
         return None
     (at_first, first), (at_second, second) = named
     one, other = (layout.objects[owners.bit_length() - 1] for owners in (first, second))
     gaps = (other.y_px - one.y_px, other.x_px - one.x_px)
     sides = [int(gap > 0) if abs(gap) >= RELATION_MARGIN_PX else IGNORE for gap in gaps]
-    return at_first, at_second, np.array(sides)
+    side = sides[0] if asked in ("above", "below") else sides[1]
+    holds = side == int(asked in ("above", "left of"))
+    return at_first, at_second, np.array([*sides, RELATIONS.index(asked), int(holds)])
 
 
 def _describe(item: SceneObject) -> dict[str, int]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from atp_patch.builtin.labels import NOUN_FIELDS, PATCH_FIELDS, SIDE_FIELDS
+from atp_patch.builtin.labels import HOLDS_FIELDS, NOUN_FIELDS, PATCH_FIELDS, SIDE_FIELDS
 from atp_patch.builtin.optim import Muon
 from atp_patch.builtin.stages import Stage
 
@@ -48,6 +48,7 @@ def make_heads() -> nn.ModuleDict:
             "place": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4)),
             "noun": nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(NOUN_FIELDS.values()))),
             "side": nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(SIDE_FIELDS.values()))),
+            "holds": nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(HOLDS_FIELDS.values()))),
         }
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atp_patch.builtin.architecture import (
     GAZING_ORIGINALS,
+    HOLDS_ORIGINAL,
     NOUN_ORIGINAL,
     ORIGINALS,
     SIDE_ORIGINAL,
@@ -21,7 +22,7 @@ from atp_patch.builtin.forward import (
     tower_forward,
     window_order,
 )
-from atp_patch.builtin.labels import IGNORE, NOTHING, NOUN_FIELDS, SIDE_FIELDS
+from atp_patch.builtin.labels import HOLDS_FIELDS, IGNORE, NOTHING, NOUN_FIELDS, SIDE_FIELDS
 from atp_patch.builtin.learner import Learner
 from atp_patch.builtin.losses import (
     answer_loss,
@@ -31,10 +32,11 @@ from atp_patch.builtin.losses import (
     gaze_loss,
     patch_loss,
     place_loss,
+    tally_loss,
 )
 from atp_patch.builtin.scenes import GRID
 from atp_patch.builtin.stages import Stage
-from atp_patch.builtin.vocabulary import TASKS
+from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -91,7 +93,7 @@ def decoder_loss(
     task = torch.as_tensor(batch["task"])
     at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
     notes = Notes(
-        probes=(at[NOUN_ORIGINAL], at[SIDE_ORIGINAL]),
+        probes=(at[NOUN_ORIGINAL], at[SIDE_ORIGINAL], at[HOLDS_ORIGINAL]),
         gaze_layers=tuple(at[k] for k in GAZING_ORIGINALS),
         back_layer=at[SIDE_ORIGINAL],
     )
@@ -106,7 +108,9 @@ def decoder_loss(
         loss = loss + stage.patch_weight * (patch + 3 * placed)
         shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
         shares["patch_shape"] = seen["shape"]
-    auxiliary = _noun_losses(learner, batch, stage, notes, owners.gather(1, places))
+    cores = torch.as_tensor(batch["cores"]).repeat_interleave(stage.batch.views, 0)
+    shown = owners.gather(1, places), cores.gather(1, places)
+    auxiliary = _noun_losses(learner, batch, stage, notes, *shown)
     for name, (share, extra) in auxiliary.items():
         loss = loss + share * extra
         shares[name] = extra.item()
@@ -119,9 +123,9 @@ def decoder_loss(
 
 
 def _noun_losses(
-    learner: Learner, batch: Batch, stage: Stage, notes: Notes, shown: Tensor
+    learner: Learner, batch: Batch, stage: Stage, notes: Notes, owners: Tensor, cores: Tensor
 ) -> dict[str, tuple[float, Tensor]]:
-    """Weight and loss of each auxiliary loss on nouns; `shown` (rows, visual) are owners."""
+    """Weight and loss of each auxiliary loss on nouns; `owners`, `cores` of the visual tokens."""
     found: dict[str, tuple[float, Tensor]] = {}
     heads = learner.heads
     if stage.noun_weight > 0:
@@ -132,15 +136,25 @@ def _noun_losses(
     if stage.gaze_weight > 0:
         wanted = torch.as_tensor(batch["gaze"]).flatten(1, 2)  # (rows, questions * length, 2)
         for k, gaze in enumerate(notes.gazes):
-            extra = gaze_loss(gaze, wanted[..., k].gather(1, notes.order), shown)
+            extra = gaze_loss(gaze, wanted[..., k].gather(1, notes.order), owners)
             found[f"gaze_loss_{k}"] = (stage.gaze_weight, extra)
     if stage.side_weight > 0:
-        sides = torch.as_tensor(batch["sides"])
+        # "sides" holds the labels of two heads, read one layer after the other.
+        sides, holds = torch.as_tensor(batch["sides"]).split((len(SIDE_FIELDS), 1), dim=-1)
         told = (sides != IGNORE).any(-1)
         extra = field_loss(heads["side"](notes.states[1][told]), sides[told], SIDE_FIELDS)
         found["side_loss"] = (stage.side_weight, extra)
+        extra = field_loss(heads["holds"](notes.states[2][told]), holds[told], HOLDS_FIELDS)
+        found["holds_loss"] = (stage.side_weight, extra)
         back = torch.as_tensor(batch["back"]).flatten(1).gather(1, notes.order)
         found["back_loss"] = (0.3 * stage.side_weight, back_loss(notes.backward, back))
+    if stage.tally_weight > 0:
+        told = (torch.as_tensor(batch["nouns"]) != IGNORE).any(-1).flatten(1)
+        named = torch.as_tensor(batch["gaze"])[..., 0].flatten(1) & ((1 << MAX_OBJECTS) - 1)
+        extra = tally_loss(
+            notes.tally, named.gather(1, notes.order), told.gather(1, notes.order), cores
+        )
+        found["tally_loss"] = (stage.tally_weight, extra)
     return found
 
 

@@ -48,7 +48,9 @@ class Stage:
     gaze_weight: float = 0.0
     """Weight of the auxiliary loss on attention: where nouns refer to."""
     side_weight: float = 0.0
-    """Weight of the auxiliary loss on where a question's second object lies from its first."""
+    """Weight of the auxiliary losses on where a question's second object lies from its first."""
+    tally_weight: float = 0.0
+    """Weight of the auxiliary loss on attention that counts what nouns refer to."""
     task_weight: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -57,6 +59,20 @@ _DENSE = SceneConfig(min_objects=3, max_objects=8, sign_share=0.9)
 
 _SLOW = ("count", "relation", "common", "shape", "colour")
 """Tasks that are learned last."""
+
+_LATE_WEIGHT = {"count": 1.5, "relation": 1.5, "common": 1.5}
+
+
+def _at_once(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:
+    """Many questions of one image, so that what it costs to see it is shared."""
+    return BatchSpec(
+        images=8,
+        questions=18,
+        tasks=(*TASKS, *_SLOW, *_SLOW, *more),
+        offset=offset,
+        with_owners=True,
+    )
+
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -218,14 +234,24 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="sides",
         kind="shallow",
+        steps=346,
+        batch=_at_once(offset=1_700_000, more=("relation", "relation")),
+        muon_rate=0.006,
+        adam_rate=0.001,
+        warm_up=10,
+        decay=1,
+        visual_tokens=192,
+        stride=1,
+        noun_weight=1.0,
+        gaze_weight=0.1,
+        side_weight=1.0,
+        task_weight=_LATE_WEIGHT,
+    ),
+    Stage(
+        name="counts",
+        kind="shallow",
         steps=700,
-        batch=BatchSpec(
-            images=8,
-            questions=18,
-            tasks=(*TASKS, *_SLOW, *_SLOW, "relation", "relation"),
-            offset=1_700_000,
-            with_owners=True,
-        ),
+        batch=_at_once(offset=1_720_000, more=("relation", "relation")),
         muon_rate=0.006,
         adam_rate=0.001,
         warm_up=10,
@@ -234,20 +260,15 @@ STAGES: tuple[Stage, ...] = (
         stride=1,
         noun_weight=1.0,
         gaze_weight=0.1,
-        side_weight=1.0,
-        task_weight={"count": 1.5, "relation": 1.5, "common": 1.5},
+        side_weight=0.7,
+        tally_weight=1.0,
+        task_weight=_LATE_WEIGHT,
     ),
     Stage(
         name="full",
         kind="shallow",
         steps=240,
-        batch=BatchSpec(
-            images=8,
-            questions=18,
-            tasks=(*TASKS, *_SLOW, *_SLOW),
-            offset=1_900_000,
-            with_owners=True,
-        ),
+        batch=_at_once(offset=1_900_000),
         muon_rate=0.003,
         adam_rate=0.0005,
         warm_up=10,
@@ -255,6 +276,7 @@ STAGES: tuple[Stage, ...] = (
         noun_weight=1.0,
         gaze_weight=0.1,
         side_weight=0.5,
-        task_weight={"count": 1.5, "relation": 1.5, "common": 1.5},
+        tally_weight=0.5,
+        task_weight=_LATE_WEIGHT,
     ),
 )
