@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from atp_patch import __version__
+from atp_patch.bench.lengths import SameLengths, time_same_lengths
 from atp_patch.bench.measure import Comparison, Times, compare
 from atp_patch.bench.presets import PRESETS, describe
 from atp_patch.config import scaled_layers
@@ -42,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also time the plain model at the lengths that pruning leaves: where time goes",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     return parser
 
@@ -79,7 +85,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     found = compare(model, inputs, runs=args.runs, decode_tokens=args.decode_tokens)
-    return _report(args, model, layers, dtype, found)
+    report = _report(args, model, layers, dtype, found)
+    if args.profile:
+        report["same_lengths"] = _same_lengths(
+            time_same_lengths(model, inputs, found.trace, runs=args.runs)
+        )
+    return report
 
 
 def _report(
@@ -118,6 +129,16 @@ def _report(
         "efficiency": found.efficiency,
         "kv_bytes_plain": found.kv_bytes_plain,
         "kv_bytes_pruned": found.kv_bytes_pruned,
+    }
+
+
+def _same_lengths(found: SameLengths) -> dict[str, Any]:
+    return {
+        "layer_lengths": found.layer_lengths,
+        "plain_ms": {length: _spread(times) for length, times in found.plain.items()},
+        "pruned_ms": _spread(found.pruned),
+        "least_ms": found.least_ms,
+        "reached": found.reached,
     }
 
 
@@ -175,7 +196,28 @@ def table(report: dict[str, Any]) -> str:
         f"scoring, choosing, gathering: {ms('overhead_ms')} ms, "
         f"{100 * report['overhead_share']:.2f} % of the pruned prefill",
     ]
+    if "same_lengths" in report:
+        lines += ["", *_profile_lines(report["same_lengths"])]
     return "\n".join(lines) + "\n"
+
+
+def _profile_lines(found: dict[str, Any]) -> list[str]:
+    each = found["layer_lengths"]
+    longest = max(each)
+    full = found["plain_ms"][longest]["median"] / longest
+    lines = ["where the time goes: the plain model on as many tokens as pruning leaves"]
+    for length, times in found["plain_ms"].items():
+        lines.append(
+            f"  {length:>5} tokens ({each.count(length)} of {len(each)} layers): "
+            f"{times['median']:9.1f} ms, {times['median'] / length / full:.2f} of the time a token "
+            "at full length"
+        )
+    lines.append(
+        f"  its layers at these lengths take {found['least_ms']:.1f} ms, the pruned prefill "
+        f"{found['pruned_ms']['median']:.1f} ms: {100 * found['reached']:.1f} % of the speed-up "
+        "this machine allows"
+    )
+    return lines
 
 
 if __name__ == "__main__":

@@ -136,10 +136,7 @@ def _kind(model: nn.Module, kind: str) -> Iterator[None]:
 
 def _one(model: Any, inputs: Inputs, decode_tokens: int) -> tuple[float, list[float], DynamicCache]:
     """One prefill and some decoding steps: milliseconds, milliseconds a token, the cache."""
-    cache = DynamicCache(config=model.config.get_text_config())
-    before = _now(inputs["input_ids"].device)
-    output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefill_ms = _now(inputs["input_ids"].device) - before
+    prefill_ms, output, cache = _prefill(model, inputs)
     mask, decode_ms = inputs["attention_mask"], []
     token = output.logits[:, -1].argmax(-1, keepdim=True)
     position = mask.sum(1, keepdim=True)
@@ -156,6 +153,18 @@ def _one(model: Any, inputs: Inputs, decode_tokens: int) -> tuple[float, list[fl
         decode_ms.append(_now(token.device) - before)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
     return prefill_ms, decode_ms, cache
+
+
+def _prefill(model: Any, inputs: Inputs) -> tuple[float, Any, DynamicCache]:
+    cache = DynamicCache(config=model.config.get_text_config())
+    before = _now(inputs["input_ids"].device)
+    output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return _now(inputs["input_ids"].device) - before, output, cache
+
+
+def time_prefill(model: nn.Module, inputs: Inputs) -> float:
+    """Milliseconds of one forward pass up to the next token's logits."""
+    return _prefill(model, inputs)[0]
 
 
 def _now(device: torch.device) -> float:
