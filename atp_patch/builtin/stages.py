@@ -279,4 +279,16 @@ STAGES: tuple[Stage, ...] = (
         tally_weight=0.5,
         task_weight=_LATE_WEIGHT,
     ),
+    # Nothing but answers: at which depth they are found is the model's own from here on.
+    Stage(
+        name="free",
+        kind="shallow",
+        steps=500,
+        batch=_at_once(offset=1_950_000, more=("count", "count", "common")),
+        muon_rate=0.005,
+        adam_rate=0.0008,
+        warm_up=20,
+        decay=400,
+        task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
+    ),
 )
