@@ -14,7 +14,9 @@ The folder `builtin_path()` also loads through `AutoProcessor` and `AutoModelFor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from atp_patch.builtin.processing import prompt
 from atp_patch.builtin.scenes import (
@@ -27,10 +29,6 @@ from atp_patch.builtin.scenes import (
     make_scene,
 )
 from atp_patch.builtin.vocabulary import TASKS
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 __all__ = [
     "SPLITS",
@@ -61,10 +59,6 @@ def load_builtin(
         dtype: of the parameters; float32 if None. They are stored in bfloat16.
         device: where the model goes.
     """
-    # transformers is imported here: the scenes alone should cost no second of start-up.
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
     folder = builtin_path()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32)
     processor = AutoProcessor.from_pretrained(folder)

@@ -27,12 +27,13 @@ from atp_patch.builtin.learner import (
     make_optimizers,
     save_checkpoint,
 )
-from atp_patch.builtin.losses import answered, back_loss
+from atp_patch.builtin.losses import answered, back_loss, tally_loss
 from atp_patch.builtin.objectives import decoder_loss, tower_loss, visible_places
 from atp_patch.builtin.optim import orthogonalize
 from atp_patch.builtin.scenes import make_scene
 from atp_patch.builtin.stages import STAGES
 from atp_patch.builtin.tokens import IMAGE, PAD, encode, word_ids
+from atp_patch.builtin.vocabulary import RELATIONS
 
 EVERYTHING = torch.arange(576)
 
@@ -221,7 +222,7 @@ def test_side_labels_say_where_the_second_object_lies() -> None:
                 continue
             asked += 1
             assert found is not None
-            first, second, (below, right) = found
+            first, second, (below, right, told, holds) = found
             words = re.findall(r"\w+", question.text)
             axis, positive = {
                 "above": (below, 1),
@@ -230,6 +231,23 @@ def test_side_labels_say_where_the_second_object_lies() -> None:
                 "right": (right, 0),
             }[words[first + 1]]
             assert words[second] == words[-1]
+            assert RELATIONS[told].split()[0] == words[first + 1]
+            assert holds == (question.answer == "yes")
             # "A above B" holds where B is below A.
             assert (axis == positive) == (question.answer == "yes")
     assert asked > 10
+
+
+def test_tally_loss_is_nought_for_attention_that_counts() -> None:
+    cores = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, NOTHING, NOTHING]])
+    named = torch.tensor([[0b11, 0b01, 0b00]])
+    told = torch.tensor([[True, True, True]])
+    right = torch.zeros(1, 3, 11)
+    right[0, 0, :9] = torch.tensor([0.5, *[0.0625] * 8])
+    right[0, 1, :5] = torch.tensor([8 / 12, *[1 / 12] * 4])
+    right[0, 2, 0] = 1.0
+    torch.testing.assert_close(
+        tally_loss(right, named, told, cores), torch.tensor(0.0), atol=1e-4, rtol=0
+    )
+    assert tally_loss(torch.full_like(right, 1 / 11), named, told, cores) > 0.3
+    assert tally_loss(right, named, torch.zeros_like(told), cores) == 0
