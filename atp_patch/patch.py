@@ -48,10 +48,10 @@ class Patch:
         self.heads = heads
         self.layers = config.layers
         self.min_per_image = config.min_tokens_per_image
-        self.visual_token_ids = family.placeholder_ids(parts.top.config)
+        self.visual_token_ids = family.placeholder_ids(parts.model.config)
         self.causal, self.newline = family.causal, family.newline
         self.learned = heads is not None
-        self.ignored_before = parts.top.__dict__.get(IGNORED)
+        self.ignored_before = parts.model.__dict__.get(IGNORED)
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)
 
@@ -103,7 +103,7 @@ class Patch:
     def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss; its parts go into the trace too."""
         # From now on a checkpoint must hold the heads, or training could not be resumed from it.
-        self.parts.top.__dict__[IGNORED] = self.ignored_before
+        self.parts.model.__dict__[IGNORED] = self.ignored_before
         seen = [b for b, total in enumerate(run.layout.totals) if total]
         totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
         target = self.config.target_tokens or DEFAULT_SHARE * float(totals.mean())
@@ -112,7 +112,7 @@ class Patch:
             counts, totals.to(counts[0].device), self.layers, self.config.base.num_layers, target
         )
         parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
-        self.trace = replace(last_trace(self.parts.top), losses=parts)
+        self.trace = replace(last_trace(self.parts.model), losses=parts)
         return terms
 
 
@@ -131,7 +131,7 @@ def patch_model(
     """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
 
     Args:
-        model: a transformers vision-language model of a supported family.
+        model: a loaded vision-language model of a supported family.
         layers: decoder layers, from 1, before which tokens are pruned; [4, 14, 24] by default.
         method: a name from :func:`available_methods` ("atp" by default), or a ``Method``.
         keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
@@ -151,7 +151,7 @@ def patch_model(
         WeightsError: where an adapter is missing, broken, or made for another model.
     """
     family = family_of(getattr(model, "config", None))
-    parts = locate(model)
+    parts = locate(model, family.outer)
     shape = decoder_shape(parts.config)
     base = BaseModel(family.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}

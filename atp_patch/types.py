@@ -232,6 +232,27 @@ class GridQuery:
 
 
 @dataclass(frozen=True)
+class Outer:
+    """How a model of another package holds a causal language model of transformers and feeds it.
+
+    It writes visual features among the embeddings itself and calls the language model with
+    ``inputs_embeds``, so one of the two last attributes says how visual positions are known.
+
+    Attributes:
+        decoder: its attribute that holds the language model, head included.
+        embed: its method (input_ids, ..., labels, ...) -> (embeddings, labels, attention mask), of
+            which the labels are -100 at visual positions; or None.
+        image_token: its attribute that holds the id of the placeholders in ``input_ids``; or None.
+        mend: what to do with an object that does not have these.
+    """
+
+    decoder: str
+    embed: str | None = None
+    image_token: str | None = None
+    mend: str = ""
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """Sizes of the language decoder, for costs."""
 

@@ -7,11 +7,13 @@ from typing import Any
 from atp_patch.errors import UnsupportedModelError
 from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
+from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.pixtral import MISTRAL3
 from atp_patch.families.qwen2_vl import GLM4V, QWEN2_VL, QWEN3_VL
 from atp_patch.families.refused import REFUSED
 from atp_patch.families.square import GEMMA3, IDEFICS3, INTERNVL, PALIGEMMA
+from atp_patch.families.vila import VILA
 
 FAMILIES: tuple[Family, ...] = (
     LLAVA,
@@ -25,6 +27,8 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     IDEFICS3,
     MISTRAL3,
+    VILA,
+    INTERNVL_CHAT,
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atp_patch.errors import ConfigError, UnsupportedModelError
-from atp_patch.types import GridQuery, Span, VisualGrid
+from atp_patch.types import GridQuery, Outer, Span, VisualGrid
 
 Grids = list[list[VisualGrid]]
 
@@ -40,6 +40,7 @@ class Family:
         visual_tokens: prunable tokens of one image where the config alone fixes them, else None.
         late_layers: after how many of the first decoder layers visual features are still added.
         check: raises UnsupportedModelError for configs that the family cannot serve.
+        outer: how a model of another package holds its language model; None for transformers' own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     visual_tokens: Callable[[Any], int | None] = _unknown
     late_layers: Callable[[Any], int] = _none
     check: Callable[[Any], None] = _accept
+    outer: Outer | None = None
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""

@@ -23,6 +23,7 @@ from atp_patch.seam.inputs import Call, grid_query, read_prompt
 from atp_patch.seam.learning import LearningPass, check_checkpointing
 from atp_patch.seam.locate import Parts
 from atp_patch.seam.narrow import check_implementation, is_flash
+from atp_patch.seam.outside import Outside
 from atp_patch.seam.prefill import Prefill
 from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.session import Session
@@ -79,7 +80,7 @@ class Seam:
     """Everything that patching adds to one model; ``install`` and ``remove`` are exact inverses."""
 
     def __init__(self, parts: Parts, pruner: Pruner) -> None:
-        self.parts, self.pruner = parts, pruner
+        self.parts, self.pruner, self.outside = parts, pruner, Outside(parts)
         self.enabled = True
         self.session: Session | None = None
         self._call: Call | None = None
@@ -99,6 +100,7 @@ class Seam:
         for idx, layer in enumerate(parts.layers):
             hook = LayerHook(self, idx)
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self.outside.install()
         if hasattr(parts.top, "generate"):
             parts.top.generate = self.generate
 
@@ -113,6 +115,7 @@ class Seam:
             handle.remove()
         self._handles.clear()
         self.parts.top.__dict__.pop("generate", None)
+        self.outside.remove()
         for layer in self.parts.layers:
             recorder.release(layer.self_attn)
 
@@ -120,7 +123,7 @@ class Seam:
         """The host's ``generate``; it tells the forward passes within where the prompt ends."""
         top = self.parts.top
         outer = self.session
-        self.session = Session.of_generate(top, args, kwargs)
+        self.session = Session.of_generate(self.outside, args, kwargs)
         kwargs.pop("visual_mask", None)
         try:
             return type(top).generate(top, *args, **kwargs)
@@ -130,17 +133,19 @@ class Seam:
     # -- hooks ------------------------------------------------------------------------------------
 
     def _before_top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._call = Call.begin(self.parts, args, kwargs, self.session)
+        self._call = Call.begin(self.outside, args, kwargs, self.session)
         return args, kwargs
 
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        call = self._call or Call.begin(self.parts, args, kwargs, self.session)
-        self._call = call.with_base(module, args, kwargs)
+        if self._call is None:
+            self._call = Call.begin(self.outside, args, kwargs, self.session)
+            self._call.alone = module is not self.parts.top
+        self._call.with_base(module, args, kwargs)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._disarm()
-        if module is not self.parts.top:
+        if module is not self.parts.top and not (self._call is not None and self._call.alone):
             return None
         call, self._call = self._call, None
         if call is None or output is None or not isinstance(call.run, LearningPass):
@@ -164,7 +169,9 @@ class Seam:
         """The state of a pass with images, from what the decoder is about to get; None without
         any.
         """
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if embeds is None:  # a language model that other code feeds: ids are text
+            return None
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
         if not bool(prompt.visual.any()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from atp_patch.errors import InputError
 from atp_patch.seam.locate import Parts
+from atp_patch.seam.outside import IGNORED_LABEL, Outside
 from atp_patch.seam.prompt import Prompt
 from atp_patch.seam.session import Session
 from atp_patch.types import GridQuery
@@ -24,12 +25,15 @@ IMAGE_KEYS = (
     "pixel_values_videos",
     "mm_encoder_outputs",
 )
-IGNORED_LABEL = -100
 
 
 @dataclass
 class Call:
-    """The arguments of one forward pass that matter to pruning."""
+    """The arguments of one forward pass that matter to pruning.
+
+    Attributes:
+        alone: the model without its head was called, not the top.
+    """
 
     labels: Tensor | None
     visual_mask: Tensor | None
@@ -41,10 +45,15 @@ class Call:
     has_images: bool = False
     num_items: Any = None
     run: Prefill | None = None
+    alone: bool = False
 
     @classmethod
     def begin(
-        cls, parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session | None
+        cls,
+        outside: Outside,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        session: Session | None,
     ) -> Call:
         """Start reading at the outermost module; takes ``visual_mask`` out of its keywords.
 
@@ -59,6 +68,8 @@ class Call:
         if session is not None:
             length = session.prompt_length
             visual_mask = session.visual_mask if visual_mask is None else visual_mask
+        elif visual_mask is None:
+            visual_mask = outside.visual("forward", args, kwargs)
         return cls(labels, visual_mask, length, num_items=kwargs.get("num_items_in_batch"))
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -131,6 +142,8 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     ids = None if call.input_ids is None else call.input_ids.cpu()
     if call.visual_mask is not None:
         visual = call.visual_mask.cpu().bool()[:, -length:]
+        if call.prompt_length is not None and batch % visual.shape[0] == 0:
+            visual = visual.repeat_interleave(batch // visual.shape[0], 0)  # beams, sequences
         if visual.shape != (batch, length):
             raise InputError(
                 f"visual_mask has shape {tuple(call.visual_mask.shape)}; it must be (batch, "
@@ -169,7 +182,7 @@ def grid_query(
         # Autocast may have rounded what was written to half precision.
         newlines = ((embeds - value).abs() <= value.abs() / 128).all(-1).cpu() & prompt.visual
     return GridQuery(
-        config=parts.top.config,
+        config=parts.model.config,
         spans=prompt.spans(),
         position_ids=None if positions is None else positions.cpu(),
         ids=prompt.ids,
@@ -182,7 +195,7 @@ def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
     embeds, embedding = call.inputs_embeds, call.embedding
     assert embeds is not None
     assert embedding is not None
-    ids = torch.tensor(token_ids, device=embeds.device)
+    ids = torch.tensor(token_ids, dtype=torch.long, device=embeds.device)
     visual = (embeds[:, :, None] == embedding(ids)).all(-1).any(-1).cpu()
     if not bool(visual.any()):
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from atp_patch.errors import UnsupportedModelError
-from atp_patch.types import DecoderShape
+from atp_patch.types import DecoderShape, Outer
 
 
 @dataclass
@@ -18,14 +18,19 @@ class Parts:
     """The modules that the seam hooks into.
 
     Attributes:
-        top: what the user holds; ``base``: the model without its head, which sees images and ids;
+        model: what the user holds.
+        top: the module that is given labels and generates: ``model``, or its language model.
+        base: the model without its head, which sees images and ids.
         decoder: the module with ``.layers``.
+        outer: how ``model`` feeds its language model, where it is of another package.
     """
 
+    model: Any
     top: Any
     base: Any
     decoder: Any
     layers: Any
+    outer: Outer | None = None
 
     @property
     def config(self) -> Any:
@@ -47,29 +52,63 @@ def decoder_shape(config: Any) -> DecoderShape:
     )
 
 
-def locate(model: Any) -> Parts:
-    """Find base model, decoder and layers of a transformers vision-language model.
+def locate(model: Any, outer: Outer | None = None) -> Parts:
+    """Find base model, decoder and layers of a vision-language model.
+
+    Args:
+        outer: how it holds its language model, where it is of another package than transformers.
 
     Raises:
         UnsupportedModelError: where the model has no such parts or its layers keep another
             contract.
     """
     name = type(model).__name__
+    if outer is not None:
+        return _inside(model, name, outer)
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise UnsupportedModelError(
             f"{name} is not a transformers model; load one with "
             "AutoModelForImageTextToText.from_pretrained(...)."
         )
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    decoder = model.get_decoder()
-    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-        decoder = decoder.model
-    layers = getattr(decoder, "layers", None)
+    decoder, layers = _decoder(model)
     if not isinstance(layers, nn.ModuleList) or decoder is base:
         raise UnsupportedModelError(
             f"{name} has no language decoder apart from its vision model: nothing to prune. "
             "Give a vision-language model."
         )
+    _check_layers(name, layers)
+    return Parts(model, model, base, decoder, layers)
+
+
+def _inside(model: Any, name: str, outer: Outer) -> Parts:
+    """The parts of a model of another package: it or its language model is the top."""
+    wanted = [name for name in (outer.decoder, outer.embed, outer.image_token) if name is not None]
+    missing = [attribute for attribute in wanted if not hasattr(model, attribute)]
+    if missing:
+        raise UnsupportedModelError(f"{name} has no {' and no '.join(missing)}: {outer.mend}")
+    language_model = getattr(model, outer.decoder)
+    decoder, layers = _decoder(language_model)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"the {outer.decoder} of {name} is no causal language model of transformers: "
+            f"{outer.mend}"
+        )
+    _check_layers(name, layers)
+    if outer.embed is None:
+        return Parts(model, model, language_model, decoder, layers, outer)
+    return Parts(model, language_model, decoder, decoder, layers, outer)
+
+
+def _decoder(model: Any) -> tuple[Any, Any]:
+    """The decoder and its ``layers``, None where it has none."""
+    decoder = model.get_decoder()
+    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
+        decoder = decoder.model
+    return decoder, getattr(decoder, "layers", None)
+
+
+def _check_layers(name: str, layers: nn.ModuleList) -> None:
     for idx, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
         if attention is None or not hasattr(attention, "config"):
@@ -77,4 +116,3 @@ def locate(model: Any) -> Parts:
                 f"layer {idx} of {name} has no self_attn that reads its attention function from a "
                 "config; linear-attention and convolution hybrids cannot be pruned."
             )
-    return Parts(model, base, decoder, layers)

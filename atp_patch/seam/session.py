@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from atp_patch.errors import UnsupportedModelError
+from atp_patch.seam.outside import Outside
 
 
 @dataclass
@@ -25,21 +26,26 @@ class Session:
     choices: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of_generate(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+    def of_generate(
+        cls, outside: Outside, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Session:
         """Read the arguments of ``generate``.
 
         Raises:
             UnsupportedModelError: for a prefill in chunks, which would choose from a part of the
                 text.
         """
-        config = kwargs.get("generation_config") or model.generation_config
+        config = kwargs.get("generation_config") or outside.generation_config
         if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
             raise UnsupportedModelError(
                 "prefill_chunk_size would choose visual tokens before the whole question is "
                 "read; set it to None, or generate within atp_patch.disabled(model)."
             )
-        names = ("inputs", "input_ids", "inputs_embeds")
-        given = [args[0] if args else None, *(kwargs.get(name) for name in names)]
-        tokens = next((tensor for tensor in given if tensor is not None), None)
+        given = outside.named("generate", args, kwargs)
+        named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        tokens = next((tensor for tensor in named if tensor is not None), None)
         length = None if tokens is None else int(tokens.shape[1])
-        return cls(length, kwargs.get("visual_mask"))
+        visual_mask = kwargs.get("visual_mask")
+        if visual_mask is None:
+            visual_mask = outside.visual("generate", args, kwargs)
+        return cls(length, visual_mask)

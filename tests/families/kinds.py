@@ -203,7 +203,7 @@ def make(
     kind: Kind, samples: Sequence[Sample], padding: str = "left", paint: Paint | None = None
 ) -> Batch:
     """The samples as the family's processor would give them to the model."""
-    config = _built(kind).config
+    config = kind.config()
     drawn = [_draw(kind, config, one, paint) for one in samples]
     length = max(len(ids) for ids, _, _ in drawn)
     ids, mask, places = [], [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import atp_patch
@@ -13,7 +14,7 @@ from atp_patch.families.refused import REFUSED
 from tests.families.mrope import DEEP
 from tests.families.mrope import KINDS as MROPE
 
-SERVED = [name for family in FAMILIES for name in family.model_types]
+SERVED = [name for family in FAMILIES if family.outer is None for name in family.model_types]
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -38,3 +39,39 @@ def test_layers_that_still_receive_features_are_not_pruned() -> None:
         atp_patch.patch_model(model, [DEEP - 1, 4], "fastv", keep=0.5)
     assert not model._forward_pre_hooks
     atp_patch.patch_model(model, [DEEP, 4], "fastv", keep=0.5)
+
+
+def test_objects_of_other_packages_are_refused_with_the_way_to_convert_them() -> None:
+    llama = {"vision_tower_cfg": {"image_size": 88, "patch_size": 8}}
+    good = SimpleNamespace(model_type="llava_llama", mm_projector_cfg=LINEAR, **llama)
+    assert family_of(good).name == "vila"
+    for wrong, match in (
+        (SimpleNamespace(model_type="llava_llama"), r"convert llava"),
+        (SimpleNamespace(**{**vars(good), "dynamic_s2": True}), "dynamic_s2 = False"),
+        (_internvl("internlm2"), "'internlm2'.*convert internvl"),
+    ):
+        with pytest.raises(atp_patch.UnsupportedModelError, match=match):
+            family_of(wrong)
+    assert family_of(_internvl("qwen2")).name == "internvl_chat"
+
+
+def test_objects_without_the_parts_of_their_family_are_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    for config, part in ((_internvl("llama"), "language_model"), (VILA, "llm and no _embed")):
+        model.config = config
+        with pytest.raises(atp_patch.UnsupportedModelError, match=f"no {part}.*convert"):
+            atp_patch.patch_model(model, [2])
+
+
+LINEAR = {"mm_projector_type": "linear"}
+VILA = SimpleNamespace(
+    model_type="vila",
+    mm_projector_cfg=LINEAR,
+    vision_tower_cfg={"image_size": 88, "patch_size": 8},
+)
+
+
+def _internvl(backbone: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        model_type="internvl_chat", llm_config=SimpleNamespace(model_type=backbone)
+    )
