@@ -25,6 +25,14 @@ class BaseModel:
     hidden_size: int
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A method that prunes before the decoder, and its options."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 def scaled_layers(num_layers: int) -> list[int]:
     """The paper's [4, 14, 24] of 32 in proportion for a decoder of ``num_layers``.
 
@@ -44,15 +52,18 @@ class PruningConfig:
     """Everything but the weights that says how a model is pruned.
 
     Attributes:
-        method, options: a method's name and its fields.
+        method, options: a method's name and its fields; None where nothing is pruned inside the
+            decoder.
         layers: decoder layers, from 1, before which tokens are pruned; strictly rising.
-        keep: share of the surviving visual tokens that each pruning layer keeps, or None.
+        before: what prunes before the decoder, or None.
+        keep: share of the surviving visual tokens that each pruning layer keeps, or None. Alone,
+            ``before`` takes the budget: ``keep`` is then one share.
         target_tokens: visual tokens averaged over all decoder layers, or None.
         min_tokens, min_tokens_per_image: what every pruning layer leaves at least.
         base: the model it is for.
     """
 
-    method: str
+    method: str | None
     layers: tuple[int, ...]
     base: BaseModel
     keep: tuple[float, ...] | None = None
@@ -60,13 +71,17 @@ class PruningConfig:
     min_tokens: int = 1
     min_tokens_per_image: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    before: Stage | None = None
 
     def __post_init__(self) -> None:
-        self._check_layers()
+        if self.method is not None:
+            self._check_layers()
+        elif self.layers or self.before is None:
+            raise ConfigError("layers belong to a method that prunes inside the decoder.")
         if self.keep is not None and self.target_tokens is not None:
             raise ConfigError("keep and target_tokens both set the budget; give one of them.")
         if self.keep is not None:
-            if len(self.keep) != len(self.layers):
+            if len(self.keep) != max(len(self.layers), 1):
                 raise ConfigError(
                     f"keep has {len(self.keep)} shares for {len(self.layers)} pruning layers; "
                     f"give one number, or one a layer."
@@ -108,12 +123,16 @@ class PruningConfig:
         """
         if total == 0:
             return (0,) * len(self.layers)
+        if self.method is None:
+            return ()
         minimum = min(max(self.min_tokens, images * self.min_tokens_per_image), total)
         if self.keep is not None:
             return keep_counts(total, self.keep, minimum)
         num_layers = self.base.num_layers
         target = DEFAULT_SHARE * total if self.target_tokens is None else self.target_tokens
         least = least_target(total, self.layers, num_layers, minimum)
+        if self.before is not None and self.target_tokens is None:
+            target = max(target, least)  # how few tokens are left here is not the user's choice
         if target < least:
             asked = (
                 f"target_tokens={target:g}"
@@ -127,6 +146,12 @@ class PruningConfig:
             )
         counts = target_counts(total, self.layers, num_layers, target)
         return tuple(max(count, minimum) for count in counts)
+
+    @property
+    def name(self) -> str:
+        """The methods' names, for people."""
+        names = [None if self.before is None else self.before.method, self.method]
+        return " + ".join(name for name in names if name is not None)
 
     def to_json(self) -> str:
         """The JSON of an adapter's configuration file."""
@@ -157,8 +182,14 @@ class PruningConfig:
             raise WeightsError(f"{source}: unknown keys {unknown}, missing keys {missing}.")
         try:
             base = BaseModel(**data.pop("base"))
-            layers, keep = tuple(data.pop("layers")), data.pop("keep")
-            return cls(base=base, layers=layers, keep=None if keep is None else tuple(keep), **data)
+            layers, keep, before = (data.pop(name) for name in ("layers", "keep", "before"))
+            return cls(
+                base=base,
+                layers=tuple(layers),
+                keep=None if keep is None else tuple(keep),
+                before=None if before is None else Stage(**before),
+                **data,
+            )
         except (TypeError, ConfigError) as error:
             raise WeightsError(f"{source}: {error}") from error
 
@@ -170,5 +201,5 @@ def as_shares(
     if keep is None:
         return None
     if isinstance(keep, (int, float)):
-        return (float(keep),) * len(layers)
+        return (float(keep),) * max(len(layers), 1)
     return tuple(float(share) for share in keep)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atp_patch.config import BaseModel, PruningConfig
 from atp_patch.errors import WeightsError
-from atp_patch.methods import ModuleSpec, make_method
+from atp_patch.methods import Method, ModuleSpec, make_method
 
 CONFIG_FILE = "atp_config.json"
 WEIGHTS_FILE = "atp_model.safetensors"
@@ -56,13 +56,16 @@ class Adapter(ModelHubMixin):
             budget = f"{pruning.target_tokens:g} visual tokens on average over all decoder layers"
         elif not self.tensors:
             budget = "a quarter of the visual tokens on average over all decoder layers"
-        base = pruning.base
+        base, where = pruning.base, f"layers {list(pruning.layers)}"
+        if pruning.before is not None:
+            where = "the decoder" + (f" and {where}" if pruning.layers else "")
+            if pruning.method is None and pruning.keep is None and pruning.target_tokens is None:
+                budget = "the image decides"
         return (
             "---\nlibrary_name: atp_patch\ntags:\n- atp_patch\n- visual-token-pruning\n---\n\n"
-            f"# Visual token pruning: {pruning.method}\n\n"
+            f"# Visual token pruning: {pruning.name}\n\n"
             f"Made for a `{base.family}` model with {base.num_layers} decoder layers of hidden "
-            f"size {base.hidden_size}. It prunes before layers {list(pruning.layers)}; budget: "
-            f"{budget}.\n\n"
+            f"size {base.hidden_size}. It prunes before {where}; budget: {budget}.\n\n"
             "```python\nimport atp_patch\n\n"
             'atp_patch.patch_model(model, weights="THIS_REPOSITORY_OR_FOLDER")\n```\n'
         )
@@ -89,7 +92,9 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
             f"{_describe(base)}; load "
             "the model it was made for, or patch without weights."
         )
-    method = make_method(config.method, config.options)
+    method = None if config.method is None else make_method(config.method, config.options)
+    if not isinstance(method, Method):
+        return config, {}
     expected = method.build(ModuleSpec(config.layers, base.num_layers, target_share=0.25))
     if expected is None:
         return config, {}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from atp_patch.config import (
@@ -16,110 +14,27 @@ from atp_patch.config import (
     DEFAULT_SHARE,
     BaseModel,
     PruningConfig,
+    Stage,
     as_shares,
     scaled_layers,
 )
 from atp_patch.errors import ConfigError, NotPatchedError
-from atp_patch.families import Family, family_of
+from atp_patch.families import family_of
 from atp_patch.hub import adapter_of, load_adapter
-from atp_patch.methods import Method, ModuleSpec, make_method
-from atp_patch.seam import LearningPass, Parts, Prefill, Seam, decoder_shape, locate
-from atp_patch.trace import LayerTrace, PruningTrace
-from atp_patch.types import Decision, GridQuery, Layout, View, VisualGrid
+from atp_patch.methods import Method, ModuleSpec, Strategy, make_method, make_methods
+from atp_patch.pruner import IGNORED, Patch, tower_of
+from atp_patch.seam import Parts, decoder_shape, locate
+from atp_patch.trace import PruningTrace
 
 STATE = "_atp_patch"
 HEADS = "atp_patch_heads"
-IGNORED = "_keys_to_ignore_on_save"
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-class Patch:
-    """What patching one model adds to it; the seam asks it, it asks family and method."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        family: Family,
-        method: Method,
-        config: PruningConfig,
-        heads: nn.Module | None,
-    ) -> None:
-        self.parts, self.family, self.method, self.config = parts, family, method, config
-        self.heads = heads
-        self.layers = config.layers
-        self.min_per_image = config.min_tokens_per_image
-        self.visual_token_ids = family.placeholder_ids(parts.model.config)
-        self.causal, self.newline = family.causal, family.newline
-        self.learned = heads is not None
-        self.ignored_before = parts.model.__dict__.get(IGNORED)
-        self.trace: PruningTrace | None = None
-        self.seam = Seam(parts, self)
-
-    def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
-        """Where the grids of each sample lie, as the family says."""
-        return self.family.grids(query)
-
-    def counts(self, step: int, left: tuple[int, ...], layout: Layout) -> tuple[int, ...] | None:
-        """How many visual tokens the budget leaves each sample at a pruning layer."""
-        if not self.method.needs_budget:
-            return None
-        samples = zip(layout.grids, layout.totals, left, strict=True)
-        return tuple(
-            min(self.config.counts(total, len(grids))[step], remaining)
-            for grids, total, remaining in samples
-        )
-
-    def decide(self, view: View) -> Decision:
-        """The method's choice."""
-        return self.method.decide(view, self.heads)
-
-    def finished(self, run: Prefill) -> None:
-        """Note what a forward pass with images did."""
-        layers = {}
-        previous = run.layout.totals
-        for layer in self.layers:
-            record = run.records.get(layer)
-            if record is not None:
-                previous = record.kept
-            alive = run.at(layer)
-            layers[layer] = LayerTrace(
-                layout=run.layout,
-                kept_counts=previous,
-                decision=None if record is None else record.decision,
-                token=run.layout.position if record is None else record.token,
-                token_valid=run.layout.valid if record is None else record.token_valid,
-                alive=None if alive is None else (alive.index, alive.valid),
-                attended=run.attended,
-            )
-        tokens = zip(run.prompt_tokens, run.layout.totals, strict=True)
-        self.trace = PruningTrace(
-            layers=layers,
-            layout=run.layout,
-            shape=decoder_shape(self.parts.config),
-            text_tokens=tuple(all_tokens - visual for all_tokens, visual in tokens),
-            bytes_per_element=run.bytes_per_element,
-        )
-
-    def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss; its parts go into the trace too."""
-        # From now on a checkpoint must hold the heads, or training could not be resumed from it.
-        self.parts.model.__dict__[IGNORED] = self.ignored_before
-        seen = [b for b, total in enumerate(run.layout.totals) if total]
-        totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
-        target = self.config.target_tokens or DEFAULT_SHARE * float(totals.mean())
-        counts = [count[seen] for count in run.soft_counts]
-        terms = self.method.losses(
-            counts, totals.to(counts[0].device), self.layers, self.config.base.num_layers, target
-        )
-        parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
-        self.trace = replace(last_trace(self.parts.model), losses=parts)
-        return terms
 
 
 def patch_model(
     model: ModelT,
     layers: Sequence[int] | None = None,
-    method: str | Method | None = None,
+    method: str | Strategy | Sequence[str | Strategy] | None = None,
     *,
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
@@ -133,10 +48,15 @@ def patch_model(
     Args:
         model: a loaded vision-language model of a supported family.
         layers: decoder layers, from 1, before which tokens are pruned; [4, 14, 24] by default.
-        method: a name from :func:`available_methods` ("atp" by default), or a ``Method``.
+        method: a name from :func:`available_methods` ("atp" by default), or a ``Method``; or two,
+            one that prunes before the decoder and then one that prunes inside it, which takes
+            layers, budget and options.
         keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
+            Of a method that prunes before the decoder: share of the tokens of each image, tile or
+            frame.
         target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget
-            of either kind it is a quarter of the sample's visual tokens.
+            of either kind it is a quarter of the sample's visual tokens, or what the method
+            itself decides.
         weights: a folder or Hub id of a saved adapter, which brings all of the above along.
         min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
             image.
@@ -161,34 +81,33 @@ def patch_model(
                 "weights bring layers, method, budget and options along; give weights alone."
             )
         config, tensors = load_adapter(weights, base)
-        chosen = make_method(config.method, config.options)
+        stages = [] if config.before is None else [(config.before.method, config.before.options)]
+        stages += [] if config.method is None else [(config.method, config.options)]
+        before, inside = make_methods([make_method(*stage) for stage in stages], {})
     else:
-        chosen = make_method(method if method is not None else "atp", dict(options))
-        if layers is None and shape.num_layers <= max(DEFAULT_LAYERS):
-            raise ConfigError(
-                f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of "
-                f"{shape.num_layers} layers; in proportion: "
-                f"layers={scaled_layers(shape.num_layers)}."
-            )
-        places = tuple(DEFAULT_LAYERS if layers is None else layers)
+        before, inside = make_methods("atp" if method is None else method, dict(options))
+        places = _places(layers, inside, shape.num_layers)
         config = PruningConfig(
-            method=chosen.name,
+            method=None if inside is None else inside.name,
             layers=places,
             base=base,
             keep=as_shares(keep, places),
             target_tokens=target_tokens,
             min_tokens=min_tokens,
             min_tokens_per_image=min_tokens_per_image,
-            options=chosen.options(),
+            options={} if inside is None else inside.options(),
+            before=None if before is None else Stage(before.name, before.options()),
         )
-    family.check_layers(model.config, config.layers)
+    if config.layers:
+        family.check_layers(model.config, config.layers)
+    tower = None if before is None else tower_of(family, model.config, before, config)
     total = family.visual_tokens(model.config)
-    if total is not None and chosen.needs_budget:
+    if total is not None and before is None and inside is not None and inside.needs_budget:
         config.counts(total)  # a budget that no image can meet is an error now, not later
-    heads = _build_heads(chosen, config, parts, total, tensors)
+    heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
     if _state(model) is not None:
         unpatch_model(model)
-    patch = Patch(parts, family, chosen, config, heads)
+    patch = Patch(parts, family, before, inside, config, heads, tower)
     if heads is not None:
         model.add_module(HEADS, heads)
         # A checkpoint of the patched model is a checkpoint of the plain one.
@@ -278,6 +197,25 @@ def require_patch(model: nn.Module) -> Patch:
 
 def _state(model: nn.Module) -> Patch | None:
     return getattr(model, "__dict__", {}).get(STATE)
+
+
+def _places(
+    layers: Sequence[int] | None, method: Method | None, num_layers: int
+) -> tuple[int, ...]:
+    """The pruning layers, by default the paper's; none for what prunes before the decoder."""
+    if method is None:
+        if layers is not None:
+            raise ConfigError(
+                "this method prunes before the decoder: leave layers out, or add a method that "
+                'prunes inside it, as in method=["prumerge+", "atp"].'
+            )
+        return ()
+    if layers is None and num_layers <= max(DEFAULT_LAYERS):
+        raise ConfigError(
+            f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of {num_layers} "
+            f"layers; in proportion: layers={scaled_layers(num_layers)}."
+        )
+    return tuple(DEFAULT_LAYERS if layers is None else layers)
 
 
 def _build_heads(

@@ -115,7 +115,7 @@ class Report:
             dtype=str(model.dtype).removeprefix("torch."),
             image=str(args.image),
             question=args.question,
-            method=require_patch(model).config.method,
+            method=require_patch(model).config.name,
             answer_plain=answers[0],
             answer_pruned=answers[1],
             visual_tokens=trace.layout.totals[0],

@@ -138,5 +138,5 @@ def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list
     if setting.is_reference:
         return [(sample.visual_tokens,) for sample in samples]
     trace = last_trace(bench.model)
-    rows: torch.Tensor = trace.tokens_per_layer[:, [0, *trace.layers]]
+    rows: torch.Tensor = trace.tokens_per_layer[:, sorted({0, *trace.layers})]
     return [tuple(row) for row in rows.tolist()]

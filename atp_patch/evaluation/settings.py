@@ -11,7 +11,7 @@ from typing import Any
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import METHODS, available_methods, make_method
+from atp_patch.methods import METHODS, Method, available_methods, make_method
 from atp_patch.patch import patch_model, require_patch, unpatch_model
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
@@ -77,11 +77,10 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
         if setting.seed is not None:
             options["seed"] = setting.seed
         target = None if setting.budget is None else setting.budget * visual_tokens
-        patch_model(model, list(setting.layers), setting.name, target_tokens=target, **options)
+        layers = list(setting.layers) or None
+        patch_model(model, layers, setting.name, target_tokens=target, **options)
     try:
-        patch = require_patch(model)
-        if patch.method.needs_budget:
-            patch.config.counts(visual_tokens)  # says so now where the budget cannot be met
+        require_patch(model).check_budget(visual_tokens)
         yield model
     finally:
         unpatch_model(model)
@@ -130,7 +129,12 @@ def plan(
         known = {entry.name for entry in fields(method)}
         drawn = range(seeds) if "seed" in known and "seed" not in given else [None]
         base = Setting(name, tuple(sorted(given.items())), places)
-        (limited if method.needs_budget else free).extend(replace(base, seed=s) for s in drawn)
+        inside = isinstance(method, Method)
+        drawn_each = [replace(base, layers=places if inside else (), seed=s) for s in drawn]
+        if not method.needs_budget:
+            free += drawn_each
+        if method.needs_budget or not inside:  # before the decoder any method can take a budget
+            limited += drawn_each
     settings += [
         Setting(f"adapter {Path(source).name}", adapter=source, adapter_hash=adapter_hash(source))
         for source in adapters
@@ -148,6 +152,9 @@ def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
             f"--methods: there is no method {name!r}; there are {', '.join(available_methods())}."
         )
     try:
+        inside = any(cls.name == name and issubclass(cls, Method) for cls in METHODS)
+        if places and not inside:
+            raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
         return name, tuple(int(p) for p in places.split("+")) if places else tuple(layers)
     except ValueError as error:
         raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from atp_patch.errors import InputError, UnsupportedModelError
 from atp_patch.families.base import Family, Grids
+from atp_patch.families.towers import square_tower
 from atp_patch.types import GridQuery, Span, VisualGrid
 
 
@@ -105,4 +106,5 @@ ANYRES = Family(
     token_ids=("image_token_id", "video_token_id"),
     newline="image_newline",
     check=_check,
+    tower=lambda config: square_tower(config, whole=False),
 )

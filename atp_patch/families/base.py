@@ -8,6 +8,7 @@ from typing import Any
 
 from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.types import GridQuery, Outer, Span, VisualGrid
+from atp_patch.vision import Tower
 
 Grids = list[list[VisualGrid]]
 
@@ -22,6 +23,10 @@ def _accept(config: Any) -> None:
 
 def _none(config: Any) -> int:
     return 0
+
+
+def _no_tower(config: Any) -> Tower | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Family:
         visual_tokens: prunable tokens of one image where the config alone fixes them, else None.
         late_layers: after how many of the first decoder layers visual features are still added.
         check: raises UnsupportedModelError for configs that the family cannot serve.
+        tower: where its vision tower is for pruning before the decoder, None where it cannot.
+        resizable: its tower takes pictures of any size.
         outer: how a model of another package holds its language model; None for transformers' own.
     """
 
@@ -52,7 +59,14 @@ class Family:
     visual_tokens: Callable[[Any], int | None] = _unknown
     late_layers: Callable[[Any], int] = _none
     check: Callable[[Any], None] = _accept
+    tower: Callable[[Any], Tower | None] = _no_tower
+    resizable: bool = False
     outer: Outer | None = None
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether models of the family, or some, can be pruned before the decoder."""
+        return self.tower is not _no_tower
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""

@@ -11,6 +11,7 @@ from typing import Any
 from atp_patch.errors import InputError
 from atp_patch.families.base import Family, Grids, equal_images
 from atp_patch.families.pixtral import pixtral_grids
+from atp_patch.families.towers import square_tower
 from atp_patch.types import GridQuery, Span, VisualGrid
 
 MEND = "let the model's own processor expand <image> to placeholders."
@@ -81,10 +82,14 @@ LLAVA = Family(
     model_types=("llava", "vipllava"),
     grids=_grids,
     visual_tokens=_visual_tokens,
+    tower=square_tower,
+    resizable=True,
 )
 VIDEO_LLAVA = Family(
     name="video_llava",
     model_types=("video_llava",),
     grids=_video_grids,
     token_ids=("image_token_id", "video_token_id"),
+    tower=lambda config: square_tower(config, "image_tower", "video_tower"),
+    resizable=True,
 )

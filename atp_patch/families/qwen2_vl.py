@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atp_patch.errors import InputError
 from atp_patch.families.base import Family, Grids
+from atp_patch.families.towers import packed_tower
 from atp_patch.types import GridQuery, Span, VisualGrid
 
 
@@ -63,6 +64,8 @@ QWEN2_VL = Family(
     model_types=("qwen2_vl", "qwen2_5_vl"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
+    tower=packed_tower,
+    resizable=True,
 )
 QWEN3_VL = Family(
     name="qwen3_vl",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from atp_patch.families.base import Family, Grids, square_grids
+from atp_patch.families.towers import shuffled_tower
 from atp_patch.types import GridQuery
 
 
@@ -45,6 +46,8 @@ INTERNVL = Family(
     name="internvl",
     model_types=("internvl",),
     grids=_squares(_internvl_side),
+    tower=shuffled_tower,
+    resizable=True,
 )
 IDEFICS3 = Family(
     name="idefics3",

@@ -24,6 +24,13 @@ from atp_patch.maths.indexing import (
     top_k_mask,
 )
 from atp_patch.maths.losses import atp_loss, target_loss
+from atp_patch.maths.merging import (
+    even_counts,
+    merge_weights,
+    outliers,
+    shrunk_grid,
+    spread_supplement,
+)
 from atp_patch.maths.scores import cross_scores, normalise_scores, redundant_scores, self_scores
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
 from atp_patch.maths.thresholds import (
@@ -39,6 +46,7 @@ __all__ = [
     "budget_thresholds",
     "cross_scores",
     "descending_rank",
+    "even_counts",
     "gather_heads",
     "gather_tokens",
     "hard_keep",
@@ -47,7 +55,9 @@ __all__ = [
     "layer_flops",
     "least_target",
     "local_index",
+    "merge_weights",
     "normalise_scores",
+    "outliers",
     "pack",
     "paper_flops_reduction",
     "paper_layer_flops",
@@ -57,8 +67,10 @@ __all__ = [
     "redundant_scores",
     "scatter_tokens",
     "self_scores",
+    "shrunk_grid",
     "soft_mask",
     "spatial_scores",
+    "spread_supplement",
     "straight_through_mask",
     "target_counts",
     "target_loss",

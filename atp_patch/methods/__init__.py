@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from atp_patch.errors import ConfigError
 from atp_patch.methods.atp import ATP, Fixed
-from atp_patch.methods.base import Method, ModuleSpec
+from atp_patch.methods.base import BeforeDecoder, Merger, Method, ModuleSpec, Shrinker, Strategy
 from atp_patch.methods.baselines import Random, Uniform
 from atp_patch.methods.fastv import FastV
+from atp_patch.methods.prumerge import PruMerge, PruMergePlus
 
-METHODS: tuple[type[Method], ...] = (ATP, Fixed, FastV, Random, Uniform)
+METHODS: tuple[type[Strategy], ...] = (
+    ATP,
+    Fixed,
+    FastV,
+    PruMerge,
+    PruMergePlus,
+    Random,
+    Uniform,
+)
 
 
 def available_methods() -> list[str]:
@@ -19,13 +29,13 @@ def available_methods() -> list[str]:
     return [method.name for method in METHODS]
 
 
-def make_method(method: str | Method, options: dict[str, Any]) -> Method:
+def make_method(method: str | Strategy, options: dict[str, Any]) -> Strategy:
     """A method from its name and options, or as given.
 
     Raises:
         ConfigError: for an unknown name or option, naming the known ones.
     """
-    if isinstance(method, Method):
+    if isinstance(method, Strategy):
         if options:
             raise ConfigError(
                 f"unknown arguments {', '.join(sorted(options))}: a method given as an object "
@@ -45,5 +55,45 @@ def make_method(method: str | Method, options: dict[str, Any]) -> Method:
     raise ConfigError(f"unknown method {method!r}; known are: {', '.join(available_methods())}.")
 
 
-__all__ = ["ATP", "METHODS", "FastV", "Fixed", "Method", "ModuleSpec", "Random", "Uniform"]
-__all__ += ["available_methods", "make_method"]
+def make_methods(
+    method: str | Strategy | Sequence[str | Strategy], options: dict[str, Any]
+) -> tuple[BeforeDecoder | None, Method | None]:
+    """What prunes before the decoder and what prunes inside it, from one method or one of each.
+
+    Options are those of the one method, or of the second.
+
+    Raises:
+        ConfigError: for two of one kind, the wrong order, or a first that needs a budget of its
+            own.
+    """
+    if isinstance(method, (str, Strategy)):
+        only = make_method(method, options)
+        return (None, only) if isinstance(only, Method) else (_before(only), None)
+    given = list(method)
+    made = [make_method(one, options if one is given[-1] else {}) for one in given]
+    if len(made) == 1:
+        return make_methods(made[0], {})
+    if len(made) != 2 or isinstance(made[0], Method) or not isinstance(made[1], Method):
+        inside = [cls.name for cls in METHODS if issubclass(cls, Method)]
+        before = [cls.name for cls in METHODS if not issubclass(cls, Method)]
+        raise ConfigError(
+            f"method={[one.name for one in made]}: give one method, or one that prunes before the "
+            f"decoder ({', '.join(before)}) and then one that prunes inside it "
+            f"({', '.join(inside)})."
+        )
+    if made[0].needs_budget:
+        raise ConfigError(
+            f"{made[0].name} needs a budget, which in a pair is the second method's; use it alone."
+        )
+    return _before(made[0]), made[1]
+
+
+def _before(method: Strategy) -> BeforeDecoder:
+    if not isinstance(method, (Merger, Shrinker)):
+        raise ConfigError(f"{method.name} is neither a Method nor a Merger nor a Shrinker.")
+    return method
+
+
+__all__ = ["ATP", "METHODS", "BeforeDecoder", "FastV", "Fixed", "Merger", "Method", "ModuleSpec"]
+__all__ += ["PruMerge", "PruMergePlus", "Random", "Shrinker", "Strategy", "Uniform"]
+__all__ += ["available_methods", "make_method", "make_methods"]

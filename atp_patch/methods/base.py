@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atp_patch.errors import ConfigError
 from atp_patch.maths import top_k_mask
 from atp_patch.types import Decision, Layout, View
+from atp_patch.vision import Merge, TokenGroups
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """Base class of every method that prunes inside the decoder.
+class Strategy(ABC):
+    """What every method has: a name, and options as its fields.
 
     Class attributes:
         name: what ``patch_model(method=...)`` calls it.
@@ -45,16 +46,25 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
 
-    @abstractmethod
-    def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Choose which of the view's visual tokens go on (``module`` is what ``build`` made)."""
-
     @property
     def needs_budget(self) -> bool:
         """Whether the method keeps a given number of tokens (else it decides how many by
         itself).
         """
         return True
+
+    def options(self) -> dict[str, Any]:
+        """The fields, for an adapter's JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Method(Strategy):
+    """Base class of every method that prunes inside the decoder."""
+
+    @abstractmethod
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Choose which of the view's visual tokens go on (``module`` is what ``build`` made)."""
 
     def build(self, spec: ModuleSpec) -> nn.Module | None:
         """The module that holds what the method learns, or None."""
@@ -77,9 +87,26 @@ class Method(ABC):
         """
         return {}
 
-    def options(self) -> dict[str, Any]:
-        """The fields, for an adapter's JSON."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Merger(Strategy):
+    """Base class of methods that make fewer tokens of the vision tower's, before the decoder."""
+
+    @abstractmethod
+    def merge(self, groups: TokenGroups) -> Merge:
+        """Choose tokens of each group, and what goes into each."""
+
+
+@dataclass(frozen=True)
+class Shrinker(Strategy):
+    """Base class of methods that shrink pictures, so that the tower makes fewer tokens."""
+
+    @abstractmethod
+    def grid(self, height: int, width: int, count: int, *, square: bool) -> tuple[int, int]:
+        """The grid of about ``count`` tokens that one of ``height`` x ``width`` becomes."""
+
+
+BeforeDecoder = Merger | Shrinker
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -8,44 +8,39 @@ cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticLayer
 
-from atp_patch.errors import CacheError
 from atp_patch.seam import recorder
-from atp_patch.seam.cache import check_cache, pruned_layer
+from atp_patch.seam.cache import pruned_layer
 from atp_patch.seam.decode import Decode
-from atp_patch.seam.host import HostPass
-from atp_patch.seam.inputs import Call, grid_query, read_prompt
-from atp_patch.seam.learning import LearningPass, check_checkpointing
+from atp_patch.seam.entry import Reader, begin
+from atp_patch.seam.inputs import Call
+from atp_patch.seam.learning import LearningPass
 from atp_patch.seam.locate import Parts
+from atp_patch.seam.marks import wiped
 from atp_patch.seam.narrow import check_implementation, is_flash
 from atp_patch.seam.outside import Outside
 from atp_patch.seam.prefill import Prefill
-from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.session import Session
-from atp_patch.types import Decision, GridQuery, Layout, View
+from atp_patch.seam.tower import VisionHooks
+from atp_patch.types import Decision, View
 
 RUN = "atp_patch_run"
 
 
-class Pruner(Protocol):
+class Pruner(Reader, Protocol):
     """What the seam asks of the rest of the package."""
 
-    layers: tuple[int, ...]
     min_per_image: int
-    visual_token_ids: tuple[int, ...]
-    causal: bool
-    newline: str | None
-    learned: bool
 
-    def grids(self, query: GridQuery) -> Any:
-        """The grids of each sample's visual tokens."""
+    def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
+        """What hooks into the vision tower, or None."""
 
-    def counts(self, step: int, left: tuple[int, ...], layout: Layout) -> tuple[int, ...] | None:
+    def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
         """How many visual tokens the budget leaves each sample, or None without a budget."""
 
     def decide(self, view: View) -> Decision:
@@ -83,6 +78,7 @@ class Seam:
         self.parts, self.pruner, self.outside = parts, pruner, Outside(parts)
         self.enabled = True
         self.session: Session | None = None
+        self.vision = pruner.vision_hooks(self._in_pass)
         self._call: Call | None = None
         self._handles: list[Any] = []
 
@@ -100,6 +96,8 @@ class Seam:
         for idx, layer in enumerate(parts.layers):
             hook = LayerHook(self, idx)
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.vision is not None:
+            self.vision.install(add)
         self.outside.install()
         if hasattr(parts.top, "generate"):
             parts.top.generate = self.generate
@@ -116,6 +114,8 @@ class Seam:
         self._handles.clear()
         self.parts.top.__dict__.pop("generate", None)
         self.outside.remove()
+        if self.vision is not None:
+            self.vision.remove()
         for layer in self.parts.layers:
             recorder.release(layer.self_attn)
 
@@ -129,6 +129,17 @@ class Seam:
             return type(top).generate(top, *args, **kwargs)
         finally:
             self.session = outer
+
+    def _in_pass(self) -> bool:
+        """Whether the vision tower runs for a pass that is to be pruned."""
+        return self.enabled and (self._call is not None or self.session is not None)
+
+    @property
+    def prompt_ids(self) -> Tensor | None:
+        """(B, L) ids of the prompt whose images are being read, where there are any."""
+        if self._call is not None and self._call.input_ids is not None:
+            return self._call.input_ids
+        return None if self.session is None else self.session.ids
 
     # -- hooks ------------------------------------------------------------------------------------
 
@@ -145,6 +156,8 @@ class Seam:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._disarm()
+        if self.vision is not None and hasattr(output, "image_hidden_states"):
+            output.image_hidden_states = wiped(output.image_hidden_states)
         if module is not self.parts.top and not (self._call is not None and self._call.alone):
             return None
         call, self._call = self._call, None
@@ -158,67 +171,12 @@ class Seam:
         run: Prefill | Decode | None = None
         if self.enabled and call is not None and call.has_images:
             check_implementation(implementation)
-            run = self.begin(call, implementation, kwargs)
+            run = begin(self.parts, self.pruner, call, self.session, kwargs)
         if run is None and cache is not None and pruned_layer(cache, len(cache.layers) - 1):
             run = Decode(cache, is_flash(implementation))
         if run is None:
             return None
         return args, {**kwargs, RUN: run}
-
-    def begin(self, call: Call, implementation: str, kwargs: dict[str, Any]) -> Prefill | None:
-        """The state of a pass with images, from what the decoder is about to get; None without
-        any.
-        """
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        if embeds is None:  # a language model that other code feeds: ids are text
-            return None
-        past = 0 if cache is None else int(cache.get_seq_length())
-        prompt = read_prompt(call, self.pruner.visual_token_ids, embeds, past)
-        if not bool(prompt.visual.any()):
-            return None
-        query = grid_query(self.parts, prompt, kwargs, self.pruner.newline)
-        layout = Layout.from_grids(self.pruner.grids(query), embeds.shape[1], embeds.device)
-        check_cache(cache, self.pruner.layers[0])
-        if past and cache is not None:
-            self._check_later_turn(cache, past + layout.length)
-        host = HostPass(
-            cache=cache,
-            past=past,
-            total=past + layout.length,
-            implementation=implementation,
-            plain_mask=self.pruner.causal and call.mask_is_plain,
-            sliding_window=self._sliding_window,
-        )
-        learning = self.pruner.learned and self.parts.top.training
-        if learning:
-            check_checkpointing(self.parts.layers[0])
-            if past:
-                raise CacheError("thresholds learn from whole prompts: give no filled cache.")
-        return (LearningPass if learning else Prefill)(
-            layout,
-            TextRows.of(prompt, embeds.device),
-            None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device),
-            prompt.token_counts,
-            host,
-            embeds.element_size(),
-            self.session.choices if self.session is not None and cache is None else None,
-        )
-
-    def _check_later_turn(self, cache: Cache, total: int) -> None:
-        """Raise CacheError where an image in a later turn cannot be pruned."""
-        if isinstance(cache.layers[0], StaticLayer):
-            raise CacheError(
-                "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache "
-                "for conversations with several images."
-            )
-        windows = (self._sliding_window(layer) for layer in range(len(self.parts.layers)))
-        narrowest = min((window for window in windows if window is not None), default=total)
-        if total > narrowest:
-            raise CacheError(
-                f"an image in a later turn cannot be pruned once the conversation ({total} tokens) "
-                f"is longer than the sliding window of {narrowest}; put the image into the first "
-                "turn, or use atp_patch.disabled(model) for this turn."
-            )
 
     def before_layer(
         self, layer: int, run: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,7 +184,7 @@ class Seam:
         """What is due before one layer of a pass with images; returns the layer's arguments."""
         hidden, *rest = args
         layers = self.pruner.layers
-        if layer in layers:
+        if layer in layers or layer == 0:
             before = run.survivors
             if self._prune(layer, run, hidden):
                 hidden = run.narrow_hidden(hidden, before)
@@ -250,12 +208,14 @@ class Seam:
         return counts is None or counts != run.left
 
     def _counts(self, layer: int, run: Prefill) -> tuple[int, ...] | None:
-        return self.pruner.counts(self.pruner.layers.index(layer), run.left, run.layout)
+        return self.pruner.counts(self.pruner.layers.index(layer), run)
 
     def _prune(self, layer: int, run: Prefill, hidden: Tensor) -> bool:
         """Decide before ``layer``; True if tokens go."""
         if layer in run.records:  # a replay by gradient checkpointing
             return False
+        if layer == 0:
+            return run.enter()
         counts = self._counts(layer, run)
         decision = run.frozen_decision(layer)
         if decision is None and run.recording is None:
@@ -282,16 +242,6 @@ class Seam:
         if run.survivors is None:
             return None
         return run.restore(output, len(self.parts.layers))
-
-    def _sliding_window(self, layer: int) -> int | None:
-        """The window of a layer in tokens, None where it attends to everything before it."""
-        config = self.parts.config
-        types = getattr(config, "layer_types", None)
-        if types is not None and types[layer] != "sliding_attention":
-            return None
-        if types is None and not getattr(config, "use_sliding_window", True):
-            return None
-        return getattr(config, "sliding_window", None)
 
     def _disarm(self) -> None:
         for layer in self.pruner.layers:

@@ -36,6 +36,10 @@ class LayerRecord:
 class Prefill:
     """One forward pass with images through the decoder of a patched model.
 
+    Attributes:
+        entry: (B, V) bool, the visual tokens that enter the decoder, None where all do.
+        entered: how many they are, of each sample.
+
     Args:
         layout, text: where the visual tokens and the text rows lie.
         attended: (B, L) bool, False at padding; None without padding.
@@ -61,6 +65,8 @@ class Prefill:
         self.prompt_tokens = tuple(token_counts)
         self.records: dict[int, LayerRecord] = {}
         self.survivors: Survivors | None = None
+        self.entry: Tensor | None = None
+        self.entered = layout.totals
         self.recording: Recording | None = None
         self._token_counts = list(token_counts)
         self._left = list(layout.totals)
@@ -129,6 +135,14 @@ class Prefill:
         kept = self.frozen[layer].to(self.layout.position.device)
         position = self.layout.position.gather(1, self._token)
         return Decision(keep=kept.gather(1, position) & self._token_valid)
+
+    def enter(self) -> bool:
+        """Drop the visual tokens that do not enter the decoder (``entry``); False where all do."""
+        if self.entry is None:
+            return False
+        changed = self.apply(0, Decision(self.entry, soft=self.entry.float()), None)
+        self.entered = self.left
+        return changed
 
     def apply(self, layer: int, decision: Decision, counts: tuple[int, ...] | None) -> bool:
         """Drop what the decision does not keep; False where everything stays and nothing

@@ -43,13 +43,19 @@ def register() -> None:
 
 
 def arm(
-    attention: Any, sink: Callable[[Recording], None] | None = None, *, weighted: bool = False
+    attention: Any,
+    sink: Callable[[Recording], None] | None = None,
+    *,
+    weighted: bool = False,
+    every: bool = False,
 ) -> None:
     """Have the next call of ``attention`` hand its q and k to ``sink``.
 
     Args:
         weighted: every call, until :func:`release`, weighs keys with what ``KEY_WEIGHT`` brings
             (gradient checkpointing calls again long after the forward pass).
+        every: every call until :func:`release` is recorded (some vision towers attend image by
+            image).
     """
     host = attention.config
     if _is_armed(host):
@@ -59,7 +65,8 @@ def arm(
         _attn_implementation_internal=ATTENTION_NAME,
         _atp_host=host,
         _atp_sink=sink,
-        _atp_weighted=weighted,
+        _atp_stays=weighted or every,
+        _atp_every=every,
     )
     attention.config = armed
 
@@ -67,7 +74,7 @@ def arm(
 def disarm(attention: Any) -> None:
     """Undo a recording for which the call never came."""
     config = attention.config
-    if _is_armed(config) and not config.__dict__["_atp_weighted"]:
+    if _is_armed(config) and not config.__dict__["_atp_stays"]:
         attention.config = config.__dict__["_atp_host"]
 
 
@@ -94,7 +101,8 @@ def _attend(
     armed = module.config
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sink = armed.__dict__["_atp_sink"]
-    armed.__dict__["_atp_sink"] = None  # a replay must not record again
+    if not armed.__dict__["_atp_every"]:
+        armed.__dict__["_atp_sink"] = None  # a replay must not record again
     if sink is not None:
         sink(Recording(query, key, attention_mask, scale))
     weight = kwargs.pop(KEY_WEIGHT, None)
@@ -108,7 +116,7 @@ def _attend(
         )
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     finally:
-        if armed.__dict__["_atp_weighted"]:
+        if armed.__dict__["_atp_stays"]:
             module.config = armed
 
 

@@ -18,12 +18,14 @@ class Session:
     Attributes:
         prompt_length: tokens of the prompt; later ones are generated or guessed, and never score.
         visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
+        ids: (B, L) of the prompt, or None where it is given as embeddings.
         choices: layer -> (B, L) bool, the choice of the first pass, for passes without a cache.
     """
 
     prompt_length: int | None
     visual_mask: Tensor | None = None
     choices: dict[int, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
 
     @classmethod
     def of_generate(
@@ -48,4 +50,5 @@ class Session:
         visual_mask = kwargs.get("visual_mask")
         if visual_mask is None:
             visual_mask = outside.visual("generate", args, kwargs)
-        return cls(length, visual_mask)
+        ids = tokens if tokens is not None and not tokens.is_floating_point() else None
+        return cls(length, visual_mask, ids=ids)

@@ -11,10 +11,11 @@ import torch
 import atp_patch
 from atp_patch.methods import METHODS, make_method
 from tests.helpers import inputs as made
+from tests.helpers.run import INSIDE
 from tests.helpers.tiny import tiny_model
 
 LAYERS = [2, 4, 6]
-METHOD_NAMES = ["atp", "fixed", "fastv", "random", "uniform"]
+METHOD_NAMES = ["atp", "fixed", "fastv", "prumerge", "prumerge+", "random", "uniform"]
 
 
 def run(kind: str, prompts: Any, **patch: Any) -> atp_patch.PruningTrace:
@@ -29,7 +30,7 @@ def test_the_table_names_every_method() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava-llama", "qwen2_vl"])
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", INSIDE)
 class TestEveryMethod:
     def test_keeps_exactly_its_share(self, kind: str, method: str) -> None:
         trace = run(kind, made.MIXED, method=method, keep=(0.7, 0.5, 0.4))
@@ -124,7 +125,7 @@ def test_learned_thresholds_decide_by_the_papers_equations() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("nonsense", {}, "atp, fixed, fastv, random, uniform"),
+        ("nonsense", {}, "atp, fixed, fastv"),
         ("fastv", {"keeps": 1}, "no option keeps"),
         ("atp", {"score": "both"}, "mean, cross, self"),
         ("atp", {"score_norm": "none"}, "only ranks can"),

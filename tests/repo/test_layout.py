@@ -18,16 +18,37 @@ MAX_LINES = 300
 ALLOWED = {
     "errors": set(),
     "types": set(),
+    "vision": set(),
     "maths": set(),
-    "families": {"errors", "types"},
-    "methods": {"errors", "types", "maths"},
-    "seam": {"errors", "types", "maths"},
+    "families": {"errors", "types", "vision"},
+    "methods": {"errors", "types", "vision", "maths"},
+    "seam": {"errors", "types", "vision", "maths"},
     "config": {"errors", "maths"},
     "trace": {"types", "maths"},
     "hub": {"errors", "config", "methods"},
-    "patch": {"errors", "types", "config", "trace", "hub", "families", "methods", "seam"},
+    "pruner": {
+        "errors",
+        "types",
+        "vision",
+        "maths",
+        "config",
+        "trace",
+        "families",
+        "methods",
+        "seam",
+    },
+    "patch": {"errors", "config", "trace", "hub", "families", "methods", "seam", "pruner"},
 }
-WITHOUT_TRANSFORMERS = {"errors", "types", "maths", "families", "methods", "config", "trace"}
+WITHOUT_TRANSFORMERS = {
+    "errors",
+    "types",
+    "vision",
+    "maths",
+    "families",
+    "methods",
+    "config",
+    "trace",
+}
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,88 @@
+"""Vision towers as families describe them: where the attention is that PruMerge reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atp_patch.errors import UnsupportedModelError
+from atp_patch.vision import Tower
+
+_PROJECTOR = "multi_modal_projector"
+
+
+def feature_block(config: Any, *names: str) -> int:
+    """The number of the tower's block whose output the model uses (of several the deepest).
+
+    Args:
+        config: of the whole model; ``names``: its attributes that may say so, the first there is.
+
+    Raises:
+        UnsupportedModelError: where the model uses what enters the first block.
+    """
+    chosen = next(getattr(config, name) for name in names if hasattr(config, name))
+    depth = int(config.vision_config.num_hidden_layers)
+    layers = [chosen] if isinstance(chosen, int) else list(chosen)
+    block = max(layer + depth if layer < 0 else layer - 1 for layer in layers)
+    if not 0 <= block < depth:
+        raise UnsupportedModelError(
+            f"the model uses layer {chosen} of a tower of {depth} blocks: no attention led to it."
+        )
+    return block
+
+
+def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None:
+    """A CLIP or SigLIP tower whose projector works token by token; None for other towers."""
+    vision = config.vision_config
+    kind = str(vision.model_type)
+    if not kind.startswith(("clip", "siglip_")):
+        return None
+    return Tower(
+        modules=modules or ("vision_tower",),
+        blocks="encoder.layers",
+        block=feature_block(config, "vision_feature_layer", "vision_feature_layers"),
+        projector=_PROJECTOR,
+        class_token=kind.startswith("clip"),
+        whole=whole,
+        patch=int(vision.patch_size),
+    )
+
+
+def shuffled_tower(config: Any) -> Tower:
+    """InternVL's: a class token, and cells of patches joined before the projector."""
+    vision = config.vision_config
+    size = vision.patch_size
+    return Tower(
+        modules=("vision_tower",),
+        blocks="encoder.layer",
+        attention="attention",
+        block=feature_block(config, "vision_feature_layer"),
+        projector=_PROJECTOR,
+        tokenwise=False,
+        class_token=True,
+        cell=round(1 / config.downsample_ratio),
+        patch=int(size if isinstance(size, int) else size[0]),
+        square=True,
+    )
+
+
+def packed_tower(config: Any) -> Tower:
+    """Qwen2-VL's and Qwen2.5-VL's: all images in one row, cells of patches joined by the merger.
+
+    Of a tower with windows the last block without them counts.
+    """
+    vision = config.vision_config
+    cell, patch = int(vision.spatial_merge_size), int(vision.patch_size)
+    full = getattr(vision, "fullatt_block_indexes", None)
+    return Tower(
+        modules=("visual",),
+        blocks="blocks",
+        attention="attn",
+        block=int(vision.depth) - 1 if full is None else max(full),
+        projector="visual.merger",
+        tokenwise=False,
+        packed=True,
+        cell=cell,
+        window=0 if full is None else int(vision.window_size) // patch // cell,
+        patch=patch,
+        frames=int(vision.temporal_patch_size),
+    )

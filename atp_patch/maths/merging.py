@@ -1,0 +1,123 @@
+"""Choosing and merging tokens of a vision tower (LLaVA-PruMerge §3, algorithm 1).
+
+``G`` groups (images, tiles or frames), ``n`` tokens of the largest group, ``m`` tokens kept of the
+group that keeps most, ``d`` size of the keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp_patch.maths.indexing import gather_tokens, pack, top_k_mask
+
+
+def outliers(scores: Tensor, valid: Tensor, minimum: int = 1) -> Tensor:
+    """Tokens above the upper fence ``Q3 + 1.5 * (Q3 - Q1)`` of their group (PruMerge §3.2).
+
+    Args:
+        scores, valid: (G, n). Quartiles interpolate linearly between the two nearest scores.
+        minimum: where fewer lie above the fence (none does where all scores are equal), the best
+            ones are taken, the earlier of equals first.
+
+    Returns:
+        (G, n) bool.
+    """
+    count = valid.sum(1, keepdim=True)
+    ordered = scores.float().masked_fill(~valid, torch.inf).sort(dim=1).values
+
+    def quantile(share: float) -> Tensor:
+        place = share * (count - 1).clamp(min=0).float()
+        low = place.floor().long()
+        high = torch.minimum(low + 1, (count - 1).clamp(min=0))
+        left, right = ordered.gather(1, low), ordered.gather(1, high)
+        return left + (right - left) * (place - low)
+
+    first, third = quantile(0.25), quantile(0.75)
+    above = valid & (scores.float() > third + 1.5 * (third - first))
+    least = torch.full_like(count[:, 0], minimum)
+    return above | top_k_mask(scores.float(), valid, least)
+
+
+def spread_supplement(keep: Tensor, turn: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """Further tokens, sampled evenly in space (PruMerge+ §3.4, algorithm 1 lines 6 to 8).
+
+    Args:
+        keep, valid: (G, n) bool, those chosen already.
+        turn: (G, n) turn of each token in an order of its grid whose every beginning is even.
+        counts: (G,) int64, how many to add.
+
+    Returns:
+        (G, n) bool, the chosen ones and ``counts`` others (or all others).
+    """
+    return keep | top_k_mask(-turn.float(), valid & ~keep, counts)
+
+
+def merge_weights(
+    attention: Tensor, key: Tensor, valid: Tensor, keep: Tensor, neighbours: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each kept token is made of (PruMerge §3.3, eq. 4; algorithm 1 lines 9 to 13).
+
+    A kept token takes in its ``neighbours`` most similar tokens among those that go, by the inner
+    product of keys. All are weighed by the attention they get, itself included, and the weights of
+    one kept token sum to 1 (as printed the sum is not normalised, which would shrink the feature by
+    orders of magnitude).
+
+    Args:
+        attention: (G, n) float, not negative; ``key``: (G, n, d).
+        valid, keep: (G, n) bool.
+
+    Returns:
+        index (G, m) int64 of the kept tokens in order, weight (G, m, n) float32, and changed (G, m)
+        bool: kept tokens that took in another. Unused slots have weight 0.
+    """
+    index, used = pack(keep)
+    similarity = gather_tokens(key.float(), index) @ key.float().transpose(1, 2)
+    goes = (valid & ~keep)[:, None].expand_as(similarity)
+    similarity = similarity.masked_fill(~goes, -torch.inf)
+    nearest = similarity.topk(min(neighbours, key.shape[1]), dim=2).indices
+    paid = attention.float()[:, None].expand_as(similarity).gather(2, nearest)
+    paid = paid.masked_fill(~goes.gather(2, nearest), 0.0)
+    own = attention.float().gather(1, index)
+    total = own + paid.sum(2)
+    counted = total > 0
+    total = torch.where(counted, total, 1.0)[..., None]
+    weight = torch.zeros_like(similarity).scatter(2, nearest, paid / total)
+    # Where nobody pays attention to any of them, the token stays what it is.
+    own = torch.where(counted, own / total[..., 0], 1.0)
+    weight = weight.scatter(2, index[..., None], own[..., None])
+    return index, weight.masked_fill(~used[..., None], 0.0), used & (paid.sum(2) > 0)
+
+
+def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
+    """Share ``total`` out in proportion to ``sizes``: whole numbers that sum to it, if they can.
+
+    Every share is at least ``minimum`` (or the size, if that is less) and at most the size; largest
+    remainders first.
+    """
+    everything = sum(sizes)
+    exact = [total * size / everything for size in sizes]
+    least = [min(minimum, size) for size in sizes]
+    shares = [
+        min(max(int(part), low), size) for part, low, size in zip(exact, least, sizes, strict=True)
+    ]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
+    while sum(shares) < min(total, everything):
+        for i in by_remainder:
+            if shares[i] < sizes[i] and sum(shares) < total:
+                shares[i] += 1
+    while sum(shares) > max(total, sum(least)):
+        for i in reversed(by_remainder):
+            if shares[i] > least[i] and sum(shares) > total:
+                shares[i] -= 1
+    return shares
+
+
+def shrunk_grid(height: int, width: int, count: int, *, square: bool = False) -> tuple[int, int]:
+    """The grid of about ``count`` tokens that a ``height`` x ``width`` one is shrunk to.
+
+    Proportions stay as near as whole numbers allow; ``square`` keeps both sides equal.
+    """
+    scale = (min(count, height * width) / (height * width)) ** 0.5
+    rows = min(max(round(height * scale), 1), height)
+    return rows, rows if square else min(max(round(count / rows), 1), width)

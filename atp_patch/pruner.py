@@ -1,0 +1,213 @@
+"""What patching one model adds to it: the seam asks it, it asks family, method and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.config import DEFAULT_SHARE, PruningConfig
+from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.families import FAMILIES, Family
+from atp_patch.maths import even_counts
+from atp_patch.methods import BeforeDecoder, Merger, Method, Shrinker
+from atp_patch.seam import (
+    LearningPass,
+    MergeHooks,
+    Parts,
+    Prefill,
+    Seam,
+    VisionHooks,
+    decoder_shape,
+)
+from atp_patch.trace import LayerTrace, PruningTrace
+from atp_patch.types import Decision, GridQuery, View, VisualGrid
+from atp_patch.vision import Tower
+
+IGNORED = "_keys_to_ignore_on_save"
+
+
+class Patch:
+    """What patching one model adds to it; the seam asks it, it asks family and method."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        family: Family,
+        before: BeforeDecoder | None,
+        method: Method | None,
+        config: PruningConfig,
+        heads: nn.Module | None,
+        tower: Tower | None,
+    ) -> None:
+        self.parts, self.family, self.method, self.config = parts, family, method, config
+        self.before, self.heads, self.tower = before, heads, tower
+        self.layers = config.layers
+        self.min_per_image = config.min_tokens_per_image
+        self.visual_token_ids = family.placeholder_ids(parts.model.config)
+        self.causal, self.newline = family.causal, family.newline
+        self.learned = heads is not None
+        self.ignored_before = parts.model.__dict__.get(IGNORED)
+        self.trace: PruningTrace | None = None
+        self.seam = Seam(parts, self)
+
+    def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
+        """Where the grids of each sample lie, as the family says."""
+        return self.family.grids(query)
+
+    def check_budget(self, visual_tokens: int) -> None:
+        """Raise BudgetError where no image of so many visual tokens could meet the budget."""
+        if self.method is not None and self.method.needs_budget:
+            self.config.counts(visual_tokens)
+
+    def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
+        """What prunes before the decoder, on the vision tower."""
+        if self.before is None or self.tower is None:
+            return None
+        base, least = self.parts.base, self._least_of_group
+        assert isinstance(self.before, Merger)
+        return MergeHooks(base, self.tower, self.before.merge, self.group_counts, least, active)
+
+    @property
+    def _least_of_group(self) -> int:
+        return max(self.config.min_tokens, self.config.min_tokens_per_image)
+
+    def group_counts(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
+        """How many tokens each group keeps before the decoder; None: as many as it needs.
+
+        Args:
+            tokens: prunable tokens of each image, tile or frame; ``places``: its placeholders.
+        """
+        config, least = self.config, self._least_of_group
+        if config.method is not None:  # the budget is that of the method inside the decoder
+            return None
+        if config.keep is not None:
+            (share,) = config.keep
+            return tuple(max(min(least, n), round(share * n)) for n in tokens)
+        if config.target_tokens is None and not needs_budget(self.before):
+            return None
+        totals, here = self._placeholders(sum(places))
+        counts: list[int] = []
+        at = 0
+        for total, placed in zip(totals, here, strict=True):
+            stop, filled = at, 0
+            while filled < placed and stop < len(places):
+                filled += places[stop]
+                stop += 1
+            if filled != placed:
+                raise InputError(
+                    "images and placeholders do not match sample by sample, so target_tokens "
+                    "cannot be shared out; give keep=."
+                )
+            sizes, at = list(tokens[at:stop]), stop
+            if sizes:
+                goal = DEFAULT_SHARE * sum(sizes)
+                if config.target_tokens is not None:
+                    goal = config.target_tokens * placed / total
+                counts += even_counts(round(goal), sizes, least)
+        return tuple(counts)
+
+    def _placeholders(self, places: int) -> tuple[list[int], list[int]]:
+        """Of each sample, all placeholders, and those of the images that are being read."""
+        ids = self.seam.prompt_ids
+        if ids is not None:
+            here = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
+            totals = [sum(sample) for sample in zip(*here, strict=True)]
+            for counts in here:
+                if sum(counts) == places:
+                    return totals, counts
+        raise InputError(
+            "target_tokens is shared out by the placeholders in input_ids, which are not those of "
+            "these images; pass input_ids and pixel values of the same prompts, or give keep=."
+        )
+
+    def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
+        """How many visual tokens the budget leaves each sample at a pruning layer."""
+        if self.method is None or not self.method.needs_budget:
+            return None
+        samples = zip(run.layout.grids, run.entered, run.left, strict=True)
+        return tuple(
+            min(self.config.counts(total, len(grids))[step], remaining)
+            for grids, total, remaining in samples
+        )
+
+    def decide(self, view: View) -> Decision:
+        """The method's choice."""
+        assert self.method is not None
+        return self.method.decide(view, self.heads)
+
+    def finished(self, run: Prefill) -> None:
+        """Note what a forward pass with images did."""
+        layers = {}
+        previous = run.layout.totals
+        for layer in self.layers if self.before is None else (0, *self.layers):
+            record = run.records.get(layer)
+            if record is not None:
+                previous = record.kept
+            alive = run.at(layer)
+            layers[layer] = LayerTrace(
+                layout=run.layout,
+                kept_counts=previous,
+                decision=None if record is None else record.decision,
+                token=run.layout.position if record is None else record.token,
+                token_valid=run.layout.valid if record is None else record.token_valid,
+                alive=None if alive is None else (alive.index, alive.valid),
+                attended=run.attended,
+            )
+        tokens = zip(run.prompt_tokens, run.layout.totals, strict=True)
+        self.trace = PruningTrace(
+            layers=layers,
+            layout=run.layout,
+            shape=decoder_shape(self.parts.config),
+            text_tokens=tuple(all_tokens - visual for all_tokens, visual in tokens),
+            bytes_per_element=run.bytes_per_element,
+        )
+
+    def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss; its parts go into the trace too."""
+        # From now on a checkpoint must hold the heads, or training could not be resumed from it.
+        self.parts.model.__dict__[IGNORED] = self.ignored_before
+        seen = [b for b, total in enumerate(run.layout.totals) if total]
+        totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
+        target = self.config.target_tokens or DEFAULT_SHARE * float(totals.mean())
+        counts = [count[seen] for count in run.soft_counts]
+        assert self.method is not None
+        assert self.trace is not None
+        terms = self.method.losses(
+            counts, totals.to(counts[0].device), self.layers, self.config.base.num_layers, target
+        )
+        parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
+        self.trace = replace(self.trace, losses=parts)
+        return terms
+
+
+def needs_budget(method: BeforeDecoder | None) -> bool:
+    """Whether what prunes before the decoder cannot decide by itself."""
+    return method is not None and method.needs_budget
+
+
+def tower_of(family: Family, config: Any, method: BeforeDecoder, asked: PruningConfig) -> Tower:
+    """The vision tower that a method prunes.
+
+    Raises:
+        UnsupportedModelError: where the family's cannot be, naming those that can.
+        ConfigError: where the budget cannot be shared out.
+    """
+    tower = family.tower(config)
+    shrinks = isinstance(method, Shrinker)
+    if tower is None or (shrinks and not family.resizable):
+        able = ", ".join(f.name for f in FAMILIES if f.resizable or (f.has_tower and not shrinks))
+        raise UnsupportedModelError(
+            f"{method.name} prunes before the decoder, which this {config.model_type} model does "
+            f"not allow; these families do: {able}. Any method that prunes inside the decoder "
+            "works here."
+        )
+    if not tower.whole and asked.method is None and asked.target_tokens is not None:
+        raise ConfigError(
+            f"{config.model_type} cuts tiles after tokens are chosen in them, so {method.name} "
+            "cannot promise target_tokens; give keep=, the share of each tile, or neither."
+        )
+    return tower

@@ -1,0 +1,120 @@
+"""The decoder's door: what a forward pass with images brings, and the state it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+from atp_patch.errors import CacheError
+from atp_patch.seam.cache import check_cache
+from atp_patch.seam.host import HostPass
+from atp_patch.seam.inputs import Call, grid_query, read_prompt
+from atp_patch.seam.learning import LearningPass, check_checkpointing
+from atp_patch.seam.locate import Parts
+from atp_patch.seam.marks import read_marks
+from atp_patch.seam.prefill import Prefill
+from atp_patch.seam.prompt import TextRows
+from atp_patch.seam.session import Session
+from atp_patch.types import GridQuery, Layout, VisualGrid
+
+
+class Reader(Protocol):
+    """What the rest of the package says about a model's prompts."""
+
+    layers: tuple[int, ...]
+    visual_token_ids: tuple[int, ...]
+    causal: bool
+    newline: str | None
+    learned: bool
+    before: Any
+
+    def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
+        """The grids of each sample's visual tokens."""
+
+
+def begin(
+    parts: Parts, pruner: Reader, call: Call, session: Session | None, kwargs: dict[str, Any]
+) -> Prefill | None:
+    """The state of a pass with images, from what the decoder is about to get; None without any.
+
+    Marks of tokens that were dropped before the decoder are taken out of ``inputs_embeds``.
+    """
+    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    if embeds is None:  # a language model that other code feeds: ids are text
+        return None
+    past = 0 if cache is None else int(cache.get_seq_length())
+    prompt = read_prompt(call, pruner.visual_token_ids, embeds, past)
+    if not bool(prompt.visual.any()):
+        return None
+    query = grid_query(parts, prompt, kwargs, pruner.newline)
+    layout = Layout.from_grids(pruner.grids(query), embeds.shape[1], embeds.device)
+    check_cache(cache, 0 if pruner.before is not None else pruner.layers[0])
+    if past and cache is not None:
+        _check_later_turn(parts, cache, past + layout.length)
+    host = HostPass(
+        cache=cache,
+        past=past,
+        total=past + layout.length,
+        implementation=parts.config._attn_implementation,
+        plain_mask=pruner.causal and call.mask_is_plain,
+        sliding_window=partial(sliding_window, parts.config),
+    )
+    learning = pruner.learned and parts.top.training
+    if learning:
+        check_checkpointing(parts.layers[0])
+        if past:
+            raise CacheError("thresholds learn from whole prompts: give no filled cache.")
+    run = (LearningPass if learning else Prefill)(
+        layout,
+        TextRows.of(prompt, embeds.device),
+        None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device),
+        prompt.token_counts,
+        host,
+        embeds.element_size(),
+        session.choices if session is not None and cache is None else None,
+    )
+    if pruner.before is not None:
+        run.entry, kwargs["inputs_embeds"] = _read_entry(layout, embeds)
+    return run
+
+
+def _read_entry(layout: Layout, embeds: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(B, V) bool, the visual tokens that enter the decoder; None where all do. And clean
+    embeddings.
+    """
+    dropped = read_marks(embeds)
+    if not bool(dropped.any()):
+        return None, embeds
+    keep = layout.valid & ~dropped.gather(1, layout.position)
+    return keep, embeds.masked_fill(dropped[..., None], 0)
+
+
+def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
+    """Raise CacheError where an image in a later turn cannot be pruned."""
+    if isinstance(cache.layers[0], StaticLayer):
+        raise CacheError(
+            "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache "
+            "for conversations with several images."
+        )
+    windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
+    narrowest = min((window for window in windows if window is not None), default=total)
+    if total > narrowest:
+        raise CacheError(
+            f"an image in a later turn cannot be pruned once the conversation ({total} tokens) "
+            f"is longer than the sliding window of {narrowest}; put the image into the first "
+            "turn, or use atp_patch.disabled(model) for this turn."
+        )
+
+
+def sliding_window(config: Any, layer: int) -> int | None:
+    """The window of a layer in tokens, None where it attends to everything before it."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    if types is None and not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
