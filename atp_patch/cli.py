@@ -12,6 +12,7 @@ from atp_patch import __version__
 COMMANDS = {
     "demo": ("atp_patch.demo", "ask about an image, plain and pruned, side by side"),
     "evaluate": ("atp_patch.evaluate", "accuracy against visual tokens, method by method"),
+    "convert": ("atp_patch.convert.__main__", "checkpoints of other packages as transformers' own"),
     "bench": ("atp_patch.bench.__main__", "time a pruned model against the plain one"),
 }
 

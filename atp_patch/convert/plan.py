@@ -1,0 +1,166 @@
+"""What a conversion is going to write, and the proof that it writes every tensor exactly once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_patch.convert.source import Source
+from atp_patch.errors import WeightsError
+
+Change = Callable[[Tensor], Tensor]
+SHOWN = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""What becomes of the tensors whose whole name fits a pattern.
+
+    Attributes:
+        pattern: of the old name.
+        targets: new names, with the groups of the pattern as ``\1``. Several: the tensor is
+            cut into equal parts along its first dimension. None: it is not needed.
+    """
+
+    pattern: str
+    targets: tuple[str, ...] = ()
+
+    def apply(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
+        """The new tensors, or None where the rule does not fit."""
+        match = re.fullmatch(self.pattern, name)
+        if match is None:
+            return None
+        if not self.targets:
+            return []
+        names = [match.expand(target) for target in self.targets]
+        if tensor.ndim == 0 or tensor.shape[0] % len(names):
+            raise WeightsError(
+                f"{name} of shape {tuple(tensor.shape)} cannot be cut into {len(names)} parts; the "
+                "checkpoint is of another layout."
+            )
+        return list(zip(names, tensor.chunk(len(names)), strict=True))
+
+
+@dataclass
+class Plan:
+    """One conversion.
+
+    Attributes:
+        architecture: the class of transformers that the new checkpoint is for.
+        config: of the new model.
+        sources: where tensors are read.
+        rules: the first that fits a name says what becomes of it; the new names are those of the
+            files on the Hub.
+        changes: new name -> what is done to that tensor.
+        made: new name -> a tensor that stands in no source, from the type of the others.
+        save_more: writes everything but config and weights into a folder.
+        notes: what the user has yet to do.
+    """
+
+    architecture: Any
+    config: Any
+    sources: Sequence[Source]
+    rules: Sequence[Rule]
+    save_more: Callable[[Path], None]
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    made: Mapping[str, Callable[[torch.dtype], Tensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def renamed(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
+        """The new tensors that one old tensor becomes; None where no rule fits its name."""
+        for rule in self.rules:
+            found = rule.apply(name, tensor)
+            if found is not None:
+                return [(new, self.changes.get(new, _same)(part)) for new, part in found]
+        return None
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """All new tensors, read one by one; ``dtype`` is that of the made ones."""
+        for source in self.sources:
+            for name, tensor in source.tensors():
+                yield from self.renamed(name, tensor) or ()
+        for name, make in self.made.items():
+            yield name, make(dtype)
+
+    def check(self) -> dict[str, Tensor]:
+        """Every new tensor without its data, in the order of :meth:`tensors`.
+
+        Raises:
+            WeightsError: naming tensors that are missing, unexpected, of another shape or there
+                twice.
+        """
+        found: dict[str, Tensor] = {}
+        unexpected: list[str] = []
+        for source in self.sources:
+            for old, tensor in source.meta():
+                new = self.renamed(old, tensor)
+                if new is None:
+                    unexpected.append(old)
+                twice = [name for name, _ in new or () if name in found]
+                if twice:
+                    raise WeightsError(f"{twice[0]} would be written twice, from {old} too.")
+                found.update(new or ())
+        if unexpected:
+            raise WeightsError(
+                f"{len(unexpected)} unexpected tensors: {_some(unexpected)}. The checkpoint is of "
+                "another layout, or of a changed architecture that cannot be converted."
+            )
+        dtype = self.dtype(found)
+        found.update({name: make(dtype).to("meta") for name, make in self.made.items()})
+        self._compare(found)
+        return found
+
+    def _compare(self, found: Mapping[str, Tensor]) -> None:
+        """The tensors must be those of the new model, by name and by shape."""
+        with torch.device("meta"):
+            model = self.architecture(self.config)
+        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            wanted.pop("lm_head.weight")  # the table of embeddings itself
+        given = {_in_memory(name, wanted): tensor.shape for name, tensor in found.items()}
+        missing, beyond = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+        if missing or beyond:
+            raise WeightsError(
+                f"{len(missing)} tensors are missing ({_some(missing)}), {len(beyond)} have no "
+                f"place ({_some(beyond)}) in the model that the config describes: the checkpoint "
+                "is not whole, or its config.json is another one's."
+            )
+        wrong = [name for name in wanted if wanted[name] != given[name]]
+        if wrong:
+            name = wrong[0]
+            raise WeightsError(
+                f"{len(wrong)} tensors have another shape than the config says, {name} "
+                f"{tuple(given[name])} instead of {tuple(wanted[name])}; give the config.json that "
+                "belongs to the weights."
+            )
+
+    @staticmethod
+    def dtype(found: Mapping[str, Tensor]) -> torch.dtype:
+        """The type of the language model's embeddings."""
+        embeddings = (x.dtype for name, x in found.items() if name.endswith("embed_tokens.weight"))
+        return next(embeddings, torch.float32)
+
+
+def _in_memory(name: str, wanted: Mapping[str, Any]) -> str:
+    """What the model calls a tensor that has this name in the files on the Hub."""
+    name = name.replace("language_model.lm_head.", "lm_head.")
+    name = name.replace("language_model.model.", "language_model.")
+    name = name if name.startswith("lm_head.") else f"model.{name}"
+    # Newer versions hold CLIP towers without this name in between.
+    plain = name.replace("vision_tower.vision_model.", "vision_tower.")
+    return plain if plain in wanted else name
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "") or "none"

@@ -1,0 +1,156 @@
+"""Reading a checkpoint's tensors one at a time: safetensors or .bin, in one file or in shards."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from atp_patch.errors import ConfigError, WeightsError
+from atp_patch.loading import first_line
+
+NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing; give {what}.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({first_line(error)}); give {what}.") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} holds no JSON object; give {what}.")
+    return table
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with weights; its tensors are called ``prefix`` and their name in the file."""
+
+    folder: Path
+    prefix: str = ""
+
+    def files(self) -> list[Path]:
+        """The weight files, in order.
+
+        Raises:
+            WeightsError: where there are none, or not all that the index names.
+        """
+        for name in NAMES:
+            index = self.folder / f"{name}.index.json"
+            if index.is_file():
+                return self._shards(index)
+            if (self.folder / name).is_file():
+                return [self.folder / name]
+        adapter = next(self.folder.glob("adapter_model.*"), None)
+        if adapter is not None:
+            raise WeightsError(f"{adapter} is a LoRA adapter; merge it into its model first.")
+        raise WeightsError(
+            f"{self.folder} holds no weights; put {' or '.join(NAMES)} there, or shards and their "
+            "index."
+        )
+
+    def _shards(self, index: Path) -> list[Path]:
+        where = read_json(index, "the index that belongs to the shards").get("weight_map")
+        if not isinstance(where, dict):
+            raise WeightsError(f"{index} has no weight_map; download it anew.")
+        files = [self.folder / name for name in sorted(set(where.values()))]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise WeightsError(f"{index} names {', '.join(missing)}, missing there; download them.")
+        return files
+
+    def meta(self) -> Iterator[tuple[str, Tensor]]:
+        """Names, and tensors without data that have the shape and the type."""
+        for path in self.files():
+            with _open(path) as file:
+                for name in file.names():
+                    yield self.prefix + name, file.meta(name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, in the order of :meth:`meta`; each is read when it is asked for."""
+        for path in self.files():
+            with _open(path) as file:
+                for name in file.names():
+                    yield self.prefix + name, file.tensor(name)
+
+
+class _SafeFile:
+    """Tensors of a safetensors file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def names(self) -> list[str]:
+        return sorted(self._file.keys())
+
+    def meta(self, name: str) -> Tensor:
+        part = self._file.get_slice(name)
+        # An empty slice tells the type without reading any data.
+        dtype = part[:0].dtype if part.get_shape() else self._file.get_tensor(name).dtype
+        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class _PickleFile:
+    """Tensors of a file that torch.save wrote."""
+
+    def __init__(self, table: Mapping[str, Tensor]) -> None:
+        self._table = table
+
+    def names(self) -> list[str]:
+        return sorted(self._table)
+
+    def meta(self, name: str) -> Tensor:
+        return self._table[name].to("meta")
+
+    def tensor(self, name: str) -> Tensor:
+        return self._table[name]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_SafeFile | _PickleFile]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                yield _SafeFile(file)
+        else:
+            yield _PickleFile(_unpickled(path))
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"{path} cannot be read ({first_line(error)}); download it anew."
+        ) from error
+
+
+def _unpickled(path: Path) -> Mapping[str, Tensor]:
+    """Tensors only: code in the file is never run. Files of today's format stay on the disk."""
+    try:
+        table = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, and code from a file is not run; give safetensors, "
+            "or a file of tensors alone."
+        ) from error
+    if not isinstance(table, dict) or not all(isinstance(x, Tensor) for x in table.values()):
+        raise WeightsError(f"{path} is no table of tensors; give a model's state_dict.")
+    return table
