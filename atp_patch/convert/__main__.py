@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from atp_patch.convert.internvl import internvl_plan
 from atp_patch.convert.llava import llava_plan
 from atp_patch.convert.plan import Plan
@@ -55,7 +57,7 @@ def plan_for(args: argparse.Namespace) -> Plan:
         return llava_plan(args.folder, args.vision_tower)
     except ATPError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"config.json in {args.folder} cannot be used ({type(error).__name__}: "
             f"{first_line(error)}); download it anew."

@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    GenerationConfig,
-    LlavaImageProcessor,
-    LlavaProcessor,
-)
+from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
 
 from atp_patch.errors import ConfigError
 from atp_patch.loading import first_line
@@ -92,6 +86,9 @@ def save_llava_processor(out: Path, tokenizer: Any, config: Any, *, squared: boo
     Args:
         squared: images are filled up to squares; else the middle is cut out.
     """
+    # Where torchvision is missing, importing these says so at length: not before it matters.
+    from transformers import CLIPImageProcessor, LlavaImageProcessor
+
     side = config.vision_config.image_size
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     images = LlavaImageProcessor(do_pad=True, **sizes) if squared else CLIPImageProcessor(**sizes)
