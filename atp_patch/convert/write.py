@@ -16,11 +16,13 @@ from atp_patch.convert.plan import Plan
 from atp_patch.errors import ConfigError
 from atp_patch.loading import first_line
 
-SHARD_BYTES = 2 * 2**30
+SHARD_BYTES = 2**30
 
 
 def write(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write a conversion to a new folder; at most one shard and one tensor are held at a time.
+    """Write a conversion to a new folder.
+
+    One shard and one tensor are held at a time, and the shard once more while it is written.
 
     Returns:
         The size of the weights in bytes.

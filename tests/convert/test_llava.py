@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_shards_are_filled_one_by_one(tmp_path: Path) -> None:
         ]
         == set()
     )
+
+
+def test_tensors_are_let_go_as_they_are_written(tmp_path: Path) -> None:
+    make_flat(tmp_path / "old", shards=2)
+    plan = llava_plan(tmp_path / "old", tmp_path / "old" / "vision")
+    read, alive, most = plan.tensors, [], 0
+
+    def watched(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for name, tensor in read(dtype):
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(one() is not None for one in alive))
+            yield name, tensor
+
+    plan.tensors = watched
+    write_plan(plan, tmp_path / "new", shard_bytes=100_000)
+    assert len(alive) > 100
+    assert most <= 2
 
 
 def test_half_precision_stays(tmp_path: Path) -> None:
