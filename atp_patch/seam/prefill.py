@@ -245,9 +245,9 @@ class Prefill:
             return (hidden(output[0], last), *output[1:])
         output.last_hidden_state = hidden(output.last_hidden_state, last)
         if output.hidden_states is not None:
-            # hidden_states[i] leaves layer i - 1; the first is the decoder's input.
+            # hidden_states[i] leaves layer i - 1; the first is what enters layer 0.
             output.hidden_states = tuple(
-                hidden(h, i - 1) for i, h in enumerate(output.hidden_states)
+                hidden(h, max(i - 1, 0)) for i, h in enumerate(output.hidden_states)
             )
         if output.attentions is not None:
             output.attentions = tuple(attention(w, i) for i, w in enumerate(output.attentions))

@@ -1,0 +1,247 @@
+"""The plain model made to use PruMerge's tokens, family by family, without the package."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
+from tests.families import anyres, square, towers
+from tests.families.kinds import VIDEO, Kind, Picture, Sample, Words, make, sample
+from tests.helpers import inputs as made
+from tests.helpers import tiny
+from tests.helpers.inputs import Inputs, real_mask
+from tests.helpers.merging import (
+    Group,
+    attention_of,
+    chosen,
+    merged,
+    replaced,
+    rows_in_sequence,
+)
+from tests.helpers.oracle import masked_logits
+
+KINDS = {kind.name: kind for kind in (*square.KINDS, *anyres.KINDS, *towers.KINDS)}
+NEIGHBOURS = 5
+TILED = (
+    sample(Words(3), Picture(0), Words(9), seed=1),
+    sample(Words(2), Picture(1), Words(4), Picture(0), Words(5), seed=6),
+    sample(Words(13), seed=7),
+)
+SMALL = (TILED[0], TILED[2], sample(Words(5), Picture(0), Words(3), seed=8))
+PAIRS = (  # LLaVA-OneVision leaves each of several pictures one tile
+    sample(Words(3), Picture(0), Words(2), Picture(1), Words(9), seed=1),
+    TILED[2],
+    sample(Words(5), Picture(1), Picture(0), Words(1), Picture(1), Words(3), seed=8),
+)
+FILMS = (TILED[0], sample(Words(2), Picture(0), Words(2), Picture(VIDEO), Words(6), seed=12))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family: how to build and feed its tiny model, and where its tower is.
+
+    Attributes:
+        attentions: names of the attention modules whose q and k count, one a tower.
+        query, key: names of the modules within that put out q and k; packed towers have one.
+        inputs_merged: the projector's inputs are merged, not its outputs.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    feed: Callable[[Any, str], Inputs]
+    count: int
+    attentions: tuple[str, ...]
+    query: str = "q_proj"
+    key: str = "k_proj"
+    projector: str = "multi_modal_projector"
+    inputs_merged: bool = True
+    class_token: bool = True
+    packed: bool = False
+
+    def alone(self, model: Any, number: int) -> Inputs:
+        """One sample of ``feed``."""
+        return self.feed(model, f"left {number}")
+
+
+def _tiny(kind: str, prompts: tuple[Any, ...], **facts: Any) -> Case:
+    def feed(model: Any, how: str) -> Inputs:
+        padding, _, number = how.partition(" ")
+        chosen = [prompts[int(number)]] if number else prompts
+        return made.batch(model, chosen, padding)
+
+    return Case(kind, lambda: tiny.tiny_model(kind), feed, len(prompts), **facts)
+
+
+def _family(name: str, samples: tuple[Sample, ...], **facts: Any) -> Case:
+    kind: Kind = KINDS[name]
+
+    def feed(model: Any, how: str) -> Inputs:
+        padding, _, number = how.partition(" ")
+        return make(kind, [samples[int(number)]] if number else samples, padding).inputs
+
+    return Case(name, kind.build, feed, len(samples), **facts)
+
+
+_CLIP = "vision_tower.encoder.layers.{}.self_attn"
+QWEN = {
+    "query": "qkv",
+    "projector": "visual.merger",
+    "inputs_merged": False,
+    "class_token": False,
+    "packed": True,
+}
+CASES = (
+    _tiny("llava-llama", made.MIXED, attentions=(_CLIP.format(0),)),
+    _tiny("qwen2_vl", made.VIDEO, attentions=("visual.blocks.1.attn",), **QWEN),
+    _tiny("qwen2_5_vl", made.MIXED, attentions=("visual.blocks.1.attn",), **QWEN),
+    _family("vipllava", SMALL, attentions=(_CLIP.format(1),)),
+    _family(
+        "video_llava",
+        FILMS,
+        attentions=tuple(f"{t}_tower.encoder.layers.0.self_attn" for t in ("image", "video")),
+    ),
+    _family("llava_next", TILED, attentions=(_CLIP.format(0),)),
+    _family("llava_next_video", FILMS, attentions=(_CLIP.format(0),)),
+    _family("llava_onevision", PAIRS, attentions=(_CLIP.format(1),), class_token=False),
+    _family(
+        "internvl",
+        TILED,
+        attentions=("vision_tower.encoder.layer.1.attention",),
+        query="q_norm",
+        key="k_norm",
+        inputs_merged=False,
+    ),
+)
+
+
+@dataclass
+class Read:
+    """One call of the tower and the projector: (G, H, S, d) q and k, or their frames; features."""
+
+    query: list[Tensor]
+    key: list[Tensor]
+    features: Tensor
+    frames: list[list[tuple[int, int]]] | None
+
+
+def read(case: Case, plain: Any, inputs: Inputs) -> list[Read]:
+    """What tower and projector compute for these inputs."""
+    twin = copy.deepcopy(plain)
+    found: dict[str, list[Any]] = {"q": [], "k": [], "tables": [], "features": []}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, args, output: found[name].append(output)
+
+    for name in case.attentions:
+        attention = twin.model.get_submodule(name)
+        attention.get_submodule(case.query).register_forward_hook(note("q"))
+        if case.packed:
+            attention.register_forward_pre_hook(
+                lambda _, args, kwargs: found["tables"].append(kwargs["position_embeddings"]),
+                with_kwargs=True,
+            )
+        else:
+            attention.get_submodule(case.key).register_forward_hook(note("k"))
+    projector = twin.model.get_submodule(case.projector)
+    if case.inputs_merged:
+        projector.register_forward_pre_hook(lambda _, args: found["features"].append(args[0]))
+    else:
+        projector.register_forward_hook(note("features"))
+    with torch.no_grad():
+        twin(**inputs)
+    if case.packed:
+        grids = [inputs[n] for n in ("image_grid_thw", "video_grid_thw") if n in inputs]
+        return [_packed(case, plain, found, at, grid) for at, grid in enumerate(grids)]
+    heads = plain.config.vision_config.num_attention_heads
+    split = [
+        [list(t.unflatten(-1, (heads, -1)).transpose(1, 2)) for t in found[name]] for name in "qk"
+    ]
+    return [
+        Read(q, k, features, None) for q, k, features in zip(*split, found["features"], strict=True)
+    ]
+
+
+def _packed(case: Case, plain: Any, found: dict[str, list[Any]], at: int, grid: Tensor) -> Read:
+    vision = plain.config.vision_config
+    heads = vision.num_heads
+    query, key, _ = found["q"][at].unflatten(-1, (3, heads, -1)).unbind(1)
+    cos, sin = (table.unsqueeze(1) for table in found["tables"][at])
+
+    def rotated(states: Tensor) -> Tensor:
+        first, second = states.chunk(2, -1)
+        return states * cos + torch.cat([-second, first], -1) * sin
+
+    cell = vision.spatial_merge_size
+    frames = [(h // cell, w // cell) for t, h, w in grid.tolist() for _ in range(t)]
+    places = [[(i // w, i % w) for i in range(h * w)] for h, w in frames]
+    if hasattr(vision, "window_size"):
+        order, _ = get_vision_window_index(grid, cell, vision.window_size, vision.patch_size)
+        flat = [place for frame in places for place in frame]
+        flat = [flat[i] for i in order.tolist()]
+        sizes = [len(frame) for frame in places]
+        places = [flat[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    patches = [len(frame) * cell**2 for frame in places]
+    split = [[part.transpose(0, 1) for part in rotated(t).split(patches)] for t in (query, key)]
+    return Read(*split, found["features"][at], places)
+
+
+def groups(case: Case, one: Read) -> tuple[list[Group], list[list[int]]]:
+    """The groups of one call, and the rows of the features at which their tokens stand."""
+    found, rows = [], []
+    start = 0
+    for number, (query, key) in enumerate(zip(one.query, one.key, strict=True)):
+        attention, keys = attention_of(query, key, case.class_token)
+        if one.frames is not None:
+            places = one.frames[number]
+            per = len(attention) // len(places)
+            members = [list(range(i * per, (i + 1) * per)) for i in range(len(places))]
+            rows.append(list(range(start, start + len(places))))
+            start += len(places)
+        else:
+            size = one.features.shape[1]
+            extra = int(case.class_token and size == query.shape[1])
+            wide, small = (round(n**0.5) for n in (len(attention), size - extra))
+            places = [(i // small, i % small) for i in range(small**2)]
+            cell = wide // small
+            members = [
+                [(r * cell + a) * wide + c * cell + b for a in range(cell) for b in range(cell)]
+                for r, c in places
+            ]
+            rows.append([number * size + extra + i for i in range(small**2)])
+        found.append(
+            Group(
+                np.array([attention[m].sum() for m in members]),
+                np.stack([keys[m].mean(0) for m in members]),
+                places,
+            )
+        )
+    return found, rows
+
+
+def expected(
+    case: Case, plain: Any, inputs: Inputs, plus: bool, share: float | None
+) -> tuple[Tensor, Tensor]:
+    """(B, L) bool what is kept, and the masked plain model's logits with merged features."""
+    kept = real_mask(inputs).clone()
+    features = []
+    traced = rows_in_sequence(plain, case.projector, inputs)
+    for one, where in zip(read(case, plain, inputs), traced, strict=True):
+        flat = one.features.flatten(0, -2).double().numpy()
+        new, gone = flat.copy(), set()
+        for group, rows in zip(*groups(case, one), strict=True):
+            count = None if share is None else max(1, round(share * len(rows)))
+            stays = chosen(group, plus, count)
+            for i, feature in merged(group, flat[rows], stays, NEIGHBOURS).items():
+                new[rows[i]] = feature
+            gone |= {row for i, row in enumerate(rows) if i not in stays}
+        features.append(torch.from_numpy(new).to(one.features).reshape(one.features.shape))
+        kept &= ~torch.isin(where, torch.tensor(sorted(gone)))
+    with replaced(plain, case.projector, features, inputs=case.inputs_merged) as twin:
+        return kept, masked_logits(twin, inputs, {0: kept})
