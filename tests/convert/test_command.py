@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+import atp_patch
 from atp_patch.cli import main as atp_patch_command
 from atp_patch.convert.__main__ import main
+from atp_patch.convert.llava import llava_plan
+from atp_patch.convert.write import write as write_plan
 from tests.convert.checkpoints import Original, save_json, save_tokenizer, write
 
 Make = Callable[[Path, Original], object]
@@ -180,6 +183,20 @@ def test_a_place_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("")
     assert run(old, tmp_path / "file" / "new") == 2
     check_refused(capsys.readouterr().err, "cannot be written")
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    old, _ = prepared(tmp_path)
+    plan = llava_plan(old, old / "vision")
+
+    def full(folder: Path) -> None:
+        assert (folder / "model.safetensors").is_file()
+        raise OSError("no space left")
+
+    plan.save_more = full
+    with pytest.raises(atp_patch.ConfigError, match=r"cannot be written \(no space left\)"):
+        write_plan(plan, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_what_is_yet_to_be_added_is_said(

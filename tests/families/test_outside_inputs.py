@@ -40,8 +40,10 @@ def test_packed_samples_are_refused_with_the_mend() -> None:
 def test_embeddings_of_unknown_make_are_refused_with_the_mend() -> None:
     case = VILA[0]
     model = patched(case)
+    given = case.batch(model, SINGLE)
+    forward(model, given)  # what is known of these embeddings says nothing about the next
     with pytest.raises(atp_patch.InputError, match="visual_mask"):
-        model.llm(inputs_embeds=torch.randn(1, 50, tiny.HIDDEN))
+        model.llm(inputs_embeds=torch.randn(*given.real.shape, tiny.HIDDEN))
 
 
 def test_pooled_videos_are_refused_with_the_mend() -> None:
