@@ -13,13 +13,14 @@ from atp_patch.config import DEFAULT_SHARE, PruningConfig
 from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
 from atp_patch.maths import even_counts
-from atp_patch.methods import BeforeDecoder, Merger, Method, Shrinker
+from atp_patch.methods import BeforeDecoder, Method, Shrinker
 from atp_patch.seam import (
     LearningPass,
     MergeHooks,
     Parts,
     Prefill,
     Seam,
+    ShrinkHooks,
     VisionHooks,
     decoder_shape,
 )
@@ -67,9 +68,11 @@ class Patch:
         """What prunes before the decoder, on the vision tower."""
         if self.before is None or self.tower is None:
             return None
-        base, least = self.parts.base, self._least_of_group
-        assert isinstance(self.before, Merger)
-        return MergeHooks(base, self.tower, self.before.merge, self.group_counts, least, active)
+        base, counts = self.parts.base, self.group_counts
+        if isinstance(self.before, Shrinker):
+            return ShrinkHooks(base, self.tower, self.before.grid, counts, active)
+        merge = self.before.merge
+        return MergeHooks(base, self.tower, merge, counts, self._least_of_group, active)
 
     @property
     def _least_of_group(self) -> int:

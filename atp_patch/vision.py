@@ -31,6 +31,8 @@ class Tower:
         whole: every token of the projector has a placeholder (nothing is cut off after it).
         patch: pixels along a side of a patch; ``frames``: packed: pictures in one patch.
         square: grids must stay square.
+        lead: of each module, tokens in front of each grid that get placeholders too (class tokens).
+        resized: keyword by which a tower is told that pictures have another size, if it must be.
     """
 
     modules: tuple[str, ...]
@@ -47,6 +49,8 @@ class Tower:
     patch: int = 0
     frames: int = 1
     square: bool = False
+    lead: tuple[int, ...] = (0,)
+    resized: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
-from atp_patch.errors import BudgetError, ConfigError
+from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import METHODS, Method, available_methods, make_method
 from atp_patch.patch import patch_model, require_patch, unpatch_model
@@ -87,11 +87,13 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
 
 
 def unreachable(model: Any, setting: Setting, visual_tokens: int) -> str | None:
-    """Why a setting cannot meet its budget, or None; raises what else is wrong with it."""
+    """Why a setting cannot meet its budget, or the model not take its method, or None; raises what
+    else is wrong with it.
+    """
     try:
         with applied(model, setting, visual_tokens):
             return None
-    except BudgetError as error:
+    except (BudgetError, UnsupportedModelError) as error:
         return str(error)
 
 

@@ -31,17 +31,25 @@ def feature_block(config: Any, *names: str) -> int:
 
 
 def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None:
-    """A CLIP or SigLIP tower whose projector works token by token; None for other towers."""
+    """A CLIP or SigLIP tower whose projector works token by token; None for other towers.
+
+    A tower for videos hands on the class token of every frame; others do under the strategy "full".
+    """
     vision = config.vision_config
     kind = str(vision.model_type)
     if not kind.startswith(("clip", "siglip_")):
         return None
+    modules = modules or ("vision_tower",)
+    classes = kind.startswith("clip")
+    full = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return Tower(
-        modules=modules or ("vision_tower",),
+        modules=modules,
         blocks="encoder.layers",
         block=feature_block(config, "vision_feature_layer", "vision_feature_layers"),
         projector=_PROJECTOR,
-        class_token=kind.startswith("clip"),
+        class_token=classes,
+        lead=tuple(int(classes and (full or name == "video_tower")) for name in modules),
+        resized="interpolate_pos_encoding",
         whole=whole,
         patch=int(vision.patch_size),
     )

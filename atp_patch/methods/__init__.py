@@ -10,6 +10,7 @@ from atp_patch.errors import ConfigError
 from atp_patch.methods.atp import ATP, Fixed
 from atp_patch.methods.base import BeforeDecoder, Merger, Method, ModuleSpec, Shrinker, Strategy
 from atp_patch.methods.baselines import Random, Uniform
+from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
 
@@ -21,6 +22,7 @@ METHODS: tuple[type[Strategy], ...] = (
     PruMergePlus,
     Random,
     Uniform,
+    Downsample,
 )
 
 
@@ -94,6 +96,16 @@ def _before(method: Strategy) -> BeforeDecoder:
     return method
 
 
-__all__ = ["ATP", "METHODS", "BeforeDecoder", "FastV", "Fixed", "Merger", "Method", "ModuleSpec"]
+__all__ = [
+    "ATP",
+    "METHODS",
+    "BeforeDecoder",
+    "Downsample",
+    "FastV",
+    "Fixed",
+    "Merger",
+    "Method",
+    "ModuleSpec",
+]
 __all__ += ["PruMerge", "PruMergePlus", "Random", "Shrinker", "Strategy", "Uniform"]
 __all__ += ["available_methods", "make_method", "make_methods"]

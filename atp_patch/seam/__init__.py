@@ -4,7 +4,8 @@ from atp_patch.seam.hooks import Pruner, Seam
 from atp_patch.seam.learning import LearningPass
 from atp_patch.seam.locate import Parts, decoder_shape, locate
 from atp_patch.seam.prefill import Prefill
+from atp_patch.seam.shrink import ShrinkHooks
 from atp_patch.seam.tower import MergeHooks, VisionHooks
 
 __all__ = ["LearningPass", "MergeHooks", "Parts", "Prefill", "Pruner", "Seam", "VisionHooks"]
-__all__ += ["decoder_shape", "locate"]
+__all__ += ["ShrinkHooks", "decoder_shape", "locate"]

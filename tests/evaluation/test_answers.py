@@ -117,7 +117,8 @@ def test_tokens_are_those_in_the_cache(bench: Bench, samples: list[Sample], name
     held = [cache.layers[layer].keys.shape[2] - text for layer in range(LAYERS)]
     assert answer.entering == tuple(held[layer] for layer in (0, *places))
     assert held == [held[max(p for p in (0, *places) if p <= i)] for i in range(LAYERS)]
-    assert abs(sum(held) / LAYERS - 0.4 * TOKENS) <= 1
+    near = 2 if name == "downsample" else 1  # a grid has whole sides
+    assert abs(sum(held) / LAYERS - 0.4 * TOKENS) <= near
 
 
 def test_the_unpruned_model_is_the_plain_one(bench: Bench, samples: list[Sample]) -> None:
