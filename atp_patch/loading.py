@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from transformers.utils import logging
 from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.families import family_of
 
+# Architectures of other packages -> what `python -m atp_patch.convert` calls their checkpoints.
+FOREIGN = {
+    "LlavaLlamaForCausalLM": "llava",
+    "LlavaMistralForCausalLM": "llava",
+    "LlavaLlamaModel": "vila",
+    "InternVLChatModel": "internvl",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -89,6 +97,7 @@ def load_checkpoint(
     _check_name(name)
     with _explained(name, "has no configuration that can be read", "check --model and the network"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    _check_layout(name, config.architectures)
     family_of(config)
     with torch.device("meta"):
         check(AutoModelForImageTextToText.from_config(config, dtype=dtype))
@@ -156,6 +165,9 @@ def _check_name(name: str) -> None:
                 f"{name} is not a model folder: it has no config.json. Give a folder that "
                 "save_pretrained wrote, or a Hub id."
             )
+        with _explained(name, "has no configuration that can be read", "check --model"):
+            table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _check_layout(name, table.get("architectures") if isinstance(table, dict) else None)
         return
     try:
         validate_repo_id(name)
@@ -165,6 +177,16 @@ def _check_name(name: str) -> None:
         ) from error
     if folder.exists():
         raise ConfigError(f"{name} is a file; give a model folder or a Hub id.")
+
+
+def _check_layout(name: str, architectures: Sequence[str] | None) -> None:
+    """Raise for a checkpoint of another package: transformers would read it as random weights."""
+    layout = FOREIGN.get(next(iter(architectures or ()), ""))
+    if layout is not None:
+        raise UnsupportedModelError(
+            f"{name} is not in transformers' own layout; convert it with "
+            f"python -m atp_patch.convert {layout} FOLDER OUT."
+        )
 
 
 @contextmanager

@@ -90,7 +90,8 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
     language = folder / "llm" if split else folder
     text = config_of(make_text, read_json(language / "config.json", "the language model's"))
     projector = _projector(folder, old, split)
-    sources = [Source(folder / p, f"{p}.") for p in PARTS] if split else [Source(folder)]
+    parts = [Source(folder / name, f"{name}.") for name in PARTS if (folder / name).is_dir()]
+    sources = parts if split else [Source(folder)]
     if not any("vision_model." in name for source in sources for name, _ in source.meta()):
         sources = [source for source in sources if source.prefix != "vision_tower."]
         sources.append(Source(_tower_folder(tower, old), "vision_tower."))
@@ -119,6 +120,8 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
             "the prompts of chat_template.jinja read USER: ... ASSISTANT:, as LLaVA-1.5 and VILA "
             "were trained; change it if yours was trained otherwise."
         )
+    if old.get("mm_use_im_start_end"):
+        notes.append("it was trained with <im_start> before <image> and <im_end> behind it.")
 
     def save_more(out: Path) -> None:
         save_generation_config(language, out, text, [image_id], notes)

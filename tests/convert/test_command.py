@@ -18,6 +18,7 @@ from atp_patch.cli import main as atp_patch_command
 from atp_patch.convert.__main__ import main
 from atp_patch.convert.llava import llava_plan
 from atp_patch.convert.write import write as write_plan
+from atp_patch.loading import load_checkpoint
 from tests.convert.checkpoints import Original, save_json, save_tokenizer, write
 
 Make = Callable[[Path, Original], object]
@@ -202,14 +203,16 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_what_is_yet_to_be_added_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, _ = prepared(tmp_path)
+    old, original = prepared(tmp_path)
     settings = {"temperature": 0.9, "bos_token_id": 1, "eos_token_id": 2}
     save_json(old / "generation_config.json", settings)
+    save_json(old / "config.json", original.config(mm_use_im_start_end=True))
     assert run(old, tmp_path / "new") == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{tmp_path / 'new'}: LlavaForConditionalGeneration, 0.00 GiB")
     assert "there is no tokenizer" in captured.err
     assert "<image> as special token 120" in captured.err
+    assert "<im_start> before <image>" in captured.err
     assert "generation_config.json contradicts itself" in captured.err
     made = json.loads((tmp_path / "new" / "generation_config.json").read_text())
     assert (made["eos_token_id"], made["suppress_tokens"]) == (2, [120])
@@ -223,6 +226,12 @@ def test_generation_settings_that_hold_are_taken_over(tmp_path: Path) -> None:
     assert run(old, tmp_path / "new") == 0
     made = json.loads((tmp_path / "new" / "generation_config.json").read_text())
     assert (made["do_sample"], made["temperature"]) == (True, 0.7)
+
+
+def test_the_demo_names_the_command_that_converts(tmp_path: Path) -> None:
+    old, _ = prepared(tmp_path)
+    with pytest.raises(atp_patch.UnsupportedModelError, match=r"atp_patch\.convert llava"):
+        load_checkpoint(str(old), torch.device("cpu"), torch.float32, lambda model: None)
 
 
 def test_a_tower_is_no_matter_of_internvl(

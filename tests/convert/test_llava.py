@@ -55,6 +55,12 @@ def make_linear(folder: Path) -> Original:
     return original
 
 
+def make_split_towerless(folder: Path) -> Original:
+    original = make_split(folder)
+    (folder / "vision_tower").rename(folder / "vision")
+    return original
+
+
 def make_split_linear(folder: Path) -> Original:
     original = Original("linear")
     write_vila(folder, original, "linear")
@@ -82,6 +88,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Original]]] = {
     "towerless": ("llava", make_towerless),
     "linear": ("llava", make_linear),
     "vila": ("vila", make_split),
+    "vila-towerless": ("vila", make_split_towerless),
     "vila-linear": ("vila", make_split_linear),
 }
 

@@ -167,6 +167,27 @@ def _state(case: Case, model: Any) -> Any:
 
 
 @every_case
+def test_eager_attention_chooses_and_computes_alike(case: Case) -> None:
+    model = patched(case)
+    given = case.batch(model, MIXED)
+    expected, kept = forward(model, given).logits, kept_of(model)
+    case.language_model(model).set_attn_implementation("eager")
+    actual = forward(model, given).logits
+    for layer, mask in kept_of(model).items():
+        assert_same_choice(mask, kept[layer])
+    assert_close(actual, expected, kept[max(kept)])
+
+
+@pytest.mark.parametrize("method", ["atp", "fixed", "random", "uniform"])
+@every_case
+def test_gathered_is_masked_with_every_method(case: Case, method: str) -> None:
+    model = patched(case, method=method)
+    given = case.batch(model, MIXED)
+    logits, kept = forward(model, given).logits, kept_of(model)
+    assert_close(logits, reference(case, given, kept), kept[max(kept)])
+
+
+@every_case
 def test_adapters_come_back(case: Case, tmp_path: Path) -> None:
     model = patched(case, method="atp")
     given = case.batch(model, SINGLE)
