@@ -88,7 +88,13 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
     make_text = _text_class(old)
     split = (folder / "llm").is_dir()
     language = folder / "llm" if split else folder
-    text = config_of(make_text, read_json(language / "config.json", "the language model's"))
+    inner = read_json(language / "config.json", "the language model's")
+    if split and inner.get("model_type") != make_text.model_type:
+        raise UnsupportedModelError(
+            f"{language} holds a model of type {inner.get('model_type')!r}; "
+            f"{make_text.model_type} can be converted."
+        )
+    text = config_of(make_text, inner)
     projector = _projector(folder, old, split)
     parts = [Source(folder / name, f"{name}.") for name in PARTS if (folder / name).is_dir()]
     sources = parts if split else [Source(folder)]

@@ -122,6 +122,16 @@ def test_logits_are_those_of_the_original_weights(layout: str, tmp_path: Path) -
     assert model.config.text_config.rope_parameters["rope_theta"] == 5000.0
 
 
+def test_another_language_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = make_split(tmp_path / "old")
+    config = {**original.text.to_dict(), "model_type": "qwen2"}
+    save_json(tmp_path / "old" / "llm" / "config.json", config)
+    assert main(["vila", str(tmp_path / "old"), str(tmp_path / "new")]) == 2
+    assert "'qwen2'; llama can be converted" in capsys.readouterr().err
+
+
 def test_every_tensor_goes_to_one_place(tmp_path: Path) -> None:
     original = make_flat(tmp_path / "old")
     assert convert("llava", tmp_path / "old", tmp_path / "new") == 0
