@@ -2,7 +2,7 @@
 # Nothing needs to be installed but Python 3.10 or newer and make.
 PYTHON ?= python3
 VENV   ?= .venv
-IMAGE    ?= examples/scenes/13.png
+IMAGE    ?= examples/scenes/01.png
 QUESTION ?= How many red shapes are there?
 
 BIN := $(VENV)/bin

@@ -10,7 +10,7 @@ from atp_patch.builtin import load_builtin
 model, processor = load_builtin()
 atp_patch.patch_model(model, layers=[4, 14, 24])  # the one line
 
-image = Image.open(Path(__file__).parent / "scenes" / "13.png")
+image = Image.open(Path(__file__).parent / "scenes" / "01.png")
 content = [{"type": "image"}, {"type": "text", "text": "How many red shapes are there?"}]
 chat = [{"role": "user", "content": content}]
 text = processor.apply_chat_template(chat, add_generation_prompt=True)
