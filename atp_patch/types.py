@@ -7,7 +7,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -140,6 +140,9 @@ class View:
             differs between samples and does not depend on the batch.
         min_per_image: visual tokens that every image keeps at least.
         learning: the decision needs a ``soft`` mask.
+        embeds: (B, L, D) what entered the decoder, all tokens in their places.
+        unrotated: gives query (B, H, L', d) and key (B, Hk, L', d) of this forward pass before
+            rotary embedding.
     """
 
     layer: int
@@ -160,6 +163,8 @@ class View:
     sample_key: Tensor
     min_per_image: int = 0
     learning: bool = False
+    embeds: Tensor | None = None
+    unrotated: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def key_offset(self) -> int:

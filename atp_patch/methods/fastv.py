@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from atp_patch.maths import cross_scores, gather_heads
-from atp_patch.methods.base import Method, keep_best, mask_rows
+from atp_patch.methods.base import Method, choice, keep_best, mask_rows
 from atp_patch.types import Decision, View
 
 
@@ -18,22 +18,39 @@ class FastV(Method):
     """Keep a fixed share by the last token's attention, averaged over heads.
 
     The paper's setting is ``layers=[2], keep=0.5``.
+
+    Attributes:
+        rope: score with queries and keys "after" rotary embedding, which is the attention that the
+            layer pays (the paper's), or "before" it: rotary embedding favours what stands close to
+            the last token, so the bottom of the image.
     """
 
     name: ClassVar[str] = "fastv"
     summary: ClassVar[str] = "attention of the last prompt token, fixed share"
 
+    rope: str = "after"
+
+    def __post_init__(self) -> None:
+        choice("rope", self.rope, ("after", "before"))
+
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Rank the visual tokens by one row of the attention of the layer before."""
         row = view.last[:, None]
+        query, key, column = view.query, view.key, view.slot + view.key_offset
+        mask = mask_rows(view.mask, row)
+        if self.rope == "before":
+            assert view.unrotated is not None
+            query, key = view.unrotated()
+            column = view.slot  # keys of earlier turns were turned long ago
+            mask = None if mask is None else mask[..., view.key_offset :]
         scores = cross_scores(
-            gather_heads(view.query, row),
-            view.key,
+            gather_heads(query, row),
+            key,
             torch.ones_like(row, dtype=torch.bool),
-            view.slot + view.key_offset,
+            column,
             view.slot_valid,
             view.scaling,
-            mask=mask_rows(view.mask, row),
+            mask=mask,
         )
         keep = keep_best(view, scores)
         return Decision(keep, exact=True, scores={"last": scores})

@@ -79,6 +79,7 @@ def begin(
     )
     if pruner.before is not None:
         run.entry, kwargs["inputs_embeds"] = _read_entry(layout, embeds)
+    run.embeds = kwargs["inputs_embeds"]
     return run
 
 

@@ -194,6 +194,7 @@ class Seam:
             Decode(run.host.cache, run.host.flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
         attention = self.parts.layers[layer].self_attn
         sink = run.record if layer + 1 in layers and self._needs_scores(layer + 1, run) else None
+        run.rotary = kwargs.get("position_embeddings")
         if isinstance(run, LearningPass) and run.weight is not None:
             recorder.arm(attention, sink, weighted=True)
             kwargs[recorder.KEY_WEIGHT] = run.weight.to(hidden.device)

@@ -4,6 +4,7 @@ gathered.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class LearningPass(Prefill):
         gone = ~self._alive.to(query.device)[:, None, None, :]
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         mask = mask.masked_fill(gone, hidden)
-        return Recording(query, recording.key, mask, recording.scaling)
+        return replace(recording, mask=mask)
 
     def apply(self, layer: int, decision: Decision, counts: tuple[int, ...] | None) -> bool:
         """Weigh down what the decision does not keep; the sequence stays as long as it is."""

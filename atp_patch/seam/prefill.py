@@ -7,7 +7,7 @@ nothing about a pass is kept on the model and gradient checkpointing replays the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Prefill:
     Attributes:
         entry: (B, V) bool, the visual tokens that enter the decoder, None where all do.
         entered: how many they are, of each sample.
+        embeds: (B, L, D) what enters the decoder.
+        rotary: tables (cos, sin) of the layer whose attention is to be recorded.
 
     Args:
         layout, text: where the visual tokens and the text rows lie.
@@ -67,6 +69,8 @@ class Prefill:
         self.survivors: Survivors | None = None
         self.entry: Tensor | None = None
         self.entered = layout.totals
+        self.embeds: Tensor | None = None
+        self.rotary: tuple[Tensor, Tensor] | None = None
         self.recording: Recording | None = None
         self._token_counts = list(token_counts)
         self._left = list(layout.totals)
@@ -83,7 +87,7 @@ class Prefill:
 
     def record(self, recording: Recording) -> None:
         """Take the queries and keys of the layer before a pruning layer."""
-        self.recording = recording
+        self.recording = replace(recording, rotary=self.rotary)
 
     def view(
         self, layer: int, step: int, hidden: Tensor, counts: tuple[int, ...] | None, minimum: int
@@ -113,6 +117,8 @@ class Prefill:
             counts=counts,
             sample_key=self.text.sample_key,
             min_per_image=minimum,
+            embeds=None if self.embeds is None else self.embeds.to(query.device),
+            unrotated=replace(recording, key=recording.key[:, :, :keys]).unrotated,
         )
 
     def _move(self, device: torch.device) -> None:

@@ -27,12 +27,40 @@ KEY_WEIGHT = "atp_patch_key_weight"
 
 @dataclass
 class Recording:
-    """q, k and mask of one attention call: (B, H, Q, d), (B, Hk, K, d) and a host mask or None."""
+    """q, k and mask of one attention call: (B, H, Q, d), (B, Hk, K, d) and a host mask or None.
+
+    ``module`` is the attention; ``rotary`` the tables (cos, sin) that its layer was handed.
+    """
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scaling: float
+    module: Any = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def unrotated(self) -> tuple[Tensor, Tensor]:
+        """Q and k of this pass's own tokens before rotary embedding, by turning them back.
+
+        The host's own function is called with the angles negated, so its convention is kept
+        whatever it is.
+
+        Raises:
+            UnsupportedModelError: where the host turns them in another way.
+        """
+        home = sys.modules[type(self.module).__module__]
+        rotate = getattr(home, "apply_rotary_pos_emb", None)
+        if rotate is None or self.rotary is None:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} has no rotary embedding that can be turned back; "
+                "score after it."
+            )
+        cos, sin = self.rotary
+        own = self.key[:, :, -self.query.shape[2] :]
+        # Tables that are scaled (long contexts) scale twice on the way there and back.
+        scale = float(cos.flatten()[0].float() ** 2 + sin.flatten()[0].float() ** 2)
+        query, key = rotate(self.query, own, cos, -sin)
+        return query / scale, key / scale
 
 
 def register() -> None:
@@ -104,7 +132,7 @@ def _attend(
     if not armed.__dict__["_atp_every"]:
         armed.__dict__["_atp_sink"] = None  # a replay must not record again
     if sink is not None:
-        sink(Recording(query, key, attention_mask, scale))
+        sink(Recording(query, key, attention_mask, scale, module))
     weight = kwargs.pop(KEY_WEIGHT, None)
     if weight is not None:
         dropout = kwargs.get("dropout", 0.0)

@@ -1,0 +1,120 @@
+"""Scores before rotary embedding: queries and keys as the projections put them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from atp_patch.methods.base import keep_best
+from tests.families import anyres, mrope, square, towers
+from tests.families.kinds import MIXED, Kind, make
+from tests.helpers import inputs as prompts
+from tests.helpers import tiny
+from tests.helpers.compare import assert_close, assert_same_choice
+from tests.helpers.inputs import batch, real_mask, visual_mask
+from tests.helpers.run import forward, generate, kept_of, words
+
+KINDS = (*square.KINDS, *anyres.KINDS, *towers.KINDS, *mrope.KINDS)
+LAYER = 3
+
+
+@dataclass(frozen=True)
+class Spy(atp_patch.Method):
+    """Keeps the first tokens, and what it saw."""
+
+    name: ClassVar[str] = "spy"
+    summary: ClassVar[str] = "for tests"
+    seen: tuple[Any, ...] = ()
+
+    def decide(self, view: atp_patch.View, module: object) -> atp_patch.Decision:
+        found: Any = self.seen[0]
+        found.append(view.unrotated())
+        return atp_patch.Decision(keep_best(view, -view.token.float()), exact=True)
+
+
+def projections(attention: Any) -> list[Tensor]:
+    """A list that will hold what goes into rotary embedding at the next call: q, then k."""
+    found: list[Tensor] = []
+    for name in ("q", "k"):
+        last = f"{name}_norm" if hasattr(attention, f"{name}_norm") else f"{name}_proj"
+        getattr(attention, last).register_forward_hook(
+            lambda module, args, output: found.append(output)
+        )
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_turned_back_they_are_the_projections(kind: Kind) -> None:
+    layer = max(LAYER, kind.layers[0])
+    model, seen = kind.build(), []
+    atp_patch.patch_model(model, [layer], Spy((seen,)), keep=0.5)
+    found = projections(model.get_decoder().layers[layer - 1].self_attn)
+    forward(model, make(kind, MIXED).inputs)
+    for turned, raw in zip(seen[0], found, strict=True):
+        if raw.ndim == 3:
+            raw = raw.unflatten(-1, (-1, turned.shape[-1]))
+        raw = raw if raw.shape[1] == turned.shape[1] != raw.shape[2] else raw.transpose(1, 2)
+        assert_close(turned, raw)
+
+
+@pytest.mark.parametrize("kind", tiny.ALL_KINDS)
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_fastv_before_rotation_ranks_by_the_unrotated_attention(kind: str, padding: str) -> None:
+    plain = tiny.tiny_model(kind)
+    inputs = batch(plain, prompts.MIXED, padding)
+    found = projections(plain.get_decoder().layers[LAYER - 1].self_attn)
+    forward(plain, inputs)
+    query, key = (t.unflatten(-1, (-1, tiny.HEAD_DIM)).transpose(1, 2).double() for t in found)
+    key = key.repeat_interleave(tiny.HEADS // tiny.KV_HEADS, 1)
+    real, visual = real_mask(inputs), visual_mask(inputs)
+    scores, expected = torch.zeros(real.shape), real.clone()
+    for b in range(len(real)):
+        last = int(real[b].nonzero()[-1])
+        places = real[b].nonzero().flatten()
+        logits = query[b, :, last] @ key[b, :, places].transpose(1, 2) / tiny.HEAD_DIM**0.5
+        per_head = torch.stack([logits[h, h] for h in range(tiny.HEADS)])
+        scores[b, places] = per_head.softmax(-1).mean(0).float()
+        own = visual[b].nonzero().flatten()
+        order = own[scores[b, own].argsort(descending=True)]
+        expected[b, order[len(own) // 2 :]] = False
+    chosen = {}
+    for rope in ("before", "after"):
+        model = atp_patch.patch_model(tiny.tiny_model(kind), [LAYER], "fastv", keep=0.5, rope=rope)
+        forward(model, inputs)
+        chosen[rope] = kept_of(model)[LAYER]
+    assert_same_choice(chosen["before"], expected, scores)
+    assert not torch.equal(chosen["before"], chosen["after"])
+
+
+def test_an_image_in_a_later_turn_is_scored_too() -> None:
+    """Keys of the first turn take no part in scores before rotation."""
+    model = atp_patch.patch_model(
+        tiny.tiny_model("llava-llama"), [LAYER], "fastv", keep=0.5, rope="before"
+    )
+    inputs = batch(model, prompts.SINGLE)
+    ids = torch.cat([words(1, 5), inputs["input_ids"]], 1)
+    first = forward(model, {"input_ids": words(1, 5)}, use_cache=True)
+    forward(
+        model,
+        {
+            "input_ids": inputs["input_ids"],
+            "pixel_values": inputs["pixel_values"],
+            "attention_mask": torch.ones_like(ids),
+        },
+        past_key_values=first.past_key_values,
+    )
+    layer = atp_patch.last_trace(model).layers[LAYER]
+    assert layer.kept_counts == (18,)
+    scores = layer.scores["last"][visual_mask(inputs)]
+    assert 0 < scores.sum() < 1
+    assert torch.equal(generate(model, inputs, 3), generate(model, inputs, 3, use_cache=False))
+
+
+def test_a_wrong_place_is_named() -> None:
+    with pytest.raises(atp_patch.ConfigError, match="after, before"):
+        atp_patch.patch_model(tiny.tiny_model("llava-llama"), [2], "fastv", rope="between")
