@@ -22,7 +22,9 @@ from atp_patch.patch import (
     unpatch_model,
 )
 from atp_patch.trace import LayerTrace, PruningTrace
+from atp_patch.training.learn import parameter_groups
 from atp_patch.types import Decision, View
+from atp_patch.visual_cache import VisualCache, compress
 
 __version__ = "0.1.0"
 
@@ -40,10 +42,13 @@ __all__ = [
     "PruningTrace",
     "UnsupportedModelError",
     "View",
+    "VisualCache",
     "WeightsError",
     "available_methods",
+    "compress",
     "disabled",
     "last_trace",
+    "parameter_groups",
     "patch_model",
     "push_to_hub",
     "save_pretrained",

@@ -11,6 +11,7 @@ from atp_patch import __version__
 # command -> the module whose ``main(argv)`` it is, and what it does
 COMMANDS = {
     "demo": ("atp_patch.demo", "ask about an image, plain and pruned, side by side"),
+    "train": ("atp_patch.train", "train thresholds, alone or with the language model"),
     "evaluate": ("atp_patch.evaluate", "accuracy against visual tokens, method by method"),
     "convert": ("atp_patch.convert.__main__", "checkpoints of other packages as transformers' own"),
     "bench": ("atp_patch.bench.__main__", "time a pruned model against the plain one"),

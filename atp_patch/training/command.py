@@ -1,0 +1,232 @@
+"""The command: load, patch, train, save."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from atp_patch.builtin import load_builtin
+from atp_patch.config import scaled_layers
+from atp_patch.errors import ATPError, ConfigError, InputError
+from atp_patch.families import family_of
+from atp_patch.hub import CARD_FILE, Adapter
+from atp_patch.loading import choose_device, load_checkpoint, quiet_transformers
+from atp_patch.patch import HEADS, patch_model, require_patch
+from atp_patch.training.dataset import Samples, collate
+from atp_patch.training.encode import Encoder
+from atp_patch.training.learn import add_lora, freeze
+from atp_patch.training.options import PROG, flags_of, parser
+from atp_patch.training.records import LlavaFile, Scenes, Source, check_source
+from atp_patch.training.report import Progress, card
+from atp_patch.training.settings import BUILTIN, Settings, read_settings
+from atp_patch.training.trainer import PruningTrainer, arguments
+
+INTERRUPTED = 130
+SETTINGS_FILE = "settings.json"
+ADAPTER, MODEL, LORA = "adapter", "model", "lora"
+SCENES = 20_000
+# what may change when a training goes on
+_FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_bad")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 with one line on stderr, or 130."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        with quiet_transformers(progress=False):
+            train(read_settings(args.file, flags_of(args)), resume=args.resume)
+    except ATPError as error:
+        # A worker process puts the place where it happened before the message.
+        text = str(error).splitlines()[-1] if "worker process" in str(error) else str(error)
+        sys.stderr.write(f"{PROG}: {' '.join(text.split())}\n")
+        return 2
+    except torch.OutOfMemoryError:
+        sys.stderr.write(f"{PROG}: out of memory; give a smaller micro_batch_size.\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROG}: stopped; --resume goes on from the newest checkpoint.\n")
+        return INTERRUPTED
+    return 0
+
+
+def train(settings: Settings, resume: bool = False) -> Path:
+    """Train as the settings say; returns the adapter's folder.
+
+    Args:
+        resume: go on from the newest checkpoint in ``settings.out``.
+
+    Raises:
+        ATPError: where a setting or the data is wrong. What was learned so far is in a checkpoint.
+    """
+    _check_trainer()
+    checkpoint = _checkpoint(settings, resume)
+    source = _source(settings)
+    check_source(source, settings.skip_bad)
+    if source.problems:
+        sys.stderr.write(f"{len(source.problems)} samples of {source.name} are bad: left out.\n")
+    device = choose_device(settings.device)
+    args = arguments(settings, device)
+    set_seed(settings.seed)
+    model, processor = _load(settings)
+    set_seed(settings.seed)  # the heads' start, whatever loading drew
+    _patch(model, settings)
+    freeze(model, settings.freeze_lm)
+    if settings.lora_rank:
+        add_lora(model, settings.lora_rank, settings.lora_alpha)
+    placeholders = family_of(model.config).placeholder_ids(model.config)
+    encode = Encoder(processor, placeholders, settings.max_length)
+    pad_id = processor.tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = processor.tokenizer.eos_token_id
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    progress = Progress()
+    trainer = PruningTrainer(
+        settings,
+        model=model,
+        args=args,
+        train_dataset=Samples(source, encode, settings.skip_bad),
+        data_collator=partial(collate, pad_id=pad_id),
+        callbacks=[progress],
+    )
+    trainer.remove_callback(ProgressCallback)
+    if args.process_index == 0:
+        folder = Path(settings.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings.to_dict(), indent=2)
+        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (ATPError, KeyboardInterrupt) as error:
+        saved = trainer.save_now()
+        if saved is not None and isinstance(error, InputError):
+            mend = "mend it, or add --skip-bad, and go on with --resume."
+            raise InputError(f"{error} What was learned so far is in {saved}: {mend}") from error
+        raise
+    trainer.skipped |= set(source.problems)
+    return save(trainer, processor, source)
+
+
+def save(trainer: PruningTrainer, processor: Any, source: Source) -> Path:
+    """Write the adapter with its card, and the model or its LoRA where they learned."""
+    settings, model = trainer.settings, trainer.model
+    out = Path(settings.out)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trainer.save_state()
+    if not trainer.args.should_save:
+        return out / ADAPTER
+    prefix = HEADS + "."
+    heads = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    adapter = Adapter(require_patch(model).config, heads)
+    adapter.save_pretrained(out / ADAPTER)
+    history, data = trainer.state.log_history, source.name
+    section = card(settings, history, len(source), trainer.skipped, data)
+    beside = f"\nIt belongs to the model in the folder `{MODEL}` beside it.\n"
+    if settings.lora_rank:
+        beside = f"\nIt belongs with the LoRA weights in the folder `{LORA}` beside it.\n"
+    text = adapter.card() + "\n" + section
+    text += beside if settings.lora_rank or not settings.freeze_lm else ""
+    (out / ADAPTER / CARD_FILE).write_text(text, encoding="utf-8")
+    rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    if settings.lora_rank:
+        model.save_pretrained(out / LORA)
+    elif not settings.freeze_lm:
+        model.save_pretrained(out / MODEL, state_dict=rest)
+        processor.save_pretrained(out / MODEL)
+    sys.stderr.write(f"Saved {out / ADAPTER}.\n")
+    return out / ADAPTER
+
+
+def _check_trainer() -> None:
+    try:
+        import accelerate  # noqa: F401  (transformers' Trainer stands on it)
+    except ImportError as error:
+        raise ConfigError(
+            f"training needs accelerate ({error}); install it with: pip install 'atp-patch[train]'."
+        ) from error
+
+
+def _checkpoint(settings: Settings, resume: bool) -> str | None:
+    """The newest checkpoint, made with the same settings."""
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {out} is a file; give a folder.")
+    newest = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if not resume:
+        if newest is not None:
+            raise ConfigError(
+                f"{out} holds {Path(newest).name} of an earlier training; --resume goes on with "
+                "it, another --out starts anew."
+            )
+        return None
+    if newest is None:
+        raise ConfigError(f"there is no checkpoint in {out} to go on from; leave --resume out.")
+    file = out / SETTINGS_FILE
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); train anew in another out.") from error
+    now = settings.to_dict()
+    changed = [
+        f"{entry.name} ({before.get(entry.name)!r}, now {now[entry.name]!r})"
+        for entry in fields(Settings)
+        if entry.name not in _FREE and before.get(entry.name) != now[entry.name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{out} was trained with other settings: {', '.join(changed)}; go on with the same, "
+            "or train anew in another out."
+        )
+    return newest
+
+
+def _source(settings: Settings) -> Source:
+    if settings.data == BUILTIN:
+        return Scenes(settings.samples or SCENES)
+    file = Path(settings.data)
+    images = file.parent if settings.images is None else Path(settings.images)
+    return LlavaFile(
+        file,
+        images,
+        samples=settings.samples,
+        text_only=settings.text_only,
+        max_image_pixels=settings.max_image_pixels,
+    )
+
+
+def _load(settings: Settings) -> tuple[Any, Any]:
+    """The model on the CPU, in bfloat16 only where no optimizer needs more of its weights."""
+    half = settings.dtype == "bfloat16" and (settings.freeze_lm or settings.deepspeed is not None)
+    dtype = torch.bfloat16 if half else torch.float32
+    if settings.model == BUILTIN:
+        return load_builtin(dtype=dtype)
+    check = partial(_patch, settings=settings)
+    return load_checkpoint(settings.model, torch.device("cpu"), dtype, check=check)
+
+
+def _patch(model: Any, settings: Settings) -> None:
+    if settings.adapter is not None:
+        patch_model(model, weights=settings.adapter)
+        if require_patch(model).heads is None:
+            raise ConfigError(f"adapter: {settings.adapter} has no learned thresholds to train.")
+        return
+    if settings.options.get("thresholds", "learned") != "learned":
+        raise ConfigError("options: training is for thresholds that are learned; leave it out.")
+    layers = settings.layers
+    depth = model.config.get_text_config().num_hidden_layers
+    if layers is None:
+        layers = tuple(scaled_layers(depth))
+    options = {**settings.options, "thresholds": "learned"}
+    patch_model(model, layers, "atp", target_tokens=settings.target_tokens, **options)

@@ -1,0 +1,61 @@
+"""Averages over the passes between two lines of progress."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from atp_patch.trace import PruningTrace
+
+
+class Meter:
+    """Sums of what the passes of this process did."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, float] = defaultdict(float)
+
+    def add(
+        self,
+        log_prob: Tensor,
+        target: Tensor,
+        answer: Tensor,
+        trace: PruningTrace | None,
+        divergence: Tensor | None,
+    ) -> None:
+        """Note one pass.
+
+        Args:
+            log_prob, target: (N, vocabulary) and (N,) of the answers' tokens.
+            answer: (B, L - 1) bool, where they stand.
+            trace: None for a batch without images.
+            divergence: summed over the answers' tokens, where the plain model teaches.
+        """
+        right = log_prob.argmax(-1) == target
+        wrong = answer.clone()
+        wrong[answer] = ~right
+        tokens, batch = target.numel(), answer.shape[0]
+        self._note("next_token", float(nll_loss(log_prob, target, reduction="sum")), tokens)
+        self._note("token_accuracy", float(right.sum()), tokens)
+        self._note("answer_accuracy", float((~wrong.any(1)).sum()), batch)
+        if divergence is not None:
+            self._note("distill", float(divergence.detach()), tokens)
+        if trace is not None:
+            seen = sum(total > 0 for total in trace.layout.totals)
+            self._note("average_tokens", trace.average_tokens * seen, seen)
+            self._note("visual_tokens", trace.visual_tokens * seen, seen)
+            for name, value in trace.losses.items():
+                self._note(name, value * seen, seen)
+
+    def _note(self, name: str, total: float, count: float) -> None:
+        self._sums[name] += total
+        self._counts[name] += count
+
+    def take(self) -> dict[str, float]:
+        """The averages, and a fresh start. An answer is right if all of its tokens are."""
+        found = {n: self._sums[n] / self._counts[n] for n in self._sums if self._counts[n]}
+        self._sums.clear()
+        self._counts.clear()
+        return found

@@ -1,0 +1,66 @@
+"""The command line of training: a flag for each setting."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from atp_patch.errors import ConfigError
+from atp_patch.training.settings import Settings
+
+PROG = "python -m atp_patch.train"
+_COMMANDS = ("file", "resume")  # what is no setting
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; flags that are not given are absent from what it parses."""
+    parse = _Parser(
+        prog=PROG,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train the thresholds of ATP-LLaVA, alone or with the language model.\n"
+        "FILE is YAML with these settings (freeze_lm: false); flags win.",
+    )
+    parse.add_argument("file", nargs="?", type=Path, default=None, metavar="FILE")
+    parse.add_argument(
+        "--resume", action="store_true", default=False, help="go on from the newest checkpoint"
+    )
+    hints = get_type_hints(Settings)
+    for entry in fields(Settings):
+        flag = "--" + entry.name.replace("_", "-")
+        text = entry.metadata["help"]
+        if entry.name == "options":
+            parse.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
+        elif hints[entry.name] is bool:
+            parse.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            default = "" if entry.default is None or "default" in text else f" ({entry.default})"
+            parse.add_argument(flag, metavar="X", help=text + default)
+    return parse
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings among the parsed arguments.
+
+    Raises:
+        ConfigError: for an option without "=".
+    """
+    import yaml
+
+    given = {name: value for name, value in vars(args).items() if name not in _COMMANDS}
+    options = {}
+    for text in given.pop("option", []):
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option {text}: give NAME=VALUE, for example slope=10.")
+        options[name] = yaml.safe_load(value)
+    return {**given, "options": options} if options else given

@@ -1,0 +1,220 @@
+"""Conversations to learn from: files in LLaVA's format, and the built-in scenes.
+
+A source is a sequence; ``source[i]`` is a :class:`Conversation`, or raises an :class:`InputError`
+that names sample ``i``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from atp_patch.builtin import make_scene
+from atp_patch.errors import ConfigError, InputError
+from atp_patch.loading import read_image
+
+MARK = "<image>"  # where a conversation's images belong
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Questions and answers about images.
+
+    Attributes:
+        turns: (role, text), "user" and "assistant" in turn; ``<image>`` in a text stands for the
+            next image.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    images: tuple[Image.Image, ...]
+
+    def messages(self, end: str = "") -> list[dict[str, Any]]:
+        """As chat templates take them; ``end`` is put after each answer."""
+        return [
+            {"role": role, "content": _parts(text + (end if role == "assistant" else ""))}
+            for role, text in self.turns
+        ]
+
+
+class Source(Protocol):
+    """A sequence of conversations."""
+
+    name: str
+    problems: dict[int, str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation: ...
+
+
+class Scenes:
+    """One question about each scene of the built-in split "train"."""
+
+    def __init__(self, samples: int) -> None:
+        self.name, self.samples = "built-in scenes", samples
+        self.problems: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Questions of each task come in turn."""
+        scene = make_scene("train", index)
+        question = scene.questions[index % len(scene.questions)]
+        turns = (("user", f"{MARK}\n{question.text}"), ("assistant", question.answer))
+        return Conversation(turns, (scene.image,))
+
+
+class LlavaFile:
+    """A file in LLaVA's format: ``conversations`` and ``image``, a list or a line each.
+
+    Attributes:
+        problems: sample -> what is wrong with it, as far as that shows without opening images.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        images: Path,
+        *,
+        samples: int | None = None,
+        text_only: bool = False,
+        max_image_pixels: int,
+    ) -> None:
+        self.name, self.images, self.text_only = file.name, images, text_only
+        self.max_image_pixels = max_image_pixels
+        self.records = list(islice(_read(file), samples))
+        if not self.records:
+            raise ConfigError(f"{file} holds no samples.")
+        self.problems = {}
+        for index, record in enumerate(self.records):
+            try:
+                self._check(record)
+            except InputError as error:
+                self.problems[index] = str(error)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """One sample, its images opened.
+
+        Raises:
+            InputError: naming the sample and what is wrong with it.
+        """
+        try:
+            if index in self.problems:
+                raise InputError(self.problems[index])
+            turns, files = self._check(self.records[index])
+            return Conversation(turns, tuple(self._open(file) for file in files))
+        except InputError as error:
+            raise InputError(f"sample {index} of {self.name}: {error}") from error
+
+    def _check(self, record: Any) -> tuple[tuple[tuple[str, str], ...], list[Path]]:
+        """Turns and image files of a record."""
+        if isinstance(record, json.JSONDecodeError):
+            raise InputError(f"the line is not JSON ({record}).")
+        if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+            raise InputError('it is no mapping with a list "conversations".')
+        turns = tuple(_turn(turn) for turn in record["conversations"])
+        roles = [role for role, _ in turns]
+        if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise InputError("its turns are not a human's and an answer's (gpt) by turns.")
+        named = record.get("image")
+        names = [] if named is None else [named] if isinstance(named, str) else named
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError('"image" is neither a path nor a list of paths.')
+        if not names and not self.text_only:
+            raise InputError("it has no image; text_only takes conversations without one.")
+        marks = sum(text.count(MARK) for _, text in turns)
+        if marks != len(names):
+            raise InputError(f"it has {len(names)} images, and {MARK} stands in it {marks} times.")
+        if any(MARK in text for _, text in turns[1:]):
+            raise InputError(f"{MARK} stands after the first question.")
+        files = [self.images / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"there is no image {file}; check the path and images.")
+        return turns, files
+
+    def _open(self, file: Path) -> Image.Image:
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            width = height = 0  # reading it says what is wrong
+        if width * height > self.max_image_pixels:
+            raise InputError(
+                f"{file} is too large: {width} x {height} pixels, more than max_image_pixels="
+                f"{self.max_image_pixels}; scale it down."
+            )
+        return read_image(file)
+
+
+def check_source(source: Source, skip_bad: bool) -> None:
+    """Raise for samples that cannot be used, unless they are to be skipped.
+
+    Raises:
+        InputError: naming how many, and the first of them.
+    """
+    bad = source.problems
+    if not bad or (skip_bad and len(bad) < len(source)):
+        return
+    first = "; ".join(f"sample {index}: {problem}" for index, problem in islice(bad.items(), 3))
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    mend = "Mend the data" if len(bad) == len(source) else "Mend them, or give --skip-bad"
+    raise InputError(
+        f"{len(bad)} of {len(source)} samples of {source.name} cannot be used: {first}{more}. "
+        f"{mend}."
+    )
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    role = _ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
+    text = turn.get("value") if isinstance(turn, dict) else None
+    if role is None or not isinstance(text, str):
+        raise InputError('a turn has no "from" (human or gpt) or no "value".')
+    if not text.replace(MARK, "").strip():
+        raise InputError(f"it has an empty {'question' if role == 'user' else 'answer'}.")
+    return role, text.strip()
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A text's pieces and images in their order, blanks around them left to the template."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def _read(file: Path) -> Sequence[Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); check --data.") from error
+    if file.suffix == ".jsonl":
+        return [_line(line) for line in text.splitlines() if line.strip()]
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not JSON ({error}); mend it.") from error
+    if not isinstance(records, list):
+        raise ConfigError(f"{file} is not a list of samples; for a sample a line, name it .jsonl.")
+    return records
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return error

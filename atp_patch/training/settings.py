@@ -1,0 +1,181 @@
+"""The settings of a training: one frozen dataclass, from a YAML file and flags."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from atp_patch.errors import ConfigError
+from atp_patch.loading import DTYPES
+
+BUILTIN = "builtin"
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+
+
+def _says(default: Any, text: str) -> Any:
+    """A setting with what ``--help`` says of it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that says how a training goes; ``--help`` explains each."""
+
+    model: str = _says(BUILTIN, "builtin, or a folder or Hub id")
+    data: str = _says(BUILTIN, "builtin, or a .json or .jsonl file in LLaVA's format")
+    images: str | None = _says(None, "folder of the images (default: the data file's)")
+    samples: int | None = _says(None, "take the first so many (default: all; builtin: 20000)")
+    out: str = _says("training", "folder of checkpoints and of what is learned")
+    layers: tuple[int, ...] | None = _says(None, "default: 4,14,24, scaled if need be")
+    target_tokens: float | None = _says(None, "visual tokens to average (default: a quarter)")
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the method atp, NAME=VALUE"}
+    )
+    adapter: str | None = _says(None, "start from a saved adapter with learned thresholds")
+    freeze_lm: bool = _says(True, "train the threshold heads alone")
+    lora_rank: int = _says(0, "with freeze_lm: LoRA of this rank on the decoder")
+    lora_alpha: float = _says(32.0, "LoRA's scale")
+    distill: float = _says(0.0, "weight of the KL divergence to the unpruned model")
+    lr: float = _says(2e-5, "learning rate of the model or its LoRA")
+    atp_lr: float = _says(1e-4, "learning rate of the heads")
+    atp_bias_lr: float | None = _says(None, "of the thresholds' own biases (default: atp_lr)")
+    batch_size: int = _says(8, "samples an optimizer step, over all devices")
+    micro_batch_size: int | None = _says(None, "samples a pass and device (default: all)")
+    epochs: float = _says(1.0, "passes over the data")
+    steps: int | None = _says(None, "optimizer steps, in place of epochs")
+    schedule: str = _says("cosine", ", ".join(SCHEDULES))
+    warmup: float = _says(0.03, "share of the steps in which learning rates rise")
+    weight_decay: float = _says(0.0, "of the model, not of the heads")
+    betas: tuple[float, ...] = _says((0.9, 0.999), "of AdamW")
+    clip: float = _says(1.0, "greatest norm of the gradient")
+    max_length: int | None = _says(None, "tokens of a sample; text beyond is cut")
+    max_image_pixels: int = _says(50_000_000, "larger images are bad samples")
+    text_only: bool = _says(False, "take conversations without an image too")
+    skip_bad: bool = _says(False, "leave bad samples out and count them")
+    dtype: str = _says("float32", "float32, or bfloat16 (autocast)")
+    device: str | None = _says(None, "cpu or cuda (default: cuda if there is one)")
+    gradient_checkpointing: bool = _says(False, "less memory, more time")
+    deepspeed: str | None = _says(None, "a DeepSpeed configuration")
+    workers: int = _says(0, "processes that prepare data")
+    seed: int = _says(0, "of the heads' start and the data's order")
+    log_every: int = _says(10, "steps between lines of progress")
+    save_every: int = _says(100, "steps between checkpoints")
+    keep: int = _says(2, "checkpoints kept")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every", "save_every", "keep", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+        for name in ("micro_batch_size", "steps", "samples", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} must be at least 1.")
+        for name in ("lr", "atp_lr", "clip", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be above 0.")
+        for name in ("distill", "weight_decay", "workers", "lora_rank", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
+        if self.warmup >= 1 or len(self.betas) != 2:
+            raise ConfigError("warmup is a share below 1, and betas are two numbers.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"dtype: {self.dtype!r} is not float32 or bfloat16 (of {', '.join(DTYPES)}, these "
+                "train without a loss scale)."
+            )
+        if self.device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"device: {self.device!r} is not cpu or cuda.")
+        if self.lora_rank and not self.freeze_lm:
+            raise ConfigError("lora_rank is for a frozen language model: set freeze_lm: true.")
+        if self.text_only and self.freeze_lm and not self.lora_rank:
+            raise ConfigError(
+                "text_only: heads learn nothing from text alone; leave it out, or set "
+                "freeze_lm: false."
+            )
+        if self.adapter is not None and (self.layers or self.options or self.target_tokens):
+            raise ConfigError("adapter brings layers, target_tokens and options along.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+def read_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
+    """Settings from a YAML file and flags; flags win, ``options`` one by one.
+
+    Raises:
+        ConfigError: naming the file and the key that is unknown or has a wrong value.
+    """
+    given = {} if file is None else _read_yaml(file)
+    where = "flags" if file is None else str(file)
+    options = given.get("options") or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where}: options must be a mapping of names to values.")
+    given |= flags
+    given["options"] = {**options, **flags.get("options", {})}
+    hints = get_type_hints(Settings)
+    unknown = sorted(set(given) - {entry.name for entry in fields(Settings)})
+    if unknown:
+        raise ConfigError(
+            f"{where}: there is no setting {', '.join(map(repr, unknown))}; --help lists them."
+        )
+    return Settings(**{name: convert(name, value, hints[name]) for name, value in given.items()})
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """A value from YAML or a flag as the type of its setting; "none" is None where it may be.
+
+    YAML reads ``2e-5`` as a word, so words are tried as numbers too.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if get_origin(kind) in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        (kind,) = (part for part in get_args(kind) if part is not type(None))
+    try:
+        if get_origin(kind) is tuple:
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(convert(name, part, get_args(kind)[0]) for part in parts)
+        if get_origin(kind) is dict:
+            return {str(key): _frozen(entry) for key, entry in value.items()}
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError("true or false")
+            return value
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (str, Path)):
+            return str(value)
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        pass
+    wanted = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{name}: {value!r} is not of the kind {wanted}; mend it.")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); give a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML ({error}); mend it.") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{file} holds no settings; write lines such as: steps: 300")
+    return given
