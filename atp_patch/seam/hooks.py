@@ -166,17 +166,20 @@ class Seam:
         return call.add_losses(output, self.pruner.losses(call.run))
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        run = self.begin(kwargs)
+        return None if run is None else (args, {**kwargs, RUN: run})
+
+    def begin(self, kwargs: dict[str, Any]) -> Prefill | Decode | None:
+        """The pass that the decoder's arguments begin; None where it is the host's alone."""
         call, cache = self._call, kwargs.get("past_key_values")
         implementation = self.parts.config._attn_implementation
-        run: Prefill | Decode | None = None
+        run: Prefill | None = None
         if self.enabled and call is not None and call.has_images:
             check_implementation(implementation)
             run = begin(self.parts, self.pruner, call, self.session, kwargs)
         if run is None and cache is not None and pruned_layer(cache, len(cache.layers) - 1):
-            run = Decode(cache, is_flash(implementation))
-        if run is None:
-            return None
-        return args, {**kwargs, RUN: run}
+            return Decode(cache, is_flash(implementation))
+        return run
 
     def before_layer(
         self, layer: int, run: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]
