@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from typing import Any
 
 from atp_patch.errors import BudgetError, ConfigError, WeightsError
-from atp_patch.maths import keep_counts, least_target, target_counts
+from atp_patch.maths import average_tokens, keep_counts, least_target, target_counts
 
 CONFIG_VERSION = 1
 DEFAULT_LAYERS = (4, 14, 24)
 DEFAULT_SHARE = 0.25
 _PAPER_DEPTH = 32
+_PAPER_TOKENS = 576
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,32 @@ class PruningConfig:
             )
         counts = target_counts(total, self.layers, num_layers, target)
         return tuple(max(count, minimum) for count in counts)
+
+    def goal(self, total: float) -> float:
+        """The budget of learned thresholds: tokens averaged over all layers, of ``total``."""
+        if self.target_tokens is not None:
+            return self.target_tokens
+        if self.keep is None:
+            return DEFAULT_SHARE * total
+        counts = [total * prod(self.keep[: step + 1]) for step in range(len(self.keep))]
+        return average_tokens(total, counts, self.layers, self.base.num_layers)
+
+    def shares(self, total: int | None) -> tuple[float, ...]:
+        """Of all visual tokens, what the budget leaves after each pruning layer.
+
+        Args:
+            total: visual tokens of an image. Where it is not known, ``target_tokens`` says nothing
+                about shares, and they are those of a quarter.
+        """
+        places = _PAPER_TOKENS if total is None else total
+        if self.keep is not None:
+            return tuple(count / places for count in keep_counts(places, self.keep))
+        asked = None if total is None else self.target_tokens
+        target = DEFAULT_SHARE * places if asked is None else asked
+        num_layers = self.base.num_layers
+        target = max(target, least_target(places, self.layers, num_layers))
+        counts = target_counts(places, self.layers, num_layers, target)
+        return tuple(count / places for count in counts)
 
     @property
     def name(self) -> str:

@@ -95,7 +95,7 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
     method = None if config.method is None else make_method(config.method, config.options)
     if not isinstance(method, Method):
         return config, {}
-    expected = method.build(ModuleSpec(config.layers, base.num_layers, target_share=0.25))
+    expected = method.build(ModuleSpec(config.layers, base.hidden_size, config.shares(None)))
     if expected is None:
         return config, {}
     weights_file = _fetch(source, WEIGHTS_FILE)

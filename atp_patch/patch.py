@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from atp_patch.config import (
     DEFAULT_LAYERS,
-    DEFAULT_SHARE,
     BaseModel,
     PruningConfig,
     Stage,
@@ -226,10 +225,8 @@ def _build_heads(
     tensors: dict[str, Tensor],
 ) -> nn.Module | None:
     """The method's learned module with an adapter's tensors, on the decoder's device."""
-    share = DEFAULT_SHARE
-    if config.target_tokens is not None and total is not None:
-        share = config.target_tokens / total
-    heads = method.build(ModuleSpec(config.layers, config.base.num_layers, share))
+    shares = config.shares(total)
+    heads = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
     if heads is None:
         return None
     if tensors:

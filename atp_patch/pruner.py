@@ -175,7 +175,7 @@ class Patch:
         self.parts.model.__dict__[IGNORED] = self.ignored_before
         seen = [b for b, total in enumerate(run.layout.totals) if total]
         totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
-        target = self.config.target_tokens or DEFAULT_SHARE * float(totals.mean())
+        target = self.config.goal(float(totals.mean()))
         counts = [count[seen] for count in run.soft_counts]
         assert self.method is not None
         assert self.trace is not None

@@ -5,6 +5,7 @@ from atp_patch.maths.budget import (
     keep_counts,
     least_target,
     paper_proportions,
+    starting_thresholds,
     target_counts,
 )
 from atp_patch.maths.flops import (
@@ -31,7 +32,13 @@ from atp_patch.maths.merging import (
     shrunk_grid,
     spread_supplement,
 )
-from atp_patch.maths.scores import cross_scores, normalise_scores, redundant_scores, self_scores
+from atp_patch.maths.scores import (
+    cross_scores,
+    normalise_scores,
+    redundant_scores,
+    self_scores,
+    standardise_scores,
+)
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
 from atp_patch.maths.thresholds import (
     budget_thresholds,
@@ -71,6 +78,8 @@ __all__ = [
     "soft_mask",
     "spatial_scores",
     "spread_supplement",
+    "standardise_scores",
+    "starting_thresholds",
     "straight_through_mask",
     "target_counts",
     "target_loss",

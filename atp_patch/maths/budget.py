@@ -24,7 +24,7 @@ def paper_proportions(layers: int) -> tuple[float, ...]:
 
 
 def average_tokens(
-    total: int, counts: Sequence[float], layers: Sequence[int], num_layers: int
+    total: float, counts: Sequence[float], layers: Sequence[int], num_layers: int
 ) -> float:
     """Visual tokens averaged over all decoder layers (Nbar of eq. 13).
 
@@ -94,6 +94,33 @@ def target_counts(
     return min(
         around, key=lambda kept: abs(average_tokens(total, kept, layers, num_layers) - target)
     )
+
+
+def starting_thresholds(
+    shares: Sequence[float], spatial_share: float, lambda_sample: float
+) -> list[tuple[float, float]]:
+    """Thresholds, the same for every image, that are expected to leave the given shares.
+
+    The spatial score of the j-th of V places is ``1 - lambda_sample (j + 1) / V`` (eq. 5 with every
+    rate) and never below 0, so it can take ``1 / lambda_sample`` of the places at most. The others
+    are taken by rank, as if rank and place were independent.
+
+    Args:
+        shares: of all visual tokens, left after each pruning layer; never rising.
+        spatial_share: part of those that the spatial score gets.
+
+    Returns:
+        (theta_redundant, theta_spatial) of each pruning layer.
+    """
+    thetas = []
+    entering = 1.0
+    for share in shares:
+        spatial = min(spatial_share * share, 0.95 / lambda_sample)
+        rest = entering - spatial
+        by_rank = 0.0 if rest <= 0 else (share - spatial) / rest
+        thetas.append((1 - by_rank, 1 - lambda_sample * spatial))
+        entering = share
+    return thetas
 
 
 def keep_counts(total: int, keep: Sequence[float], minimum: int = 1) -> tuple[int, ...]:

@@ -132,6 +132,22 @@ def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:
     return scores.masked_fill(~valid, 0.0)
 
 
+def standardise_scores(scores: Tensor, valid: Tensor) -> Tensor:
+    """Each sample's scores with mean 0 and variance 1 over its valid tokens: inputs of eq. 6.
+
+    Args:
+        scores, valid: (B, V).
+
+    Returns:
+        (B, V) float32, 0 in invalid slots and where all scores of a sample are equal.
+    """
+    count = valid.sum(1, keepdim=True).clamp(min=1)
+    scores = scores.float().masked_fill(~valid, 0.0)
+    centred = (scores - scores.sum(1, keepdim=True) / count).masked_fill(~valid, 0.0)
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * (variance + 1e-6).rsqrt()
+
+
 def redundant_scores(
     s_self: Tensor, s_cross: Tensor, valid: Tensor, *, score: str, norm: str
 ) -> Tensor:

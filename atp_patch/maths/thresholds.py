@@ -36,7 +36,7 @@ def soft_mask(
     theta_redundant: Tensor,
     theta_spatial: Tensor,
     valid: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Tensor:
     """Eq. 9-11 as printed: ``max(sigmoid((S_r - theta_r) T), sigmoid((S_s - theta_s) T))``.
 
@@ -67,7 +67,7 @@ def straight_through_mask(
     theta_redundant: Tensor,
     theta_spatial: Tensor,
     valid: Tensor,
-    slope: float,
+    slope: float | Tensor,
 ) -> Tensor:
     """Eq. 9-11, decided as at inference and learned from as a soft mask.
 

@@ -20,15 +20,17 @@ from atp_patch.maths import (
     budget_thresholds,
     cross_scores,
     gather_heads,
+    gather_tokens,
     hard_keep,
     redundant_scores,
     self_scores,
     soft_mask,
     spatial_scores,
+    starting_thresholds,
     straight_through_mask,
     target_loss,
 )
-from atp_patch.methods.atp_heads import ThresholdHeads
+from atp_patch.methods.atp_heads import ThresholdHeads, Thresholds
 from atp_patch.methods.base import (
     Method,
     ModuleSpec,
@@ -118,9 +120,17 @@ class ATP(_Scored):
         surrogate: how learned thresholds get a gradient: "straight-through" (hard decisions
             forward, sigmoids of slope ``slope`` backward) or "literal" (eq. 9-11 with temperature
             ``slope``, 1e6 in the paper).
-        detach_scores: keep the thresholds' gradient out of the scores, and so out of the decoder.
+        slope_end, anneal_passes: the slope goes geometrically from ``slope`` to ``slope_end``
+            over so many forward passes in training (micro-batches, where gradients are
+            accumulated). A counter beside the heads' weights keeps the place; neither: no change.
+        detach_scores: keep the thresholds' gradient out of the scores and the question's state, and
+            so out of the decoder.
         lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13 ("paper"
             or "smooth").
+        threshold_inputs: what heads see: "scores" (the paper's), or "scores+question", the hidden
+            state of the last prompt token too. Answers never count.
+        standardise: heads see S_self and log S_cross with mean 0 and variance 1 over an instance's
+            surviving tokens, instead of the scores as they are (the paper's).
         heads_hidden_size, reference_grid: width of z, and the side of the grid its input is brought
             to.
     """
@@ -134,10 +144,14 @@ class ATP(_Scored):
     spatial_share: float = 0.25
     surrogate: str = "straight-through"
     slope: float = 30.0
+    slope_end: float | None = None
+    anneal_passes: int = 0
     detach_scores: bool = True
     lambda_atp: float = 0.05
     lambda_target: float = 0.2
     target_loss: str = "smooth"
+    threshold_inputs: str = "scores+question"
+    standardise: bool = True
     heads_hidden_size: int = 64
     reference_grid: int = 24
 
@@ -146,6 +160,7 @@ class ATP(_Scored):
         choice("thresholds", self.thresholds, ("budget", "learned"))
         choice("spatial_order", self.spatial_order, ("progressive", "strided"))
         choice("surrogate", self.surrogate, ("straight-through", "literal"))
+        choice("threshold_inputs", self.threshold_inputs, ("scores", "scores+question"))
         choice("target_loss", self.target_loss, ("paper", "smooth"))
         if self.thresholds == "budget" and self.score_norm != "rank":
             raise ConfigError(
@@ -154,8 +169,16 @@ class ATP(_Scored):
             )
         if not 0 <= self.spatial_share <= 1:
             raise ConfigError(f"spatial_share={self.spatial_share} is not between 0 and 1.")
-        if self.slope <= 0 or self.lambda_atp < 0 or self.lambda_target < 0:
-            raise ConfigError("slope must be positive, lambda_atp and lambda_target not negative.")
+        if (self.slope_end is None) != (self.anneal_passes == 0) or self.anneal_passes < 0:
+            raise ConfigError(
+                f"slope_end={self.slope_end} and anneal_passes={self.anneal_passes} belong "
+                "together: the slope to end at, and after how many passes; or neither."
+            )
+        if (
+            min(self.slope, self.slope_end or 1.0) <= 0
+            or min(self.lambda_atp, self.lambda_target) < 0
+        ):
+            raise ConfigError("slopes must be positive, lambda_atp and lambda_target not negative.")
         if self.lambda_sample <= 0:
             raise ConfigError(f"lambda_sample={self.lambda_sample} is not positive.")
         if self.heads_hidden_size < 1 or self.reference_grid < 1:
@@ -172,24 +195,28 @@ class ATP(_Scored):
             return None
         return ThresholdHeads(
             spec,
+            starting_thresholds(spec.shares, self.spatial_share, self.lambda_sample),
             hidden_size=self.heads_hidden_size,
             grid=self.reference_grid,
-            spatial_share=self.spatial_share,
-            lambda_sample=self.lambda_sample,
+            question=self.threshold_inputs == "scores+question",
+            standardise=self.standardise,
+            anneals=self.slope_end is not None,
         )
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Eq. 3-11 with hard decisions."""
         s_self, s_cross, redundant = self.scores(view)
+        question = gather_tokens(view.hidden, view.last[:, None].to(view.hidden.device))[:, 0]
         if self.detach_scores:
             s_self, s_cross, redundant = s_self.detach(), s_cross.detach(), redundant.detach()
+            question = question.detach()
         score_of_grid = partial(
             spatial_scores, order=self.spatial_order, lambda_sample=self.lambda_sample
         )
         spatial = view.of_token(grid_table(view.layout, score_of_grid))
         first = best_of_each_image(view, redundant)
-        if isinstance(module, ThresholdHeads):
-            theta_r, theta_s = module(view, s_self, s_cross)
+        if isinstance(module, Thresholds):
+            theta_r, theta_s = module(view, s_self, s_cross, question)
         else:
             free, counts = view.slot_valid, view.counts_tensor()
             if first is not None:  # these stay anyway; the budget is spread over the others
@@ -202,8 +229,10 @@ class ATP(_Scored):
             keep = keep | first
         soft = None
         if view.learning:
+            assert isinstance(module, Thresholds)
             relax = soft_mask if self.surrogate == "literal" else straight_through_mask
-            soft = relax(redundant, spatial, theta_r, theta_s, view.slot_valid, self.slope)
+            slope = self._slope(view, module)
+            soft = relax(redundant, spatial, theta_r, theta_s, view.slot_valid, slope)
             if first is not None:
                 soft = soft.masked_fill(first, 1.0)
         return Decision(
@@ -213,6 +242,12 @@ class ATP(_Scored):
             thresholds={"redundant": theta_r, "spatial": theta_s},
             soft=soft,
         )
+
+    def _slope(self, view: View, module: Thresholds) -> float | Tensor:
+        if self.slope_end is None:
+            return self.slope
+        slope = module.annealed(view, self.slope, self.slope_end, self.anneal_passes)
+        return slope.to(view.slot.device)
 
     def losses(
         self,

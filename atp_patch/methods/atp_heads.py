@@ -3,65 +3,117 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from atp_patch.maths import to_reference_grid
+from atp_patch.maths import standardise_scores, to_reference_grid
 from atp_patch.methods.base import ModuleSpec
 from atp_patch.types import Layout, View
 
+# Renormalised probabilities lie around 1 / V; log of much less says "none" and nothing more.
+_FLOOR = 1e-6
 
-class ThresholdHeads(nn.Module):
-    """``z = Linear(cat(S_self, S_cross))``, ``theta = sigmoid(Linear(z))`` for both thresholds.
 
-    The scores are brought to one ``grid`` x ``grid`` map, so that any resolution, tile and frame
-    count has the same input size. Untrained heads start close to a budget: their output weights are
-    small and their biases are the thresholds that keep ``spec.target_share`` on average.
+class Thresholds(nn.Module):
+    """What gives every instance its two thresholds at every pruning layer.
+
+    Attributes:
+        passes: forward passes in training so far, where the slope of the backward pass is annealed;
+            it travels with the weights.
+    """
+
+    passes: Tensor
+
+    def __init__(self, layers: tuple[int, ...], *, anneals: bool) -> None:
+        super().__init__()
+        self.layers = layers
+        if anneals:
+            self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    @abstractmethod
+    def forward(
+        self, view: View, s_self: Tensor, s_cross: Tensor, question: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Thresholds (theta_redundant, theta_spatial), each (B,) float32 in (0, 1).
+
+        Args:
+            s_self, s_cross: (B, V) float32 over the view's surviving visual tokens.
+            question: (B, D) hidden state of the last prompt token.
+        """
+
+    @abstractmethod
+    def shift(self, layer: int, by: float) -> None:
+        """Add a number to the logits of both thresholds of a layer, for every instance."""
+
+    def annealed(self, view: View, first: float, last: float, over: int) -> Tensor:
+        """The slope of this training pass, geometrically from ``first`` to ``last``.
+
+        It is ``last`` from the pass number ``over`` on. The first pruning layer counts the passes.
+        """
+        if view.step == 0:
+            self.passes += 1
+        done = ((self.passes - 1) / over).clamp(max=1.0)
+        return first * (last / first) ** done
+
+
+class ThresholdHeads(Thresholds):
+    """``z = Linear(inputs)``, ``theta = sigmoid(Linear(z))`` for both thresholds.
+
+    The inputs are both scores (eq. 6) and, where ``question`` is True, the hidden state of the last
+    prompt token divided by its root mean square. The scores are brought to one ``grid`` x ``grid``
+    map, so that any resolution, tile and frame count has the same input size. ``standardise``:
+    S_self and log S_cross with mean 0 and variance 1 over an instance's surviving tokens, instead
+    of the scores as they are. (Constants measured on data would make the first batches of training
+    decide, and differ between processes.)
+
+    Untrained heads start close to a budget: their output weights are small and their biases are the
+    ``start`` of each layer.
+
+    Args:
+        start: (theta_redundant, theta_spatial) of each pruning layer.
     """
 
     def __init__(
         self,
         spec: ModuleSpec,
+        start: list[tuple[float, float]],
         *,
         hidden_size: int,
         grid: int,
-        spatial_share: float,
-        lambda_sample: float,
+        question: bool,
+        standardise: bool,
+        anneals: bool,
     ) -> None:
-        super().__init__()
-        self.grid = grid
-        inputs = 2 * grid * grid
-        self.z = nn.ModuleDict({str(i): nn.Linear(inputs, hidden_size) for i in spec.layers})
-        self.theta_redundant = nn.ModuleDict(
-            {str(i): nn.Linear(hidden_size, 1) for i in spec.layers}
-        )
-        self.theta_spatial = nn.ModuleDict({str(i): nn.Linear(hidden_size, 1) for i in spec.layers})
-        # Of equal shares s at every pruning layer: first + (1 - first) * s = target on average.
-        before = spec.layers[0] / spec.num_layers
-        share = min(max((spec.target_share - before) / (1 - before), 0.02), 0.98)
-        spatial = 1 - lambda_sample * spatial_share * share
-        for layer in map(str, spec.layers):
-            self._start(self.theta_redundant[layer], 1 - (1 - spatial_share) * share)
-            self._start(self.theta_spatial[layer], spatial)
+        super().__init__(spec.layers, anneals=anneals)
+        self.grid, self.question, self.standardise = grid, question, standardise
+        inputs = 2 * grid * grid + (spec.hidden_size if question else 0)
+        names = [str(layer) for layer in spec.layers]
+        self.z = nn.ModuleDict({name: nn.Linear(inputs, hidden_size) for name in names})
+        self.theta_redundant = nn.ModuleDict({name: nn.Linear(hidden_size, 1) for name in names})
+        self.theta_spatial = nn.ModuleDict({name: nn.Linear(hidden_size, 1) for name in names})
+        for name, (redundant, spatial) in zip(names, start, strict=True):
+            self._start(self.theta_redundant[name], redundant)
+            self._start(self.theta_spatial[name], spatial)
 
     @staticmethod
     def _start(head: nn.Module, theta: float) -> None:
         assert isinstance(head, nn.Linear)
-        theta = min(max(theta, 0.02), 0.98)
         with torch.no_grad():
             head.weight.mul_(0.1)
-            head.bias.fill_(math.log(theta / (1 - theta)))
+            head.bias.fill_(logit(theta))
 
-    def forward(self, view: View, s_self: Tensor, s_cross: Tensor) -> tuple[Tensor, Tensor]:
-        """Thresholds (theta_redundant, theta_spatial), each (B,) float32 in (0, 1).
-
-        Args:
-            s_self, s_cross: (B, V) float32 over the view's surviving visual tokens.
-        """
+    def forward(
+        self, view: View, s_self: Tensor, s_cross: Tensor, question: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Thresholds.forward`."""
         layer = str(view.layer)
+        if self.standardise:
+            s_self = standardise_scores(s_self, view.slot_valid)
+            s_cross = standardise_scores((s_cross + _FLOOR).log(), view.slot_valid)
         plane, heights, widths = planes(view.layout)
-        maps = [
+        inputs = [
             to_reference_grid(
                 scores,
                 view.of_token(plane),
@@ -74,15 +126,32 @@ class ThresholdHeads(nn.Module):
             ).flatten(1)
             for scores in (s_self, s_cross)
         ]
+        if self.question:
+            state = question.float().to(s_self.device)
+            inputs.append(state * (state.square().mean(1, keepdim=True) + 1e-6).rsqrt())
         into_z = self.z[layer]
         assert isinstance(into_z, nn.Linear)
         weight = into_z.weight
         # Weights that accelerate has offloaded are on "meta" until their module is called.
         device = s_self.device if weight.is_meta else weight.device
-        z = into_z(torch.cat(maps, dim=1).to(device, weight.dtype))
+        z = into_z(torch.cat(inputs, dim=1).to(device, weight.dtype))
         thetas = (self.theta_redundant[layer](z), self.theta_spatial[layer](z))
         redundant, spatial = (torch.sigmoid(t.float())[:, 0].to(s_self.device) for t in thetas)
         return redundant, spatial
+
+    @torch.no_grad()
+    def shift(self, layer: int, by: float) -> None:
+        """As :meth:`Thresholds.shift`: the biases of the outputs move."""
+        for heads in (self.theta_redundant, self.theta_spatial):
+            head = heads[str(layer)]
+            assert isinstance(head, nn.Linear)
+            head.bias.add_(by)
+
+
+def logit(theta: float) -> float:
+    """The number whose sigmoid is ``theta``, kept away from where a sigmoid has no gradient."""
+    theta = min(max(theta, 0.02), 0.98)
+    return math.log(theta / (1 - theta))
 
 
 def planes(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

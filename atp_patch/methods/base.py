@@ -25,13 +25,14 @@ class ModuleSpec:
     """What a method's learned module is built for.
 
     Attributes:
-        layers: the pruning layers; ``num_layers``: all decoder layers.
-        target_share: share of the visual tokens, averaged over all layers, that it starts from.
+        layers: the pruning layers.
+        hidden_size: of the decoder.
+        shares: of all visual tokens, what an untrained module is to leave after each pruning layer.
     """
 
     layers: tuple[int, ...]
-    num_layers: int
-    target_share: float
+    hidden_size: int
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)

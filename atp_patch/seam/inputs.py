@@ -161,7 +161,8 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
         scored &= torch.arange(length) + past < call.prompt_length
         visual = visual & scored  # a placeholder's id that was generated is no image
     if call.labels is not None:
-        scored &= call.labels.cpu() == IGNORED_LABEL
+        # What stands after an answer has seen it; a prompt at inference ends before it.
+        scored &= (call.labels.cpu() != IGNORED_LABEL).cumsum(1) == 0
     return Prompt(visual & attended, attended, ids, scored)
 
 

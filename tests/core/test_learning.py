@@ -188,10 +188,12 @@ def test_a_bare_loop_meets_its_budget() -> None:
     model = learner("llava-llama", target_tokens=14, lambda_atp=0.0, lambda_target=1.0).train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    heads = list(model.atp_patch_heads.parameters())
-    for parameter in heads:
+    rates: dict[float, list[Tensor]] = {2e-3: [], 2e-2: []}  # weights, biases of the thresholds
+    for name, parameter in model.atp_patch_heads.named_parameters():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(heads, lr=2e-2)
+        rates[2e-2 if "theta" in name and "bias" in name else 2e-3].append(parameter)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
+    optimizer = torch.optim.Adam(groups)
     inputs = labelled(model, made.SAME_SIZE)
     averages = []
     for _ in range(60):

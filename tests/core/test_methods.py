@@ -100,7 +100,14 @@ def test_learned_thresholds_decide_by_the_papers_equations() -> None:
     torch.manual_seed(0)
     model = tiny_model("llava-llama")
     atp_patch.patch_model(
-        model, LAYERS, thresholds="learned", reference_grid=6, score="mean", cross_over="all"
+        model,
+        LAYERS,
+        thresholds="learned",
+        threshold_inputs="scores",
+        standardise=False,
+        reference_grid=6,
+        score="mean",
+        cross_over="all",
     )
     heads: Any = model.atp_patch_heads
     for parameter in heads.parameters():
