@@ -12,7 +12,7 @@ from PIL import Image
 
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import DTYPES, first_line
-from atp_patch.methods import available_methods
+from atp_patch.methods import untrained_methods
 
 PROG = "python -m atp_patch.demo"
 DEFAULT_BUDGET = "a quarter of the image's"
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("image", type=Path, metavar="IMAGE", help="an image file")
     add("question", metavar="QUESTION", help="a question about it")
     add("--model", help="folder or Hub id of a checkpoint (default: the built-in model)")
-    add("--method", choices=available_methods(), help="how to choose tokens (default: atp)")
+    add("--method", choices=untrained_methods(), help="how to choose tokens (default: atp)")
     add(
         "--layers",
         type=_list(int),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atp_patch.config import BaseModel, PruningConfig
 from atp_patch.errors import WeightsError
-from atp_patch.methods import Method, ModuleSpec, make_method
+from atp_patch.methods import Compressor, Method, ModuleSpec, make_method
 
 CONFIG_FILE = "atp_config.json"
 WEIGHTS_FILE = "atp_model.safetensors"
@@ -59,7 +59,9 @@ class Adapter(ModelHubMixin):
         base, where = pruning.base, f"layers {list(pruning.layers)}"
         if pruning.before is not None:
             where = "the decoder" + (f" and {where}" if pruning.layers else "")
-            if pruning.method is None and pruning.keep is None and pruning.target_tokens is None:
+            if "num_tokens" in pruning.before.options:
+                budget = f"{pruning.before.options['num_tokens']} learned tokens an image"
+            elif pruning.method is None and pruning.keep is None and pruning.target_tokens is None:
                 budget = "the image decides"
         return (
             "---\nlibrary_name: atp_patch\ntags:\n- atp_patch\n- visual-token-pruning\n---\n\n"
@@ -92,10 +94,7 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
             f"{_describe(base)}; load "
             "the model it was made for, or patch without weights."
         )
-    method = None if config.method is None else make_method(config.method, config.options)
-    if not isinstance(method, Method):
-        return config, {}
-    expected = method.build(ModuleSpec(config.layers, base.hidden_size, config.shares(None)))
+    expected = _module(config)
     if expected is None:
         return config, {}
     weights_file = _fetch(source, WEIGHTS_FILE)
@@ -107,6 +106,19 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
         ) from error
     _check_tensors(source, tensors, {k: v.shape for k, v in expected.state_dict().items()})
     return config, tensors
+
+
+def _module(config: PruningConfig) -> nn.Module | None:
+    """A module like the one whose tensors the adapter of this configuration brings."""
+    if config.method is not None:
+        method = make_method(config.method, config.options)
+        assert isinstance(method, Method)
+        spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
+        return method.build(spec)
+    before = None
+    if config.before is not None:
+        before = make_method(config.before.method, config.before.options)
+    return before.build(config.base.hidden_size) if isinstance(before, Compressor) else None
 
 
 def _check_tensors(

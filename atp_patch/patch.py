@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from atp_patch.compression import Compression, check_alone, check_compressible, voco_module
 from atp_patch.config import (
     DEFAULT_LAYERS,
     BaseModel,
@@ -20,7 +21,14 @@ from atp_patch.config import (
 from atp_patch.errors import ConfigError, NotPatchedError
 from atp_patch.families import family_of
 from atp_patch.hub import adapter_of, load_adapter
-from atp_patch.methods import Method, ModuleSpec, Strategy, make_method, make_methods
+from atp_patch.methods import (
+    Compressor,
+    Method,
+    ModuleSpec,
+    Strategy,
+    make_method,
+    make_methods,
+)
 from atp_patch.pruner import IGNORED, Patch, tower_of
 from atp_patch.seam import Parts, decoder_shape, locate
 from atp_patch.trace import PruningTrace
@@ -85,6 +93,8 @@ def patch_model(
         before, inside = make_methods([make_method(*stage) for stage in stages], {})
     else:
         before, inside = make_methods("atp" if method is None else method, dict(options))
+        if isinstance(before, Compressor):
+            check_alone(keep=keep, target_tokens=target_tokens)
         places = _places(layers, inside, shape.num_layers)
         config = PruningConfig(
             method=None if inside is None else inside.name,
@@ -99,14 +109,24 @@ def patch_model(
         )
     if config.layers:
         family.check_layers(model.config, config.layers)
-    tower = None if before is None else tower_of(family, model.config, before, config)
+    tower = None
+    if isinstance(before, Compressor):
+        check_compressible(family, model.config)
+    elif before is not None:
+        tower = tower_of(family, model.config, before, config)
     total = family.visual_tokens(model.config)
     if total is not None and before is None and inside is not None and inside.needs_budget:
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
+    if isinstance(before, Compressor):
+        heads = voco_module(before, parts, tensors)
     if _state(model) is not None:
         unpatch_model(model)
-    patch = Patch(parts, family, before, inside, config, heads, tower)
+    patch = (
+        Compression(parts, family, before, config, heads)
+        if isinstance(before, Compressor)
+        else Patch(parts, family, before, inside, config, heads, tower)
+    )
     if heads is not None:
         model.add_module(HEADS, heads)
         # A checkpoint of the patched model is a checkpoint of the plain one.

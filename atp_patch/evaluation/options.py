@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from atp_patch.builtin import SPLITS
 from atp_patch.errors import ConfigError
 from atp_patch.loading import DTYPES
-from atp_patch.methods import available_methods
+from atp_patch.methods import untrained_methods
 
 PROG = "python -m atp_patch.evaluate"
 BUILTIN_MODEL = "builtin"
@@ -37,10 +37,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--methods",
         type=_list(str),
-        default=available_methods(),
+        default=untrained_methods(),
         metavar="A[,B..]",
-        help="default: all; NAME@I+J+K prunes before layers of its own. Differences are to the "
-        "first",
+        help="default: all that need no training; NAME@I+J+K prunes before layers of its own. "
+        "Differences are to the first",
     )
     add(
         "--budgets",

@@ -39,6 +39,7 @@ from atp_patch.maths.scores import (
     self_scores,
     standardise_scores,
 )
+from atp_patch.maths.slots import Slots, insert_slots, public_slots, voco_visible
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
 from atp_patch.maths.thresholds import (
     budget_thresholds,
@@ -48,6 +49,7 @@ from atp_patch.maths.thresholds import (
 )
 
 __all__ = [
+    "Slots",
     "atp_loss",
     "average_tokens",
     "budget_thresholds",
@@ -58,6 +60,7 @@ __all__ = [
     "gather_tokens",
     "hard_keep",
     "keep_counts",
+    "insert_slots",
     "kv_bytes",
     "layer_flops",
     "least_target",
@@ -71,6 +74,7 @@ __all__ = [
     "paper_proportions",
     "prefill_flops",
     "progressive_order",
+    "public_slots",
     "redundant_scores",
     "scatter_tokens",
     "self_scores",
@@ -85,4 +89,5 @@ __all__ = [
     "target_loss",
     "to_reference_grid",
     "top_k_mask",
+    "voco_visible",
 ]

@@ -8,11 +8,20 @@ from typing import Any
 
 from atp_patch.errors import ConfigError
 from atp_patch.methods.atp import ATP, Fixed
-from atp_patch.methods.base import BeforeDecoder, Merger, Method, ModuleSpec, Shrinker, Strategy
+from atp_patch.methods.base import (
+    BeforeDecoder,
+    Compressor,
+    Merger,
+    Method,
+    ModuleSpec,
+    Shrinker,
+    Strategy,
+)
 from atp_patch.methods.baselines import Random, Uniform
 from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
+from atp_patch.methods.voco import VoCo
 
 METHODS: tuple[type[Strategy], ...] = (
     ATP,
@@ -23,12 +32,18 @@ METHODS: tuple[type[Strategy], ...] = (
     Random,
     Uniform,
     Downsample,
+    VoCo,
 )
 
 
 def available_methods() -> list[str]:
     """Names that ``patch_model(method=...)`` takes."""
     return [method.name for method in METHODS]
+
+
+def untrained_methods() -> list[str]:
+    """Names of those that work without training."""
+    return [method.name for method in METHODS if not issubclass(method, Compressor)]
 
 
 def make_method(method: str | Strategy, options: dict[str, Any]) -> Strategy:
@@ -59,7 +74,7 @@ def make_method(method: str | Strategy, options: dict[str, Any]) -> Strategy:
 
 def make_methods(
     method: str | Strategy | Sequence[str | Strategy], options: dict[str, Any]
-) -> tuple[BeforeDecoder | None, Method | None]:
+) -> tuple[BeforeDecoder | Compressor | None, Method | None]:
     """What prunes before the decoder and what prunes inside it, from one method or one of each.
 
     Options are those of the one method, or of the second.
@@ -75,9 +90,13 @@ def make_methods(
     made = [make_method(one, options if one is given[-1] else {}) for one in given]
     if len(made) == 1:
         return make_methods(made[0], {})
-    if len(made) != 2 or isinstance(made[0], Method) or not isinstance(made[1], Method):
+    if (
+        len(made) != 2
+        or isinstance(made[0], (Method, Compressor))
+        or not isinstance(made[1], Method)
+    ):
         inside = [cls.name for cls in METHODS if issubclass(cls, Method)]
-        before = [cls.name for cls in METHODS if not issubclass(cls, Method)]
+        before = [cls.name for cls in METHODS if not issubclass(cls, (Method, Compressor))]
         raise ConfigError(
             f"method={[one.name for one in made]}: give one method, or one that prunes before the "
             f"decoder ({', '.join(before)}) and then one that prunes inside it "
@@ -90,9 +109,11 @@ def make_methods(
     return _before(made[0]), made[1]
 
 
-def _before(method: Strategy) -> BeforeDecoder:
-    if not isinstance(method, (Merger, Shrinker)):
-        raise ConfigError(f"{method.name} is neither a Method nor a Merger nor a Shrinker.")
+def _before(method: Strategy) -> BeforeDecoder | Compressor:
+    if not isinstance(method, (Merger, Shrinker, Compressor)):
+        raise ConfigError(
+            f"{method.name} is neither a Method nor a Merger, a Shrinker or a Compressor."
+        )
     return method
 
 
@@ -100,6 +121,7 @@ __all__ = [
     "ATP",
     "METHODS",
     "BeforeDecoder",
+    "Compressor",
     "Downsample",
     "FastV",
     "Fixed",
@@ -107,5 +129,5 @@ __all__ = [
     "Method",
     "ModuleSpec",
 ]
-__all__ += ["PruMerge", "PruMergePlus", "Random", "Shrinker", "Strategy", "Uniform"]
-__all__ += ["available_methods", "make_method", "make_methods"]
+__all__ += ["PruMerge", "PruMergePlus", "Random", "Shrinker", "Strategy", "Uniform", "VoCo"]
+__all__ += ["available_methods", "make_method", "make_methods", "untrained_methods"]

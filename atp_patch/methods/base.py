@@ -107,6 +107,23 @@ class Shrinker(Strategy):
         """The grid of about ``count`` tokens that one of ``height`` x ``width`` becomes."""
 
 
+@dataclass(frozen=True)
+class Compressor(Strategy):
+    """Base class of methods that put learned tokens behind an image, which stand for it later on.
+
+    Attributes:
+        num_tokens: learned tokens of each segment.
+        segment_frames: frames of a video that are a segment; None: all of them.
+    """
+
+    num_tokens: int
+    segment_frames: int | None
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> nn.Module:
+        """The module that holds the tokens' ``embedding`` (num_tokens, hidden_size)."""
+
+
 BeforeDecoder = Merger | Shrinker
 
 

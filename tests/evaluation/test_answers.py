@@ -14,7 +14,7 @@ from atp_patch.evaluation.prepare import Batch, Sample, collate
 from atp_patch.evaluation.runner import Bench, answered, prepared
 from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied
 from atp_patch.evaluation.tasks import choose_tasks, exact_match
-from atp_patch.methods import available_methods
+from atp_patch.methods import untrained_methods
 from tests.evaluation.conftest import LAYERS, TOKENS
 from tests.helpers.run import INSIDE
 
@@ -102,7 +102,7 @@ def dict_of(answers: object) -> dict[tuple[str, int], object]:
     return {(s.example.task, s.example.number): a for s, a in answers}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", untrained_methods())
 def test_tokens_are_those_in_the_cache(bench: Bench, samples: list[Sample], name: str) -> None:
     places = PLACES if name in INSIDE else ()
     setting = Setting(name, layers=places, budget=0.4)

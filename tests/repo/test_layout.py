@@ -37,7 +37,18 @@ ALLOWED = {
         "methods",
         "seam",
     },
-    "patch": {"errors", "config", "trace", "hub", "families", "methods", "seam", "pruner"},
+    "compression": {"errors", "config", "trace", "families", "methods", "seam", "pruner"},
+    "patch": {
+        "errors",
+        "compression",
+        "config",
+        "trace",
+        "hub",
+        "families",
+        "methods",
+        "seam",
+        "pruner",
+    },
 }
 WITHOUT_TRANSFORMERS = {
     "errors",

@@ -1,0 +1,112 @@
+"""VoCo-LLaMA's sequence: special tokens behind each image, and who sees whom.
+
+``B`` batch, ``L`` tokens that were given, ``n`` slots once the VoCo tokens stand among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A sequence with VoCo tokens in it.
+
+    Attributes:
+        place: (B, n) int64, the given token that each slot stands at; VoCo tokens stand at the last
+            visual tokens of their segment.
+        voco: (B, n) int64, which VoCo token a slot holds; -1 where it holds a given token.
+        segment: (B, n) int64, number of the segment of visual and VoCo tokens; -1 for text.
+        valid: (B, n) bool, False in slots at the end that fill up a shorter sample.
+    """
+
+    place: Tensor
+    voco: Tensor
+    segment: Tensor
+    valid: Tensor
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, n) bool: slots that hold visual tokens."""
+        return (self.segment >= 0) & (self.voco < 0)
+
+    def to(self, device: torch.device) -> Slots:
+        """The same slots on another device."""
+        return Slots(*(t.to(device) for t in (self.place, self.voco, self.segment, self.valid)))
+
+
+def insert_slots(
+    segments: Sequence[Sequence[tuple[int, int]]], length: int, num_tokens: int
+) -> Slots:
+    """Put ``num_tokens`` VoCo tokens behind each segment.
+
+    Args:
+        segments: of each sample, (first, one behind the last) visual token of each segment, in
+            order; none has fewer than ``num_tokens``.
+        length: ``L``, given tokens of a sample.
+    """
+    rows = []
+    for sample in segments:
+        parts = []
+        at = 0
+        for number, (start, stop) in enumerate(sample):
+            parts += [
+                _part(at, start, -1, given=True),
+                _part(start, stop, number, given=True),
+                _part(stop - num_tokens, stop, number, given=False),
+            ]
+            at = stop
+        rows.append(torch.cat([*parts, _part(at, length, -1, given=True)], dim=1))
+    longest = max(row.shape[1] for row in rows)
+    table = torch.tensor([0, -1, -1])[:, None, None].repeat(1, len(rows), longest)
+    valid = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        table[:, b, : row.shape[1]] = row
+        valid[b, : row.shape[1]] = True
+    place, voco, segment = table
+    return Slots(place, voco, segment, valid)
+
+
+def _part(start: int, stop: int, segment: int, *, given: bool) -> Tensor:
+    """(3, stop - start): place, voco, segment of tokens in a row."""
+    place = torch.arange(start, stop)
+    voco = torch.full_like(place, -1) if given else place - start
+    return torch.stack([place, voco, torch.full_like(place, segment)])
+
+
+def voco_visible(slots: Slots, attended: Tensor) -> Tensor:
+    """Who sees whom (VoCo-LLaMA, attention mask): a row each query, a column each key.
+
+    Causality, and visual tokens are seen within their own segment alone: by its visual and its VoCo
+    tokens. All else about an image must pass through its VoCo tokens, which everything after sees.
+    A token always sees itself, so that no row (of padding) is empty.
+
+    Args:
+        attended: (B, n) bool, False at padding.
+
+    Returns:
+        (B, n, n) bool.
+    """
+    n = slots.place.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=attended.device).tril()
+    same = slots.segment[:, :, None] == slots.segment[:, None, :]
+    allowed = (same | ~slots.visual[:, None, :]) & attended[:, None, :]
+    return causal & (allowed | torch.eye(n, dtype=torch.bool, device=attended.device))
+
+
+def public_slots(slots: Slots, length: int) -> Tensor:
+    """(B, L) int64: the slot whose output stands for each given token.
+
+    The last visual tokens of a segment give their places to its VoCo tokens: what follows an image
+    is predicted from what is known of it without its visual tokens.
+    """
+    batch, n = slots.place.shape
+    number = torch.arange(n, device=slots.place.device).expand(batch, -1)
+    public = torch.zeros(batch, length + 1, dtype=torch.long, device=slots.place.device)
+    for written in (slots.valid & (slots.voco < 0), slots.voco >= 0):
+        public.scatter_(1, torch.where(written, slots.place, length), number)
+    return public[:, :length]

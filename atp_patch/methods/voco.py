@@ -1,0 +1,56 @@
+"""VoCo-LLaMA: each image is compressed into the keys and values of a few learned tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from atp_patch.errors import ConfigError
+from atp_patch.methods.base import Compressor
+
+
+class VoCoTokens(nn.Module):
+    """The learned input embeddings of the VoCo tokens.
+
+    Attributes:
+        embedding: (V, D).
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(num_tokens, hidden_size) * 0.02)
+
+
+@dataclass(frozen=True)
+class VoCo(Compressor):
+    """VoCo-LLaMA (METHOD: attention mask in training, eviction at inference).
+
+    Attributes:
+        num_tokens: VoCo tokens of each segment, ``V``. A segment is what stands in a row without
+            text between: an image with all its tiles, or a video.
+        segment_frames: frames of a video that make a segment; None: all of them.
+    """
+
+    name: ClassVar[str] = "voco"
+    summary: ClassVar[str] = "each image compressed into a few learned tokens (VoCo-LLaMA)"
+
+    num_tokens: int = 1
+    segment_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ConfigError(f"num_tokens={self.num_tokens}: at least one VoCo token is needed.")
+        if self.segment_frames is not None and self.segment_frames < 1:
+            raise ConfigError(f"segment_frames={self.segment_frames} must be at least 1, or None.")
+
+    @property
+    def needs_budget(self) -> bool:
+        """``num_tokens`` says how many tokens are left."""
+        return False
+
+    def build(self, hidden_size: int) -> nn.Module:
+        """The VoCo tokens' embeddings."""
+        return VoCoTokens(self.num_tokens, hidden_size)

@@ -1,0 +1,152 @@
+"""The seam of VoCo tokens: forward passes, and images that are compressed ahead of any question."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from atp_patch.errors import InputError
+from atp_patch.seam.cache import adopt, pruned_layer
+from atp_patch.seam.decode import Decode
+from atp_patch.seam.hooks import RUN, Seam
+from atp_patch.seam.locate import Parts
+from atp_patch.seam.narrow import is_flash
+from atp_patch.seam.voco import Compressing, VoCoPass, begin
+
+
+class VoCoSeam(Seam):
+    """As :class:`Seam`, with VoCo tokens instead of pruning layers."""
+
+    pruner: Any
+
+    def __init__(self, parts: Parts, pruner: Compressing) -> None:
+        super().__init__(parts, pruner)  # type: ignore[arg-type]
+        self._run: VoCoPass | None = None
+
+    def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._run, call, cache = None, self._call, kwargs.get("past_key_values")
+        if self.enabled and call is not None and call.has_images:
+            begun = begin(self.parts, self.pruner, call, kwargs)
+            if begun is not None:
+                self._run, kwargs = begun
+                return args, kwargs
+        if cache is not None and pruned_layer(cache, len(cache.layers) - 1):
+            flash = is_flash(self.parts.config._attn_implementation)
+            return args, {**kwargs, RUN: Decode(cache, flash)}
+        return None
+
+    def _after_decoder(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        run, self._run = self._run, None
+        if run is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            rest = output[1:] if isinstance(output, tuple) else [output.past_key_values]
+            cache = next((part for part in rest if isinstance(part, Cache)), None)
+        if cache is not None:
+            run.evict(cache)
+        self.pruner.compressed(run)
+        return run.restore(output)
+
+    def compress(
+        self, inputs: dict[str, Any], cache: Cache | None, start: Tensor | None
+    ) -> tuple[Cache, Tensor]:
+        """Read a prompt with images, and keep what text after it will need.
+
+        Args:
+            inputs: of the model without its head; the attention mask covers the cache too.
+            cache: of earlier segments, with where their positions ended: ``start`` (r, B).
+
+        Returns:
+            the cache, and the position (r, B) of the token that follows.
+        """
+        mask = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
+        positions = _positions(self.parts.base, inputs, mask)
+        if start is not None:
+            positions = positions + start[..., None].to(positions)
+        cache = DynamicCache() if cache is None else cache
+        self.parts.base(
+            **inputs,
+            position_ids=for_model(positions),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache, _following(positions, mask)
+
+
+def for_model(positions: Tensor) -> Tensor:
+    """Positions (r, B, L) as a model takes them: (B, L) where it has one row."""
+    return positions[0] if len(positions) == 1 else positions
+
+
+def _positions(base: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """Positions of a prompt as ``generate`` would make them, from 0: (r, B, L).
+
+    One row where the model counts tokens; else four, of which the first counts tokens and the
+    others are (t, h, w).
+    """
+    count = (mask.long().cumsum(-1) - 1).clamp(min=0)[None]
+    if not hasattr(base, "get_rope_index"):
+        return count
+    names = set(inspect.signature(base.get_rope_index).parameters)
+    if "mm_token_type_ids" in names - set(inputs):
+        raise InputError("pass mm_token_type_ids from the model's processor along.")
+    given = {name: inputs[name] for name in names & set(inputs)}
+    grid, _ = base.get_rope_index(**{**given, "attention_mask": mask})
+    return torch.cat([count.to(grid), grid])
+
+
+def _following(positions: Tensor, mask: Tensor) -> Tensor:
+    """(r, B): the position of a token behind those of (r, B, L) that ``mask`` (B, L) counts."""
+    behind = torch.where(mask.bool(), positions, -1).amax(-1) + 1
+    if len(behind) == 1:
+        return behind
+    return torch.cat([behind[:1], behind[1:].amax(0, keepdim=True).expand(3, -1)])
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a cache with a compressed prompt holds.
+
+    Attributes:
+        keys, values: of each layer, (B, Hk, n, d).
+        positions: (B, n) int64 logical positions; ``valid`` (B, n) bool, False where a shorter
+            sample is filled up.
+        length: logical length.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    positions: Tensor
+    valid: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, cache: Cache) -> Held:
+        """Read a cache right after its prompt."""
+        layers: Any = cache.layers
+        first = layers[0]
+        valid = first.valid
+        if valid is None:
+            valid = torch.ones_like(first.positions, dtype=torch.bool)
+        keys, values = (tuple(getattr(x, name) for x in layers) for name in ("keys", "values"))
+        return cls(keys, values, first.positions, valid, first.covered)
+
+    def cache(self, repeats: int = 1) -> Cache:
+        """A new cache that holds this, every sample ``repeats`` times; this itself stays."""
+        cache = DynamicCache()
+        every = bool(self.valid.all())
+        for number, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(key, value, number)
+            valid = None if every else self.valid.to(key.device)
+            adopt(cache, number).prune(self.positions.to(key.device), valid, self.length)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        return cache
