@@ -15,6 +15,8 @@ from atp_patch.methods import METHODS, Method, available_methods, make_method
 from atp_patch.patch import patch_model, require_patch, unpatch_model
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
+DROPPED = "no visual tokens from"
+_NOTHING = 1e-9
 BASELINES = ("random", "uniform")
 
 
@@ -23,7 +25,8 @@ class Setting:
     """One way to answer all questions.
 
     Attributes:
-        name: UNPRUNED, BLIND, a method's name, or "adapter NAME".
+        name: UNPRUNED, BLIND, a method's name, "adapter NAME", or DROPPED: the unpruned model up
+            to the layer in ``layers``, from which on it has no visual tokens.
         options: of the method, sorted; ``layers``: before which it prunes.
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
             method, or an adapter, decides by itself.
@@ -72,6 +75,8 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
         return
     if setting.adapter is not None:
         patch_model(model, weights=setting.adapter)
+    elif setting.name == DROPPED:
+        patch_model(model, list(setting.layers), "uniform", keep=_NOTHING, min_tokens=0)
     else:
         options = dict(setting.options)
         if setting.seed is not None:
@@ -105,6 +110,7 @@ def plan(
     layers: Sequence[int] | None,
     adapters: Sequence[str],
     num_layers: int,
+    drop_from: Sequence[int] = (),
 ) -> list[Setting]:
     """All settings, references first, then by budget; random and uniform are always among them.
 
@@ -112,6 +118,7 @@ def plan(
         methods: names, each with layers of its own where it says so: "fastv@2", "atp@1+13+25".
         options: given to every method that has them; "METHOD.NAME" goes to one method alone.
         layers: of methods without their own; the paper's, scaled to the decoder, by default.
+        drop_from: layers from which on to leave out all visual tokens, one a setting.
 
     Raises:
         ConfigError: for an unknown method, or an option that no chosen method has.
@@ -123,6 +130,7 @@ def plan(
     named += [(name, tuple(layers)) for name in BASELINES if name not in dict(named)]
     _check_options(options, [name for name, _ in named])
     settings = [Setting(UNPRUNED), Setting(BLIND)]
+    settings += [Setting(DROPPED, layers=(layer,)) for layer in drop_from]
     free: list[Setting] = []
     limited: list[Setting] = []
     for name, places in dict.fromkeys(named):
