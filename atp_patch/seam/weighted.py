@@ -58,7 +58,7 @@ def weighted_attention(
     # Keys that do not count may lie above the maximum; clamping keeps them finite.
     exponential = (logits - highest).clamp(max=0).exp().masked_fill(~visible, 0.0) * weight
     # A row of padding that sees nothing gives zeros.
-    total = exponential.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    probability = exponential / total
+    total = exponential.sum(-1, keepdim=True)
+    probability = exponential / torch.where(total > 0, total, 1.0)
     dropped = drop(probability, dropout, training=dropout > 0).to(value.dtype)
     return (dropped @ value).transpose(1, 2).contiguous(), probability.to(value.dtype)
