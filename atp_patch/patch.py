@@ -29,7 +29,7 @@ from atp_patch.methods import (
     make_method,
     make_methods,
 )
-from atp_patch.pruner import IGNORED, Patch, tower_of
+from atp_patch.pruner import IGNORED, Patch, follows_budget, tower_of
 from atp_patch.seam import Parts, decoder_shape, locate
 from atp_patch.trace import PruningTrace
 
@@ -115,7 +115,7 @@ def patch_model(
     elif before is not None:
         tower = tower_of(family, model.config, before, config)
     total = family.visual_tokens(model.config)
-    if total is not None and before is None and inside is not None and inside.needs_budget:
+    if total is not None and before is None and follows_budget(inside, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
     if isinstance(before, Compressor):

@@ -47,7 +47,10 @@ class Patch:
         self.parts, self.family, self.method, self.config = parts, family, method, config
         self.before, self.heads, self.tower = before, heads, tower
         self.layers = config.layers
-        self.min_per_image = config.min_tokens_per_image
+        self.minimum = {
+            "min_tokens": config.min_tokens,
+            "min_per_image": config.min_tokens_per_image,
+        }
         self.visual_token_ids = family.placeholder_ids(parts.model.config)
         self.causal, self.newline = family.causal, family.newline
         self.learned = heads is not None
@@ -61,7 +64,7 @@ class Patch:
 
     def check_budget(self, visual_tokens: int) -> None:
         """Raise BudgetError where no image of so many visual tokens could meet the budget."""
-        if self.method is not None and self.method.needs_budget:
+        if follows_budget(self.method, self.config):
             self.config.counts(visual_tokens)
 
     def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
@@ -129,7 +132,7 @@ class Patch:
 
     def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
         """How many visual tokens the budget leaves each sample at a pruning layer."""
-        if self.method is None or not self.method.needs_budget:
+        if not follows_budget(self.method, self.config):
             return None
         samples = zip(run.layout.grids, run.entered, run.left, strict=True)
         return tuple(
@@ -185,6 +188,14 @@ class Patch:
         parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
         self.trace = replace(self.trace, losses=parts)
         return terms
+
+
+def follows_budget(method: Method | None, config: PruningConfig) -> bool:
+    """Whether a method inside the decoder keeps the budget's counts, rather than its own."""
+    if method is None:
+        return False
+    given = config.keep is not None or config.target_tokens is not None
+    return method.needs_budget or (method.takes_budget and given)
 
 
 def needs_budget(method: BeforeDecoder | None) -> bool:
