@@ -71,11 +71,10 @@ class Patch:
         """What prunes before the decoder, on the vision tower."""
         if self.before is None or self.tower is None:
             return None
-        base, counts = self.parts.base, self.group_counts
+        base, counts, least = self.parts.base, self.group_counts, self._least_of_group
         if isinstance(self.before, Shrinker):
-            return ShrinkHooks(base, self.tower, self.before.grid, counts, active)
-        merge = self.before.merge
-        return MergeHooks(base, self.tower, merge, counts, self._least_of_group, active)
+            return ShrinkHooks(base, self.tower, self.before.grid, counts, least, active)
+        return MergeHooks(base, self.tower, self.before.merge, counts, least, active)
 
     @property
     def _least_of_group(self) -> int:

@@ -108,8 +108,12 @@ class Shrinker(Strategy):
     """Base class of methods that shrink pictures, so that the tower makes fewer tokens."""
 
     @abstractmethod
-    def grid(self, height: int, width: int, count: int, *, square: bool) -> tuple[int, int]:
-        """The grid of about ``count`` tokens that one of ``height`` x ``width`` becomes."""
+    def grid(
+        self, height: int, width: int, count: int, least: int, *, square: bool
+    ) -> tuple[int, int]:
+        """The grid of about ``count`` tokens, ``least`` at least, that one of ``height`` x
+        ``width`` becomes.
+        """
 
 
 @dataclass(frozen=True)
