@@ -143,7 +143,7 @@ def plan(
         drawn_each = [replace(base, layers=places if inside else (), seed=s) for s in drawn]
         if not method.needs_budget:
             free += drawn_each
-        if method.needs_budget or not inside:  # before the decoder any method can take a budget
+        if method.takes_budget:
             limited += drawn_each
     settings += [
         Setting(f"adapter {Path(source).name}", adapter=source, adapter_hash=adapter_hash(source))
