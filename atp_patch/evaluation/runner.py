@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -13,10 +15,11 @@ from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.prepare import Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.settings import BLIND, Setting, applied
+from atp_patch.evaluation.silent import silent_layers, without
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
-from atp_patch.patch import last_trace
+from atp_patch.patch import last_trace, require_patch
 
 CHUNK_IMAGES = 4
 Chunk = list[Example]
@@ -43,6 +46,16 @@ class Bench:
     def placeholder_ids(self) -> tuple[int, ...]:
         """Ids of visual placeholders."""
         return family_of(self.model.config).placeholder_ids(self.model.config)
+
+    @cached_property
+    def silent(self) -> tuple[int, ...]:
+        """Decoder layers that add nothing."""
+        return silent_layers(self.model)
+
+    def shortened(self, setting: Setting) -> AbstractContextManager[None]:
+        """The model as the setting patched it, without the layers that add nothing."""
+        places = () if setting.is_reference else require_patch(self.model).config.layers
+        return without(self.model, self.silent, [layer - 1 for layer in places])
 
     @property
     def flat_positions(self) -> bool:
@@ -87,7 +100,7 @@ def run(
         for setting, file in open_runs:
             left = [s for s in samples if not file.has(s.example.task, s.example.number)]
             results: dict[str, dict[int, Answer]] = {}
-            with applied(bench.model, setting, visual_tokens):
+            with applied(bench.model, setting, visual_tokens), bench.shortened(setting):
                 for sample, answer in answered(bench, setting, registry, left):
                     example = sample.example
                     results.setdefault(example.task, {})[example.number] = answer
