@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from atp_patch.evaluation.answers import forced, generated
-from atp_patch.evaluation.prepare import Sample, collate, prepare
+from atp_patch.evaluation.prepare import Sample, can_see_ahead, collate, prepare, see
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.settings import BLIND, Setting, applied
 from atp_patch.evaluation.silent import silent_layers, without
@@ -97,6 +97,8 @@ def run(
         if not open_runs:
             continue
         samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
+        if bench.answers == "forced" and can_see_ahead(bench.model, samples):
+            samples = see(bench.model, samples)
         for setting, file in open_runs:
             left = [s for s in samples if not file.has(s.example.task, s.example.number)]
             results: dict[str, dict[int, Answer]] = {}
@@ -130,7 +132,9 @@ def _answer_batch(
     bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
 ) -> list[Answer]:
     pad_id = bench.processor.tokenizer.pad_token_id
-    batch = collate(samples, pad_id or 0, setting.name == BLIND, bench.flat_positions)
+    blind = setting.name == BLIND
+    seen = samples[0].features is not None and bool(samples[0].answer) and inside(bench, setting)
+    batch = collate(samples, pad_id or 0, blind, bench.flat_positions, seen)
     if samples[0].answer:
         scores = [float(hit) for hit in forced(bench.model, batch)]
     else:
@@ -142,6 +146,14 @@ def _answer_batch(
             scores.append(score(text, sample.example.answer))
     counts = _entering(bench, setting, samples)
     return [Answer(score, row) for score, row in zip(scores, counts, strict=True)]
+
+
+def inside(bench: Bench, setting: Setting) -> bool:
+    """Whether the setting leaves alone what the decoder is fed with."""
+    if setting.is_reference:
+        return True
+    config = require_patch(bench.model).config
+    return config.before is None
 
 
 def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
