@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.prepare import Sample, can_see_ahead, collate, prepare, see
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.settings import BLIND, Setting, applied
-from atp_patch.evaluation.silent import silent_layers, without
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import atp_patch
-from atp_patch.evaluation.silent import silent_layers, without
+from atp_patch.builtin.silent import silent_layers, without
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.inputs import batch, extended
