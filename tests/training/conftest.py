@@ -14,6 +14,7 @@ from atp_patch.builtin import make_scene
 from tests.evaluation.conftest import build
 
 Record = dict[str, Any]
+Writer = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,7 @@ def record(**changes: Any) -> Record:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Callable[[list[Any]], Path]:
+def data(tmp_path: Path) -> Writer:
     """Writes samples to a file beside two good images, a broken one and one that is no image."""
     make_scene("train", 0).image.save(tmp_path / "scene.png")
     make_scene("train", 1).image.save(tmp_path / "other.png")

@@ -5,70 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 import atp_patch
-from atp_patch import train as command
-from atp_patch.training.command import train
-from atp_patch.training.encode import Encoder
-from atp_patch.training.records import Scenes
-from atp_patch.training.settings import read_settings
-from tests.training.conftest import record
+from tests.training.conftest import Writer, record
+from tests.training.runs import LAYERS, heads, history, plain, question, run
 
-ROOT = Path(__file__).parents[2]
-LAYERS = [2, 4, 6]
 PARTS = ("next_token", "atp", "target", "average_tokens", "token_accuracy", "answer_accuracy")
-Writer = Callable[..., Path]
-
-
-def run(folder: Path, out: Path, resume: bool = False, **changes: Any) -> Path:
-    flags = {
-        "model": str(folder),
-        "out": str(out),
-        "layers": LAYERS,
-        "target_tokens": 12,
-        "samples": 40,
-        "steps": 4,
-        "batch_size": 4,
-        "atp_lr": 1e-2,
-        "device": "cpu",
-        "log_every": 1,
-        "save_every": 2,
-        "keep": 9,
-        **changes,
-    }
-    options = {"reference_grid": 6, "heads_hidden_size": 8, **flags.pop("options", {})}
-    if "adapter" not in flags:
-        flags["options"] = options
-    return train(read_settings(None, {k: v for k, v in flags.items() if v is not None}), resume)
-
-
-def history(out: Path) -> list[dict[str, float]]:
-    """Lines of the log, as the Trainer saved them."""
-    state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry for entry in state["log_history"] if "next_token" in entry]
-
-
-def heads(adapter: Path) -> dict[str, Tensor]:
-    return load_file(adapter / "atp_model.safetensors")
-
-
-def plain(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def question(folder: Path, number: int = 0) -> dict[str, Tensor]:
-    encode = Encoder(AutoProcessor.from_pretrained(folder), [4], None)
-    return encode(Scenes(99)[number])
 
 
 @pytest.fixture(scope="module")
@@ -247,32 +197,6 @@ def test_an_adapter_learns_on(folder: Path, whole: Path, tmp_path: Path) -> None
         run(folder, tmp_path / "out", **{**again, "adapter": str(tmp_path / "fixed")})
 
 
-def test_bad_samples_are_skipped_and_counted(folder: Path, tmp_path: Path, data: Writer) -> None:
-    good, late, early = record(), record(image="broken.png"), record(image="nothing.png")
-    file = data([good, good, late, good, early, good, good, good])
-    argv = ["--model", folder, "--data", file, "--out", tmp_path / "out", "--layers", "2,4,6"]
-    argv += ["--batch-size", 4, "--epochs", 2, "--log-every", 1, "--device", "cpu", "--skip-bad"]
-    assert command.main([str(arg) for arg in argv]) == 0
-    assert history(tmp_path / "out")[-1]["skipped"] == 2
-    card = (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "mix.json, 8 samples; 2 were found bad and left out" in card
-
-
-def test_a_bad_sample_ends_the_training_and_keeps_what_was_learned(
-    folder: Path, tmp_path: Path, data: Writer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = data([record()] * 30 + [record(image="broken.png")])
-    argv = ["--model", folder, "--data", file, "--out", tmp_path / "out", "--layers", "2,4,6"]
-    argv += ["--batch-size", 1, "--epochs", 1, "--log-every", 1, "--device", "cpu", "--seed", 3]
-    assert command.main([str(arg) for arg in argv]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "sample 30 of mix.json" in last
-    assert "--skip-bad" in last
-    saved = re.search(r"in (\S+checkpoint-\d+)", last)
-    assert saved is not None
-    assert Path(saved[1]).is_dir()
-
-
 def test_progress_is_a_line_a_step(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,42 +208,3 @@ def test_progress_is_a_line_a_step(
         "\n".join(lines),
     )
     assert lines[-1] == f"Saved {tmp_path / 'adapter'}."
-
-
-def test_the_papers_recipe_reads_as_it_stands(folder: Path, tmp_path: Path, data: Writer) -> None:
-    """The recipe with its sizes made small, on a mixture with text alone."""
-    words = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "yes"}]
-    file = data([record(), record(image=None, conversations=words)] * 4)
-    small = {
-        "model": str(folder),
-        "data": str(file),
-        "out": str(tmp_path / "out"),
-        "layers": LAYERS,
-        "target_tokens": 12,
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "max_length": 60,
-        "dtype": "float32",
-        "deepspeed": None,
-        "gradient_checkpointing": True,
-        "workers": 0,
-        "log_every": 1,
-        "device": "cpu",
-    }
-    recipe = ROOT / "examples" / "llava15_665k.yaml"
-    settings = read_settings(recipe, {k: "none" if v is None else v for k, v in small.items()})
-    assert not settings.freeze_lm
-    assert settings.options["target_loss"] == "paper"
-    adapter = train(settings)
-    assert len(history(tmp_path / "out")) == 2
-    assert (adapter.parent / "model" / "config.json").is_file()
-
-
-@pytest.mark.slow
-def test_the_builtin_example(tmp_path: Path) -> None:
-    file = ROOT / "examples" / "builtin_frozen.yaml"
-    argv = [str(file), "--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
-    assert command.main([*argv, "--log-every", "1", "--device", "cpu"]) == 0
-    model, _ = atp_patch.builtin.load_builtin()
-    atp_patch.patch_model(model, weights=tmp_path / "adapter")
-    assert [line["visual_tokens"] for line in history(tmp_path)] == [576, 576]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import IGNORED, Encoder, align
 from atp_patch.training.records import Conversation, LlavaFile, Scenes, check_source
 from tests.evaluation.conftest import build
-from tests.training.conftest import record
+from tests.training.conftest import Writer, record
 
-Writer = Callable[..., Path]
 TURNS = (("user", "<image>\nAnything red?"), ("assistant", "yes"))
 MORE = (("user", "Anything blue?"), ("assistant", "no"))
 
