@@ -255,6 +255,6 @@ def _build_heads(
     if heads is None:
         return None
     if tensors:
-        heads.load_state_dict(tensors)
+        heads.load_state_dict(tensors, assign=True)  # they may be on no device yet
     weight = next(parts.layers[config.layers[0]].parameters())
     return heads if weight.is_meta else heads.to(weight.device)

@@ -55,6 +55,7 @@ class Patch:
         self.causal, self.newline = family.causal, family.newline
         self.learned = heads is not None
         self.ignored_before = parts.model.__dict__.get(IGNORED)
+        self.control: nn.Module | None = None  # stands in for the heads
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)
 
@@ -142,7 +143,7 @@ class Patch:
     def decide(self, view: View) -> Decision:
         """The method's choice."""
         assert self.method is not None
-        return self.method.decide(view, self.heads)
+        return self.method.decide(view, self.heads if self.control is None else self.control)
 
     def finished(self, run: Prefill) -> None:
         """Note what a forward pass with images did."""

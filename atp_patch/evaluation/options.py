@@ -65,7 +65,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="of every method that has it, or METHOD.NAME=VALUE; may be repeated",
     )
-    add("--adapters", type=_list(str), default=[], metavar="A[,B..]", help="saved adapters")
+    add(
+        "--adapters",
+        type=_list(str),
+        default=[],
+        metavar="A[,B..]",
+        help="saved adapters; A~mean and A~shuffled are their controls: learned thresholds' mean, "
+        "or those of another question, at the same average on questions of the split train",
+    )
     add(
         "--tasks",
         type=_list(str),

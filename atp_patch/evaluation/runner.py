@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 
 from atp_patch.builtin.silent import silent_layers, without
+from atp_patch.calibration import controlled, threshold_control
 from atp_patch.evaluation.answers import forced, generated
-from atp_patch.evaluation.prepare import Sample, can_see_ahead, collate, prepare, see
+from atp_patch.evaluation.prepare import Inputs, Sample, can_see_ahead, collate, prepare, see
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.settings import BLIND, Setting, applied
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
+from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.patch import last_trace, require_patch
 
 CHUNK_IMAGES = 4
+CONTROL_QUESTIONS = 96  # of the split train, over all tasks: what controls are made from
 Chunk = list[Example]
 
 
@@ -92,6 +95,7 @@ def run(
 ) -> None:
     """Answer what is not answered yet; each setting's chunk is written as soon as it is done."""
     registry = {task.name: task for task in tasks}
+    controls = _Controls(bench, tasks)
     for number, chunk in enumerate(work):
         open_runs = [(s, f) for s, f in runs if any(not f.has(e.task, e.number) for e in chunk)]
         if not open_runs:
@@ -102,12 +106,49 @@ def run(
         for setting, file in open_runs:
             left = [s for s in samples if not file.has(s.example.task, s.example.number)]
             results: dict[str, dict[int, Answer]] = {}
-            with applied(bench.model, setting, visual_tokens), bench.shortened(setting):
+            with (
+                applied(bench.model, setting, visual_tokens),
+                controls(setting),
+                bench.shortened(setting),
+            ):
                 for sample, answer in answered(bench, setting, registry, left):
                     example = sample.example
                     results.setdefault(example.task, {})[example.number] = answer
             file.add(number, results)
             advance(len(left))
+
+
+class _Controls:
+    """The controls of adapters, each made once."""
+
+    def __init__(self, bench: Bench, tasks: Sequence[Task]) -> None:
+        self.bench, self.tasks = bench, tasks
+        self._made: dict[Setting, GivenThresholds] = {}
+
+    @contextmanager
+    def __call__(self, setting: Setting) -> Iterator[None]:
+        """The patched model with the setting's control, where it has one."""
+        if setting.control is None:
+            yield
+            return
+        model = self.bench.model
+        if setting not in self._made:
+            made = threshold_control(model, list(self._batches()), setting.control)
+            self._made[setting] = made
+        with controlled(model, self._made[setting]):
+            yield
+
+    def _batches(self) -> Iterator[Inputs]:
+        each = -(-CONTROL_QUESTIONS // len(self.tasks))
+        pad_id = self.bench.processor.tokenizer.pad_token_id or 0
+        samples = [
+            prepared(self.bench, task, "train", example)
+            for task in self.tasks
+            for example in task.examples("train", each)
+        ]
+        for start in range(0, len(samples), self.bench.batch_size):
+            part = samples[start : start + self.bench.batch_size]
+            yield collate(part, pad_id, False, self.bench.flat_positions).inputs
 
 
 def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from atp_patch.calibration import CONTROLS
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
@@ -32,6 +33,7 @@ class Setting:
             method, or an adapter, decides by itself.
         seed: of what a method draws at random, None where it draws nothing.
         adapter: folder or Hub id, and the hash of its files.
+        control: which thresholds stand in for the adapter's own, or None.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Setting:
     seed: int | None = None
     adapter: str | None = None
     adapter_hash: str | None = None
+    control: str | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -59,6 +62,8 @@ class Setting:
             data["options"] = make_method(self.name, dict(self.options)).options()
             data["options"].pop("seed", None)
         del data["adapter"]
+        if self.control is None:
+            del data["control"]
         return {"method": data.pop("name"), **data}
 
 
@@ -145,14 +150,29 @@ def plan(
             free += drawn_each
         if method.takes_budget:
             limited += drawn_each
-    settings += [
-        Setting(f"adapter {Path(source).name}", adapter=source, adapter_hash=adapter_hash(source))
-        for source in adapters
-    ]
+    settings += [_adapter(spec) for spec in adapters]
     settings += free
     for budget in budgets:
         settings += [replace(setting, budget=budget) for setting in limited]
     return settings
+
+
+def _adapter(spec: str) -> Setting:
+    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls."""
+    source, tilde, control = spec.rpartition("~")
+    if not tilde or Path(spec).is_dir():
+        source, control = spec, ""
+    elif control not in CONTROLS:
+        raise ConfigError(
+            f"--adapters {spec}: after ~ comes one of {', '.join(CONTROLS)}, as in "
+            f"{source}~{CONTROLS[0]}."
+        )
+    return Setting(
+        f"adapter {Path(spec).name}",
+        adapter=source,
+        adapter_hash=adapter_hash(source),
+        control=control or None,
+    )
 
 
 def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:

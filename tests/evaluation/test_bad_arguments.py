@@ -42,6 +42,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (["--option", "colour=red"], ["'colour'", "uniform: none", "spatial_share"]),
         (["--methods", "fastv", "--option", "atp.score=self"], ["'atp.score'"]),
         (["--option", "score=best"], ["score='best'", "mean, cross, self"]),
+        (["--adapters", "heads~median"], ["heads~median", "mean, shuffled"]),
         (["--adapters", "."], [". has no atp_config.json"]),
         (["--model", "."], ["not a model folder", "config.json"]),
         (["--device", "abacus"], ["--device abacus"]),
