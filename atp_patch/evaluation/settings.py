@@ -12,7 +12,7 @@ from atp_patch.calibration import CONTROLS
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import METHODS, Method, available_methods, make_method
+from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_method
 from atp_patch.patch import patch_model, require_patch, unpatch_model
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
@@ -181,10 +181,15 @@ def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         raise ConfigError(
             f"--methods: there is no method {name!r}; there are {', '.join(available_methods())}."
         )
+    cls = next(cls for cls in METHODS if cls.name == name)
+    if issubclass(cls, Compressor):
+        raise ConfigError(
+            f"--methods {spec}: {name} is nothing before it is trained; give the folder of a "
+            "trained one to --adapters."
+        )
+    if places and not issubclass(cls, Method):
+        raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
     try:
-        inside = any(cls.name == name and issubclass(cls, Method) for cls in METHODS)
-        if places and not inside:
-            raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
         return name, tuple(int(p) for p in places.split("+")) if places else tuple(layers)
     except ValueError as error:
         raise ConfigError(
