@@ -42,7 +42,9 @@ class Calibration:
     samples: int
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) -> Calibration:
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], target_tokens: float | None = None
+) -> Calibration:
     """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
 
     Layer by layer, one number is added to the logits of both thresholds of all instances: their
@@ -52,9 +54,11 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) 
 
     Args:
         model: patched with ``thresholds="learned"``, or with an adapter that brings them.
-        batches: inputs of the model with images (no labels are needed); a few dozen samples like
-            those to come. They are held in memory and gone through several times.
-        target_tokens: visual tokens averaged over all decoder layers and the data.
+        batches: inputs of the model with images; a few dozen samples like those to come. They are
+            held in memory and gone through several times. No labels are needed; where there are
+            some, answers do not count, as in training.
+        target_tokens: visual tokens averaged over all decoder layers and the data; by default the
+            budget that the patch was made with.
 
     Returns:
         A :class:`Calibration`; ``after`` is within 1 % of the target.
@@ -71,22 +75,24 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) 
     shifts = dict.fromkeys(patch.layers, 0.0)
     with _evaluating(model):
         first = seen = _observe(model, data, None)
-        counts = _scaled(first, patch, target_tokens)
+        target = patch.config.goal(first.total) if target_tokens is None else target_tokens
+        counts = _scaled(first, patch, target)
         for _ in range(_ROUNDS):
-            if abs(seen.average - target_tokens) <= WITHIN * target_tokens:
+            if abs(seen.average - target) <= WITHIN * target:
                 break
             for layer, wanted in counts.items():
                 shifts[layer] += _meet(model, data, module, layer, wanted)
             seen = _observe(model, data, None)
-    if abs(seen.average - target_tokens) > WITHIN * target_tokens:
+    if abs(seen.average - target) > WITHIN * target:
         module.load_state_dict(start)
         raise ConfigError(
-            f"the nearest that a shift of all thresholds comes to {target_tokens:g} tokens is "
+            f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
             f"{seen.average:.1f}; give more data, or score_norm='rank' and "
             "spatial_order='progressive', whose scores do not tie."
         )
-    patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
-    return Calibration(float(target_tokens), first.average, seen.average, shifts, seen.samples)
+    if target_tokens is not None:
+        patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
+    return Calibration(float(target), first.average, seen.average, shifts, seen.samples)
 
 
 def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> GivenThresholds:
