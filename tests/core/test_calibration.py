@@ -90,6 +90,21 @@ def test_the_patchs_own_budget_is_the_default(budget: dict[str, float]) -> None:
     assert atp_patch.patch.require_patch(model).config == before
 
 
+def test_behind_a_method_that_prunes_before_the_decoder() -> None:
+    model = tiny_model("llava-llama")
+    torch.manual_seed(0)
+    options = {"thresholds": "learned", "reference_grid": 6, "target_tokens": 14}
+    atp_patch.patch_model(model, LAYERS, ["prumerge+", "atp"], **options)
+    data = batches(model)
+    with torch.no_grad():
+        model(**data[0])
+    entering = float(atp_patch.last_trace(model).tokens_per_layer[:, 0].double().mean())
+    assert entering < 36
+    target = 0.6 * entering
+    assert atp_patch.calibrate(model, data, target).after == pytest.approx(target, rel=0.01)
+    assert measured(model, data)[0] == pytest.approx(target, rel=0.01)
+
+
 def test_what_cannot_be_met_is_refused_and_changes_nothing() -> None:
     model = learner("llava-llama")
     data = batches(model)
