@@ -167,7 +167,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     patch.seam.remove()
     if patch.heads is not None:
         delattr(model, HEADS)
-        model.__dict__[IGNORED] = patch.ignored_before
+        patch.restore_ignored()
     del model.__dict__[STATE]
     return model
 
