@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo test test-matrix test-slow lint types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -17,6 +17,11 @@ demo: $(VENV)/.installed-demo
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# The families' tests on each of these versions of transformers; writes the table in README.md.
+MATRIX ?= 5.4.0 5.13.1 5.23.0
+test-matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.matrix $(MATRIX)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -33,7 +38,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .matrix build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: constraints.txt .ci/install-torch
 	$(PYTHON) -m venv $(VENV)
