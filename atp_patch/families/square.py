@@ -48,11 +48,11 @@ def _ovis2_side(config: Any) -> int:
 
 
 def _fast_vlm_side(config: Any, span: Span) -> int:
-    """Its tower is convolutional and its config knows no patches: a run is one image."""
-    side = math.isqrt(span.length)
-    if side**2 != span.length:
-        side = math.isqrt(int(config.image_seq_length))
-    return side
+    """Its config knows no patches, only how many tokens an image of the usual size has; a run of
+    another length is one image.
+    """
+    usual = int(config.image_seq_length)
+    return math.isqrt(span.length if span.length % usual else usual)
 
 
 def _fast_vlm_grids(query: GridQuery) -> Grids:

@@ -86,6 +86,53 @@ def test_full_selection_keeps_the_class_token_out_of_the_grid() -> None:
     assert family_of(config).grids(query) == [[VisualGrid(4, 1, 6, 6)]]
 
 
+def test_images_of_fast_vlm_are_of_the_usual_size_or_one_square() -> None:
+    config = SimpleNamespace(model_type="fast_vlm", image_seq_length=16)
+    for length, sides in ((64, [4, 4, 4, 4]), (16, [4]), (36, [6])):
+        grids = family_of(config).grids(GridQuery(config, [[Span(3, 3 + length, 5)]], None))[0]
+        assert [(grid.height, grid.width) for grid in grids] == [(side, side) for side in sides]
+        assert grids[-1].start == 3 + length - sides[-1] ** 2
+    with pytest.raises(atp_patch.UnsupportedModelError, match="35 visual tokens"):
+        family_of(config).grids(GridQuery(config, [[Span(0, 35, 5)]], None))
+
+
+def test_perception_lm_asks_for_the_number_of_its_patches() -> None:
+    vision = SimpleNamespace(model_args={})
+    config = SimpleNamespace(
+        model_type="perception_lm",
+        vision_config=vision,
+        projector_pooling_ratio=2,
+        video_token_id=8,
+    )
+    query = GridQuery(config, [[Span(0, 8, 5), Span(9, 17, 8)]], None)
+    with pytest.raises(atp_patch.UnsupportedModelError, match="ref_feat_shape"):
+        family_of(config).grids(query)
+    vision.model_args["ref_feat_shape"] = [4, 4]
+    assert family_of(config).grids(query) == [
+        [VisualGrid(0, 1, 2, 2), VisualGrid(4, 1, 2, 2), VisualGrid(9, 2, 2, 2)]
+    ]
+
+
+def test_runs_of_molmo2_without_marks_are_squares() -> None:
+    config = SimpleNamespace(model_type="molmo2")
+    rows = [Span(20, 23, 5), Span(24, 27, 5)]
+    found = family_of(config).grids(GridQuery(config, [[Span(0, 16, 5), *rows]], None))
+    assert found == [[VisualGrid(0, 1, 4, 4), VisualGrid(20, 1, 2, 3, row_stride=4)]]
+    for wrong, match in (([Span(0, 15, 5)], "no square"), ([*rows, Span(28, 30, 5)], "different")):
+        with pytest.raises(atp_patch.InputError, match=match):
+            family_of(config).grids(GridQuery(config, [wrong], None))
+
+
+def test_rows_that_are_counted_slower_than_they_come_still_make_frames() -> None:
+    """Transformers 5.4 repeats each row's number for all frames of a video in a row."""
+    h = torch.arange(2).repeat_interleave(9)
+    w = torch.arange(3).repeat(6)
+    thw = torch.stack([torch.zeros_like(h), h, w])[:, None]
+    config = tiny_model("qwen2_vl").config
+    found = family_of(config).grids(GridQuery(config, [[Span(0, 18, 8)]], thw))
+    assert found == [[VisualGrid(0, 3, 2, 3)]]
+
+
 def test_a_run_of_placeholders_that_is_no_image_is_refused() -> None:
     config = LlavaConfig()
     config.vision_config.image_size, config.vision_config.patch_size = 48, 8

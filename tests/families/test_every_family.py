@@ -92,7 +92,13 @@ def test_gathered_is_masked_without_padding(kind: Kind) -> None:
 
 @with_videos
 def test_gathered_is_masked_with_videos(kind: Kind) -> None:
-    check_masked(kind, patched(kind), kind.build(), make(kind, kind.video_samples))
+    """And a batch of videos is its samples, with a cache or without."""
+    model, batch = patched(kind), make(kind, kind.video_samples)
+    check_masked(kind, model, kind.build(), batch)
+    answers = generate(model, batch.inputs, 3)
+    assert torch.equal(generate(model, batch.inputs, 3, use_cache=False), answers)
+    for answer, one in zip(answers, kind.video_samples, strict=True):
+        assert torch.equal(generate(model, make(kind, [one]).inputs, 3)[0, -3:], answer[-3:])
 
 
 @pytest.mark.slow
