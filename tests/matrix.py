@@ -75,7 +75,7 @@ def ask(python: Path, code: str) -> list[str]:
     return answer.stdout.splitlines()
 
 
-def run(version: str, pytest_options: list[str]) -> Path:
+def run(version: str) -> Path:
     """The families' tests on one version; returns their JUnit XML."""
     python = prepare(version)
     found = ask(python, "import transformers; print(transformers.__version__)")
@@ -83,7 +83,7 @@ def run(version: str, pytest_options: list[str]) -> Path:
         raise SystemExit(f"{python} runs transformers {found[0]}, not {version}: remove {FOLDER}.")
     xml = FOLDER / f"{version}.xml"
     xml.unlink(missing_ok=True)
-    options = ["-q", f"--junitxml={xml}", "-o", "junit_family=xunit1", *pytest_options]
+    options = ["-q", f"--junitxml={xml}", "-o", "junit_family=xunit1"]
     subprocess.run([python, "-m", "pytest", "tests/families", *options], cwd=ROOT)
     if not xml.exists():
         raise SystemExit(f"the tests on transformers {version} wrote no results.")
@@ -155,13 +155,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("versions", nargs="+", help="of transformers")
     parser.add_argument("--read-only", action="store_true", help="write the table of kept results")
-    parser.add_argument("--pytest", default="", help="further options of pytest")
     given = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     results = {}
     for version in given.versions:
         kept = FOLDER / f"{version}.xml"
-        results[version] = read(kept if given.read_only else run(version, given.pytest.split()))
+        results[version] = read(kept if given.read_only else run(version))
     from atp_patch.families import FAMILIES
 
     torch, *_ = ask(Path(sys.executable), "import torch; print(torch.__version__.split('+')[0])")
