@@ -5,7 +5,8 @@
 
 These methods do not ask what the question is, so an image is read once in each step and all its
 questions are asked on the small cache that is left; gradients go back through it. The forward is
-the model's own. `--resume` goes on from the checkpoint in `--out`.
+the model's own, without the decoder layers that add nothing: no bit of an answer hangs on those,
+unless they learn too (`--learn decoder`). `--resume` goes on from the checkpoint in `--out`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from atp_patch.builtin.forward import to_pixel_values
 from atp_patch.builtin.labels import IGNORE
 from atp_patch.builtin.losses import answered
 from atp_patch.builtin.score import TaskScore, table
+from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.builtin.tokens import BOS, IMAGE, PAD, USER, word_ids
 from atp_patch.training.learn import add_lora
 
@@ -64,7 +66,7 @@ def build(asked: argparse.Namespace) -> tuple[Any, Any]:
     atp_patch.patch_model(model, method=asked.method, keep=asked.keep, **options)
     model.requires_grad_(False)
     if asked.learn == "lora":
-        add_lora(model, asked.lora_rank, 2.0 * asked.lora_rank)
+        add_lora(model, asked.lora_rank, 2.0 * asked.lora_rank, leave_out=silent_layers(model))
     elif asked.learn == "decoder":
         model.get_decoder().requires_grad_(True)
         model.lm_head.requires_grad_(True)
@@ -103,13 +105,15 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
 def score(model: Any, questions: int, images: int) -> list[TaskScore]:
     """Exact answers by task on development scenes, as the built-in model's own score counts."""
     model.eval()
+    silent = silent_layers(model)
     spec = BatchSpec(images, tasks=TASKS, split="development")
     right, asked = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0)
     number = 0
     while min(asked.values()) < questions:
         batch = make_batch(spec, number)
         number += 1
-        hits = answered(*logits_of(model, batch))
+        with without(model, silent):
+            hits = answered(*logits_of(model, batch))
         for k, name in enumerate(TASKS):
             found = hits[torch.tensor(batch["task"]).flatten() == k][: questions - asked[name]]
             right[name] += int(found.sum())
@@ -120,6 +124,7 @@ def score(model: Any, questions: int, images: int) -> list[TaskScore]:
 def train(asked: argparse.Namespace) -> None:
     """The loop; writes a checkpoint now and then, and the adapter at the end."""
     model, processor = build(asked)
+    silent = () if asked.learn == "decoder" else silent_layers(model)
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not learned:
         raise SystemExit(f"--method {asked.method} learns nothing itself; give --learn lora.")
@@ -144,9 +149,10 @@ def train(asked: argparse.Namespace) -> None:
         raise SystemExit(f"{file} is there already: --resume goes on with it.")
     start, losses = time.time(), []
     for step, batch in enumerate(batches(BatchSpec(asked.images), first, asked.steps), first + 1):
-        loss = loss_of(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
+        with without(model, silent):
+            loss = loss_of(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()
         schedule.step()

@@ -35,7 +35,7 @@ def _last_linear(module: nn.Module | None) -> nn.Linear | None:
 
 
 @contextmanager
-def without(model: Any, silent: Iterable[int], scored: Iterable[int]) -> Iterator[None]:
+def without(model: Any, silent: Iterable[int], scored: Iterable[int] = ()) -> Iterator[None]:
     """The model without its silent layers, but for those in ``scored``."""
     layers = model.get_decoder().layers
     skipped = sorted(set(silent) - set(scored))
@@ -53,6 +53,6 @@ def _unchanged(
 ) -> Tensor:
     if past_key_values is not None:
         batch, tokens, _hidden = hidden_states.shape
-        nothing = hidden_states.new_empty(batch, 1, tokens, 0)
+        nothing = hidden_states.new_zeros(batch, 1, tokens, 1)
         past_key_values.update(nothing, nothing, number)  # the cache still counts the tokens
     return hidden_states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -79,11 +80,14 @@ def freeze(model: Any, freeze_lm: bool) -> None:
     tower.requires_grad_(False)
 
 
-def add_lora(model: Any, rank: int, alpha: float) -> None:
+def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = ()) -> None:
     """LoRA (Hu et al., 2021) on every linear layer of the decoder; the heads learn beside it.
 
     It is added inside the model (``model.add_adapter``): PEFT's own wrapper calls ``forward`` past
     the hooks that prune.
+
+    Args:
+        leave_out: decoder layers that get none.
 
     Raises:
         ConfigError: where PEFT is not installed.
@@ -99,9 +103,9 @@ def add_lora(model: Any, rank: int, alpha: float) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no add_adapter; LoRA needs a transformers model."
         )
-    inside = {
-        id(m) for m in require_patch(model).parts.layers.modules() if isinstance(m, nn.Linear)
-    }
+    layers = require_patch(model).parts.layers
+    chosen = [layer for number, layer in enumerate(layers) if number not in leave_out]
+    inside = {id(m) for layer in chosen for m in layer.modules() if isinstance(m, nn.Linear)}
     targets = [name for name, module in model.named_modules() if id(module) in inside]
     model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
     for name, parameter in model.named_parameters():  # PEFT has frozen all but its own
