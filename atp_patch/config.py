@@ -64,6 +64,7 @@ class PruningConfig:
         min_tokens, min_tokens_per_image: what every pruning layer leaves at least.
         base: the model it is for.
         rope_2d: whether visual tokens turn with row and column.
+        prune_marks: whether newline and class tokens, which stand in no grid, may go too.
     """
 
     method: str | None
@@ -76,6 +77,7 @@ class PruningConfig:
     options: dict[str, Any] = field(default_factory=dict)
     before: Stage | None = None
     rope_2d: bool = False
+    prune_marks: bool = False
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -96,6 +98,11 @@ class PruningConfig:
                 )
         if self.target_tokens is not None and not self.target_tokens > 0:
             raise BudgetError(f"target_tokens={self.target_tokens} must be above 0.")
+        if self.prune_marks and (self.rope_2d or self.before is not None):
+            raise ConfigError(
+                "prune_marks goes with methods that prune inside the decoder, without rope_2d: "
+                "marks have no row and column to turn with, and none to be merged by."
+            )
         if self.min_tokens < 0 or self.min_tokens_per_image < 0:
             raise ConfigError("min_tokens and min_tokens_per_image must be at least 0.")
 
@@ -206,7 +213,8 @@ class PruningConfig:
                 f"{source} has configuration version {version!r}; this atp_patch reads version "
                 f"{CONFIG_VERSION}. Install the atp_patch that wrote it, or save the adapter anew."
             )
-        data.setdefault("rope_2d", False)  # younger than the first adapters
+        for younger in ("rope_2d", "prune_marks"):  # than the first adapters
+            data.setdefault(younger, False)
         known = {entry.name for entry in fields(cls)}
         if set(data) != known:
             unknown, missing = sorted(set(data) - known), sorted(known - set(data))

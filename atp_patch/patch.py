@@ -50,6 +50,7 @@ def patch_model(
     min_tokens: int = 1,
     min_tokens_per_image: int = 0,
     rope_2d: bool | str = False,
+    prune_marks: bool = False,
     **options: Any,
 ) -> ModelT:
     """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
@@ -75,6 +76,8 @@ def patch_model(
             a decoder that learns it (ATP-LLaVA's pruning positional embedding): half of the rotary
             frequencies each, counted from the first token of the image, frame or tile. "force"
             also turns a frozen decoder's.
+        prune_marks: let newline and class tokens go too, which stand in no grid and are kept
+            otherwise. They then count as visual tokens; each column of them is an image by itself.
         options: fields of the method.
 
     Returns:
@@ -90,14 +93,16 @@ def patch_model(
     shape = decoder_shape(parts.config)
     base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
-    least = {
+    also = {
         "min_tokens": None if min_tokens == 1 else min_tokens,
         "min_tokens_per_image": min_tokens_per_image or None,
+        "rope_2d": rope_2d or None,
+        "prune_marks": prune_marks or None,
     }
     if rope_2d not in (False, True, "force"):
         raise ConfigError(f'rope_2d={rope_2d!r} is not True, False or "force".')
     if weights is not None:
-        given = (layers, method, keep, target_tokens, *least.values(), rope_2d or None)
+        given = (layers, method, keep, target_tokens, *also.values())
         if options or any(x is not None for x in given):
             raise ConfigError(
                 "weights bring layers, method, budget and options along; give weights alone."
@@ -109,7 +114,7 @@ def patch_model(
     else:
         before, inside = make_methods("atp" if method is None else method, dict(options))
         if isinstance(before, Compressor):
-            check_alone(keep=keep, target_tokens=target_tokens, rope_2d=rope_2d or None, **least)
+            check_alone(keep=keep, target_tokens=target_tokens, **also)
         places = _places(layers, inside, shape.num_layers)
         config = PruningConfig(
             method=None if inside is None else inside.name,
@@ -122,6 +127,7 @@ def patch_model(
             options={} if inside is None else inside.options(),
             before=None if before is None else Stage(before.name, before.options()),
             rope_2d=bool(rope_2d),
+            prune_marks=prune_marks,
         )
     if config.layers:
         kind.check_layers(model.config, config.layers)

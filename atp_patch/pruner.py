@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atp_patch.config import DEFAULT_SHARE, PruningConfig
 from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
+from atp_patch.families.marks import with_marks
 from atp_patch.maths import even_counts
 from atp_patch.methods import BeforeDecoder, Method, Shrinker
 from atp_patch.seam import (
@@ -69,7 +70,8 @@ class Patch:
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
         """Where the grids of each sample lie, as the family says."""
-        return self.family.grids(query)
+        found = self.family.grids(query)
+        return with_marks(found, query.spans) if self.config.prune_marks else found
 
     def check_budget(self, visual_tokens: int) -> None:
         """Raise BudgetError where no image of so many visual tokens could meet the budget."""
