@@ -15,6 +15,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp_patch.builtin import load_builtin
+from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import Calibration, calibrate
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ATPError, ConfigError, InputError
@@ -84,8 +85,10 @@ def train(settings: Settings, resume: bool = False) -> Path:
     set_seed(settings.seed)  # the heads' start, whatever loading drew
     _patch(model, settings)
     freeze(model, settings.freeze_lm)
+    # Not a bit of what is trained hangs on layers that add nothing, unless they learn too.
+    silent = silent_layers(model) if settings.model == BUILTIN and settings.freeze_lm else ()
     if settings.lora_rank:
-        add_lora(model, settings.lora_rank, settings.lora_alpha)
+        add_lora(model, settings.lora_rank, settings.lora_alpha, leave_out=silent)
     placeholders = family_of(model.config).placeholder_ids(model.config)
     encode = Encoder(processor, placeholders, settings.max_length)
     pad_id = processor.tokenizer.pad_token_id
@@ -108,16 +111,19 @@ def train(settings: Settings, resume: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings.to_dict(), indent=2)
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except (ATPError, KeyboardInterrupt) as error:
-        saved = trainer.save_now()
-        if saved is not None and isinstance(error, InputError):
-            mend = "mend it, or add --skip-bad, and go on with --resume."
-            raise InputError(f"{error} What was learned so far is in {saved}: {mend}") from error
-        raise
-    trainer.skipped |= set(source.problems)
-    return save(trainer, processor, source, calibrated(trainer))
+    scored = [layer - 1 for layer in require_patch(model).config.layers]
+    with without(model, silent, scored):
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (ATPError, KeyboardInterrupt) as error:
+            saved = trainer.save_now()
+            if saved is not None and isinstance(error, InputError):
+                mend = "mend it, or add --skip-bad, and go on with --resume."
+                raise InputError(f"{error} What was learned is in {saved}: {mend}") from error
+            raise
+        trainer.skipped |= set(source.problems)
+        calibration = calibrated(trainer)
+    return save(trainer, processor, source, calibration)
 
 
 def calibrated(trainer: PruningTrainer) -> Calibration | None:
