@@ -15,8 +15,9 @@ METADATA := setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m atp_patch.demo $(IMAGE) "$(QUESTION)"
 
+# One thread each: as many processes as there are cores share the files of tests.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # The families' tests on each of these versions of transformers; writes the table in README.md.
 MATRIX ?= 5.4.0 5.13.1 5.23.0
