@@ -45,6 +45,8 @@ def test_the_command_in_two_processes(folder: Path, tmp_path: Path, data: Writer
     flags = ["--model", folder, "--data", file, "--layers", "2,4,6", "--target-tokens", 12]
     flags += ["--batch-size", 4, "--steps", 2, "--log-every", 1, "--device", "cpu"]
     flags += ["--atp-lr", 1e-2, "--option", "lambda_target=0", "--lora-rank", 2, "--lr", 1e-3]
+    # Of a model whose scores are close to each other, rounding decides which shift is the nearest.
+    flags += ["--calibrate", 0]
     found = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
