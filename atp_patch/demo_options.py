@@ -6,10 +6,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
+from atp_patch.command_line import OneLineParser
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import DTYPES, first_line
 from atp_patch.methods import untrained_methods
@@ -19,16 +20,11 @@ DEFAULT_BUDGET = "a quarter of the image's"
 Number = TypeVar("Number", int, float)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(prog=PROG, description="Ask about an image, plain and pruned, side by side.")
+    parse = OneLineParser(
+        prog=PROG, description="Ask about an image, plain and pruned, side by side."
+    )
     add = parse.add_argument
     add("image", type=Path, metavar="IMAGE", help="an image file")
     add("question", metavar="QUESTION", help="a question about it")

@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from atp_patch.builtin import SPLITS
+from atp_patch.command_line import OneLineParser
 from atp_patch.errors import ConfigError
 from atp_patch.loading import DTYPES
 from atp_patch.methods import untrained_methods
@@ -17,16 +18,9 @@ PROG = "python -m atp_patch.evaluate"
 BUILTIN_MODEL = "builtin"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(
+    parse = OneLineParser(
         prog=PROG,
         description="Accuracy of pruned models against visual tokens, every method on the same "
         "questions. Random and uniform tokens, the unpruned model and the model without its image "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
+from atp_patch.command_line import OneLineParser
 from atp_patch.errors import ConfigError
 from atp_patch.training.settings import Settings
 
@@ -14,16 +15,9 @@ PROG = "python -m atp_patch.train"
 _COMMANDS = ("file", "resume")  # what is no setting
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line; flags that are not given are absent from what it parses."""
-    parse = _Parser(
+    parse = OneLineParser(
         prog=PROG,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
