@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
         type=_list(str),
         default=untrained_methods(),
         metavar="A[,B..]",
-        help="default: all that need no training; NAME@I+J+K prunes before layers of its own. "
-        "Differences are to the first",
+        help="default: all that need no training; NAME@I+J+K prunes before layers of its own, "
+        "FIRST/SECOND before the decoder and inside it. Differences are to the first",
     )
     add(
         "--budgets",

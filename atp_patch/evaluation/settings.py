@@ -12,7 +12,7 @@ from atp_patch.calibration import CONTROLS
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_method
+from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
 from atp_patch.patch import patch_model, require_patch, unpatch_model
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
@@ -26,9 +26,10 @@ class Setting:
     """One way to answer all questions.
 
     Attributes:
-        name: UNPRUNED, BLIND, a method's name, "adapter NAME", or DROPPED: the unpruned model up
-            to the layer in ``layers``, from which on it has no visual tokens.
-        options: of the method, sorted; ``layers``: before which it prunes.
+        name: UNPRUNED, BLIND, a method's name, two methods' as "FIRST/SECOND", "adapter NAME", or
+            DROPPED: the unpruned model up to the layer in ``layers``, from which on it has no
+            visual tokens.
+        options: of the method, or of the second, sorted; ``layers``: before which it prunes.
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
             method, or an adapter, decides by itself.
         seed: of what a method draws at random, None where it draws nothing.
@@ -58,8 +59,11 @@ class Setting:
     def identity(self) -> dict[str, Any]:
         """As plain data, for files: options with their defaults, the adapter by its hash alone."""
         data = asdict(self) | {"options": dict(self.options), "layers": list(self.layers)}
-        if self.name in available_methods():
-            data["options"] = make_method(self.name, dict(self.options)).options()
+        if set(_stages(self.name)) <= set(available_methods()):
+            before, inside = make_methods(_stages(self.name), dict(self.options))
+            if before is not None and inside is not None:
+                data["options_before"] = before.options()
+            data["options"] = (inside or before).options()  # type: ignore[union-attr]
             data["options"].pop("seed", None)
         del data["adapter"]
         if self.control is None:
@@ -88,7 +92,7 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
             options["seed"] = setting.seed
         target = None if setting.budget is None else setting.budget * visual_tokens
         layers = list(setting.layers) or None
-        patch_model(model, layers, setting.name, target_tokens=target, **options)
+        patch_model(model, layers, _stages(setting.name), target_tokens=target, **options)
     try:
         require_patch(model).check_budget(visual_tokens)
         yield model
@@ -120,7 +124,8 @@ def plan(
     """All settings, references first, then by budget; random and uniform are always among them.
 
     Args:
-        methods: names, each with layers of its own where it says so: "fastv@2", "atp@1+13+25".
+        methods: names, or pairs as "prumerge+/atp", each with layers of its own where it says so:
+            "fastv@2", "atp@1+13+25".
         options: given to every method that has them; "METHOD.NAME" goes to one method alone.
         layers: of methods without their own; the paper's, scaled to the decoder, by default.
         drop_from: layers from which on to leave out all visual tokens, one a setting.
@@ -140,12 +145,12 @@ def plan(
     limited: list[Setting] = []
     for name, places in dict.fromkeys(named):
         given = _options_of(name, options)
-        method = make_method(name, given)
-        known = {entry.name for entry in fields(method)}
-        drawn = range(seeds) if "seed" in known and "seed" not in given else [None]
-        base = Setting(name, tuple(sorted(given.items())), places)
-        inside = isinstance(method, Method)
-        drawn_each = [replace(base, layers=places if inside else (), seed=s) for s in drawn]
+        before, inside = make_methods(_stages(name), given)
+        method = inside or before
+        assert method is not None  # make_methods gives at least one
+        drawn = range(seeds) if "seed" in _fields_of(name) and "seed" not in given else [None]
+        base = Setting(name, tuple(sorted(given.items())), () if inside is None else places)
+        drawn_each = [replace(base, seed=s) for s in drawn]
         if not method.needs_budget:
             free += drawn_each
         if method.takes_budget:
@@ -177,17 +182,20 @@ def _adapter(spec: str) -> Setting:
 
 def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     name, _, places = spec.partition("@")
-    if name not in available_methods():
-        raise ConfigError(
-            f"--methods: there is no method {name!r}; there are {', '.join(available_methods())}."
-        )
-    cls = next(cls for cls in METHODS if cls.name == name)
-    if issubclass(cls, Compressor):
+    classes = []
+    for stage in _stages(name):
+        if stage not in available_methods():
+            known = ", ".join(available_methods())
+            raise ConfigError(f"--methods: there is no method {stage!r}; there are {known}.")
+        classes.append(next(cls for cls in METHODS if cls.name == stage))
+    if any(issubclass(cls, Compressor) for cls in classes):
         raise ConfigError(
             f"--methods {spec}: {name} is nothing before it is trained; give the folder of a "
             "trained one to --adapters."
         )
-    if places and not issubclass(cls, Method):
+    if len(classes) > 1:
+        make_methods(_stages(name), {})  # says which pairs there are
+    if places and not issubclass(classes[-1], Method):
         raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
     try:
         return name, tuple(int(p) for p in places.split("+")) if places else tuple(layers)
@@ -197,8 +205,14 @@ def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         ) from error
 
 
+def _stages(name: str) -> list[str]:
+    """The methods of "FIRST/SECOND", or the one."""
+    return name.split("/")
+
+
 def _fields_of(name: str) -> set[str]:
-    return {entry.name for cls in METHODS if cls.name == name for entry in fields(cls)}
+    last = _stages(name)[-1]
+    return {entry.name for cls in METHODS if cls.name == last for entry in fields(cls)}
 
 
 def _options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:

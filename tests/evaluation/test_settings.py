@@ -151,3 +151,27 @@ def test_layers_to_drop_from() -> None:
     for wrong in ("0", "4", "x"):
         with pytest.raises(ConfigError, match=f"--drop-from {wrong}: give layers from 1 to 3"):
             drop_layers([wrong], 4)
+
+
+def test_pairs_prune_before_and_inside(bench: Bench) -> None:
+    settings = [s for s in planned(["prumerge+/atp@3", "fixed"]) if s.name == "prumerge+/atp"]
+    assert [s.budget for s in settings] == [0.5, 0.25]
+    assert {s.layers for s in settings} == {(3,)}
+    identity = settings[0].identity()
+    assert identity["options"]["score_norm"] == "rank"
+    assert "neighbours" in identity["options_before"]
+    with applied(bench.model, settings[0], TOKENS):
+        config = require_patch(bench.model).config
+        assert (config.before.method, config.method) == ("prumerge+", "atp")
+        assert config.target_tokens == 0.5 * TOKENS
+    with pytest.raises(ConfigError, match="then one that prunes inside"):
+        planned(["atp/prumerge"])
+    with pytest.raises(ConfigError, match="no method 'pru'"):
+        planned(["pru/atp"])
+
+
+def test_options_of_a_pair_are_those_of_the_second() -> None:
+    settings = planned(["prumerge/random", "atp"], options={"score": "self"})
+    pairs = [s for s in settings if s.name == "prumerge/random"]
+    assert {s.seed for s in pairs} == {0, 1}
+    assert {s.options for s in pairs} == {()}
