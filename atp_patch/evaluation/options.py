@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         default=untrained_methods(),
         metavar="A[,B..]",
         help="default: all that need no training; NAME@I+J+K prunes before layers of its own, "
-        "FIRST/SECOND before the decoder and inside it. Differences are to the first",
+        "NAME:S+T has budgets of its own, FIRST/SECOND prunes before the decoder and inside it. "
+        "Differences are to the first",
     )
     add(
         "--budgets",

@@ -125,7 +125,7 @@ def plan(
 
     Args:
         methods: names, or pairs as "prumerge+/atp", each with layers of its own where it says so:
-            "fastv@2", "atp@1+13+25".
+            "fastv@2", "atp@1+13+25", and budgets: "atp:0.5+0.25", "atp@1+13+25:0.06".
         options: given to every method that has them; "METHOD.NAME" goes to one method alone.
         layers: of methods without their own; the paper's, scaled to the decoder, by default.
         drop_from: layers from which on to leave out all visual tokens, one a setting.
@@ -136,14 +136,15 @@ def plan(
     if layers is None:
         fits = num_layers > max(DEFAULT_LAYERS)
         layers = DEFAULT_LAYERS if fits else scaled_layers(num_layers)
-    named = [_parse(spec, layers) for spec in methods]
-    named += [(name, tuple(layers)) for name in BASELINES if name not in dict(named)]
-    _check_options(options, [name for name, _ in named])
+    named = [_parse(spec, layers, budgets) for spec in methods]
+    known = {name for name, _, _ in named}
+    named += [(name, tuple(layers), tuple(budgets)) for name in BASELINES if name not in known]
+    _check_options(options, [name for name, _, _ in named])
     settings = [Setting(UNPRUNED), Setting(BLIND)]
     settings += [Setting(DROPPED, layers=(layer,)) for layer in drop_from]
     free: list[Setting] = []
-    limited: list[Setting] = []
-    for name, places in dict.fromkeys(named):
+    limited: list[tuple[Setting, tuple[float, ...]]] = []
+    for name, places, shares in dict.fromkeys(named):
         given = _options_of(name, options)
         before, inside = make_methods(_stages(name), given)
         method = inside or before
@@ -154,12 +155,12 @@ def plan(
         if not method.needs_budget:
             free += drawn_each
         if method.takes_budget:
-            limited += drawn_each
+            limited += [(setting, shares) for setting in drawn_each]
     settings += [_adapter(spec) for spec in adapters]
     settings += free
-    for budget in budgets:
-        settings += [replace(setting, budget=budget) for setting in limited]
-    return settings
+    for budget in sorted({share for _, shares in limited for share in shares}, reverse=True):
+        settings += [replace(s, budget=budget) for s, shares in limited if budget in shares]
+    return list(dict.fromkeys(settings))
 
 
 def _adapter(spec: str) -> Setting:
@@ -180,8 +181,12 @@ def _adapter(spec: str) -> Setting:
     )
 
 
-def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    name, _, places = spec.partition("@")
+def _parse(
+    spec: str, layers: Sequence[int], budgets: Sequence[float]
+) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
+    """Name, layers and budgets of "NAME@LAYERS:BUDGETS"."""
+    rest, colon, shares = spec.partition(":")
+    name, _, places = rest.partition("@")
     classes = []
     for stage in _stages(name):
         if stage not in available_methods():
@@ -198,11 +203,23 @@ def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     if places and not issubclass(classes[-1], Method):
         raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
     try:
-        return name, tuple(int(p) for p in places.split("+")) if places else tuple(layers)
+        return (
+            name,
+            tuple(int(p) for p in places.split("+")) if places else tuple(layers),
+            tuple(_share(s) for s in shares.split("+")) if colon else tuple(budgets),
+        )
     except ValueError as error:
         raise ConfigError(
-            f"--methods {spec}: after @ come layers, as in {name}@1+13+25."
+            f"--methods {spec}: after @ come layers, and after : shares above 0 and at most 1, as "
+            f"in {name}@1+13+25:0.5+0.25."
         ) from error
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise ValueError(f"{text} is no share")
+    return share
 
 
 def _stages(name: str) -> list[str]:

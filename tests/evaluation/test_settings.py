@@ -175,3 +175,15 @@ def test_options_of_a_pair_are_those_of_the_second() -> None:
     pairs = [s for s in settings if s.name == "prumerge/random"]
     assert {s.seed for s in pairs} == {0, 1}
     assert {s.options for s in pairs} == {()}
+
+
+def test_budgets_of_a_methods_own() -> None:
+    settings = planned(["atp:0.5", "atp@1+4:0.06+0.25", "fixed"])
+    found = {(s.layers, s.budget) for s in settings if s.name == "atp"}
+    assert found == {((4, 14, 24), 0.5), ((1, 4), 0.06), ((1, 4), 0.25)}
+    budgets = [s.budget for s in settings if s.budget is not None]
+    assert budgets == sorted(budgets, reverse=True)
+    assert len(settings) == len(set(settings))
+    for wrong in ("atp:0", "atp:1.5", "atp:half", "atp@x"):
+        with pytest.raises(ConfigError, match="after @ come layers, and after : shares"):
+            planned([wrong])
