@@ -110,7 +110,8 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     done = sum(file.has(e.task, e.number) for _, file in runs for e in examples)
     with progress(len(runs) * len(examples), done) as advance:
         run(bench, runs, tasks, args.split, work, visual_tokens, advance)
-    return summarize(measured, tasks, examples, model.config.get_text_config().num_hidden_layers)
+    depth = model.config.get_text_config().num_hidden_layers
+    return summarize(measured, tasks, examples, depth, args.split)
 
 
 def write(rows: Sequence[Row], args: argparse.Namespace) -> str:

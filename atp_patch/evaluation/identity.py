@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import atp_patch
+from atp_patch.evaluation.lora import LORA_FILES
 
 _PACKAGE = Path(atp_patch.__file__).parent
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
@@ -71,12 +72,17 @@ def processor_hash(processor: Any) -> str:
     return short_hash([json.dumps(said, sort_keys=True, default=str).encode()])
 
 
-def adapter_hash(source: str) -> str:
-    """Of an adapter's files; of its name where it is not a folder."""
+def adapter_hash(source: str, lora: str | None = None) -> str:
+    """Of an adapter's files, and of those of the LoRA beside it; of its name where it is not a
+    folder.
+    """
     folder = Path(source)
     if not folder.is_dir():
         return short_hash([source.encode()])
-    return folder_hash(folder, ["atp_config.json", "atp_model.safetensors"])
+    found = folder_hash(folder, ["atp_config.json", "atp_model.safetensors"])
+    if lora is None:
+        return found
+    return short_hash([found.encode(), folder_hash(Path(lora), LORA_FILES).encode()])
 
 
 def versions() -> dict[str, str]:

@@ -65,8 +65,9 @@ def parser() -> argparse.ArgumentParser:
         type=_list(str),
         default=[],
         metavar="A[,B..]",
-        help="saved adapters; A~mean and A~shuffled are their controls: learned thresholds' mean, "
-        "or those of another question, at the same average on questions of the split train",
+        help="saved adapters, or what training left (adapter and LoRA); A~mean and A~shuffled are "
+        "their controls: learned thresholds' mean, or those of another question, at the same "
+        "average on questions of the split train",
     )
     add(
         "--tasks",

@@ -41,6 +41,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
             ("frontier", frontier(members)),
             ("tasks", frontier_by_task(members)),
             ("kept", kept_by_layer(members)),
+            ("objects", kept_by_stratum(members)),
             ("depth", by_depth(members)),
         ):
             if figure is not None:
@@ -133,6 +134,40 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
         axes.set_visible(False)
     places[0].legend(fontsize=5)
     return figure
+
+
+def kept_by_stratum(rows: Sequence[Row]) -> Any:
+    """Visual tokens that enter the decoder and each pruning layer against the number of objects in
+    the picture, a panel a setting whose number of tokens depends on the picture; or None.
+    """
+    adaptive = [row for row in rows if _varies(row)]
+    if not adaptive:
+        return None
+    columns = min(_COLUMNS, len(adaptive))
+    height = math.ceil(len(adaptive) / columns)
+    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
+    places = [axes for line in grid for axes in line]
+    for axes, row in zip(places, adaptive, strict=False):
+        for layer in next(iter(row.strata.values())).entering:
+            means = [stratum.entering[layer] for stratum in row.strata.values()]
+            axes.plot(list(row.strata), means, label=f"enter layer {layer}", marker=".", lw=1)
+        budget = "" if row.setting.budget is None else f" {row.setting.budget:g}"
+        axes.set_title(f"{row.setting.name}{budget}", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("objects in the picture", fontsize=8)
+        axes.set_ylabel("visual tokens", fontsize=8)
+        axes.legend(fontsize=5)
+    for axes in places[len(adaptive) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _varies(row: Row) -> bool:
+    """Whether pruning leaves more of some pictures than of others."""
+    if row.setting.is_reference or row.setting.name == DROPPED:
+        return False
+    kinds = [tuple(stratum.entering.values()) for stratum in row.strata.values()]
+    return any(kind != kinds[0] for kind in kinds)
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -87,6 +87,11 @@ def scene_image(kind: str, split: str, number: int) -> Image.Image:
     return scene.image if change is None else change(scene)
 
 
+def scene_objects(kind: str, split: str, number: int) -> int:
+    """How many objects a scene of a set has."""
+    return len(_scene(kind, split, number).objects)
+
+
 def scene_examples(kind: str, task: str, split: str, count: int) -> list[Example]:
     """The first ``count`` questions of a task, one a scene at most, scenes in order.
 
@@ -115,5 +120,6 @@ for _set in SETS.values():
                 group=_set.name,
                 examples=partial(scene_examples, _set.name, _task),
                 image=partial(scene_image, _set.name),
+                stratum=partial(scene_objects, _set.name),
             )
         )

@@ -12,6 +12,7 @@ from atp_patch.calibration import CONTROLS
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
+from atp_patch.evaluation.lora import merged
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
 from atp_patch.patch import patch_model, require_patch, unpatch_model
 
@@ -33,7 +34,8 @@ class Setting:
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
             method, or an adapter, decides by itself.
         seed: of what a method draws at random, None where it draws nothing.
-        adapter: folder or Hub id, and the hash of its files.
+        adapter: folder or Hub id, and the hash of its files; ``lora``: folder of what was trained
+            beside it, or None.
         control: which thresholds stand in for the adapter's own, or None.
     """
 
@@ -45,6 +47,7 @@ class Setting:
     adapter: str | None = None
     adapter_hash: str | None = None
     control: str | None = None
+    lora: str | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -65,7 +68,7 @@ class Setting:
                 data["options_before"] = before.options()
             data["options"] = (inside or before).options()  # type: ignore[union-attr]
             data["options"].pop("seed", None)
-        del data["adapter"]
+        del data["adapter"], data["lora"]
         if self.control is None:
             del data["control"]
         return {"method": data.pop("name"), **data}
@@ -95,7 +98,8 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
         patch_model(model, layers, _stages(setting.name), target_tokens=target, **options)
     try:
         require_patch(model).check_budget(visual_tokens)
-        yield model
+        with merged(model, setting.lora):
+            yield model
     finally:
         unpatch_model(model)
 
@@ -164,7 +168,10 @@ def plan(
 
 
 def _adapter(spec: str) -> Setting:
-    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls."""
+    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls. The folder is an
+    adapter's, or one that holds ``adapter`` and, where that learned, ``lora``, as training leaves
+    it.
+    """
     source, tilde, control = spec.rpartition("~")
     if not tilde or Path(spec).is_dir():
         source, control = spec, ""
@@ -173,11 +180,21 @@ def _adapter(spec: str) -> Setting:
             f"--adapters {spec}: after ~ comes one of {', '.join(CONTROLS)}, as in "
             f"{source}~{CONTROLS[0]}."
         )
+    name, folder, lora = Path(spec).name, source, None
+    if (Path(source) / "adapter").is_dir():
+        if (Path(source) / "model").is_dir():
+            raise ConfigError(
+                f"--adapters {spec}: its model learned too; give --model {source}/model --adapters "
+                f"{source}/adapter."
+            )
+        folder = str(Path(source) / "adapter")
+        lora = str(Path(source) / "lora") if (Path(source) / "lora").is_dir() else None
     return Setting(
-        f"adapter {Path(spec).name}",
-        adapter=source,
-        adapter_hash=adapter_hash(source),
+        f"adapter {name}",
+        adapter=folder,
+        adapter_hash=adapter_hash(folder, lora),
         control=control or None,
+        lora=lora,
     )
 
 

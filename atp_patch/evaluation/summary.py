@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,19 @@ DRAWS, DRAW_SEED = 2000, 0
 
 
 @dataclass
+class Stratum:
+    """Questions about pictures of one kind, over all tasks of a group.
+
+    Attributes:
+        accuracy: mean score; ``entering``: as in ``Row``.
+    """
+
+    questions: int
+    accuracy: float
+    entering: dict[int, float]
+
+
+@dataclass
 class Row:
     """What a setting reached on a group of tasks.
 
@@ -36,6 +50,7 @@ class Row:
         average_tokens: visual tokens averaged over all decoder layers and questions, as measured;
             ``tokens``: by task.
         entering: task -> layer -> mean visual tokens that enter it, at 0 and each pruning layer.
+        strata: what ``Task.stratum`` says of the picture -> the questions about such pictures.
         by_seed: mean accuracy of each seed.
         unreachable: why the budget cannot be met; then nothing else is known.
         run: header of the run, for the record.
@@ -53,6 +68,7 @@ class Row:
     average_tokens: float = float("nan")
     tokens: dict[str, float] = field(default_factory=dict)
     entering: dict[str, dict[int, float]] = field(default_factory=dict)
+    strata: dict[int, Stratum] = field(default_factory=dict)
     by_seed: list[float] = field(default_factory=list)
     unreachable: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +96,7 @@ class Row:
             "accuracy_by_seed": self.by_seed,
             "tokens_by_task": self.tokens,
             "tokens_entering": self.entering,
+            "strata": {kind: asdict(stratum) for kind, stratum in self.strata.items()},
             "bootstrap": {"draws": DRAWS, "seed": DRAW_SEED, "unit": "image"},
         }
 
@@ -101,6 +118,7 @@ def summarize(
     tasks: Sequence[Task],
     examples: Sequence[Example],
     num_layers: int,
+    split: str,
     draws: int = DRAWS,
 ) -> list[Row]:
     """Rows of every group of tasks, settings in the order given; the unpruned one is among them.
@@ -108,6 +126,7 @@ def summarize(
     Args:
         examples: the questions that count; files may hold more.
         num_layers: of the decoder.
+        split: of the examples.
     """
     rows: list[Row] = []
     for group in dict.fromkeys(task.group for task in tasks):
@@ -138,6 +157,7 @@ def summarize(
                 for name, other in _rivals(m.setting, pooled).items()
             }
             _count_tokens(row, m, asked, num_layers)
+            row.strata = _strata(m, [task for task in tasks if task.group == group], asked, split)
     return rows
 
 
@@ -180,3 +200,23 @@ def _count_tokens(
         row.entering[task] = dict(zip(starts, counts.mean(0).tolist(), strict=True))
         totals += averages.tolist()
     row.average_tokens = float(np.mean(totals))
+
+
+def _strata(
+    measured: Measured, tasks: Sequence[Task], asked: dict[str, list[int]], split: str
+) -> dict[int, Stratum]:
+    """Answers told apart by what their pictures show."""
+    found: dict[int, list[Answer]] = defaultdict(list)
+    for task in tasks:
+        if task.stratum is not None:
+            for number in asked[task.name]:
+                answers = [file.answers[task.name][number] for file in measured.files]
+                found[task.stratum(split, number)] += answers
+    strata = {}
+    starts = [0, *measured.layers]
+    for kind, answers in sorted(found.items()):
+        counts = np.array([a.entering for a in answers], dtype=np.float64).mean(0)
+        accuracy = float(np.mean([a.score for a in answers]))
+        entering = dict(zip(starts, counts.tolist(), strict=True))
+        strata[kind] = Stratum(len(answers) // len(measured.files), accuracy, entering)
+    return strata

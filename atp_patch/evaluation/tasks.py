@@ -49,6 +49,8 @@ class Task:
         exact: whether ``score`` asks for the true answer and nothing else, so that it may be found
             without generating (see ``answers``).
         loose: scores models that were not made for the task's words: they may write "Red.".
+        stratum: (split, number) -> what results are also told apart by, the number of objects in
+            the picture, for example; None where there is nothing.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Task:
     score: Callable[[str, str], float] = exact_match
     exact: bool = True
     loose: Callable[[str, str], float] = loose_match
+    stratum: Callable[[str, int], int] | None = None
 
 
 _TASKS: dict[str, Task] = {}

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from atp_patch.evaluation.plots import by_depth, draw_all, frontier, kept_by_layer
+from atp_patch.evaluation.plots import (
+    by_depth,
+    draw_all,
+    frontier,
+    kept_by_layer,
+    kept_by_stratum,
+)
 from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED, Setting
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.store import Answer, RunFile
@@ -34,7 +40,15 @@ def none(*_: object) -> list[Example]:
     return []
 
 
-TASKS = [Task("small", "fake", none, none), Task("large", "fake", none, none)]  # type: ignore[arg-type]
+def parity(split: str, number: int) -> int:
+    assert split == "test"
+    return number % 2
+
+
+TASKS = [
+    Task("small", "fake", none, none, stratum=parity),  # type: ignore[arg-type]
+    Task("large", "fake", none, none, stratum=parity),  # type: ignore[arg-type]
+]
 EXAMPLES = [Example("small", n, "?", "!") for n in (0, 1, 2, 5)]
 EXAMPLES += [Example("large", n, "?", "!") for n in (1, 5)]
 FAST = {"layers": (1, 2), "budget": 0.5}
@@ -68,7 +82,7 @@ def rows() -> list[Row]:
         ),
         Measured(Setting("fastv", layers=(1, 2), budget=0.1), (), (), (1, 2), "too low", RUN),
     ]
-    return summarize(measured, TASKS, EXAMPLES, LAYERS, draws=50)
+    return summarize(measured, TASKS, EXAMPLES, LAYERS, "test", draws=50)
 
 
 def test_numbers_by_hand(rows: list[Row]) -> None:
@@ -158,7 +172,7 @@ def test_plots_hold_every_setting(rows: list[Row], tmp_path: Path) -> None:
     assert list(lines["large"]) == [40, 15, 3]
     written = draw_all(rows, tmp_path)
     assert [p.name for p in written] == [
-        f"fake-{name}.png" for name in ("frontier", "tasks", "kept")
+        f"fake-{name}.png" for name in ("frontier", "tasks", "kept", "objects")
     ]
     assert all(p.stat().st_size > 1000 for p in written)
 
@@ -174,3 +188,26 @@ def test_the_plot_by_depth_runs_from_blind_to_unpruned(rows: list[Row], tmp_path
     assert list(lines["small"].get_ydata()) == wanted
     assert "mean" in lines
     assert "fake-depth.png" in [p.name for p in draw_all(members, tmp_path)]
+
+
+def test_strata_by_hand(rows: list[Row]) -> None:
+    fastv, random = rows[2], rows[3]
+    # small: 0 2 | 1 5 with scores 1 0 | 1 1; large: 1 5 with scores 1 1.
+    even, odd = fastv.strata[0], fastv.strata[1]
+    assert (even.questions, even.accuracy) == (2, 0.5)
+    assert (odd.questions, odd.accuracy) == (4, 1.0)
+    assert even.entering == {0: 40, 1: 10, 2: 2}
+    assert odd.entering == {0: 40, 1: 12.5, 2: 2.5}
+    # Two seeds are two answers to one question: small 1100 and 1001, large 01 and 00.
+    assert (random.strata[0].questions, random.strata[0].accuracy) == (2, 0.5)
+    assert (random.strata[1].questions, random.strata[1].accuracy) == (4, 3 / 8)
+    assert fastv.to_json()["strata"][1]["questions"] == 4
+
+
+def test_the_plot_by_objects_shows_what_varies(rows: list[Row]) -> None:
+    figure = kept_by_stratum(rows)
+    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["fastv 0.5"]
+    (line, *_) = figure.axes[0].lines[1:]
+    assert list(line.get_xdata()) == [0, 1]
+    assert list(line.get_ydata()) == [10, 12.5]
+    assert kept_by_stratum([row for row in rows if row.setting.name == "random"]) is None
