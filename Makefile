@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-matrix test-slow lint types format clean
+.PHONY: demo test test-matrix test-slow results lint types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -26,6 +26,10 @@ test-matrix: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# Everything in results/, by hours of work; killed, it goes on where it was.
+results: $(VENV)/.installed-eval
+	PYTHON=$(BIN)/python results/run.sh
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Measures everything that docs/results.md reads. A killed run goes on where it was.
+#   results/run.sh [builtin|shifted|depth|dynamic]...      (default: all of them)
+# PYTHON is the interpreter; the folder that results go to may be given as OUT.
+set -eu
+PYTHON=${PYTHON:-python}
+OUT=${OUT:-$(dirname "$0")}
+EVALUATE="$PYTHON -m atp_patch.evaluate"
+
+# Inside the decoder: at 6 % of the tokens the first layer must be an early one.
+with_layers() {
+    for name in atp fixed fastv sparsevlm random uniform prumerge+/atp; do
+        printf '%s:0.5+0.25+0.15,' "$name"
+        [ "$1" = - ] || printf '%s@%s:0.06,' "$name" "$1"
+    done
+}
+BEFORE=prumerge,prumerge+,downsample
+
+builtin() {
+    $EVALUATE --methods "$(with_layers 1+4+14)$BEFORE" --budgets 0.5,0.25,0.15,0.06 \
+        --questions 500 --seeds 3 --out "$OUT/builtin"
+}
+shifted() {
+    $EVALUATE --methods atp,fixed,fastv,sparsevlm,prumerge+,downsample --budgets 0.25 \
+        --tasks dense,slanted,offgrid,shades --questions 200 --seeds 3 --out "$OUT/shifted"
+}
+depth() {
+    $EVALUATE --methods atp --budgets 0.25 --drop-from all --questions 200 --seeds 1 \
+        --out "$OUT/depth"
+}
+dynamic() {
+    $EVALUATE --model builtin-dynamic --methods "$(with_layers -)$BEFORE" \
+        --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
+}
+
+[ $# -gt 0 ] || set -- builtin shifted depth dynamic
+for part in "$@"; do "$part"; done
