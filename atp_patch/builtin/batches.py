@@ -22,11 +22,11 @@ from atp_patch.builtin.labels import (
     side_labels,
 )
 from atp_patch.builtin.questions import ask
-from atp_patch.builtin.scenes import IMAGE_PX, SceneConfig, make_scene, scene_rng
-from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, encode, word_ids
+from atp_patch.builtin.scenes import IMAGE_PX, Layout, Question, SceneConfig, make_scene, scene_rng
+from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, USER, encode, word_ids
 from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
-TEXT_LENGTH = 13
+TEXT_LENGTH = 15
 """Tokens of the longest question with its answer and `</s>`."""
 
 Batch = dict[str, NDArray[np.generic]]
@@ -42,6 +42,10 @@ class BatchSpec:
     questions: int = 12
     tasks: tuple[str, ...] = (*TASKS, "count", "ocr", "relation", "exist", "common", "size")
     """Tried in this order after a shuffle, until there are `questions` of them."""
+    pair_share: float = 0.0
+    """Share of the questions that follow another one and its answer: `USER:` stands between."""
+    first_counts: bool = True
+    """Whether the first answer of such a pair is a target too."""
     with_patch_labels: bool = False
     with_owners: bool = False
     """Whether to say which patches show what a token of a question names."""
@@ -54,17 +58,19 @@ class BatchSpec:
 def make_batch(spec: BatchSpec, number: int) -> Batch:
     """Batch `number`: pixels (images, 192, 192, 3) uint8 and, for each image and view, questions.
 
-    `ids` and `targets` are (images * views, questions, TEXT_LENGTH): question, `ASSISTANT:`,
-    answer, `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE.
-    `nouns` is (images * views, questions, TEXT_LENGTH, NOUN_FIELDS); `task` is the index in TASKS.
+    `ids` and `targets` are (images * views, questions, length): question, `ASSISTANT:`, answer,
+    `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE. With pairs
+    there is room for two of these and `USER:` between them; `task` is then that of the second.
+    `nouns` is (images * views, questions, length, NOUN_FIELDS); `task` is the index in TASKS.
     `owners` is (images, 576); `gaze` is (images * views, questions, TEXT_LENGTH, 2): owners, a
     bit each, that a noun names, and those that the token before a sign's character should see.
-    `sides` is (images * views, questions, TEXT_LENGTH, SIDE_FIELDS and HOLDS_FIELDS), told at the
-    second noun of a question; `back` is (images * views, questions, TEXT_LENGTH), how many tokens
+    `sides` is (images * views, questions, length, SIDE_FIELDS and HOLDS_FIELDS), told at the
+    second noun of a question; `back` is (images * views, questions, length), how many tokens
     before that noun the first one stands, 0 elsewhere. `cores` is (images, 576).
     """
     rows = spec.images * spec.views
-    shape = (rows, spec.questions, TEXT_LENGTH)
+    length = 2 * TEXT_LENGTH + 1 if spec.pair_share else TEXT_LENGTH
+    shape = (rows, spec.questions, length)
     batch: Batch = {
         "pixels": np.zeros((spec.images, IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8),
         "ids": np.full(shape, word_ids()[PAD]),
@@ -74,8 +80,8 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         "back": np.zeros(shape, dtype=np.int64),
         "task": np.full(shape[:2], IGNORE),
     }
+    batch["gaze"] = np.zeros((*shape, 2), dtype=np.int32)
     labels, owners, cores, places = [], [], [], []
-    gaze = np.zeros((*shape, 2), dtype=np.int32)
     for i in range(spec.images):
         index = spec.offset + number * spec.images + i
         scene = make_scene(spec.split, index, spec.scenes, tasks=())
@@ -90,30 +96,47 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
             row = i * spec.views + view
             rng = scene_rng(spec.split, index, 3 + view)
             order = [spec.tasks[int(k)] for k in rng.permutation(len(spec.tasks))]
-            asked = ask(scene.layout, rng, tuple(order))[: spec.questions]
-            for j, question in enumerate(asked):
-                prompt = [*encode(question.text), word_ids()[ASSISTANT]]
-                answer = [*encode(question.answer), word_ids()[EOS]]
-                length = len(prompt) + len(answer)
-                batch["ids"][row, j, :length] = prompt + answer
-                batch["targets"][row, j, len(prompt) - 1 : length - 1] = answer
-                batch["task"][row, j] = TASKS.index(question.task)
-                for k, values, named in noun_labels(question.text, scene.layout):
-                    batch["nouns"][row, j, k] = values
-                    gaze[row, j, k, 0] = named
-                pair = side_labels(question.text, scene.layout)
-                if pair is not None:
-                    first, second, sides = pair
-                    batch["sides"][row, j, second] = sides
-                    batch["back"][row, j, second] = second - first
-                if question.task == "ocr":
-                    for place in range(len(answer) - 1):
-                        gaze[row, j, len(prompt) - 1 + place, 1] = 1 << (MAX_OBJECTS + place)
+            asked = list(ask(scene.layout, rng, tuple(order)))
+            for j in range(spec.questions):
+                if not asked:
+                    break
+                second = len(asked) > 1 and rng.random() < spec.pair_share
+                _write(batch, (row, j), scene.layout, [asked.pop(0) for _ in range(1 + second)])
+                if second and not spec.first_counts:
+                    until = int((batch["ids"][row, j] == word_ids()[USER]).argmax())
+                    batch["targets"][row, j, :until] = IGNORE
     if spec.with_patch_labels:
         batch |= {"labels": np.stack(labels), "places": np.stack(places)}
     if spec.with_owners:
-        batch |= {"owners": np.stack(owners), "cores": np.stack(cores), "gaze": gaze}
+        batch |= {"owners": np.stack(owners), "cores": np.stack(cores)}
     return batch
+
+
+def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Question]) -> None:
+    """Write questions with their answers, one after the other, into a slot of a batch."""
+    at = 0
+    for turn in turns:
+        if at:
+            batch["ids"][(*slot, at)] = word_ids()[USER]
+            at += 1
+        asked = [*encode(turn.text), word_ids()[ASSISTANT]]
+        answer = [*encode(turn.answer), word_ids()[EOS]]
+        reply, stop = at + len(asked), at + len(asked) + len(answer)
+        batch["ids"][(*slot, slice(at, stop))] = asked + answer
+        batch["targets"][(*slot, slice(reply - 1, stop - 1))] = answer
+        batch["task"][slot] = TASKS.index(turn.task)
+        for k, values, named in noun_labels(turn.text, layout):
+            batch["nouns"][(*slot, at + k)] = values
+            batch["gaze"][(*slot, at + k, 0)] = named
+        pair = side_labels(turn.text, layout)
+        if pair is not None:
+            first, second, sides = pair
+            batch["sides"][(*slot, at + second)] = sides
+            batch["back"][(*slot, at + second)] = second - first
+        if turn.task == "ocr":
+            for place in range(len(answer) - 1):
+                batch["gaze"][(*slot, reply - 1 + place, 1)] = 1 << (MAX_OBJECTS + place)
+        at = stop
 
 
 def _work(job: tuple[BatchSpec, int]) -> Batch:

@@ -93,7 +93,10 @@ def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
         step = int(file.metadata()["step"])
     for part, module in (("model.", learner.model), ("heads.", learner.heads)):
         values = {k[len(part) :]: v for k, v in stored.items() if k.startswith(part)}
-        # A stage may have a head that the stage before had not.
+        if part == "heads.":
+            # A stage may have a head that the stage before had not, or one with more classes.
+            shapes = {k: v.shape for k, v in module.state_dict().items()}
+            values = {k: v for k, v in values.items() if shapes.get(k) == v.shape}
         module.load_state_dict(values, strict=part == "model.")
     if with_optimizers:
         for n, optimizer in enumerate(learner.optimizers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from atp_patch.builtin.batches import BatchSpec
@@ -54,8 +54,10 @@ class Stage:
     task_weight: Mapping[str, float] = field(default_factory=dict)
 
 
+# At first fewer objects and no plates that only look like signs.
+_PLAIN = SceneConfig(max_objects=6, plate_share=0.0)
 # Denser than what the model is asked about: more to learn from a picture.
-_DENSE = SceneConfig(min_objects=3, max_objects=8, sign_share=0.9)
+_DENSE = SceneConfig(min_objects=3, max_objects=8, sign_share=0.9, plate_share=0.0)
 
 _SLOW = ("count", "relation", "common", "shape", "colour")
 """Tasks that are learned last."""
@@ -71,7 +73,13 @@ def _at_once(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:
         tasks=(*TASKS, *_SLOW, *_SLOW, *more),
         offset=offset,
         with_owners=True,
+        scenes=_PLAIN,
     )
+
+
+def _conversations(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:
+    """The same of all scenes; a third of the questions follow another one."""
+    return replace(_at_once(offset, more), questions=16, pair_share=0.34, scenes=SceneConfig())
 
 
 STAGES: tuple[Stage, ...] = (
@@ -105,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
         name="strided",
         kind="shallow",
         steps=300,
-        batch=BatchSpec(images=4, views=2, offset=1_000_000, with_owners=True),
+        batch=BatchSpec(images=4, views=2, offset=1_000_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.02,
         adam_rate=0.002,
         warm_up=30,
@@ -118,7 +126,7 @@ STAGES: tuple[Stage, ...] = (
         name="strided-slow",
         kind="shallow",
         steps=101,
-        batch=BatchSpec(images=4, views=2, offset=1_100_000, with_owners=True),
+        batch=BatchSpec(images=4, views=2, offset=1_100_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.01,
         adam_rate=0.002,
         warm_up=10,
@@ -131,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
         name="gaze",
         kind="shallow",
         steps=282,
-        batch=BatchSpec(images=4, views=2, offset=1_200_000, with_owners=True),
+        batch=BatchSpec(images=4, views=2, offset=1_200_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.012,
         adam_rate=0.002,
         warm_up=10,
@@ -160,7 +168,7 @@ STAGES: tuple[Stage, ...] = (
         name="gaze-place",
         kind="shallow",
         steps=198,
-        batch=BatchSpec(images=4, views=2, offset=1_300_000, with_owners=True),
+        batch=BatchSpec(images=4, views=2, offset=1_300_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.012,
         adam_rate=0.002,
         warm_up=20,
@@ -175,7 +183,7 @@ STAGES: tuple[Stage, ...] = (
         name="gaze-slow",
         kind="shallow",
         steps=352,
-        batch=BatchSpec(images=8, views=2, offset=1_400_000, with_owners=True),
+        batch=BatchSpec(images=8, views=2, offset=1_400_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.005,
         adam_rate=0.001,
         warm_up=5,
@@ -190,7 +198,12 @@ STAGES: tuple[Stage, ...] = (
         kind="shallow",
         steps=420,
         batch=BatchSpec(
-            images=8, views=2, offset=1_500_000, with_owners=True, with_patch_labels=True
+            images=8,
+            views=2,
+            offset=1_500_000,
+            with_owners=True,
+            with_patch_labels=True,
+            scenes=_PLAIN,
         ),
         muon_rate=0.005,
         adam_rate=0.001,
@@ -207,7 +220,7 @@ STAGES: tuple[Stage, ...] = (
         name="words",
         kind="shallow",
         steps=466,
-        batch=BatchSpec(images=8, views=2, offset=1_600_000, with_owners=True),
+        batch=BatchSpec(images=8, views=2, offset=1_600_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.006,
         adam_rate=0.001,
         warm_up=10,
@@ -221,7 +234,7 @@ STAGES: tuple[Stage, ...] = (
         name="relate",
         kind="shallow",
         steps=700,
-        batch=BatchSpec(images=8, views=2, offset=1_800_000, with_owners=True),
+        batch=BatchSpec(images=8, views=2, offset=1_800_000, with_owners=True, scenes=_PLAIN),
         muon_rate=0.006,
         adam_rate=0.001,
         warm_up=10,
@@ -279,7 +292,6 @@ STAGES: tuple[Stage, ...] = (
         tally_weight=0.5,
         task_weight=_LATE_WEIGHT,
     ),
-    # Nothing but answers: at which depth they are found is the model's own from here on.
     Stage(
         name="free",
         kind="shallow",
@@ -288,6 +300,35 @@ STAGES: tuple[Stage, ...] = (
         muon_rate=0.005,
         adam_rate=0.0008,
         warm_up=20,
+        decay=400,
+        task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
+    ),
+    # Up to 8 objects, plates that say nothing, more ways to ask, second questions.
+    Stage(
+        name="wide",
+        kind="shallow",
+        steps=400,
+        batch=_conversations(offset=2_000_000, more=("count", "count", "common")),
+        muon_rate=0.005,
+        adam_rate=0.001,
+        tower_rate=0.3,
+        warm_up=20,
+        decay=1,
+        noun_weight=0.5,
+        gaze_weight=0.05,
+        tally_weight=0.5,
+        task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
+    ),
+    # Nothing but answers: at which depth they are found is the model's own from here on.
+    Stage(
+        name="wide-free",
+        kind="shallow",
+        steps=500,
+        batch=_conversations(offset=2_100_000, more=("count", "count", "common")),
+        muon_rate=0.005,
+        adam_rate=0.0008,
+        tower_rate=0.2,
+        warm_up=10,
         decay=400,
         task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
     ),
