@@ -1,5 +1,6 @@
 """Fewer visual tokens through the decoder of a Hugging Face vision-language model, in one line."""
 
+from atp_patch.calibration import Calibration, calibrate, controlled, threshold_control
 from atp_patch.config import PruningConfig, scaled_layers
 from atp_patch.errors import (
     ATPError,
@@ -32,6 +33,7 @@ __all__ = [
     "ATPError",
     "BudgetError",
     "CacheError",
+    "Calibration",
     "ConfigError",
     "Decision",
     "InputError",
@@ -45,7 +47,9 @@ __all__ = [
     "VisualCache",
     "WeightsError",
     "available_methods",
+    "calibrate",
     "compress",
+    "controlled",
     "disabled",
     "last_trace",
     "parameter_groups",
@@ -54,5 +58,6 @@ __all__ = [
     "save_pretrained",
     "scaled_layers",
     "supported_families",
+    "threshold_control",
     "unpatch_model",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from atp_patch.config import PruningConfig
 from atp_patch.errors import ConfigError, UnsupportedModelError
-from atp_patch.families import Family
+from atp_patch.families import FAMILIES, Family
 from atp_patch.methods import Compressor
 from atp_patch.pruner import IGNORED, Patch
 from atp_patch.seam import Parts, VoCoPass, VoCoSeam, decoder_shape
@@ -116,9 +116,10 @@ def check_compressible(family: Family, config: Any) -> None:
     elif family.late_layers(config):
         why = "it adds visual features inside its decoder"
     if why is not None:
+        able = ", ".join(f.name for f in FAMILIES if f.compressible)
         raise UnsupportedModelError(
-            f"VoCo tokens cannot be put into this {config.model_type} model: {why}. Any method "
-            "that prunes inside the decoder works here."
+            f"VoCo tokens cannot be put into this {config.model_type} model: {why}. Families that "
+            f"take them: {able}. Any method that prunes inside the decoder works here."
         )
 
 

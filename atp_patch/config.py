@@ -94,8 +94,8 @@ class PruningConfig:
                 )
         if self.target_tokens is not None and not self.target_tokens > 0:
             raise BudgetError(f"target_tokens={self.target_tokens} must be above 0.")
-        if self.min_tokens < 1 or self.min_tokens_per_image < 0:
-            raise ConfigError("min_tokens must be at least 1 and min_tokens_per_image at least 0.")
+        if self.min_tokens < 0 or self.min_tokens_per_image < 0:
+            raise ConfigError("min_tokens and min_tokens_per_image must be at least 0.")
 
     def _check_layers(self) -> None:
         last = self.base.num_layers - 1

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from atp_patch.bench.measure import compare
+from atp_patch.bench.measure import Contender, compare
 from atp_patch.builtin import load_builtin
 from atp_patch.demo_options import PROG, check, parser, patch_settings
 from atp_patch.errors import ATPError, ConfigError
@@ -99,8 +99,15 @@ def run(args: argparse.Namespace) -> Report:
         pictures = as_seen(image, inputs, processor, trace)
         _write(overlay(pictures, trace), args.overlay)
     runs = RUNS if seconds < SLOW_SECONDS else SLOW_RUNS
-    found = compare(model, dict(inputs), runs=runs, decode_tokens=DECODE_TOKENS)
-    times = Times.of(found, runs, DECODE_TOKENS)
+    found = compare(
+        model,
+        [Contender("plain", lambda: disabled(model), prunes=False), Contender("pruned")],
+        dict(inputs),
+        runs=runs,
+        decode_tokens=DECODE_TOKENS,
+        with_overhead=False,
+    )
+    times = Times.of(found["plain"], found["pruned"], runs, DECODE_TOKENS)
     return Report.of(args, model, trace, (plain, pruned), times)
 
 

@@ -29,7 +29,7 @@ from atp_patch.methods import (
     make_method,
     make_methods,
 )
-from atp_patch.pruner import IGNORED, Patch, tower_of
+from atp_patch.pruner import IGNORED, Patch, follows_budget, tower_of
 from atp_patch.seam import Parts, decoder_shape, locate
 from atp_patch.trace import PruningTrace
 
@@ -82,8 +82,13 @@ def patch_model(
     shape = decoder_shape(parts.config)
     base = BaseModel(family.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
+    least = {
+        "min_tokens": None if min_tokens == 1 else min_tokens,
+        "min_tokens_per_image": min_tokens_per_image or None,
+    }
     if weights is not None:
-        if options or any(x is not None for x in (layers, method, keep, target_tokens)):
+        given = (layers, method, keep, target_tokens, *least.values())
+        if options or any(x is not None for x in given):
             raise ConfigError(
                 "weights bring layers, method, budget and options along; give weights alone."
             )
@@ -94,7 +99,7 @@ def patch_model(
     else:
         before, inside = make_methods("atp" if method is None else method, dict(options))
         if isinstance(before, Compressor):
-            check_alone(keep=keep, target_tokens=target_tokens)
+            check_alone(keep=keep, target_tokens=target_tokens, **least)
         places = _places(layers, inside, shape.num_layers)
         config = PruningConfig(
             method=None if inside is None else inside.name,
@@ -115,7 +120,7 @@ def patch_model(
     elif before is not None:
         tower = tower_of(family, model.config, before, config)
     total = family.visual_tokens(model.config)
-    if total is not None and before is None and inside is not None and inside.needs_budget:
+    if total is not None and before is None and follows_budget(inside, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
     if isinstance(before, Compressor):
@@ -250,6 +255,6 @@ def _build_heads(
     if heads is None:
         return None
     if tensors:
-        heads.load_state_dict(tensors)
+        heads.load_state_dict(tensors, assign=True)  # they may be on no device yet
     weight = next(parts.layers[config.layers[0]].parameters())
     return heads if weight.is_meta else heads.to(weight.device)

@@ -47,11 +47,15 @@ class Patch:
         self.parts, self.family, self.method, self.config = parts, family, method, config
         self.before, self.heads, self.tower = before, heads, tower
         self.layers = config.layers
-        self.min_per_image = config.min_tokens_per_image
+        self.minimum = {
+            "min_tokens": config.min_tokens,
+            "min_per_image": config.min_tokens_per_image,
+        }
         self.visual_token_ids = family.placeholder_ids(parts.model.config)
         self.causal, self.newline = family.causal, family.newline
         self.learned = heads is not None
         self.ignored_before = parts.model.__dict__.get(IGNORED)
+        self.control: nn.Module | None = None  # stands in for the heads
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)
 
@@ -61,18 +65,17 @@ class Patch:
 
     def check_budget(self, visual_tokens: int) -> None:
         """Raise BudgetError where no image of so many visual tokens could meet the budget."""
-        if self.method is not None and self.method.needs_budget:
+        if follows_budget(self.method, self.config):
             self.config.counts(visual_tokens)
 
     def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
         """What prunes before the decoder, on the vision tower."""
         if self.before is None or self.tower is None:
             return None
-        base, counts = self.parts.base, self.group_counts
+        base, counts, least = self.parts.base, self.group_counts, self._least_of_group
         if isinstance(self.before, Shrinker):
-            return ShrinkHooks(base, self.tower, self.before.grid, counts, active)
-        merge = self.before.merge
-        return MergeHooks(base, self.tower, merge, counts, self._least_of_group, active)
+            return ShrinkHooks(base, self.tower, self.before.grid, counts, least, active)
+        return MergeHooks(base, self.tower, self.before.merge, counts, least, active)
 
     @property
     def _least_of_group(self) -> int:
@@ -129,7 +132,7 @@ class Patch:
 
     def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
         """How many visual tokens the budget leaves each sample at a pruning layer."""
-        if self.method is None or not self.method.needs_budget:
+        if not follows_budget(self.method, self.config):
             return None
         samples = zip(run.layout.grids, run.entered, run.left, strict=True)
         return tuple(
@@ -140,7 +143,7 @@ class Patch:
     def decide(self, view: View) -> Decision:
         """The method's choice."""
         assert self.method is not None
-        return self.method.decide(view, self.heads)
+        return self.method.decide(view, self.heads if self.control is None else self.control)
 
     def finished(self, run: Prefill) -> None:
         """Note what a forward pass with images did."""
@@ -185,6 +188,14 @@ class Patch:
         parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
         self.trace = replace(self.trace, losses=parts)
         return terms
+
+
+def follows_budget(method: Method | None, config: PruningConfig) -> bool:
+    """Whether a method inside the decoder keeps the budget's counts, rather than its own."""
+    if method is None:
+        return False
+    given = config.keep is not None or config.target_tokens is not None
+    return method.needs_budget or (method.takes_budget and given)
 
 
 def needs_budget(method: BeforeDecoder | None) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from atp_patch.bench.measure import Comparison
+from atp_patch.bench.measure import Measured
 from atp_patch.patch import require_patch
 from atp_patch.trace import PruningTrace
 
@@ -53,16 +53,17 @@ class Times:
     decode_tokens: int
 
     @classmethod
-    def of(cls, found: Comparison, runs: int, decode_tokens: int) -> Times:
-        """The medians of a comparison."""
-        plain, pruned = found.decode_plain.median_ms, found.decode_pruned.median_ms
+    def of(cls, plain: Measured, pruned: Measured, runs: int, decode_tokens: int) -> Times:
+        """The medians of both."""
+        prefill = plain.prefill.median_ms, pruned.prefill.median_ms
+        decode = plain.decode.median_ms, pruned.decode.median_ms
         return cls(
-            prefill_ms_plain=found.prefill_plain.median_ms,
-            prefill_ms=found.prefill_pruned.median_ms,
-            prefill_speedup=found.prefill_speedup,
-            decode_ms_plain=plain,
-            decode_ms=pruned,
-            decode_speedup=plain / pruned,
+            prefill_ms_plain=prefill[0],
+            prefill_ms=prefill[1],
+            prefill_speedup=prefill[0] / prefill[1],
+            decode_ms_plain=decode[0],
+            decode_ms=decode[1],
+            decode_speedup=decode[0] / decode[1],
             runs=runs,
             decode_tokens=decode_tokens,
         )

@@ -131,14 +131,15 @@ class View:
         slot, slot_valid: (B, V) places of the surviving visual tokens among the ``L'``; their place
             among the ``K`` keys is ``slot + key_offset``.
         token: (B, V) which of the sample's visual tokens each is (a column of the layout).
-        text, text_valid: (B, T) places of the text rows that count, among the ``L'``.
+        text, text_valid: (B, T) places of the text rows that count, among the ``L'``;
+            ``text_position`` in the sequence.
         last: (B,) place of the last prompt token, among the ``L'``.
         layout: the visual tokens before any pruning.
         counts: for each sample, how many visual tokens the budget leaves here; None without a
             budget.
         sample_key: (B,) int64 drawn from each sample's own text tokens, so that seeded randomness
             differs between samples and does not depend on the batch.
-        min_per_image: visual tokens that every image keeps at least.
+        min_tokens, min_per_image: visual tokens that every sample, every image keeps at least.
         learning: the decision needs a ``soft`` mask.
         embeds: (B, L, D) what entered the decoder, all tokens in their places.
         unrotated: gives query (B, H, L', d) and key (B, Hk, L', d) of this forward pass before
@@ -157,10 +158,12 @@ class View:
     token: Tensor
     text: Tensor
     text_valid: Tensor
+    text_position: Tensor
     last: Tensor
     layout: Layout
     counts: tuple[int, ...] | None
     sample_key: Tensor
+    min_tokens: int = 1
     min_per_image: int = 0
     learning: bool = False
     embeds: Tensor | None = None
@@ -183,6 +186,20 @@ class View:
 
 
 @dataclass(frozen=True)
+class Recycled:
+    """Kept tokens that take in others: what they carry on is a sum of hidden states.
+
+    Attributes:
+        column: (B, C) int64 over the view's visual tokens, kept ones; ``valid`` (B, C) bool.
+        weight: (B, C, V) float32 of each visual token's hidden state.
+    """
+
+    column: Tensor
+    valid: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class Decision:
     """What a method decided before one layer.
 
@@ -193,6 +210,7 @@ class Decision:
         scores: name -> (B, V) float32.
         thresholds: name -> (B,) float32.
         soft: (B, V) float32, where the view asks for learning: 1 kept, 0 not, with a gradient.
+        recycled: which kept tokens take in others; None: none does.
     """
 
     keep: Tensor
@@ -200,6 +218,7 @@ class Decision:
     scores: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     soft: Tensor | None = None
+    recycled: Recycled | None = None
 
 
 @dataclass(frozen=True)

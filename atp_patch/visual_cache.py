@@ -54,7 +54,9 @@ class VisualCache:
         """Bytes of keys and values."""
         return sum(t.nbytes for t in (*self.held.keys, *self.held.values))
 
-    def inputs(self, model: nn.Module, question: Mapping[str, Tensor] | Tensor) -> dict[str, Any]:
+    def inputs(
+        self, model: nn.Module, question: Mapping[str, Tensor] | Tensor, beams: int = 1
+    ) -> dict[str, Any]:
         """Arguments of ``model(...)`` or ``model.generate(...)`` for text that follows.
 
         ``generate`` returns the question and the answer, without what was compressed.
@@ -64,6 +66,8 @@ class VisualCache:
             question: ids (B, T), or a tokenizer's ``input_ids`` and ``attention_mask``, padded on
                 the left; without special tokens in front. One compressed prompt takes any number
                 of questions.
+            beams: sequences that ``generate`` makes of each question: its ``num_beams``, or its
+                ``num_return_sequences`` where it samples.
 
         Raises:
             WeightsError: where another model made the cache.
@@ -86,7 +90,7 @@ class VisualCache:
             "input_ids": ids,
             "attention_mask": torch.cat([earlier, mask], dim=1),
             "position_ids": for_model(start[..., None] + count),
-            "past_key_values": self.held.cache(repeats),
+            "past_key_values": self.held.cache(repeats * beams),
         }
 
     def save(self, file: str | Path) -> None:

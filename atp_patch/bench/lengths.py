@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from atp_patch.bench.measure import Inputs, Times, time_prefill
-from atp_patch.patch import disabled
+from atp_patch.bench.clock import Times
+from atp_patch.bench.measure import Contender, Inputs, time_prefill
 from atp_patch.trace import PruningTrace
 
 
@@ -25,7 +25,7 @@ class SameLengths:
 
     Attributes:
         layer_lengths: tokens that each decoder layer sees in the pruned pass.
-        plain: prefill of the plain model at each of these lengths, all layers.
+        plain: the plain model's decoder at each of these lengths, all layers.
         pruned: the pruned prefill, in turns with those.
     """
 
@@ -46,12 +46,12 @@ class SameLengths:
 
 
 def time_same_lengths(
-    model: nn.Module, inputs: Inputs, trace: PruningTrace, *, runs: int
+    model: nn.Module, contender: Contender, inputs: Inputs, trace: PruningTrace, *, runs: int
 ) -> SameLengths:
-    """Time the patched model in turns with the plain one on text of its layers' lengths.
+    """Time a contender in turns with the plain model on text of its layers' lengths.
 
     Args:
-        model: a patched model; ``inputs`` are on its device and give ``trace``.
+        model: the plain model; ``inputs`` are on its device and give ``trace`` when patched.
         runs: timed rounds, after one of warm-up.
     """
     lengths = layer_lengths(trace)
@@ -60,10 +60,10 @@ def time_same_lengths(
     with torch.inference_mode():
         for run in range(runs + 1):
             keep = run > 0
-            _note(pruned, time_prefill(model, inputs), keep)
-            with disabled(model):
-                for length, times in plain.items():
-                    _note(times, time_prefill(model, _text(inputs, length)), keep)
+            with contender.applied():
+                _note(pruned, time_prefill(model, inputs), keep)
+            for length, times in plain.items():
+                _note(times, time_prefill(model, _text(inputs, length)), keep)
     return SameLengths(lengths, plain, pruned)
 
 

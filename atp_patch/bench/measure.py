@@ -1,11 +1,9 @@
-"""Timing plain and pruned passes in turns, in one process."""
+"""Timing several ways to run one model in turns, in one process."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,165 +11,157 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from atp_patch.patch import disabled, last_trace, require_patch
+from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.patch import last_trace, patch_model, require_patch, unpatch_model
 from atp_patch.trace import PruningTrace
 
 Inputs = dict[str, Tensor]
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the model, within ``applied()``."""
+
+    name: str
+    applied: Callable[[], AbstractContextManager[None]] = nullcontext
+    prunes: bool = True
+
+
+def patched(model: nn.Module, name: str, settings: dict[str, Any]) -> Contender:
+    """A plain model with a patch of these settings put on, and taken off after each round."""
+
+    @contextmanager
+    def applied() -> Iterator[None]:
+        patch_model(model, **settings)
+        try:
+            yield
+        finally:
+            unpatch_model(model)
+
+    return Contender(name, applied)
 
 
 @dataclass
-class Times:
-    """Milliseconds of the same work, run by run."""
-
-    values_ms: list[float] = field(default_factory=list)
-
-    @property
-    def median_ms(self) -> float:
-        """The median of the runs."""
-        return statistics.median(self.values_ms)
-
-    @property
-    def quartiles_ms(self) -> tuple[float, float]:
-        """Lower and upper quartile."""
-        if len(self.values_ms) < 2:
-            return self.values_ms[0], self.values_ms[0]
-        low, _, high = statistics.quantiles(self.values_ms, n=4, method="inclusive")
-        return low, high
-
-
-@dataclass
-class Comparison:
-    """What :func:`compare` found.
+class Measured:
+    """What was measured of one contender.
 
     Attributes:
-        prefill_plain, prefill_pruned: forward passes up to the next token's logits.
-        decode_plain, decode_pruned: one token each, on the cache of such a prefill.
+        prefill: forward passes up to the next token's logits (time to first token); of each,
+            ``vision`` is the tower's and the projector's part, ``decoder`` the rest.
+        decode: one token each, on the cache of such a prefill.
         overhead: scoring, choosing and gathering of one pruned prefill, timed in runs of its own.
-        kv_bytes_plain, kv_bytes_pruned: measured from the caches.
+        kv_bytes: measured from the cache.
         trace: of the last pruned pass.
     """
 
-    prefill_plain: Times
-    prefill_pruned: Times
-    decode_plain: Times
-    decode_pruned: Times
-    overhead: Times
-    kv_bytes_plain: int
-    kv_bytes_pruned: int
-    trace: PruningTrace
-
-    @property
-    def prefill_speedups(self) -> list[float]:
-        """Plain over pruned for each pair of neighbouring runs."""
-        pairs = zip(self.prefill_plain.values_ms, self.prefill_pruned.values_ms, strict=True)
-        return [plain / pruned for plain, pruned in pairs]
-
-    @property
-    def prefill_speedup(self) -> float:
-        """Ratio of medians."""
-        return self.prefill_plain.median_ms / self.prefill_pruned.median_ms
-
-    @property
-    def flops_ratio(self) -> float:
-        """Plain over pruned FLOPs of the decoder's prefill."""
-        return self.trace.flops_plain / self.trace.flops
-
-    @property
-    def efficiency(self) -> float:
-        """Prefill speed-up over FLOPs ratio: 1 means that every FLOP saved is time saved."""
-        return self.prefill_speedup / self.flops_ratio
-
-    @property
-    def overhead_share(self) -> float:
-        """Share of the pruned prefill that goes into scoring, choosing and gathering."""
-        return self.overhead.median_ms / self.prefill_pruned.median_ms
+    prefill: Times = field(default_factory=Times)
+    vision: Times = field(default_factory=Times)
+    decoder: Times = field(default_factory=Times)
+    decode: Times = field(default_factory=Times)
+    overhead: Times = field(default_factory=Times)
+    kv_bytes: int = 0
+    peak_bytes: int | None = None
+    trace: PruningTrace | None = None
 
 
-def compare(model: nn.Module, inputs: Inputs, *, runs: int, decode_tokens: int) -> Comparison:
-    """Time a patched model against itself with pruning off, alternating.
+def compare(
+    model: nn.Module,
+    contenders: Sequence[Contender],
+    inputs: Inputs,
+    *,
+    runs: int,
+    decode_tokens: int,
+    with_overhead: bool = True,
+) -> dict[str, Measured]:
+    """Time contenders in turns.
 
     Args:
-        model: a patched model; ``inputs`` are on its device.
-        runs: timed pairs, after one pair of warm-up.
+        inputs: on the model's device.
+        runs: timed rounds, after one of warm-up.
         decode_tokens: tokens decoded after each prefill (0: none are timed).
+        with_overhead: whether to time scoring, choosing and gathering too, in further runs.
     """
-    prefill = {"plain": Times(), "pruned": Times()}
-    decode = {"plain": Times(), "pruned": Times()}
-    stored: dict[str, int] = {}
+    found = {contender.name: Measured() for contender in contenders}
+    device = inputs["input_ids"].device
     with torch.inference_mode():
         for run in range(runs + 1):
-            for kind in ("plain", "pruned"):
-                with _kind(model, kind):
-                    prefill_ms, decode_ms, cache = _one(model, inputs, decode_tokens)
+            for contender in contenders:
+                one = found[contender.name]
+                reset_peak(device)
+                with contender.applied():
+                    passed = _prefill(model, inputs)
+                    steps = _decode(model, inputs, passed, decode_tokens)
+                    if contender.prunes:
+                        one.trace = last_trace(model)
+                one.peak_bytes, one.kv_bytes = peak_bytes(device), cache_bytes(passed.cache)
                 if run:
-                    prefill[kind].values_ms.append(prefill_ms)
-                    decode[kind].values_ms += decode_ms
-                stored[kind] = cache_bytes(cache)
-                del cache
-        overhead = Times()
-        for _ in range(runs):
-            with timed_seam(model) as spent:
-                _one(model, inputs, 0)
-            overhead.values_ms.append(sum(spent))
-    return Comparison(
-        prefill["plain"],
-        prefill["pruned"],
-        decode["plain"],
-        decode["pruned"],
-        overhead,
-        stored["plain"],
-        stored["pruned"],
-        last_trace(model),
-    )
+                    _note(one, passed, steps)
+        for contender in (c for c in contenders if c.prunes and with_overhead):
+            for _ in range(runs):
+                with contender.applied(), timed_seam(model) as spent:
+                    _prefill(model, inputs)
+                    found[contender.name].overhead.values_ms.append(spent())
+    return found
 
 
-@contextmanager
-def _kind(model: nn.Module, kind: str) -> Iterator[None]:
-    if kind == "pruned":
-        yield
-    else:
-        with disabled(model):
-            yield
+@dataclass(frozen=True)
+class _Prefill:
+    total_ms: float
+    vision_ms: float
+    logits: Tensor
+    cache: DynamicCache
 
 
-def _one(model: Any, inputs: Inputs, decode_tokens: int) -> tuple[float, list[float], DynamicCache]:
-    """One prefill and some decoding steps: milliseconds, milliseconds a token, the cache."""
-    prefill_ms, output, cache = _prefill(model, inputs)
-    mask, decode_ms = inputs["attention_mask"], []
-    token = output.logits[:, -1].argmax(-1, keepdim=True)
-    position = mask.sum(1, keepdim=True)
-    for step in range(decode_tokens):
+def _note(one: Measured, passed: _Prefill, steps: list[float]) -> None:
+    one.prefill.values_ms.append(passed.total_ms)
+    one.vision.values_ms.append(passed.vision_ms)
+    one.decoder.values_ms.append(passed.total_ms - passed.vision_ms)
+    one.decode.values_ms += steps
+
+
+def _prefill(model: Any, inputs: Inputs) -> _Prefill:
+    device = inputs["input_ids"].device
+    cache = DynamicCache(config=model.config.get_text_config())
+    with _timed(_base(model), ("get_image_features",), device) as vision_ms:
+        start = mark(device)
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        total_ms = between_ms(start, mark(device))
+        return _Prefill(total_ms, vision_ms(), output.logits[:, -1], cache)
+
+
+def _decode(model: Any, inputs: Inputs, passed: _Prefill, tokens: int) -> list[float]:
+    mask, times = inputs["attention_mask"], []
+    token = passed.logits.argmax(-1, keepdim=True)
+    for _ in range(tokens):
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        before = _now(token.device)
+        start = mark(token.device)
         output = model(
             input_ids=token,
             attention_mask=mask,
-            position_ids=position + step,
-            past_key_values=cache,
+            past_key_values=passed.cache,
             use_cache=True,
+            **_positions(model, mask),
         )
-        decode_ms.append(_now(token.device) - before)
+        times.append(between_ms(start, mark(token.device)))
         token = output.logits[:, -1].argmax(-1, keepdim=True)
-    return prefill_ms, decode_ms, cache
+    return times
 
 
-def _prefill(model: Any, inputs: Inputs) -> tuple[float, Any, DynamicCache]:
-    cache = DynamicCache(config=model.config.get_text_config())
-    before = _now(inputs["input_ids"].device)
-    output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return _now(inputs["input_ids"].device) - before, output, cache
+def _positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Position ids of the token behind a prompt where the model does not find them itself: with
+    M-RoPE, as ``generate`` does.
+    """
+    deltas = getattr(_base(model), "rope_deltas", None)
+    if deltas is None:
+        return {}
+    return {"position_ids": (mask.sum(1, keepdim=True) - 1 + deltas).expand(3, -1, -1)}
 
 
 def time_prefill(model: nn.Module, inputs: Inputs) -> float:
-    """Milliseconds of one forward pass up to the next token's logits."""
-    return _prefill(model, inputs)[0]
-
-
-def _now(device: torch.device) -> float:
-    """Milliseconds on a clock, once everything given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1000
+    """Milliseconds of the decoder in one forward pass up to the next token's logits."""
+    passed = _prefill(model, inputs)
+    return passed.total_ms - passed.vision_ms
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -180,31 +170,43 @@ def cache_bytes(cache: DynamicCache) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@contextmanager
-def timed_seam(model: nn.Module) -> Iterator[list[float]]:
-    """Collect the milliseconds that the patch itself takes in a forward pass: everything it does.
+def _base(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix)
 
-    The device is waited for around each piece, so a pass runs slower than it would otherwise.
+
+@contextmanager
+def timed_seam(model: nn.Module) -> Iterator[Callable[[], float]]:
+    """Yields what gives the milliseconds that the patch itself took: everything it does but
+    reading the vision tower's attention, which is part of the vision time.
     """
     seam = require_patch(model).seam
-    device = next(model.parameters()).device
-    spent: list[float] = []
+    names = [name for name in ("begin", "before_layer", "finish") if hasattr(seam, name)]
+    with _timed(seam, names, next(model.parameters()).device) as spent:
+        yield spent
+
+
+@contextmanager
+def _timed(owner: Any, names: Sequence[str], device: torch.device) -> Iterator[Callable[[], float]]:
+    """Time every call of some methods of an object; yields the sum in milliseconds."""
+    marks: list[tuple[Any, Any]] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = _now(device)
+            start = mark(device)
             try:
                 return function(*args, **kwargs)
             finally:
-                spent.append(_now(device) - before)
+                marks.append((start, mark(device)))
 
         return call
 
-    names = ("begin", "before_layer", "finish")
+    before = {name: owner.__dict__.get(name) for name in names}
     for name in names:
-        setattr(seam, name, timed(getattr(seam, name)))
+        owner.__dict__[name] = timed(getattr(owner, name))
     try:
-        yield spent
+        yield lambda: sum(between_ms(start, end) for start, end in marks)
     finally:
-        for name in names:
-            delattr(seam, name)
+        for name, function in before.items():
+            del owner.__dict__[name]
+            if function is not None:
+                owner.__dict__[name] = function

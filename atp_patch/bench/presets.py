@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
 )
 
-_IMAGE_TOKEN = 32000
+from atp_patch.errors import ConfigError
+
+Size = tuple[int, int]
+"""Width and height of an image in pixels."""
+
+_FIRST_WORD, _PLACEHOLDER = 10, 9
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A LLaVA-1.5 shape: decoder sizes and 24 x 24 visual tokens.
+class Depth:
+    """How many layers are built."""
 
-    The vision tower is a stub of one narrow layer, so that what is timed is the decoder.
+    decoder: int
+    tower: int
+
+
+@dataclass(frozen=True)
+class Preset(ABC):
+    """Sizes of a decoder; subclasses know the vision tower and the inputs of its family.
+
+    Attributes:
+        image: width and height in pixels where none are given.
+        tower_layers: of the vision tower.
     """
 
     hidden_size: int
@@ -29,74 +50,232 @@ class Preset:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    grid: int = 24
-    vocab_size: int = 32064
+    vocab_size: int
+    image: Size
+    tower_layers: int
 
-    def build(self, decoder_layers: int | None, attention: str) -> nn.Module:
-        """A model of this shape with random weights, on the CPU in float32.
+    @abstractmethod
+    def config(self, depth: Depth) -> Any:
+        """The family's configuration in this shape."""
+
+    @abstractmethod
+    def visual_tokens(self, image: Size) -> int:
+        """Placeholders of one image.
+
+        Raises:
+            ConfigError: where the model takes no image of this size.
+        """
+
+    @abstractmethod
+    def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images as the model's processor would hand them over."""
+
+    def depth(self, scale: float) -> Depth:
+        """Layers of decoder and tower at a share of the full depth, two at least.
+
+        Raises:
+            ConfigError: where ``scale`` is not above 0 and at most 1.
+        """
+        if not 0 < scale <= 1:
+            raise ConfigError(f"--scale {scale:g}: give a share of the layers, above 0, at most 1.")
+        return Depth(*(max(2, round(scale * n)) for n in (self.num_layers, self.tower_layers)))
+
+    def build(self, scale: float, attention: str, device: str, dtype: torch.dtype) -> nn.Module:
+        """A model with random weights.
 
         Args:
-            decoder_layers: fewer layers than the shape has, for small machines; None for all.
+            scale: share of the layers, of decoder and tower.
             attention: "sdpa", "eager" or "flash_attention_2".
         """
-        vision = CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            image_size=self.grid * 14,
-            patch_size=14,
-        )
-        text = LlamaConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.mlp_size,
-            num_hidden_layers=decoder_layers or self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=4096,
-        )
-        config = LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=_IMAGE_TOKEN,
-            vision_feature_layer=-1,
-            image_seq_length=self.grid**2,
-        )
-        config._attn_implementation = attention
-        return LlavaForConditionalGeneration(config).eval()
+        with torch.device(device):
+            model: nn.Module = AutoModelForImageTextToText.from_config(
+                self.config(self.depth(scale)), dtype=dtype, attn_implementation=attention
+            )
+        return model.to(device).eval()
 
-    def inputs(self, batch_size: int, prompt_tokens: int, seed: int) -> dict[str, Tensor]:
+    def inputs(
+        self, image: Size, batch_size: int, prompt_tokens: int, seed: int
+    ) -> dict[str, Tensor]:
         """One image and ``prompt_tokens`` text tokens a sample, a tenth of them before the
         image.
         """
         generator = torch.Generator().manual_seed(seed)
-        text = torch.randint(3, _IMAGE_TOKEN, (batch_size, prompt_tokens), generator=generator)
+        shape = (batch_size, prompt_tokens)
+        text = torch.randint(_FIRST_WORD, self.vocab_size, shape, generator=generator)
         before = prompt_tokens // 10
-        image = torch.full((batch_size, self.grid**2), _IMAGE_TOKEN)
-        ids = torch.cat([text[:, :before], image, text[:, before:]], dim=1)
-        side = self.grid * 14
-        pixels = torch.randn(batch_size, 3, side, side, generator=generator)
+        places = torch.full((batch_size, self.visual_tokens(image)), _PLACEHOLDER)
+        ids = torch.cat([text[:, :before], places, text[:, before:]], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return given | self.pixels(image, batch_size, generator)
+
+    def _text(self, depth: Depth) -> dict[str, Any]:
         return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": pixels,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.mlp_size,
+            "num_hidden_layers": depth.decoder,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": 32768,
         }
 
 
+@dataclass(frozen=True)
+class _Tiled(Preset):
+    """Square images of one size, or tiles of it.
+
+    Attributes:
+        side: of a tile in pixels.
+        tower_sizes: hidden size, MLP size, heads.
+    """
+
+    side: int = 336
+
+    patch: int = 14
+    tower_sizes: tuple[int, int, int] = (1024, 4096, 16)
+
+    def tiles(self, image: Size) -> int:
+        """Pictures that the tower gets of one image."""
+        if image != (self.side, self.side):
+            raise ConfigError(
+                f"--image {image[0]}x{image[1]}: this model takes {self.side}x{self.side}."
+            )
+        return 1
+
+    def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images as the model's processor would hand them over."""
+        shape = (batch_size * self.tiles(image), 3, self.side, self.side)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+
+
+class LlavaPreset(_Tiled):
+    """LLaVA-1.5: CLIP ViT-L/14 at 336 x 336 pixels, 576 visual tokens."""
+
+    def config(self, depth: Depth) -> Any:
+        """As the base class says."""
+        hidden, mlp, heads = self.tower_sizes
+        vision = CLIPVisionConfig(
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=depth.tower,
+            num_attention_heads=heads,
+            image_size=self.side,
+            patch_size=self.patch,
+        )
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**self._text(depth)),
+            image_token_id=_PLACEHOLDER,
+            image_seq_length=self.visual_tokens(self.image),
+        )
+
+    def visual_tokens(self, image: Size) -> int:
+        """Placeholders of one image."""
+        return self.tiles(image) * (self.side // self.patch) ** 2
+
+
+class InternVLPreset(_Tiled):
+    """InternVL: tiles of 448 x 448 pixels, 256 visual tokens each, and one of the whole image
+    where there are several.
+    """
+
+    def config(self, depth: Depth) -> Any:
+        """As the base class says."""
+        hidden, mlp, heads = self.tower_sizes
+        vision = InternVLVisionConfig(
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=depth.tower,
+            num_attention_heads=heads,
+            image_size=[self.side, self.side],
+            patch_size=[self.patch, self.patch],
+        )
+        return InternVLConfig(
+            vision_config=vision,
+            text_config=Qwen2Config(**self._text(depth)),
+            image_token_id=_PLACEHOLDER,
+        )
+
+    def tiles(self, image: Size) -> int:
+        """The tiles of an image, and one picture of the whole where there are several."""
+        if any(side % self.side for side in image):
+            raise ConfigError(
+                f"--image {image[0]}x{image[1]}: give multiples of {self.side} pixels."
+            )
+        number = math.prod(side // self.side for side in image)
+        return number + (number > 1)
+
+    def visual_tokens(self, image: Size) -> int:
+        """Placeholders of one image."""
+        return self.tiles(image) * (self.side // self.patch // 2) ** 2
+
+
+_QWEN_PATCH, _QWEN_UNIT = 14, 28
+
+
+class QwenPreset(Preset):
+    """Qwen2-VL: images of any size, a visual token for 28 x 28 pixels."""
+
+    def config(self, depth: Depth) -> Any:
+        """The family's configuration in this shape."""
+        mrope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        return Qwen2VLConfig(
+            text_config=self._text(depth) | {"rope_parameters": mrope},
+            vision_config={
+                "depth": depth.tower,
+                "embed_dim": 1280,
+                "num_heads": 16,
+                "mlp_ratio": 4,
+                "hidden_size": self.hidden_size,
+                "patch_size": _QWEN_PATCH,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+            image_token_id=_PLACEHOLDER,
+            video_token_id=_PLACEHOLDER - 1,
+            vision_start_token_id=_PLACEHOLDER - 2,
+            vision_end_token_id=_PLACEHOLDER - 3,
+        )
+
+    def visual_tokens(self, image: Size) -> int:
+        """Placeholders of one image."""
+        if any(side % _QWEN_UNIT for side in image):
+            raise ConfigError(
+                f"--image {image[0]}x{image[1]}: give multiples of {_QWEN_UNIT} pixels."
+            )
+        return math.prod(side // _QWEN_UNIT for side in image)
+
+    def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images as the model's processor would hand them over."""
+        columns, rows = (side // _QWEN_PATCH for side in image)
+        values = torch.randn(batch_size * rows * columns, 6 * _QWEN_PATCH**2, generator=generator)
+        grid = torch.tensor([[1, rows, columns]] * batch_size)
+        return {"pixel_values": values, "image_grid_thw": grid}
+
+    def inputs(
+        self, image: Size, batch_size: int, prompt_tokens: int, seed: int
+    ) -> dict[str, Tensor]:
+        """As above, with the token types that tell images from text."""
+        given = super().inputs(image, batch_size, prompt_tokens, seed)
+        return given | {"mm_token_type_ids": (given["input_ids"] == _PLACEHOLDER).long()}
+
+
 PRESETS: dict[str, Preset] = {
-    "llava-1.5-7b": Preset(4096, 11008, 32, 32, 32),
-    "llava-1.5-13b": Preset(5120, 13824, 40, 40, 40),
-    # The smallest shape of the same family, for trying the command out.
-    "tiny": Preset(256, 688, 8, 4, 4),
+    "llava-1.5-7b": LlavaPreset(4096, 11008, 32, 32, 32, 32064, (336, 336), 24),
+    "llava-1.5-13b": LlavaPreset(5120, 13824, 40, 40, 40, 32064, (336, 336), 24),
+    "qwen2-vl-7b": QwenPreset(3584, 18944, 28, 28, 4, 152064, (896, 672), 32),
+    "internvl-8b": InternVLPreset(3584, 18944, 28, 28, 4, 151674, (896, 896), 24, side=448),
+    # The smallest shape, for trying the command out.
+    "tiny": LlavaPreset(256, 688, 8, 4, 4, 1000, (336, 336), 2, tower_sizes=(64, 64, 1)),
 }
 
 
 def describe(model: Any) -> str:
-    """One line on a model's decoder."""
-    text = model.config.get_text_config()
+    """One line on a model's decoder and tower."""
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    tower = getattr(vision, "num_hidden_layers", None) or vision.depth
     return (
         f"{text.num_hidden_layers} decoder layers, hidden size {text.hidden_size}, MLP "
-        f"{text.intermediate_size}, {text.num_attention_heads} heads, attention "
-        f"{text._attn_implementation}"
+        f"{text.intermediate_size}, {text.num_attention_heads} heads, {tower} tower layers, "
+        f"attention {text._attn_implementation}"
     )

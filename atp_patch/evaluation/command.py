@@ -17,7 +17,14 @@ from atp_patch.builtin.tokens import word_ids
 from atp_patch.errors import ATPError, ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
-from atp_patch.evaluation.options import BUILTIN_MODEL, PROG, check, method_options, parser
+from atp_patch.evaluation.options import (
+    BUILTIN_MODEL,
+    PROG,
+    check,
+    drop_layers,
+    method_options,
+    parser,
+)
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
@@ -70,6 +77,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     dtype = choose_dtype(args.dtype, device)
 
     def settings_for(model: Any) -> list[Setting]:
+        num_layers = model.config.get_text_config().num_hidden_layers
         return plan(
             args.methods,
             args.budgets,
@@ -77,7 +85,8 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
             options,
             args.layers,
             args.adapters,
-            model.config.get_text_config().num_hidden_layers,
+            num_layers,
+            drop_layers(args.drop_from, num_layers),
         )
 
     model, processor = _load(args.model, device, dtype, settings_for)

@@ -51,13 +51,28 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--layers", type=_list(int), metavar="I[,J..]", help="default: 4,14,24, scaled if need be")
     add(
+        "--drop-from",
+        type=_list(str),
+        default=[],
+        metavar="I[,J..]",
+        help="also measure the model without any visual token from these decoder layers on, one at "
+        "a time, or from all",
+    )
+    add(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="of every method that has it, or METHOD.NAME=VALUE; may be repeated",
     )
-    add("--adapters", type=_list(str), default=[], metavar="A[,B..]", help="saved adapters")
+    add(
+        "--adapters",
+        type=_list(str),
+        default=[],
+        metavar="A[,B..]",
+        help="saved adapters; A~mean and A~shuffled are their controls: learned thresholds' mean, "
+        "or those of another question, at the same average on questions of the split train",
+    )
     add(
         "--tasks",
         type=_list(str),
@@ -101,6 +116,22 @@ def check(args: argparse.Namespace) -> None:
             )
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out} is a file; give a folder.")
+
+
+def drop_layers(given: list[str], num_layers: int) -> list[int]:
+    """Layers of ``--drop-from``; "all" are those from 1 on.
+
+    Raises:
+        ConfigError: for what is no such layer.
+    """
+    if given == ["all"]:
+        return list(range(1, num_layers))
+    for text in given:
+        if not text.isdecimal() or not 1 <= int(text) < num_layers:
+            raise ConfigError(
+                f"--drop-from {text}: give layers from 1 to {num_layers - 1}, or all."
+            )
+    return [int(text) for text in given]
 
 
 def method_options(given: list[str]) -> dict[str, Any]:

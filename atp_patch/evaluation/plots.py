@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_patch.errors import ConfigError
-from atp_patch.evaluation.settings import BLIND, UNPRUNED
+from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED
 from atp_patch.evaluation.summary import Row
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
             ("frontier", frontier(members)),
             ("tasks", frontier_by_task(members)),
             ("kept", kept_by_layer(members)),
+            ("depth", by_depth(members)),
         ):
             if figure is not None:
                 written.append(folder / f"{group}-{name}.png")
@@ -87,9 +88,32 @@ def frontier_by_task(rows: Sequence[Row]) -> Any:
     return figure
 
 
+def by_depth(rows: Sequence[Row]) -> Any:
+    """Accuracy by task without visual tokens from a decoder layer on, against that layer; the
+    unpruned model beyond the last; or None.
+    """
+    points = {row.layers[0]: row for row in rows if row.setting.name == DROPPED}
+    if not points:
+        return None
+    ends = {BLIND: 0, UNPRUNED: max(points) + 1}
+    points |= {ends[row.setting.name]: row for row in rows if row.setting.name in ends}
+    layers = sorted(points)
+    figure, ((axes,),) = _figure(1, 1, (8, 5))
+    for number, task in enumerate(rows[0].accuracy):
+        values = [points[layer].accuracy[task] for layer in layers]
+        axes.plot(layers, values, label=task, marker=_mark(number), ms=4, lw=1)
+    means = [points[layer].mean for layer in layers]
+    axes.plot(layers, [m.value for m in means if m], color="black", lw=2.5, label="mean")
+    axes.set_xlabel("no visual tokens from this decoder layer on")
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
 def kept_by_layer(rows: Sequence[Row]) -> Any:
     """Visual tokens that enter each pruning layer, a line a task, a panel a setting; or None."""
-    pruned = [row for row in rows if row.layers]
+    pruned = [row for row in rows if row.layers and row.setting.name != DROPPED]
     if not pruned:
         return None
     columns = min(_COLUMNS, len(pruned))
@@ -115,7 +139,7 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Method and layers -> its rows by tokens."""
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.average_tokens):
-        if not row.setting.is_reference:
+        if not row.setting.is_reference and row.setting.name != DROPPED:
             label = f"{row.setting.name} @ {'+'.join(map(str, row.layers))}"
             curves.setdefault(label, []).append(row)
     return curves

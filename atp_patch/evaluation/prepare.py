@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from atp_patch.evaluation.tasks import Example
 from atp_patch.loading import encode
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
+ENCODED = "mm_encoder_outputs"
+_PICTURE = {"input_ids", "attention_mask", "pixel_values"}
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Sample:
         inputs: what the processor gave, (1, L) or a row for each image.
         visual: (L,) bool, the placeholders of visual tokens.
         answer: ids of the true answer and the end token, empty where they are not needed.
+        features: (Lv, D) of its image, where they were found ahead (:func:`see`).
     """
 
     example: Example
     inputs: Inputs
     visual: Tensor
     answer: tuple[int, ...] = ()
+    features: Tensor | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -62,7 +68,7 @@ def prepare(
     with_answer: bool,
 ) -> Sample:
     """Encode one question about one image; tensors stay on the model's device."""
-    inputs = {
+    inputs: Inputs = {
         name: value
         for name, value in encode(processor, image, example.question, model).items()
         if isinstance(value, Tensor)
@@ -76,10 +82,35 @@ def prepare(
     return Sample(example, inputs, visual, answer)
 
 
-def collate(samples: Sequence[Sample], pad_id: int, blind: bool, positions: bool) -> Batch:
+def can_see_ahead(model: Any, samples: Sequence[Sample]) -> bool:
+    """Whether image features can be handed to the model: it takes them, and an image is nothing
+    but one picture of a fixed size.
+    """
+    takes = ENCODED in inspect.signature(model.forward).parameters
+    return takes and all(set(sample.inputs) == _PICTURE for sample in samples)
+
+
+def see(model: Any, samples: Sequence[Sample]) -> list[Sample]:
+    """Find the features of each image once, however many questions are asked about it.
+
+    Args:
+        samples: all of one group of tasks.
+    """
+    pictures = {s.example.number: s.inputs["pixel_values"] for s in samples}
+    base = getattr(model, model.base_model_prefix)
+    with torch.inference_mode():
+        found = base.get_image_features(torch.cat(list(pictures.values())), return_dict=True)
+    features = dict(zip(pictures, found.pooler_output, strict=True))
+    return [replace(s, features=features[s.example.number]) for s in samples]
+
+
+def collate(
+    samples: Sequence[Sample], pad_id: int, blind: bool, positions: bool, seen: bool = False
+) -> Batch:
     """Pad samples on the left to one batch.
 
     Args:
+        seen: give the features that were found ahead instead of the images.
         blind: leave the image and its placeholders out. The other tokens keep the position ids
             that they have with the image, where ``positions`` says that the model takes such ids.
         positions: whether to give (B, L) position ids; models with others find theirs themselves.
@@ -88,7 +119,7 @@ def collate(samples: Sequence[Sample], pad_id: int, blind: bool, positions: bool
     counts = [int(mask.sum()) for mask in kept]
     length, ids = max(counts), samples[0].inputs["input_ids"]
     sized = [n for n, t in samples[0].inputs.items() if t.shape == ids.shape]
-    inputs = {
+    inputs: Inputs = {
         name: torch.stack(
             [
                 _padded(s.inputs[name][0][mask], length, pad_id if name == "input_ids" else 0)
@@ -101,7 +132,10 @@ def collate(samples: Sequence[Sample], pad_id: int, blind: bool, positions: bool
         inputs["position_ids"] = torch.stack(
             [_padded(mask.nonzero()[:, 0], length, 0) for mask in kept]
         )
-    if not blind:
+    if seen and not blind:
+        features = tuple(s.features for s in samples)
+        inputs[ENCODED] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+    elif not blind:
         for name in samples[0].inputs.keys() - set(sized):
             inputs[name] = torch.cat([s.inputs[name] for s in samples])
     longest = max(len(sample.answer) for sample in samples)

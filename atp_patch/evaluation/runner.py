@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 import torch
 
+from atp_patch.builtin.silent import silent_layers, without
+from atp_patch.calibration import controlled, threshold_control
 from atp_patch.evaluation.answers import forced, generated
-from atp_patch.evaluation.prepare import Sample, collate, prepare
+from atp_patch.evaluation.prepare import Inputs, Sample, can_see_ahead, collate, prepare, see
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.settings import BLIND, Setting, applied
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
-from atp_patch.patch import last_trace
+from atp_patch.methods.atp_given import GivenThresholds
+from atp_patch.patch import last_trace, require_patch
 
 CHUNK_IMAGES = 4
+CONTROL_QUESTIONS = 96  # of the split train, over all tasks: what controls are made from
 Chunk = list[Example]
 
 
@@ -43,6 +49,16 @@ class Bench:
     def placeholder_ids(self) -> tuple[int, ...]:
         """Ids of visual placeholders."""
         return family_of(self.model.config).placeholder_ids(self.model.config)
+
+    @cached_property
+    def silent(self) -> tuple[int, ...]:
+        """Decoder layers that add nothing."""
+        return silent_layers(self.model)
+
+    def shortened(self, setting: Setting) -> AbstractContextManager[None]:
+        """The model as the setting patched it, without the layers that add nothing."""
+        places = () if setting.is_reference else require_patch(self.model).config.layers
+        return without(self.model, self.silent, [layer - 1 for layer in places])
 
     @property
     def flat_positions(self) -> bool:
@@ -79,20 +95,60 @@ def run(
 ) -> None:
     """Answer what is not answered yet; each setting's chunk is written as soon as it is done."""
     registry = {task.name: task for task in tasks}
+    controls = _Controls(bench, tasks)
     for number, chunk in enumerate(work):
         open_runs = [(s, f) for s, f in runs if any(not f.has(e.task, e.number) for e in chunk)]
         if not open_runs:
             continue
         samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
+        if bench.answers == "forced" and can_see_ahead(bench.model, samples):
+            samples = see(bench.model, samples)
         for setting, file in open_runs:
             left = [s for s in samples if not file.has(s.example.task, s.example.number)]
             results: dict[str, dict[int, Answer]] = {}
-            with applied(bench.model, setting, visual_tokens):
+            with (
+                applied(bench.model, setting, visual_tokens),
+                controls(setting),
+                bench.shortened(setting),
+            ):
                 for sample, answer in answered(bench, setting, registry, left):
                     example = sample.example
                     results.setdefault(example.task, {})[example.number] = answer
             file.add(number, results)
             advance(len(left))
+
+
+class _Controls:
+    """The controls of adapters, each made once."""
+
+    def __init__(self, bench: Bench, tasks: Sequence[Task]) -> None:
+        self.bench, self.tasks = bench, tasks
+        self._made: dict[Setting, GivenThresholds] = {}
+
+    @contextmanager
+    def __call__(self, setting: Setting) -> Iterator[None]:
+        """The patched model with the setting's control, where it has one."""
+        if setting.control is None:
+            yield
+            return
+        model = self.bench.model
+        if setting not in self._made:
+            made = threshold_control(model, list(self._batches()), setting.control)
+            self._made[setting] = made
+        with controlled(model, self._made[setting]):
+            yield
+
+    def _batches(self) -> Iterator[Inputs]:
+        each = -(-CONTROL_QUESTIONS // len(self.tasks))
+        pad_id = self.bench.processor.tokenizer.pad_token_id or 0
+        samples = [
+            prepared(self.bench, task, "train", example)
+            for task in self.tasks
+            for example in task.examples("train", each)
+        ]
+        for start in range(0, len(samples), self.bench.batch_size):
+            part = samples[start : start + self.bench.batch_size]
+            yield collate(part, pad_id, False, self.bench.flat_positions).inputs
 
 
 def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:
@@ -117,7 +173,9 @@ def _answer_batch(
     bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
 ) -> list[Answer]:
     pad_id = bench.processor.tokenizer.pad_token_id
-    batch = collate(samples, pad_id or 0, setting.name == BLIND, bench.flat_positions)
+    blind = setting.name == BLIND
+    seen = samples[0].features is not None and bool(samples[0].answer) and inside(bench, setting)
+    batch = collate(samples, pad_id or 0, blind, bench.flat_positions, seen)
     if samples[0].answer:
         scores = [float(hit) for hit in forced(bench.model, batch)]
     else:
@@ -129,6 +187,14 @@ def _answer_batch(
             scores.append(score(text, sample.example.answer))
     counts = _entering(bench, setting, samples)
     return [Answer(score, row) for score, row in zip(scores, counts, strict=True)]
+
+
+def inside(bench: Bench, setting: Setting) -> bool:
+    """Whether the setting leaves alone what the decoder is fed with."""
+    if setting.is_reference:
+        return True
+    config = require_patch(bench.model).config
+    return config.before is None
 
 
 def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list[tuple[int, ...]]:

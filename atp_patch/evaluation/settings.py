@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from atp_patch.calibration import CONTROLS
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import METHODS, Method, available_methods, make_method
+from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_method
 from atp_patch.patch import patch_model, require_patch, unpatch_model
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
+DROPPED = "no visual tokens from"
+_NOTHING = 1e-9
 BASELINES = ("random", "uniform")
 
 
@@ -23,12 +26,14 @@ class Setting:
     """One way to answer all questions.
 
     Attributes:
-        name: UNPRUNED, BLIND, a method's name, or "adapter NAME".
+        name: UNPRUNED, BLIND, a method's name, "adapter NAME", or DROPPED: the unpruned model up
+            to the layer in ``layers``, from which on it has no visual tokens.
         options: of the method, sorted; ``layers``: before which it prunes.
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
             method, or an adapter, decides by itself.
         seed: of what a method draws at random, None where it draws nothing.
         adapter: folder or Hub id, and the hash of its files.
+        control: which thresholds stand in for the adapter's own, or None.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Setting:
     seed: int | None = None
     adapter: str | None = None
     adapter_hash: str | None = None
+    control: str | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -56,6 +62,8 @@ class Setting:
             data["options"] = make_method(self.name, dict(self.options)).options()
             data["options"].pop("seed", None)
         del data["adapter"]
+        if self.control is None:
+            del data["control"]
         return {"method": data.pop("name"), **data}
 
 
@@ -72,6 +80,8 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
         return
     if setting.adapter is not None:
         patch_model(model, weights=setting.adapter)
+    elif setting.name == DROPPED:
+        patch_model(model, list(setting.layers), "uniform", keep=_NOTHING, min_tokens=0)
     else:
         options = dict(setting.options)
         if setting.seed is not None:
@@ -105,6 +115,7 @@ def plan(
     layers: Sequence[int] | None,
     adapters: Sequence[str],
     num_layers: int,
+    drop_from: Sequence[int] = (),
 ) -> list[Setting]:
     """All settings, references first, then by budget; random and uniform are always among them.
 
@@ -112,6 +123,7 @@ def plan(
         methods: names, each with layers of its own where it says so: "fastv@2", "atp@1+13+25".
         options: given to every method that has them; "METHOD.NAME" goes to one method alone.
         layers: of methods without their own; the paper's, scaled to the decoder, by default.
+        drop_from: layers from which on to leave out all visual tokens, one a setting.
 
     Raises:
         ConfigError: for an unknown method, or an option that no chosen method has.
@@ -123,6 +135,7 @@ def plan(
     named += [(name, tuple(layers)) for name in BASELINES if name not in dict(named)]
     _check_options(options, [name for name, _ in named])
     settings = [Setting(UNPRUNED), Setting(BLIND)]
+    settings += [Setting(DROPPED, layers=(layer,)) for layer in drop_from]
     free: list[Setting] = []
     limited: list[Setting] = []
     for name, places in dict.fromkeys(named):
@@ -135,16 +148,31 @@ def plan(
         drawn_each = [replace(base, layers=places if inside else (), seed=s) for s in drawn]
         if not method.needs_budget:
             free += drawn_each
-        if method.needs_budget or not inside:  # before the decoder any method can take a budget
+        if method.takes_budget:
             limited += drawn_each
-    settings += [
-        Setting(f"adapter {Path(source).name}", adapter=source, adapter_hash=adapter_hash(source))
-        for source in adapters
-    ]
+    settings += [_adapter(spec) for spec in adapters]
     settings += free
     for budget in budgets:
         settings += [replace(setting, budget=budget) for setting in limited]
     return settings
+
+
+def _adapter(spec: str) -> Setting:
+    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls."""
+    source, tilde, control = spec.rpartition("~")
+    if not tilde or Path(spec).is_dir():
+        source, control = spec, ""
+    elif control not in CONTROLS:
+        raise ConfigError(
+            f"--adapters {spec}: after ~ comes one of {', '.join(CONTROLS)}, as in "
+            f"{source}~{CONTROLS[0]}."
+        )
+    return Setting(
+        f"adapter {Path(spec).name}",
+        adapter=source,
+        adapter_hash=adapter_hash(source),
+        control=control or None,
+    )
 
 
 def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
@@ -153,10 +181,15 @@ def _parse(spec: str, layers: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         raise ConfigError(
             f"--methods: there is no method {name!r}; there are {', '.join(available_methods())}."
         )
+    cls = next(cls for cls in METHODS if cls.name == name)
+    if issubclass(cls, Compressor):
+        raise ConfigError(
+            f"--methods {spec}: {name} is nothing before it is trained; give the folder of a "
+            "trained one to --adapters."
+        )
+    if places and not issubclass(cls, Method):
+        raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
     try:
-        inside = any(cls.name == name and issubclass(cls, Method) for cls in METHODS)
-        if places and not inside:
-            raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
         return name, tuple(int(p) for p in places.split("+")) if places else tuple(layers)
     except ValueError as error:
         raise ConfigError(

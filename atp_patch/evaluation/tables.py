@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from atp_patch.evaluation.scenes import SETS
-from atp_patch.evaluation.settings import BASELINES, BLIND, UNPRUNED
+from atp_patch.evaluation.settings import BASELINES, BLIND, DROPPED, UNPRUNED
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import DRAWS, Row
 
@@ -22,8 +22,7 @@ NOTES = f"""\
   position ids that it has behind the image, where the model takes such ids. It shows what can be
   guessed from the question.
 - random and uniform are baselines at the same budget; random is the mean over its seeds.
-- An image downsampled to the same number of tokens is no row here: models with a fixed grid bring
-  every image to the same size, and for others it is not built yet."""
+- downsample is the same image made smaller, so that fewer tokens arise."""
 
 
 def markdown(rows: Sequence[Row], title: str) -> str:
@@ -93,7 +92,7 @@ def _method(row: Row) -> str:
 
 
 def _budget(row: Row) -> str:
-    if row.setting.is_reference:
+    if row.setting.is_reference or row.setting.name == DROPPED:
         return "-"
     return "its own" if row.setting.budget is None else f"{row.setting.budget:g}"
 

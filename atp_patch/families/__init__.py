@@ -9,10 +9,19 @@ from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
 from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
+from atp_patch.families.molmo2 import MOLMO2
 from atp_patch.families.pixtral import MISTRAL3
 from atp_patch.families.qwen2_vl import GLM4V, QWEN2_VL, QWEN3_VL
 from atp_patch.families.refused import REFUSED
-from atp_patch.families.square import GEMMA3, IDEFICS3, INTERNVL, PALIGEMMA
+from atp_patch.families.square import (
+    FAST_VLM,
+    GEMMA3,
+    IDEFICS3,
+    INTERNVL,
+    OVIS2,
+    PALIGEMMA,
+    PERCEPTION_LM,
+)
 from atp_patch.families.vila import VILA
 
 FAMILIES: tuple[Family, ...] = (
@@ -27,6 +36,10 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     IDEFICS3,
     MISTRAL3,
+    OVIS2,
+    FAST_VLM,
+    PERCEPTION_LM,
+    MOLMO2,
     VILA,
     INTERNVL_CHAT,
 )

@@ -68,6 +68,15 @@ class Family:
         """Whether models of the family, or some, can be pruned before the decoder."""
         return self.tower is not _no_tower
 
+    @property
+    def compressible(self) -> bool:
+        """Whether learned tokens can stand behind images, in models of the family or in some.
+
+        Not where images or prefixes attend both ways, where visual features are added inside the
+        decoder, or where another package feeds it.
+        """
+        return self.causal and self.outer is None and self.late_layers is _none
+
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""
         ids = (getattr(config, name, None) for name in self.token_ids)

@@ -14,15 +14,30 @@ from atp_patch.families.base import Family, Grids
 from atp_patch.types import GridQuery, Span, VisualGrid
 
 
-def _chains(spans: Sequence[Span]) -> list[list[Span]]:
+def chains(spans: Sequence[Span]) -> list[list[Span]]:
     """Runs of rows that lie one id apart: one image, or images without text between them."""
-    chains: list[list[Span]] = []
+    found: list[list[Span]] = []
     for span in spans:
-        if chains and span.start == chains[-1][-1].stop + 1:
-            chains[-1].append(span)
+        if found and span.start == found[-1][-1].stop + 1:
+            found[-1].append(span)
         else:
-            chains.append([span])
-    return chains
+            found.append([span])
+    return found
+
+
+def stacked(rows: Sequence[Span]) -> VisualGrid:
+    """The image of rows that lie one id apart.
+
+    Raises:
+        InputError: where they have different lengths.
+    """
+    start, width = rows[0].start, rows[0].length
+    if any(row.length != width for row in rows):
+        raise InputError(
+            f"the rows of the image at position {start} have different lengths; let the "
+            "model's own processor make input_ids and pixel values together."
+        )
+    return VisualGrid(start, 1, len(rows), width, row_stride=width + 1)
 
 
 def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
@@ -34,14 +49,8 @@ def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
     for last, mark in enumerate(after):
         if mark != end:
             continue
-        rows, first = chain[first : last + 1], last + 1
-        start, width = rows[0].start, rows[0].length
-        if any(row.length != width for row in rows):
-            raise InputError(
-                f"the rows of the image at position {start} have different lengths; let the "
-                "model's own processor make input_ids and pixel values together."
-            )
-        grids.append(VisualGrid(start, 1, len(rows), width, row_stride=width + 1))
+        grids.append(stacked(chain[first : last + 1]))
+        first = last + 1
     return grids
 
 
@@ -53,7 +62,7 @@ def pixtral_grids(query: GridQuery) -> Grids:
             "inputs_embeds alone."
         )
     return [
-        [grid for chain in _chains(spans) for grid in _images(chain, ids)]
+        [grid for chain in chains(spans) for grid in _images(chain, ids)]
         for spans, ids in zip(query.spans, query.ids.tolist(), strict=True)
     ]
 

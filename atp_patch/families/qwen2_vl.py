@@ -1,7 +1,9 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V: dynamic grids, read off the multimodal position ids.
+"""Qwen-VL, GLM-4V and GLM-4.6V: dynamic grids, read off the multimodal position ids.
 
 The decoder gets (t, h, w) position ids for every token. Within one image or video they *are* the
-grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself).
+grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself). Where time stamps
+stand between the frames of a video (Qwen3-VL, GLM), each frame is a grid of its own; GLM gives
+frames the id of images.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ QWEN3_VL = Family(
 )
 GLM4V = Family(
     name="glm4v",
-    model_types=("glm4v",),
+    model_types=("glm4v", "glm4v_moe", "glm46v"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
 )

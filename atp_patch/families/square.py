@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from atp_patch.errors import UnsupportedModelError
 from atp_patch.families.base import Family, Grids, square_grids
 from atp_patch.families.towers import shuffled_tower
-from atp_patch.types import GridQuery
+from atp_patch.types import GridQuery, Span, VisualGrid
 
 
 def _number(size: Any) -> int:
@@ -42,6 +43,54 @@ def _gemma3_side(config: Any) -> int:
     return math.isqrt(config.mm_tokens_per_image)
 
 
+def _ovis2_side(config: Any) -> int:
+    return math.ceil(_patches(config) / int(config.vision_config.hidden_stride))
+
+
+def _fast_vlm_side(config: Any, span: Span) -> int:
+    """Its tower is convolutional and its config knows no patches: a run is one image."""
+    side = math.isqrt(span.length)
+    if side**2 != span.length:
+        side = math.isqrt(int(config.image_seq_length))
+    return side
+
+
+def _fast_vlm_grids(query: GridQuery) -> Grids:
+    return [
+        [
+            grid
+            for span in spans
+            for grid in square_grids([span], _fast_vlm_side(query.config, span))
+        ]
+        for spans in query.spans
+    ]
+
+
+def _perception_lm_side(config: Any) -> int:
+    """Patches of its timm tower, pooled."""
+    patches = (config.vision_config.model_args or {}).get("ref_feat_shape")
+    if patches is None:
+        raise UnsupportedModelError(
+            "the config does not say how many patches the vision tower makes: set "
+            "config.vision_config.model_args['ref_feat_shape'] = (rows, columns)."
+        )
+    return _number(patches) // int(config.projector_pooling_ratio)
+
+
+def _perception_lm_grids(query: GridQuery) -> Grids:
+    """A run of image placeholders is tiles; one of a video is its frames."""
+    config: Any = query.config
+    side = _perception_lm_side(config)
+
+    def grids(span: Span) -> list[VisualGrid]:
+        tiles = square_grids([span], side)
+        if span.token_id != config.video_token_id:
+            return tiles
+        return [VisualGrid(span.start, len(tiles), side, side)]
+
+    return [[grid for span in spans for grid in grids(span)] for spans in query.spans]
+
+
 INTERNVL = Family(
     name="internvl",
     model_types=("internvl",),
@@ -67,4 +116,12 @@ GEMMA3 = Family(
     grids=_squares(_gemma3_side),
     causal=False,
     visual_tokens=lambda config: int(config.mm_tokens_per_image),
+)
+OVIS2 = Family(name="ovis2", model_types=("ovis2",), grids=_squares(_ovis2_side))
+FAST_VLM = Family(name="fast_vlm", model_types=("fast_vlm",), grids=_fast_vlm_grids)
+PERCEPTION_LM = Family(
+    name="perception_lm",
+    model_types=("perception_lm",),
+    grids=_perception_lm_grids,
+    token_ids=("image_token_id", "video_token_id"),
 )

@@ -33,6 +33,7 @@ from atp_patch.maths.merging import (
     spread_supplement,
 )
 from atp_patch.maths.scores import (
+    cross_rows,
     cross_scores,
     normalise_scores,
     redundant_scores,
@@ -40,6 +41,7 @@ from atp_patch.maths.scores import (
     standardise_scores,
 )
 from atp_patch.maths.slots import Slots, insert_slots, public_slots, voco_visible
+from atp_patch.maths.sparse import attention_rank, cluster_weights, density_peaks, raters
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
 from atp_patch.maths.thresholds import (
     budget_thresholds,
@@ -51,9 +53,13 @@ from atp_patch.maths.thresholds import (
 __all__ = [
     "Slots",
     "atp_loss",
+    "attention_rank",
     "average_tokens",
     "budget_thresholds",
+    "cluster_weights",
+    "cross_rows",
     "cross_scores",
+    "density_peaks",
     "descending_rank",
     "even_counts",
     "gather_heads",
@@ -75,6 +81,7 @@ __all__ = [
     "prefill_flops",
     "progressive_order",
     "public_slots",
+    "raters",
     "redundant_scores",
     "scatter_tokens",
     "self_scores",

@@ -113,11 +113,22 @@ def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
     return shares
 
 
-def shrunk_grid(height: int, width: int, count: int, *, square: bool = False) -> tuple[int, int]:
+def shrunk_grid(
+    height: int, width: int, count: int, least: int = 1, *, square: bool = False
+) -> tuple[int, int]:
     """The grid of about ``count`` tokens that a ``height`` x ``width`` one is shrunk to.
 
-    Proportions stay as near as whole numbers allow; ``square`` keeps both sides equal.
+    Proportions stay as near as whole numbers allow; ``square`` keeps both sides equal. ``least``:
+    tokens that it has at least, if the larger one has.
     """
     scale = (min(count, height * width) / (height * width)) ** 0.5
     rows = min(max(round(height * scale), 1), height)
-    return rows, rows if square else min(max(round(count / rows), 1), width)
+    columns = rows if square else min(max(round(count / rows), 1), width)
+    while rows * columns < min(least, height * width):
+        if square:
+            rows, columns = rows + 1, columns + 1
+        elif columns < width and columns * height <= rows * width:
+            columns += 1
+        else:
+            rows = rows + 1
+    return rows, columns

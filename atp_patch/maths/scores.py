@@ -73,36 +73,62 @@ def cross_scores(
         (B, V) float32, 0 in invalid slots; zeros for a sample without a row that counts. A row
         that sees no key adds 0.
     """
+    total = torch.zeros(visual_index.shape, dtype=torch.float32, device=query.device)
+    for start in range(0, query.shape[2], chunk_rows):
+        part = slice(start, start + chunk_rows)
+        here = mask
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            here = mask if mask.shape[2] == 1 else mask[:, :, part]
+        total += cross_rows(
+            query[:, :, part],
+            key,
+            row_valid[:, part],
+            visual_index,
+            visual_valid,
+            scaling,
+            mask=here,
+            renormalise=renormalise,
+        ).sum(1)
+    return total / row_valid.sum(1, keepdim=True).clamp(min=1)
+
+
+def cross_rows(
+    query: Tensor,
+    key: Tensor,
+    row_valid: Tensor,
+    visual_index: Tensor,
+    visual_valid: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+    renormalise: bool = False,
+) -> Tensor:
+    """(B, T, V) float32 attention that each text row pays each visual token, averaged over heads.
+
+    Arguments as of :func:`cross_scores`; 0 for invalid rows and in invalid slots.
+    """
     batch, heads, rows, _ = query.shape
     groups = heads // key.shape[1]
     # Float32 products too: float16 overflows before scaling, bfloat16 rounds logits to 1/16 at 16.
-    keys = key.float().transpose(-1, -2)
-    column = visual_index[:, None, None, :]
+    grouped = rearrange(query.float() * scaling, "b (k g) t d -> b k (g t) d", g=groups)
+    logits = grouped @ key.float().transpose(-1, -2)
+    logits = rearrange(logits, "b k (g t) n -> b (k g) t n", g=groups)
     lowest = torch.finfo(torch.float32).min
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    total = torch.zeros(visual_index.shape, dtype=torch.float32, device=query.device)
-    for start in range(0, rows, chunk_rows):
-        part = slice(start, start + chunk_rows)
-        scaled = query[:, :, part].float() * scaling
-        grouped = rearrange(scaled, "b (k g) t d -> b k (g t) d", g=groups)
-        logits = rearrange(grouped @ keys, "b k (g t) n -> b (k g) t n", g=groups)
-        if mask is not None:
-            here = mask if mask.shape[2] == 1 else mask[:, :, part]
-            if here.dtype == torch.bool:
-                hidden = ~here
-            else:
-                hidden = here <= torch.finfo(here.dtype).min / 2
-                logits = logits + here
-            logits = logits.masked_fill(hidden, lowest)
-        columns = column.expand(batch, heads, logits.shape[2], -1)
-        visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
-        # Renormalised is a softmax over the visual tokens alone: a quotient of probabilities would
-        # be 0 / 0 where the text draws all attention.
-        seen = visual.softmax(-1) if renormalise else logits.softmax(-1).gather(3, columns)
-        seen = seen.masked_fill(visual == lowest, 0.0).mean(1)
-        total += seen.masked_fill(~row_valid[:, part, None], 0.0).sum(1)
-    return total / row_valid.sum(1, keepdim=True).clamp(min=1)
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+        else:
+            hidden = mask <= torch.finfo(mask.dtype).min / 2
+            logits = logits + mask
+        logits = logits.masked_fill(hidden, lowest)
+    columns = visual_index[:, None, None, :].expand(batch, heads, rows, -1)
+    visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
+    # Renormalised is a softmax over the visual tokens alone: a quotient of probabilities would
+    # be 0 / 0 where the text draws all attention.
+    seen = visual.softmax(-1) if renormalise else logits.softmax(-1).gather(3, columns)
+    seen = seen.masked_fill(visual == lowest, 0.0).mean(1)
+    return seen.masked_fill(~row_valid[..., None], 0.0)
 
 
 def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:

@@ -21,12 +21,14 @@ from atp_patch.methods.baselines import Random, Uniform
 from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
+from atp_patch.methods.sparsevlm import SparseVLM
 from atp_patch.methods.voco import VoCo
 
 METHODS: tuple[type[Strategy], ...] = (
     ATP,
     Fixed,
     FastV,
+    SparseVLM,
     PruMerge,
     PruMergePlus,
     Random,
@@ -129,5 +131,6 @@ __all__ = [
     "Method",
     "ModuleSpec",
 ]
-__all__ += ["PruMerge", "PruMergePlus", "Random", "Shrinker", "Strategy", "Uniform", "VoCo"]
+__all__ += ["PruMerge", "PruMergePlus", "Random", "Shrinker", "SparseVLM", "Strategy"]
+__all__ += ["Uniform", "VoCo"]
 __all__ += ["available_methods", "make_method", "make_methods", "untrained_methods"]

@@ -29,6 +29,7 @@ from atp_patch.maths import (
     starting_thresholds,
     straight_through_mask,
     target_loss,
+    top_k_mask,
 )
 from atp_patch.methods.atp_heads import ThresholdHeads, Thresholds
 from atp_patch.methods.base import (
@@ -38,6 +39,7 @@ from atp_patch.methods.base import (
     choice,
     grid_table,
     keep_best,
+    least_counts,
     mask_rows,
 )
 from atp_patch.types import Decision, View
@@ -189,6 +191,11 @@ class ATP(_Scored):
         """Learned thresholds decide how many tokens stay by themselves."""
         return self.thresholds == "budget"
 
+    @property
+    def takes_budget(self) -> bool:
+        """Learned thresholds aim at a budget, but keep no given count."""
+        return self.needs_budget
+
     def build(self, spec: ModuleSpec) -> nn.Module | None:
         """The threshold heads, where thresholds are learned."""
         if self.thresholds == "budget":
@@ -217,6 +224,8 @@ class ATP(_Scored):
         first = best_of_each_image(view, redundant)
         if isinstance(module, Thresholds):
             theta_r, theta_s = module(view, s_self, s_cross, question)
+            best = top_k_mask(redundant, view.slot_valid, least_counts(view))
+            first = best if first is None else first | best
         else:
             free, counts = view.slot_valid, view.counts_tensor()
             if first is not None:  # these stay anyway; the budget is spread over the others

@@ -54,6 +54,11 @@ class Strategy(ABC):
         """
         return True
 
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the method keeps a given number of tokens where one is given."""
+        return True
+
     def options(self) -> dict[str, Any]:
         """The fields, for an adapter's JSON."""
         return asdict(self)
@@ -103,8 +108,12 @@ class Shrinker(Strategy):
     """Base class of methods that shrink pictures, so that the tower makes fewer tokens."""
 
     @abstractmethod
-    def grid(self, height: int, width: int, count: int, *, square: bool) -> tuple[int, int]:
-        """The grid of about ``count`` tokens that one of ``height`` x ``width`` becomes."""
+    def grid(
+        self, height: int, width: int, count: int, least: int, *, square: bool
+    ) -> tuple[int, int]:
+        """The grid of about ``count`` tokens, ``least`` at least, that one of ``height`` x
+        ``width`` becomes.
+        """
 
 
 @dataclass(frozen=True)
@@ -133,16 +142,24 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
 
 
-def keep_best(view: View, scores: Tensor) -> Tensor:
-    """(B, V) bool: exactly the view's counts, by score; every image's best few come first.
+def keep_best(view: View, scores: Tensor, counts: Tensor | None = None) -> Tensor:
+    """(B, V) bool: the best so many by score; every image's best few come first.
 
     Args:
         scores: (B, V); higher is kept. Ties keep the earlier token.
+        counts: (B,) int64; the view's by default.
     """
     first = best_of_each_image(view, scores)
     if first is not None:
         scores = scores.masked_fill(first, torch.inf)
-    return top_k_mask(scores, view.slot_valid, view.counts_tensor())
+    return top_k_mask(scores, view.slot_valid, view.counts_tensor() if counts is None else counts)
+
+
+def least_counts(view: View) -> Tensor:
+    """(B,) int64: visual tokens that must stay, of those that are left."""
+    images = torch.tensor([len(grids) for grids in view.layout.grids], device=view.slot.device)
+    least = (images * view.min_per_image).clamp(min=view.min_tokens)
+    return torch.minimum(least, view.slot_valid.sum(1))
 
 
 def best_of_each_image(view: View, scores: Tensor) -> Tensor | None:

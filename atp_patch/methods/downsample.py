@@ -21,6 +21,8 @@ class Downsample(Shrinker):
     name: ClassVar[str] = "downsample"
     summary: ClassVar[str] = "the picture shrunk before the vision tower (baseline)"
 
-    def grid(self, height: int, width: int, count: int, *, square: bool) -> tuple[int, int]:
+    def grid(
+        self, height: int, width: int, count: int, least: int, *, square: bool
+    ) -> tuple[int, int]:
         """The nearest smaller grid of the same proportions."""
-        return shrunk_grid(height, width, count, square=square)
+        return shrunk_grid(height, width, count, least, square=square)

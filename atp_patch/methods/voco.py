@@ -51,6 +51,11 @@ class VoCo(Compressor):
         """``num_tokens`` says how many tokens are left."""
         return False
 
+    @property
+    def takes_budget(self) -> bool:
+        """As above."""
+        return False
+
     def build(self, hidden_size: int) -> nn.Module:
         """The VoCo tokens' embeddings."""
         return VoCoTokens(self.num_tokens, hidden_size)

@@ -35,7 +35,7 @@ RUN = "atp_patch_run"
 class Pruner(Reader, Protocol):
     """What the seam asks of the rest of the package."""
 
-    min_per_image: int
+    minimum: dict[str, int]
 
     def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
         """What hooks into the vision tower, or None."""
@@ -188,10 +188,9 @@ class Seam:
         hidden, *rest = args
         layers = self.pruner.layers
         if layer in layers or layer == 0:
-            before = run.survivors
-            if self._prune(layer, run, hidden):
-                hidden = run.narrow_hidden(hidden, before)
-        if run.survivors is not None:
+            self._prune(layer, run, hidden)
+            hidden = run.narrow_hidden(layer, hidden)
+        if run.entering(layer) is not None:
             run.narrow_kwargs(layer, kwargs)
         elif run.host.cache is not None and run.host.past:
             Decode(run.host.cache, run.host.flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
@@ -214,21 +213,23 @@ class Seam:
     def _counts(self, layer: int, run: Prefill) -> tuple[int, ...] | None:
         return self.pruner.counts(self.pruner.layers.index(layer), run)
 
-    def _prune(self, layer: int, run: Prefill, hidden: Tensor) -> bool:
-        """Decide before ``layer``; True if tokens go."""
+    def _prune(self, layer: int, run: Prefill, hidden: Tensor) -> None:
+        """Decide before ``layer`` who goes on."""
         if layer in run.records:  # a replay by gradient checkpointing
-            return False
+            return
         if layer == 0:
-            return run.enter()
+            run.enter()
+            return
         counts = self._counts(layer, run)
         decision = run.frozen_decision(layer)
         if decision is None and run.recording is None:
-            return False  # the budget keeps everything: nothing was recorded, nothing changes
+            return  # the budget keeps everything: nothing was recorded, nothing changes
         if decision is None:
-            step, minimum = self.pruner.layers.index(layer), self.pruner.min_per_image
+            step = self.pruner.layers.index(layer)
             with torch.set_grad_enabled(isinstance(run, LearningPass)):
-                decision = self.pruner.decide(run.view(layer, step, hidden, counts, minimum))
-        return run.apply(layer, decision, counts)
+                view = run.view(layer, step, hidden, counts, **self.pruner.minimum)
+                decision = self.pruner.decide(view)
+        run.apply(layer, decision, counts)
 
     def _after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any

@@ -57,9 +57,9 @@ class HostPass:
         alike.
         """
 
-        def gather(table: Tensor) -> Tensor:
-            if table.ndim == 4:  # before 5.5, multimodal rotary tables come one each for t, h, w
-                return torch.stack([gather(part) for part in table])
+        def gather(table: Tensor, plain: int = 3) -> Tensor:
+            if table.ndim > plain:  # one each for t, h, w
+                return torch.stack([gather(part, plain) for part in table])
             return gather_tokens(table, survivors.index.to(table.device))
 
         tables = kwargs.get("position_embeddings")
@@ -73,7 +73,7 @@ class HostPass:
             kwargs["position_ids"] = (
                 None
                 if self.flash
-                else survivors.once(id(positions), positions, lambda: gather(positions))
+                else survivors.once(id(positions), positions, lambda: gather(positions, 2))
             )
         mask = kwargs.get("attention_mask")
         # Layers that hold different earlier turns need different columns.

@@ -29,6 +29,8 @@ class LearningPass(Prefill):
         soft_counts: (B,) float32 tokens left after each pruning layer so far, with a gradient.
     """
 
+    gathers = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight: Tensor | None = None
@@ -36,7 +38,12 @@ class LearningPass(Prefill):
         self._alive: Tensor | None = None
 
     def view(
-        self, layer: int, step: int, hidden: Tensor, counts: tuple[int, ...] | None, minimum: int
+        self,
+        layer: int,
+        step: int,
+        hidden: Tensor,
+        counts: tuple[int, ...] | None,
+        **minimum: Any,
     ) -> View:
         """As at inference: what is pruned already is hidden from the scores, and a mask is
         asked.
@@ -44,7 +51,7 @@ class LearningPass(Prefill):
         recording = self.recording
         if recording is not None and self._alive is not None:
             self.recording = self._without_pruned(recording)
-        view = super().view(layer, step, hidden, counts, minimum)
+        view = super().view(layer, step, hidden, counts, **minimum)
         return View(**{**vars(view), "learning": True})
 
     def _without_pruned(self, recording: Recording) -> Recording:
@@ -71,8 +78,9 @@ class LearningPass(Prefill):
         alive = self.kept(layer) if self._alive is None else self._alive
         gone = torch.where(self._token_valid & ~keep, position, length)
         self._alive = pad(alive, (0, 1)).scatter(1, gone, False)[:, :length]
+        survivors = Survivors(*pack(self._alive))
         self.records[layer] = LayerRecord(
-            decision, self._token, self._token_valid, tuple(kept), Survivors(*pack(self._alive))
+            decision, self._token, self._token_valid, position, tuple(kept), survivors
         )
         chosen, chosen_valid = pack(keep, length=max(kept))
         self._token, self._token_valid = self._token.gather(1, chosen), chosen_valid

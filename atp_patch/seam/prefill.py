@@ -13,22 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.maths import gather_tokens, pack
+from atp_patch.maths import gather_tokens, pack, scatter_tokens
 from atp_patch.seam.host import HostPass
 from atp_patch.seam.narrow import scoring_mask
 from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.recorder import Recording
 from atp_patch.seam.survivors import Survivors
-from atp_patch.types import Decision, Layout, View
+from atp_patch.types import Decision, Layout, Recycled, View
 
 
 @dataclass
 class LayerRecord:
-    """What one pruning layer did, for the trace: survivors' visual tokens and the decision."""
+    """What one pruning layer did: the decision about the visual tokens that reached it.
+
+    ``slot``: (B, V) their places among the tokens that reached it; ``survivors``: who is left.
+    """
 
     decision: Decision
     token: Tensor
     token_valid: Tensor
+    slot: Tensor
     kept: tuple[int, ...]
     survivors: Survivors | None
 
@@ -41,6 +45,7 @@ class Prefill:
         entered: how many they are, of each sample.
         embeds: (B, L, D) what enters the decoder.
         rotary: tables (cos, sin) of the layer whose attention is to be recorded.
+        gathers: layers run on survivors alone.
 
     Args:
         layout, text: where the visual tokens and the text rows lie.
@@ -48,9 +53,11 @@ class Prefill:
         token_counts: tokens of each sample, padding not counted.
         host: what the host brought to this pass.
         bytes_per_element: of the hidden states, and so of the cache.
-        frozen: choices of the first pass of a generation without a cache, filled by that pass; None
-            where a cache holds the choice.
+        frozen: decisions of the first pass of a generation without a cache, filled by that pass;
+            None where a cache holds the choice.
     """
+
+    gathers = True
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class Prefill:
         token_counts: Sequence[int],
         host: HostPass,
         bytes_per_element: int,
-        frozen: dict[int, Tensor] | None,
+        frozen: dict[int, Decision] | None,
     ) -> None:
         self.layout, self.text, self.attended = layout, text, attended
         self.host, self.frozen, self.bytes_per_element = host, frozen, bytes_per_element
@@ -90,7 +97,12 @@ class Prefill:
         self.recording = replace(recording, rotary=self.rotary)
 
     def view(
-        self, layer: int, step: int, hidden: Tensor, counts: tuple[int, ...] | None, minimum: int
+        self,
+        layer: int,
+        step: int,
+        hidden: Tensor,
+        counts: tuple[int, ...] | None,
+        **minimum: Any,
     ) -> View:
         """What a method may look at before ``layer``; takes the recording of the layer before."""
         recording = self.recording
@@ -112,11 +124,12 @@ class Prefill:
             token=self._token,
             text=self._slots(self.text.position),
             text_valid=self.text.valid,
+            text_position=self.text.position,
             last=self._slots(self.text.last[:, None])[:, 0],
             layout=self.layout,
             counts=counts,
             sample_key=self.text.sample_key,
-            min_per_image=minimum,
+            **minimum,
             embeds=None if self.embeds is None else self.embeds.to(query.device),
             unrotated=replace(recording, key=recording.key[:, :, :keys]).unrotated,
         )
@@ -133,14 +146,14 @@ class Prefill:
             self.attended = self.attended.to(device)
         if self.survivors is not None:
             self.survivors = self.survivors.to(device)
+            self.records[max(self.records)].survivors = self.survivors
 
     def frozen_decision(self, layer: int) -> Decision | None:
-        """The choice of the first pass of a generation without a cache, or None."""
-        if self.frozen is None or layer not in self.frozen:
-            return None
-        kept = self.frozen[layer].to(self.layout.position.device)
-        position = self.layout.position.gather(1, self._token)
-        return Decision(keep=kept.gather(1, position) & self._token_valid)
+        """The choice of the first pass of a generation without a cache, or None.
+
+        The prompt is the same in every pass, so the same tokens stand in the same columns.
+        """
+        return None if self.frozen is None else self.frozen.get(layer)
 
     def enter(self) -> bool:
         """Drop the visual tokens that do not enter the decoder (``entry``); False where all do."""
@@ -156,14 +169,15 @@ class Prefill:
         """
         keep = decision.keep & self._token_valid
         kept = list(counts) if decision.exact and counts is not None else keep.sum(1).tolist()
-        record = LayerRecord(decision, self._token, self._token_valid, tuple(kept), None)
+        slot = self._slots(self.layout.position.gather(1, self._token))
+        record = LayerRecord(decision, self._token, self._token_valid, slot, tuple(kept), None)
         self.records[layer] = record
         changed = kept != self._left
         if changed:
             self._narrow_to(keep, kept)
         record.survivors = self.survivors
         if self.frozen is not None and layer not in self.frozen:
-            self.frozen[layer] = self.kept(layer)
+            self.frozen[layer] = decision
         return changed
 
     def _narrow_to(self, keep: Tensor, kept: list[int]) -> None:
@@ -199,19 +213,29 @@ class Prefill:
 
     # -- narrowing --------------------------------------------------------------------------------
 
-    def narrow_hidden(self, hidden: Tensor, before: Survivors | None) -> Tensor:
-        """(B, L', D) hidden states of the tokens before a pruning -> those of the survivors."""
-        survivors = self.survivors
-        assert survivors is not None
-        index = survivors.index
+    def entering(self, layer: int) -> Survivors | None:
+        """The tokens that a layer runs on; None: all. Known again when the layer is replayed."""
+        return self.at(layer) if self.gathers else None
+
+    def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
+        """(B, L', D) hidden states of the tokens before a pruning layer -> those of its
+        survivors.
+        """
+        record, before, after = self.records.get(layer), self.at(layer - 1), self.entering(layer)
+        if record is None or after is before or after is None:
+            return hidden
+        if record.decision.recycled is not None:
+            hidden = _recycle(hidden, record.slot, record.decision.recycled)
+        index = after.index
         if before is not None:
-            index = before.slots(self.layout.length).gather(1, index)
+            index = before.slots(self.layout.length).gather(1, index.to(before.index.device))
         return gather_tokens(hidden, index.to(hidden.device))
 
     def narrow_kwargs(self, layer: int, kwargs: dict[str, Any]) -> None:
         """Replace what the host hands to a layer by what the survivors need (in place)."""
-        assert self.survivors is not None
-        self.host.narrow_kwargs(layer, self.survivors, kwargs)
+        survivors = self.entering(layer)
+        assert survivors is not None
+        self.host.narrow_kwargs(layer, survivors, kwargs)
 
     # -- giving back the public shape -------------------------------------------------------------
 
@@ -258,3 +282,14 @@ class Prefill:
         if output.attentions is not None:
             output.attentions = tuple(attention(w, i) for i, w in enumerate(output.attentions))
         return output
+
+
+def _recycle(hidden: Tensor, slot: Tensor, recycled: Recycled) -> Tensor:
+    """(B, L', D) with sums of visual tokens' states in place of those that take in others."""
+    slot, column = slot.to(hidden.device), recycled.column.to(hidden.device)
+    valid, weight = recycled.valid.to(hidden.device), recycled.weight.to(hidden.device)
+    made = weight @ gather_tokens(hidden, slot).float()
+    place, length = slot.gather(1, column), hidden.shape[1]
+    changed = scatter_tokens(valid, place, valid, length)
+    table = scatter_tokens(made.to(hidden.dtype), place, valid, length)
+    return torch.where(changed[..., None], table, hidden)

@@ -136,7 +136,10 @@ def _attend(
     weight = kwargs.pop(KEY_WEIGHT, None)
     if weight is not None:
         dropout = kwargs.get("dropout", 0.0)
-        return weighted_attention(query, key, value, attention_mask, scale, weight, dropout)
+        wanted = armed.__dict__["_atp_host"]._attn_implementation == "eager"
+        return weighted_attention(
+            query, key, value, attention_mask, scale, weight, dropout, probabilities=wanted
+        )
     module.config = armed.__dict__["_atp_host"]
     try:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(

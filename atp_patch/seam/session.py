@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atp_patch.errors import UnsupportedModelError
 from atp_patch.seam.outside import Outside
+from atp_patch.types import Decision
 
 
 @dataclass
@@ -19,12 +20,12 @@ class Session:
         prompt_length: tokens of the prompt; later ones are generated or guessed, and never score.
         visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
         ids: (B, L) of the prompt, or None where it is given as embeddings.
-        choices: layer -> (B, L) bool, the choice of the first pass, for passes without a cache.
+        choices: layer -> the decision of the first pass, for passes without a cache.
     """
 
     prompt_length: int | None
     visual_mask: Tensor | None = None
-    choices: dict[int, Tensor] = field(default_factory=dict)
+    choices: dict[int, Decision] = field(default_factory=dict)
     ids: Tensor | None = None
 
     @classmethod

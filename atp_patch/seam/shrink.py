@@ -18,9 +18,9 @@ Size = tuple[int, int]
 
 
 class GridChooser(Protocol):
-    """The grid of about ``count`` tokens that one of ``height`` x ``width`` becomes."""
+    """The grid of about ``count`` tokens, ``least`` at least, that a larger one becomes."""
 
-    def __call__(self, height: int, width: int, count: int, *, square: bool) -> Size:
+    def __call__(self, height: int, width: int, count: int, least: int, *, square: bool) -> Size:
         """(height, width) of the smaller grid."""
 
 
@@ -30,7 +30,7 @@ class ShrinkHooks:
     Args:
         base: the model without its head.
         tower: where things are.
-        grid: the method; ``counts``: the budget.
+        grid: the method; ``counts``: the budget; ``least``: tokens that an image keeps at least.
         active: whether this call of the tower is part of a pass that may be pruned.
     """
 
@@ -40,10 +40,11 @@ class ShrinkHooks:
         tower: Tower,
         grid: GridChooser,
         counts: Counter,
+        least: int,
         active: Callable[[], bool],
     ) -> None:
         self.base, self.tower, self.grid, self.counts = base, tower, grid, counts
-        self.active = active
+        self.least, self.active = least, active
         self._sizes: list[tuple[Size, Size]] = []  # of each grid, before and after
         self._lead = 0
 
@@ -77,7 +78,7 @@ class ShrinkHooks:
                 f"the images of one batch would get {sorted(set(counts))} tokens, but the tower "
                 "takes pictures of one size at a time; give keep=, or samples with as many images."
             )
-        small = self.grid(height, width, counts[0], square=self.tower.square)
+        small = self.grid(height, width, counts[0], self.least, square=self.tower.square)
         if small == (height, width):
             return pixels
         self._sizes = [((height, width), small)] * number
@@ -106,7 +107,7 @@ class ShrinkHooks:
         tokens = [t * h * w for t, h, w in films]
         counts = self._counts(tokens, tokens)
         small = [
-            self.grid(h, w, max(round(count / t), 1), square=False)
+            self.grid(h, w, max(round(count / t), 1), -(-self.least // t), square=False)
             for (t, h, w), count in zip(films, counts, strict=True)
         ]
         if all(size == film[1:] for size, film in zip(small, films, strict=True)):

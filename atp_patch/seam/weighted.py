@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
+from atp_patch.seam.fused import FusedWeightedAttention
 from atp_patch.seam.narrow import scoring_mask
 
 
@@ -17,7 +18,9 @@ def weighted_attention(
     scaling: float,
     weight: Tensor,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    *,
+    probabilities: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Softmax attention whose exponentials are multiplied by each key's weight before the sum.
 
     A token always sees itself. With weights of 0 and 1 this is attention without the keys of
@@ -30,12 +33,18 @@ def weighted_attention(
         mask: the host's, wide or (B, L) or None (causal).
         weight: (B, L) in [0, 1].
         dropout: of the attention probabilities.
+        probabilities: return them; without them and without dropout no (L, L) table is kept.
 
     Returns:
-        (B, L, H, d) in the dtype of ``value``, and the probabilities (B, H, L, L).
+        (B, L, H, d) in the dtype of ``value``, and the probabilities (B, H, L, L) or None.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if not probabilities and not dropout:
+        seen = scoring_mask(mask, query.shape[2], key.shape[2], query.device)
+        same = (x.to(value.dtype) for x in (query, key, value))
+        out = FusedWeightedAttention.apply(*same, weight.float(), seen, scaling)
+        return out.transpose(1, 2).contiguous(), None
     logits = (query @ key.transpose(-1, -2)).float() * scaling
     visible = scoring_mask(mask, query.shape[2], key.shape[2], query.device)
     if visible.dtype != torch.bool:
@@ -49,7 +58,7 @@ def weighted_attention(
     # Keys that do not count may lie above the maximum; clamping keeps them finite.
     exponential = (logits - highest).clamp(max=0).exp().masked_fill(~visible, 0.0) * weight
     # A row of padding that sees nothing gives zeros.
-    total = exponential.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    probability = exponential / total
+    total = exponential.sum(-1, keepdim=True)
+    probability = exponential / torch.where(total > 0, total, 1.0)
     dropped = drop(probability, dropout, training=dropout > 0).to(value.dtype)
     return (dropped @ value).transpose(1, 2).contiguous(), probability.to(value.dtype)

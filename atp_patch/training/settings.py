@@ -74,9 +74,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: {value} must be at least 1.")
-        for name in ("lr", "atp_lr", "clip", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be above 0.")
+        for name in ("lr", "atp_lr", "atp_bias_lr", "clip", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}: {value} must be above 0.")
         for name in ("distill", "weight_decay", "workers", "lora_rank", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")

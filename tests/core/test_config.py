@@ -81,7 +81,7 @@ def test_a_budget_below_the_unpruned_layers_names_the_least_possible() -> None:
         ({"target_tokens": -3}, "above 0"),
         ({"target_tokens": float("nan")}, "above 0"),
         ({"keep": (0.5,) * 3, "target_tokens": 10}, "give one of them"),
-        ({"min_tokens": 0}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
     ],
 )
 def test_wrong_arguments_name_the_mend(changes: dict[str, object], message: str) -> None:

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 import atp_patch
 from atp_patch.maths import atp_loss, target_loss
-from atp_patch.seam.weighted import weighted_attention
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
 
@@ -229,50 +228,6 @@ def test_after_training_the_model_runs_plainly_and_on_text() -> None:
         after = model(**inputs).logits
     assert torch.equal(trained_text, plain)
     assert torch.equal(after, before)
-
-
-@pytest.mark.parametrize("mask_kind", ["none", "bool", "float"])
-def test_weighted_attention_by_hand(mask_kind: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 4, 5, 3, generator=generator)
-    key, value = torch.randn(2, 2, 2, 5, 3, generator=generator)
-    weight = torch.tensor([[1.0, 0.0, 0.3, 1.0, 0.0], [0.0, 1.0, 1.0, 0.7, 1.0]])
-    seen = torch.ones(5, 5).tril().bool()[None, None].expand(2, 1, 5, 5).clone()
-    if mask_kind != "none":
-        seen[1, :, :, 0] = False  # padding on the left of the second sample
-    floats = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
-    mask = {"none": None, "bool": seen, "float": floats}[mask_kind]
-    got, _ = weighted_attention(query, key, value, mask, 0.5, weight)
-    for b in range(2):
-        for h in range(4):
-            for i in range(5):
-                e = [
-                    float(torch.exp(query[b, h, i] @ key[b, h // 2, j] * 0.5))
-                    * (1.0 if i == j else float(weight[b, j]))
-                    * float(seen[b, 0, i, j])
-                    for j in range(5)
-                ]
-                row = sum(e) and sum(e[j] / sum(e) * value[b, h // 2, j] for j in range(5))
-                expected = row if isinstance(row, Tensor) else torch.zeros(3)
-                torch.testing.assert_close(got[b, i, h], expected)
-
-
-def test_a_key_of_weight_zero_still_gets_its_gradient() -> None:
-    """The derivative by a weight is (e_n / sum) (v_n - out), also at 0, also far above the
-    maximum.
-    """
-    query = torch.tensor([[[[0.0], [1.0]]]])
-    key = torch.tensor([[[[3.0], [1.0]]]])
-    value = torch.tensor([[[[5.0], [2.0]]]])
-    weight = torch.tensor([[0.0, 1.0]], requires_grad=True)
-    out, _ = weighted_attention(query, key, value, None, 1.0, weight)
-    assert out[0, 1, 0].tolist() == [2.0]
-    out[0, 1, 0, 0].backward()
-    assert weight.grad is not None
-    assert float(weight.grad[0, 0]) == pytest.approx(5.0 - 2.0)  # clamped: e_n / sum is 1 at most
-    loud = torch.tensor([[[[300.0], [1.0]]]])
-    out, _ = weighted_attention(query, loud, value, None, 1.0, weight)
-    assert bool(torch.isfinite(out).all())
 
 
 def test_losses_by_hand() -> None:

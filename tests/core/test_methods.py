@@ -15,7 +15,7 @@ from tests.helpers.run import INSIDE
 from tests.helpers.tiny import tiny_model
 
 LAYERS = [2, 4, 6]
-METHOD_NAMES = ["atp", "fixed", "fastv", "prumerge", "prumerge+", "random", "uniform"]
+METHOD_NAMES = ["atp", "fixed", "fastv", "sparsevlm", "prumerge", "prumerge+", "random", "uniform"]
 METHOD_NAMES += ["downsample", "voco"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import atp_patch
 from atp_patch.evaluation import command
@@ -35,6 +36,26 @@ def test_an_adapter_decides_by_itself(folder: Path, tmp_path: Path) -> None:
     assert 0 < row["average_tokens"] < TOKENS
     table = (tmp_path / "out" / command.TABLE).read_text(encoding="utf-8")
     assert "| adapter heads | 1+5 | its own |" in table
+
+
+def test_an_adapters_controls_keep_as_many(folder: Path, tmp_path: Path) -> None:
+    model, _ = build()
+    torch.manual_seed(0)
+    atp_patch.patch_model(model, [1, 5], "atp", thresholds="learned", target_tokens=12)
+    for name, parameter in model.atp_patch_heads.named_parameters():
+        if "theta" in name:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    heads = tmp_path / "heads"
+    atp_patch.save_pretrained(model, heads)
+    named = f"{heads},{heads}~mean,{heads}~shuffled"
+    asked = rows(folder, tmp_path / "out", "--adapters", named, "--questions", "60")
+    found = {row["method"]: row for row in asked}
+    own, mean, shuffled = (found[f"adapter heads{end}"] for end in ("", "~mean", "~shuffled"))
+    assert "control" not in own
+    assert (mean["control"], shuffled["control"]) == ("mean", "shuffled")
+    assert mean["average_tokens"] == pytest.approx(own["average_tokens"], rel=0.1)
+    assert shuffled["average_tokens"] == pytest.approx(own["average_tokens"], rel=0.1)
+    assert len({row["average_tokens"] for row in (own, mean, shuffled)}) == 3
 
 
 def test_answers_are_generated_where_words_are_others(

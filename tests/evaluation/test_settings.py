@@ -10,10 +10,20 @@ import pytest
 import atp_patch
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation.identity import adapter_hash, model_hash
+from atp_patch.evaluation.options import drop_layers
 from atp_patch.evaluation.runner import Bench, chunks
-from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied, plan, unreachable
+from atp_patch.evaluation.settings import (
+    BLIND,
+    DROPPED,
+    UNPRUNED,
+    Setting,
+    applied,
+    plan,
+    unreachable,
+)
 from atp_patch.evaluation.tasks import choose_tasks
 from atp_patch.methods import untrained_methods
+from atp_patch.patch import require_patch
 from tests.evaluation.conftest import TOKENS
 
 
@@ -122,3 +132,22 @@ def test_questions_about_an_image_stay_together() -> None:
             if kinds == {kind}
         ]
         assert sum(map(len, numbers)) == len(set.union(*numbers))
+
+
+def test_all_visual_tokens_dropped_from_a_layer_on(bench: Bench) -> None:
+    settings = planned([], drop_from=[1, 5])
+    dropped = [s for s in settings if s.name == DROPPED]
+    assert [s.layers for s in dropped] == [(1,), (5,)]
+    assert dropped[0].identity() != dropped[1].identity()
+    with applied(bench.model, dropped[1], TOKENS) as patched:
+        config = require_patch(patched).config
+        assert config.counts(TOKENS) == (0,)
+        assert config.layers == (5,)
+
+
+def test_layers_to_drop_from() -> None:
+    assert drop_layers(["all"], 4) == [1, 2, 3]
+    assert drop_layers(["2", "3"], 4) == [2, 3]
+    for wrong in ("0", "4", "x"):
+        with pytest.raises(ConfigError, match=f"--drop-from {wrong}: give layers from 1 to 3"):
+            drop_layers([wrong], 4)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from atp_patch.evaluation.plots import draw_all, frontier, kept_by_layer
-from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting
+from atp_patch.evaluation.plots import by_depth, draw_all, frontier, kept_by_layer
+from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED, Setting
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.summary import Measured, Row, summarize
@@ -160,3 +161,16 @@ def test_plots_hold_every_setting(rows: list[Row], tmp_path: Path) -> None:
         f"fake-{name}.png" for name in ("frontier", "tasks", "kept")
     ]
     assert all(p.stat().st_size > 1000 for p in written)
+
+
+def test_the_plot_by_depth_runs_from_blind_to_unpruned(rows: list[Row], tmp_path: Path) -> None:
+    assert by_depth(rows) is None
+    plain, blind, fastv, *_ = rows
+    dropped = [replace(fastv, setting=Setting(DROPPED, layers=(k,)), layers=(k,)) for k in (1, 2)]
+    members = [plain, blind, *dropped]
+    lines = {line.get_label(): line for line in by_depth(members).axes[0].lines}
+    assert list(lines["small"].get_xdata()) == [0, 1, 2, 3]
+    wanted = [row.accuracy["small"] for row in (blind, *dropped, plain)]
+    assert list(lines["small"].get_ydata()) == wanted
+    assert "mean" in lines
+    assert "fake-depth.png" in [p.name for p in draw_all(members, tmp_path)]

@@ -80,6 +80,10 @@ MIXED = (
     sample(Words(13), seed=7),
     sample(Words(5), Picture(1), Words(3), seed=8),
 )
+VIDEOS_ALONE = (
+    sample(Words(3), Picture(VIDEO), Words(8), seed=11),
+    sample(Words(2), Picture(VIDEO), Words(13), seed=13),
+)
 VIDEOS = (
     sample(Words(3), Picture(VIDEO), Words(8), seed=11),
     sample(Words(2), Picture(0), Words(2), Picture(VIDEO), Words(6), seed=12),
@@ -137,6 +141,7 @@ class Kind:
         adjust: changes the random weights.
         layers: where the tests prune.
         videos: picture number ``VIDEO`` is a video.
+        mixes: one call of the model may hold both images and videos.
         attention: the implementation that the tests run by default.
     """
 
@@ -151,7 +156,13 @@ class Kind:
     adjust: Callable[[PreTrainedModel], None] | None = None
     layers: tuple[int, ...] = (2, 4, 6)
     videos: bool = False
+    mixes: bool = True
     attention: str = "sdpa"
+
+    @property
+    def video_samples(self) -> tuple[Sample, ...]:
+        """Samples with videos, and with images beside them where the model takes both."""
+        return VIDEOS if self.mixes else VIDEOS_ALONE
 
     def build(self) -> PreTrainedModel:
         """A fresh copy of the tiny model; equal weights in every call."""

@@ -1,4 +1,4 @@
-"""Pictures of any size whose places the rotary positions carry: Qwen3-VL, its mixture, GLM-4V."""
+"""Pictures of any size whose places the rotary positions carry: Qwen, GLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from torch import Tensor
 from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
     PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -23,6 +29,7 @@ from tests.helpers.inputs import Inputs
 PATCH, MERGE, FRAMES_A_PATCH = tiny.QWEN_PATCH, tiny.QWEN_MERGE, tiny.QWEN_FRAMES
 SIZES = ((4, 6), (5, 7), (4, 6))  # rows and columns of visual tokens; the last is a video
 FRAMES = 3
+VIDEO_START, VIDEO_END = 3, 4
 DEEP = 2  # deepstack: features are added after this many decoder layers
 VISION: dict[str, Any] = {
     "depth": 2,
@@ -49,12 +56,15 @@ def _qwen3(make: Any, **text: Any) -> Any:
     )
 
 
-def _glm4v() -> Glm4vConfig:
-    return Glm4vConfig(
-        text_config={**TEXT, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}},
+def _glm(make: Any, **text: Any) -> Any:
+    whole = {"partial_rotary_factor": 1.0}
+    return make(
+        text_config={**TEXT, "rope_parameters": {**ROPE, **whole}, **whole, **text},
         vision_config={**VISION, "image_size": 48},
         image_token_id=tiny.IMAGE,
         video_token_id=tiny.VIDEO,
+        video_start_token_id=VIDEO_START,
+        video_end_token_id=VIDEO_END,
         image_start_token_id=tiny.VISION_START,
         image_end_token_id=tiny.VISION_END,
     )
@@ -91,6 +101,39 @@ def _picture(config: Any, which: int, paint: Paint, count: int) -> Drawn:
         names = ("pixel_values", "image_grid_thw")
     drawn.tensors = dict(zip(names, (_patches(frames), thw), strict=True))
     return drawn
+
+
+def _one_run(config: Any, which: int, paint: Paint, count: int) -> Drawn:
+    """Qwen2-VL: nothing stands between the frames of a video."""
+    if which != VIDEO:
+        return _picture(config, which, paint, count)
+    apart = _picture(config, which, paint, count)
+    drawn = Drawn(tensors=apart.tensors)
+    drawn.mark(tiny.VISION_START)
+    for frame in range(FRAMES):
+        drawn.square(tiny.VIDEO, 0, *SIZES[VIDEO], frame)
+    drawn.mark(tiny.VISION_END)
+    return drawn
+
+
+def _glm_picture(config: Any, which: int, paint: Paint, count: int) -> Drawn:
+    """GLM: frames have the id of images, and a video stands between marks of its own."""
+    picture = _picture(config, which, paint, count)
+    if which != VIDEO:
+        return picture
+    drawn = Drawn(tensors=picture.tensors)
+    drawn.mark(VIDEO_START)
+    drawn.ids += [tiny.IMAGE if token == tiny.VIDEO else token for token in picture.ids]
+    drawn.places += picture.places
+    drawn.mark(VIDEO_END)
+    return drawn
+
+
+def _collate_glm(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
+    ids = inputs["input_ids"]
+    within = (ids == VIDEO_START).cumsum(1) > (ids == VIDEO_END).cumsum(1)
+    types = (ids == tiny.IMAGE).long() * (1 + within.long())
+    return {**_collate(pictures, inputs), "mm_token_type_ids": types}
 
 
 def _collate(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
@@ -133,5 +176,46 @@ KINDS = (
         _collate,
         videos=True,
     ),
-    Kind("glm4v", Glm4vForConditionalGeneration, _glm4v, _picture, _collate, adjust=_gentle),
+    Kind(
+        "qwen2_vl",
+        Qwen2VLForConditionalGeneration,
+        lambda: tiny._config("qwen2_vl"),
+        _one_run,
+        _collate,
+        videos=True,
+    ),
+    Kind(
+        "qwen2_5_vl",
+        Qwen2_5_VLForConditionalGeneration,
+        lambda: tiny._config("qwen2_5_vl"),
+        _one_run,
+        _collate,
+        videos=True,
+    ),
+    *(
+        Kind(
+            name,
+            model,
+            config,
+            _glm_picture,
+            _collate_glm,
+            adjust=_gentle,
+            videos=True,
+            mixes=False,
+        )
+        for name, model, config in (
+            ("glm4v", Glm4vForConditionalGeneration, lambda: _glm(Glm4vConfig)),
+            ("glm46v", Glm46VForConditionalGeneration, lambda: _glm(Glm46VConfig)),
+            (
+                "glm4v_moe",
+                Glm4vMoeForConditionalGeneration,
+                lambda: _glm(
+                    Glm4vMoeConfig,
+                    n_routed_experts=4,
+                    num_experts_per_tok=2,
+                    moe_intermediate_size=48,
+                ),
+            ),
+        )
+    ),
 )

@@ -11,12 +11,11 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.seam import locate
-from tests.families import anyres, mrope, square, towers
+from tests.families import anyres, molmo2, mrope, newer, square, towers
 from tests.families.kinds import (
     MIXED,
     SINGLE,
     TWO,
-    VIDEOS,
     Batch,
     Kind,
     columns_ramp,
@@ -28,7 +27,8 @@ from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-KINDS = (*square.KINDS, *anyres.KINDS, *towers.KINDS, *mrope.KINDS)
+TABLES = (square, anyres, towers, mrope, newer, molmo2)
+KINDS = tuple(kind for table in TABLES for kind in table.KINDS)
 FAST = {"method": "fastv", "keep": 0.5}
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -90,7 +90,7 @@ def test_gathered_is_masked_without_padding(kind: Kind) -> None:
 
 @with_videos
 def test_gathered_is_masked_with_videos(kind: Kind) -> None:
-    check_masked(kind, patched(kind), kind.build(), make(kind, VIDEOS))
+    check_masked(kind, patched(kind), kind.build(), make(kind, kind.video_samples))
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_grids_are_where_the_processor_puts_them(kind: Kind, padding: str) -> No
 
 @with_videos
 def test_grids_of_videos_are_where_the_processor_puts_them(kind: Kind) -> None:
-    check_grids(patched(kind, method="uniform"), make(kind, VIDEOS))
+    check_grids(patched(kind, method="uniform"), make(kind, kind.video_samples))
 
 
 def check_grids(model: Any, batch: Batch) -> None:
@@ -227,8 +227,10 @@ def local(model: Any) -> None:
     outputs = ("out_proj", "o_proj", "projection_layer", "attn.proj", "attention.dense")
     decoder = {id(weight) for weight in model.get_decoder().parameters()}
     for name, weight in model.named_parameters():
-        mixes = any(part in name for part in (*outputs, "position_embedding", "pos_embed"))
-        if mixes and id(weight) not in decoder and "head" not in name:
+        places = ("position_embedding", "positional_embedding", "pos_embed")
+        mixes = any(part in name for part in (*outputs, *places))
+        reads_cells = "head" in name or "pooling" in name
+        if mixes and id(weight) not in decoder and not reads_cells:
             weight.data.zero_()
 
 

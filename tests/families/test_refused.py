@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import atp_patch
@@ -14,6 +16,7 @@ from atp_patch.families.refused import REFUSED
 from tests.families.mrope import DEEP
 from tests.families.mrope import KINDS as MROPE
 
+NEWEST = "5.23"  # all names are known here
 SERVED = [name for family in FAMILIES if family.outer is None for name in family.model_types]
 
 
@@ -29,8 +32,11 @@ def test_the_reason_and_the_way_out_are_named(model_type: str) -> None:
 
 
 def test_every_name_is_a_model_of_transformers() -> None:
-    assert set(SERVED) | set(REFUSED) <= set(CONFIG_MAPPING_NAMES)
     assert not set(SERVED) & set(REFUSED)
+    unknown = (set(SERVED) | set(REFUSED)) - set(CONFIG_MAPPING_NAMES)
+    if unknown and Version(transformers.__version__) < Version(NEWEST):
+        pytest.skip(f"this version has not got {', '.join(sorted(unknown))}")
+    assert not unknown
 
 
 def test_layers_that_still_receive_features_are_not_pruned() -> None:

@@ -119,6 +119,13 @@ def _padded_to_largest(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
 
 KINDS = (
     Kind(
+        "llava",
+        LlavaForConditionalGeneration,
+        lambda: _clip(LlavaConfig, vision_feature_layer=-2),
+        _square,
+        stacked("pixel_values"),
+    ),
+    Kind(
         "vipllava",
         VipLlavaForConditionalGeneration,
         lambda: _clip(VipLlavaConfig, vision_feature_layer=[-1, -2]),

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fastv": FASTV,
     "atp": {"method": "atp", "layers": LAYERS, "keep": SHARES},
     "fixed": {"method": "fixed", "layers": LAYERS, "keep": SHARES},
+    "sparsevlm": {"method": "sparsevlm", "layers": LAYERS, "keep": SHARES, "recycle_share": 0.0},
     "random": {"method": "random", "layers": LAYERS, "keep": SHARES, "seed": 0},
     "uniform": {"method": "uniform", "layers": LAYERS, "keep": SHARES},
 }

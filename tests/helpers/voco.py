@@ -6,6 +6,7 @@ is filled entry by entry, and the plain model's own decoder runs on it at full l
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,14 @@ class Token:
     number: int = -1
 
 
-def written_out(visual: list[bool], attended: list[bool], num_tokens: int) -> list[Token]:
-    """The tokens of one sample without padding, VoCo tokens behind every run of visual ones."""
+def written_out(
+    visual: list[bool], attended: list[bool], num_tokens: int, cuts: Collection[int] = ()
+) -> list[Token]:
+    """The tokens of one sample without padding, VoCo tokens behind every run of visual ones.
+
+    Args:
+        cuts: places at which a new segment begins within a run.
+    """
     tokens: list[Token] = []
     segment = -1
     for place, is_visual in enumerate(visual):
@@ -38,10 +45,10 @@ def written_out(visual: list[bool], attended: list[bool], num_tokens: int) -> li
         if not is_visual:
             tokens.append(Token("text", -1, place))
             continue
-        if place == 0 or not visual[place - 1]:
+        if place == 0 or not visual[place - 1] or place in cuts:
             segment += 1
         tokens.append(Token("visual", segment, place))
-        if place + 1 == len(visual) or not visual[place + 1]:
+        if place + 1 == len(visual) or not visual[place + 1] or place + 1 in cuts:
             for number in range(num_tokens):
                 tokens.append(Token("voco", segment, place - num_tokens + 1 + number, number))
     return tokens
@@ -56,12 +63,18 @@ def sees(tokens: list[Token], query: int, key: int) -> bool:
     return tokens[query].kind != "text" and tokens[query].segment == tokens[key].segment
 
 
-def reference(model: PreTrainedModel, inputs: Inputs, embedding: Tensor) -> tuple[Tensor, Tensor]:
+def reference(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    embedding: Tensor,
+    cuts: Sequence[Collection[int]] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Logits of the plain model with VoCo tokens behind its images.
 
     Args:
         inputs: with position ids, where the model needs them to skip padding.
         embedding: (V, D).
+        cuts: of each sample, places at which a new segment begins within a run.
 
     Returns:
         (B, L, vocabulary), at the place of one of the last visual tokens that of the VoCo token,
@@ -73,7 +86,10 @@ def reference(model: PreTrainedModel, inputs: Inputs, embedding: Tensor) -> tupl
     known = torch.zeros(batch, length, dtype=torch.bool)
     for b in range(batch):
         tokens = written_out(
-            visual_mask(inputs)[b].tolist(), real_mask(inputs)[b].tolist(), len(embedding)
+            visual_mask(inputs)[b].tolist(),
+            real_mask(inputs)[b].tolist(),
+            len(embedding),
+            () if cuts is None else cuts[b],
         )
         rows = [embedding[t.number] if t.kind == "voco" else embeds[b, t.place] for t in tokens]
         mask = torch.full((len(tokens), len(tokens)), torch.finfo(torch.float32).min)

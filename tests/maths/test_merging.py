@@ -142,3 +142,16 @@ def test_shrunk_grids(
     grid: tuple[int, int], count: int, square: bool, expected: tuple[int, int]
 ) -> None:
     assert shrunk_grid(*grid, count, square=square) == expected
+
+
+@fixed
+@given(grid=GRIDS, count=st.integers(1, 36), least=st.integers(1, 40), square=st.booleans())
+def test_a_shrunk_grid_has_its_least(
+    grid: tuple[int, int], count: int, least: int, square: bool
+) -> None:
+    height, width = (max(grid), max(grid)) if square else grid
+    rows, columns = shrunk_grid(height, width, count, least, square=square)
+    assert 1 <= rows <= height
+    assert 1 <= columns <= width
+    assert rows * columns >= min(least, height * width)
+    assert not square or rows == columns

@@ -164,6 +164,7 @@ def refused(error: type[Exception], words_in_it: str, **options: Any) -> None:
 def test_wrong_arguments_are_refused() -> None:
     refused(atp_patch.ConfigError, "num_tokens", keep=0.5)
     refused(atp_patch.ConfigError, "num_tokens", target_tokens=10)
+    refused(atp_patch.ConfigError, "min_tokens", min_tokens=3)
     refused(atp_patch.ConfigError, "layers", layers=[2])
     refused(atp_patch.ConfigError, "at least one", num_tokens=0)
     refused(atp_patch.ConfigError, "segment_frames", segment_frames=0)

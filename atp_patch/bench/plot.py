@@ -1,0 +1,53 @@
+"""Speed-up against what the FLOPs promise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atp_patch.errors import ConfigError
+
+
+def check_plot() -> None:
+    """Find out before the work whether a plot can be drawn.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'atp-patch[eval]'.") from error
+
+
+def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Decoder speed-up against FLOPs ratio, with the range of single rounds; the line is where
+    every FLOP saved is time saved.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    points: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        for name, column in case["contenders"].items():
+            if "against_plain" in column:
+                points.setdefault(name, []).append(column["against_plain"])
+    for name, members in points.items():
+        ratio = [p["flops_ratio"] for p in members]
+        speed = [p["decoder_speedup"] for p in members]
+        # A median may lie beyond the extremes of the single rounds.
+        low = [max(0.0, s - p["pairs"][0]) for s, p in zip(speed, members, strict=True)]
+        high = [max(0.0, p["pairs"][1] - s) for s, p in zip(speed, members, strict=True)]
+        axes.errorbar(ratio, speed, yerr=[low, high], fmt="o", capsize=3, label=name)
+    top = max(p["flops_ratio"] for members in points.values() for p in members) * 1.1
+    axes.plot([1, top], [1, top], color="grey", linewidth=1, label="every FLOP saved is time saved")
+    axes.set_xlabel("FLOPs ratio of the decoder's prefill, plain / pruned")
+    axes.set_ylabel("decoder speed-up")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})

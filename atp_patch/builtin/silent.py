@@ -1,0 +1,58 @@
+"""Decoder layers that add nothing, left out: the same bits, sooner.
+
+The built-in model's decoder is deep because the papers' is; most of its layers end in projections
+that are zero. What they add to the hidden states is zero, so that leaving them out changes no bit
+of any output. A layer whose attention is scored is run nevertheless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def silent_layers(model: Any) -> tuple[int, ...]:
+    """Decoder layers whose attention and MLP both end in a projection that is zero."""
+    found = []
+    for number, layer in enumerate(model.get_decoder().layers):
+        ends = [_last_linear(getattr(layer, name, None)) for name in ("self_attn", "mlp")]
+        if all(end is not None and not end.weight.any() and end.bias is None for end in ends):
+            found.append(number)
+    return tuple(found)
+
+
+def _last_linear(module: nn.Module | None) -> nn.Linear | None:
+    """``o_proj`` of attention, ``down_proj`` of an MLP, under the names that LLaMA gave them."""
+    for name in ("o_proj", "down_proj"):
+        end = getattr(module, name, None)
+        if isinstance(end, nn.Linear):
+            return end
+    return None
+
+
+@contextmanager
+def without(model: Any, silent: Iterable[int], scored: Iterable[int]) -> Iterator[None]:
+    """The model without its silent layers, but for those in ``scored``."""
+    layers = model.get_decoder().layers
+    skipped = sorted(set(silent) - set(scored))
+    for number in skipped:
+        layers[number].forward = partial(_unchanged, number)
+    try:
+        yield
+    finally:
+        for number in skipped:
+            del layers[number].forward
+
+
+def _unchanged(
+    number: int, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
+) -> Tensor:
+    if past_key_values is not None:
+        batch, tokens, _hidden = hidden_states.shape
+        nothing = hidden_states.new_empty(batch, 1, tokens, 0)
+        past_key_values.update(nothing, nothing, number)  # the cache still counts the tokens
+    return hidden_states

@@ -1,0 +1,253 @@
+"""Thresholds set to a budget on unlabelled data, and the controls that adaptive ones are held
+against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.errors import BudgetError, ConfigError, InputError
+from atp_patch.maths import average_tokens
+from atp_patch.methods.atp_given import GivenThresholds
+from atp_patch.methods.atp_heads import Thresholds
+from atp_patch.patch import last_trace, require_patch
+from atp_patch.pruner import Patch
+
+CONTROLS = ("mean", "shuffled")
+WITHIN = 0.01  # of the target
+_ROUNDS, _EDGE = 3, 30.0  # logits beyond the edge are 0 and 1 in float32
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` did.
+
+    Attributes:
+        target, before, after: visual tokens averaged over all decoder layers and the data.
+        shifts: pruning layer -> what was added to the logits of its thresholds.
+        samples: how many with images there were.
+    """
+
+    target: float
+    before: float
+    after: float
+    shifts: dict[int, float]
+    samples: int
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) -> Calibration:
+    """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
+
+    Layer by layer, one number is added to the logits of both thresholds of all instances: their
+    differences stay, and so does the proportion of tokens between the layers. The number is a
+    quantile over the data of what each token's scores have to spare. Adapters saved from then on
+    bring the shift along.
+
+    Args:
+        model: patched with ``thresholds="learned"``, or with an adapter that brings them.
+        batches: inputs of the model with images (no labels are needed); a few dozen samples like
+            those to come. They are held in memory and gone through several times.
+        target_tokens: visual tokens averaged over all decoder layers and the data.
+
+    Returns:
+        A :class:`Calibration`; ``after`` is within 1 % of the target.
+
+    Raises:
+        ConfigError: where the patch has no learned thresholds, or scores tie so much that no shift
+            comes within 1 %.
+        BudgetError: where no thresholds could keep so few, or so many.
+        InputError: where the data has no images.
+    """
+    patch, data = require_patch(model), list(batches)
+    module = _thresholds(patch)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    shifts = dict.fromkeys(patch.layers, 0.0)
+    with _evaluating(model):
+        first = seen = _observe(model, data, None)
+        counts = _scaled(first, patch, target_tokens)
+        for _ in range(_ROUNDS):
+            if abs(seen.average - target_tokens) <= WITHIN * target_tokens:
+                break
+            for layer, wanted in counts.items():
+                shifts[layer] += _meet(model, data, module, layer, wanted)
+            seen = _observe(model, data, None)
+    if abs(seen.average - target_tokens) > WITHIN * target_tokens:
+        module.load_state_dict(start)
+        raise ConfigError(
+            f"the nearest that a shift of all thresholds comes to {target_tokens:g} tokens is "
+            f"{seen.average:.1f}; give more data, or score_norm='rank' and "
+            "spatial_order='progressive', whose scores do not tie."
+        )
+    patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
+    return Calibration(float(target_tokens), first.average, seen.average, shifts, seen.samples)
+
+
+def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> GivenThresholds:
+    """Thresholds like the model's own, but without their adaptivity, for :func:`controlled`.
+
+    At every pruning layer they keep as many tokens of the data on average as the model's own do. An
+    adaptive method that is no better than these has learned nothing from its instances.
+
+    Args:
+        model, batches: as in :func:`calibrate`.
+        kind: "mean": every instance gets the data's mean thresholds; "shuffled": every instance
+            gets those of another one, drawn from the data.
+
+    Raises:
+        ConfigError: for another kind, or where the patch has no learned thresholds.
+        InputError: where the data has no images.
+    """
+    if kind not in CONTROLS:
+        raise ConfigError(f"kind={kind!r} is not one of {', '.join(CONTROLS)}.")
+    patch, data = require_patch(model), list(batches)
+    _thresholds(patch)
+    with _evaluating(model):
+        own = _observe(model, data, None)
+        tables = own.thetas
+        if kind == "mean":
+            tables = {layer: table.mean(0, keepdim=True) for layer, table in tables.items()}
+        logits = {layer: torch.logit(table, eps=1e-6).float() for layer, table in tables.items()}
+        control = GivenThresholds(logits)
+        with controlled(model, control):
+            for layer, wanted in own.counts.items():
+                _meet(model, data, control, layer, wanted)
+    return control
+
+
+@contextmanager
+def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
+    """The model with other thresholds for a while; what is saved meanwhile are its own."""
+    patch = require_patch(model)
+    _thresholds(patch)
+    if control.layers != patch.layers:
+        raise ConfigError(
+            f"these thresholds are for layers {list(control.layers)}, the model prunes before "
+            f"{list(patch.layers)}; make them from this patch."
+        )
+    before, patch.control = patch.control, control
+    try:
+        yield
+    finally:
+        patch.control = before
+
+
+@dataclass
+class _Seen:
+    """One pass over the data.
+
+    Attributes:
+        total, counts: visual tokens of a sample on average, before and after each pruning layer.
+        thetas: layer -> (samples, 2) thresholds.
+        spare: for each token that came to the layer asked for: how far its better score is above
+            its threshold, in logits; infinite where it stays anyhow.
+    """
+
+    samples: int
+    total: float
+    counts: dict[int, float]
+    average: float
+    thetas: dict[int, Tensor]
+    spare: Tensor
+
+
+def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _Seen:
+    totals: list[int] = []
+    kept: dict[int, list[int]] = {i: [] for i in require_patch(model).layers}
+    thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
+    spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+    num_layers = require_patch(model).config.base.num_layers
+    device = next(model.parameters()).device
+    for batch in data:
+        if not any(name.startswith("pixel_values") for name in batch):
+            continue
+        with torch.no_grad():
+            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        trace = last_trace(model)
+        seen = [b for b, total in enumerate(trace.layout.totals) if total]
+        totals += [trace.layout.totals[b] for b in seen]
+        for i, record in trace.layers.items():
+            kept[i] += [record.kept_counts[b] for b in seen]
+            pair = (record.thresholds["redundant"], record.thresholds["spatial"])
+            thetas[i].append(torch.stack(pair, 1)[seen].double().cpu())
+        if layer is not None:
+            spare.append(_spare(trace.layers[layer]))
+    if not totals:
+        raise InputError("no batch has images; thresholds are set on samples with images.")
+    counts = {i: sum(values) / len(totals) for i, values in kept.items()}
+    total = sum(totals) / len(totals)
+    average = average_tokens(total, list(counts.values()), list(counts), num_layers)
+    tables = {i: torch.cat(rows) for i, rows in thetas.items()}
+    return _Seen(len(totals), total, counts, average, tables, torch.cat(spare))
+
+
+def _spare(record: Any) -> Tensor:
+    decision = record.decision
+    margins = []
+    for name in ("redundant", "spatial"):
+        score = decision.scores[name].double().clamp(0, 1).logit()
+        theta = decision.thresholds[name].double().logit(eps=1e-6)
+        margins.append(score - theta[:, None])
+    spare = torch.maximum(*margins)
+    anyhow = decision.keep & (spare < -1e-5)
+    return spare.masked_fill(anyhow, torch.inf)[record.token_valid].cpu()
+
+
+def _meet(
+    model: nn.Module, data: Sequence[Batch], module: Thresholds, layer: int, wanted: float
+) -> float:
+    """Shift one layer's thresholds to ``wanted`` tokens a sample; returns the shift."""
+    seen = _observe(model, data, layer)
+    ranked = seen.spare.sort(descending=True).values.clamp(-_EDGE, _EDGE)
+    ranked = torch.cat([ranked.new_tensor([_EDGE]), ranked, ranked.new_tensor([-_EDGE])])
+    place = min(round(wanted * seen.samples), len(ranked) - 2)
+    by = float((ranked[place] + ranked[place + 1]) / 2)
+    module.shift(layer, by)
+    return by
+
+
+def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:
+    """Counts in the proportion of those seen whose average is the target."""
+    layers, num_layers = patch.layers, patch.config.base.num_layers
+    least = average_tokens(seen.total, [1.0] * len(layers), layers, num_layers)
+    if not least <= target <= seen.total:
+        raise BudgetError(
+            f"target_tokens={target:g} is not between {least:.1f}, which the layers before the "
+            f"first pruning cost, and {seen.total:g}, all visual tokens; give one that is."
+        )
+
+    def counts(scale: float) -> list[float]:
+        return [min(max(scale * c, 1.0), seen.total) for c in seen.counts.values()]
+
+    low, high = 0.0, seen.total
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = average_tokens(seen.total, counts(middle), layers, num_layers) < target
+        low, high = (middle, high) if below else (low, middle)
+    return dict(zip(layers, counts(high), strict=True))
+
+
+def _thresholds(patch: Patch) -> Thresholds:
+    if not isinstance(patch.heads, Thresholds):
+        raise ConfigError(
+            "this patch has no learned thresholds: budgets are met without them. Patch with "
+            'method="atp", thresholds="learned", or with an adapter that brings them.'
+        )
+    return patch.heads
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,36 @@
+"""Molmo 2: a view of the whole and the picture itself, or the frames of a video.
+
+Rows end in an id of their own (a column mark), so rows that lie one id apart are one grid. Where
+the processor leaves the marks out, as the released ones do in the view of the whole and in video
+frames, a grid is one run; it is a square, since such pictures are shrunk to squares first.
+"""
+
+from __future__ import annotations
+
+import math
+
+from atp_patch.errors import InputError
+from atp_patch.families.base import Family, Grids
+from atp_patch.families.pixtral import chains, stacked
+from atp_patch.types import GridQuery, Span, VisualGrid
+
+
+def _grid(rows: list[Span]) -> VisualGrid:
+    if len(rows) > 1:
+        return stacked(rows)
+    (run,) = rows
+    side = math.isqrt(run.length)
+    if side**2 != run.length:
+        raise InputError(
+            f"{run.length} visual tokens from position {run.start} on have no column marks between "
+            "them and are no square; let the model's own processor make input_ids and pixel values "
+            "together."
+        )
+    return VisualGrid(run.start, 1, side, side)
+
+
+def _grids(query: GridQuery) -> Grids:
+    return [[_grid(rows) for rows in chains(spans)] for spans in query.spans]
+
+
+MOLMO2 = Family(name="molmo2", model_types=("molmo2",), grids=_grids, causal=False)

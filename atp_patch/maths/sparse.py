@@ -1,0 +1,123 @@
+"""Raters, ranks and recycling by density peaks (SparseVLM, Zhang et al., 2025, §3).
+
+``B`` batch, ``V`` visual tokens, ``T`` text rows, ``P`` pruned tokens to recycle, ``C`` clusters of
+the sample that has most, ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp_patch.maths.indexing import gather_tokens, pack, top_k_mask
+
+
+def raters(visual: Tensor, visual_valid: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
+    """Text tokens that the image speaks of: their mean relevance is no less than the average one.
+
+    Relevance is a visual token's softmax over the text tokens, ``softmax(H_v H_t^T)``, averaged
+    over the visual tokens.
+
+    Args:
+        visual, visual_valid: (B, V, D) embeddings as they entered the decoder, and (B, V) bool.
+        text, text_valid: (B, T, D) and (B, T).
+
+    Returns:
+        (B, T) bool; one token at least where there is text.
+    """
+    if text_valid.shape[1] == 0:
+        return text_valid
+    logits = visual.float() @ text.float().transpose(1, 2)
+    shares = logits.masked_fill(~text_valid[:, None], torch.finfo(torch.float32).min).softmax(-1)
+    shares = shares.masked_fill(~visual_valid[..., None], 0.0).sum(1)
+    relevance = shares / visual_valid.sum(1, keepdim=True).clamp(min=1)
+    relevance = relevance.masked_fill(~text_valid, 0.0)
+    average = relevance.sum(1, keepdim=True) / text_valid.sum(1, keepdim=True).clamp(min=1)
+    # Where all are alike, rounding must not leave nobody.
+    best = relevance >= relevance.amax(1, keepdim=True)
+    return text_valid & ((relevance >= average) | best)
+
+
+def attention_rank(rows: Tensor, tolerance: float) -> Tensor:
+    """(B,) int64 rank of each (T, V) matrix of attention.
+
+    Args:
+        rows: (B, T, V); rows and columns of zeros do not count.
+        tolerance: singular values of no more than this share of the largest count as zero.
+    """
+    if rows.numel() == 0:
+        return torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device)
+    values = torch.linalg.svdvals(rows.float())
+    return (values > tolerance * values[:, :1]).sum(1)
+
+
+def density_peaks(x: Tensor, valid: Tensor, counts: Tensor, neighbours: int) -> Tensor:
+    """Clusters around density peaks: where is it dense, and far from anywhere denser?
+
+    The density of a token is ``exp(-mean squared distance)`` to its nearest ``neighbours``; its
+    separation the distance to the nearest denser token, or to the farthest token for the densest.
+    Those with the highest product are the centres; every other token joins the nearest centre.
+    Squared distances are means over the hidden size, and products are compared by their logarithms,
+    for ``exp`` of a large model's distances is 0.
+
+    Args:
+        x, valid: (B, P, D) and (B, P).
+        counts: (B,) int64 clusters of each sample, no more than it has valid tokens.
+
+    Returns:
+        (B, P) int64: of each token its centre, of a centre itself; -1 where there is none.
+    """
+    batch, size, width = x.shape
+    if size == 0:
+        return torch.zeros(batch, 0, dtype=torch.long, device=x.device)
+    # Differences are not touched by a shift, but the rounding of large products is.
+    count = valid.sum(1)[:, None, None].clamp(min=1)
+    centred = x.float().masked_fill(~valid[..., None], 0.0)
+    centred = centred - centred.sum(1, keepdim=True) / count
+    square = centred.square().sum(-1)
+    product = centred @ centred.transpose(1, 2)
+    product = product + product.transpose(1, 2)  # two tokens are as far from each other
+    squared = (square[:, :, None] + square[:, None] - product).clamp(min=0) / width
+    both = valid[:, :, None] & valid[:, None]
+    own = torch.eye(size, dtype=torch.bool, device=x.device)
+    squared = squared.masked_fill(own, 0.0)
+    near = squared.masked_fill(own | ~both, torch.inf).sort(dim=2).values[:, :, :neighbours]
+    known = near.isfinite()
+    log_density = -near.masked_fill(~known, 0.0).sum(2) / known.sum(2).clamp(min=1)
+    place = torch.arange(size, device=x.device)
+    denser = log_density[:, None] > log_density[:, :, None]
+    # Of equals the earlier one counts as denser.
+    denser |= (log_density[:, None] == log_density[:, :, None]) & (place[None] < place[:, None])
+    apart = squared.masked_fill(~(denser & both), torch.inf).amin(2)
+    farthest = squared.masked_fill(~both, 0.0).amax(2)
+    apart = torch.where(apart.isfinite(), apart, farthest)
+    score = log_density + 0.5 * apart.log()
+    centre = top_k_mask(score, valid, counts)
+    nearest = squared.masked_fill(~centre[:, None].expand_as(squared), torch.inf).argmin(2)
+    nearest = torch.where(centre, place, nearest)
+    return torch.where(valid & centre.any(1, keepdim=True), nearest, -1)
+
+
+def cluster_weights(
+    index: Tensor, centre: Tensor, columns: int, *, mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each cluster's token is made of.
+
+    Args:
+        index: (B, P) int64 columns of the tokens among ``columns``.
+        centre: (B, P) as :func:`density_peaks` gives it.
+        mean: of the cluster's tokens, else their sum (as the paper has it).
+
+    Returns:
+        column (B, C) int64 of each centre, valid (B, C) bool, and weight (B, C, columns) float32.
+    """
+    place = torch.arange(centre.shape[1], device=centre.device)
+    slot, valid = pack(centre == place)
+    member = (centre[:, None] == slot[..., None]) & valid[..., None]
+    share = member.float()
+    if mean:
+        share = share / share.sum(2, keepdim=True).clamp(min=1)
+    weight = share.new_zeros(*share.shape[:2], columns)
+    # Tokens of no cluster may share a column with others: their 0 must be added, not written.
+    weight = weight.scatter_add(2, index[:, None].expand_as(share), share)
+    return gather_tokens(index, slot), valid, weight

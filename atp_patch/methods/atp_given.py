@@ -1,0 +1,53 @@
+"""Thresholds that do not hang on their instance: what adaptive ones must be held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp_patch.methods.atp_heads import Thresholds
+from atp_patch.types import View
+
+_SIGNS = 16
+
+
+class GivenThresholds(Thresholds):
+    """Thresholds from a table: one row for every instance, or a row of another one for each.
+
+    Which row an instance gets hangs on its text and its image alone, and is the same at every
+    pruning layer and in any batch.
+
+    Args:
+        logits: layer -> (M, 2) float32, logits of theta_redundant and theta_spatial.
+    """
+
+    def __init__(self, logits: dict[int, Tensor]) -> None:
+        super().__init__(tuple(logits), anneals=False)
+        for layer, table in logits.items():
+            self.register_buffer(f"logits_{layer}", table.clone())
+
+    def forward(
+        self, view: View, s_self: Tensor, s_cross: Tensor, question: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Thresholds.forward`."""
+        table = self.get_buffer(f"logits_{view.layer}")
+        thetas = torch.sigmoid(table)[_row(view, table.shape[0])].to(s_self.device)
+        return thetas[:, 0], thetas[:, 1]
+
+    def shift(self, layer: int, by: float) -> None:
+        """As :meth:`Thresholds.shift`."""
+        self.get_buffer(f"logits_{layer}").add_(by)
+
+
+def _row(view: View, rows: int) -> Tensor:
+    """(B,) int64: a number below ``rows`` from each sample's words and its image's features.
+
+    Of the features only signs count, which rounding does not change.
+    """
+    key = view.sample_key.cpu()
+    if view.embeds is not None:
+        layout = view.layout.to(view.embeds.device)
+        mean = (view.embeds.float() * layout.mask[..., None]).sum(1)[:, :_SIGNS].cpu()
+        bits = (mean > 0).long() << torch.arange(mean.shape[1])
+        key = key + 7919 * bits.sum(1)
+    return key.abs() % rows

@@ -1,0 +1,140 @@
+"""SparseVLM (Zhang et al., 2025): relevant text tokens rate visual ones; some that go are recycled.
+
+The text tokens that the image speaks of are the raters. A visual token's score is the attention
+that they pay it, averaged over raters and heads. The rank of that attention says how much of it is
+redundant, and so how many tokens go. The best of those that go are put into clusters, and the
+hidden state of each cluster's centre becomes the sum of its tokens'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.errors import ConfigError
+from atp_patch.maths import (
+    attention_rank,
+    cluster_weights,
+    cross_rows,
+    density_peaks,
+    gather_heads,
+    gather_tokens,
+    pack,
+    raters,
+    top_k_mask,
+)
+from atp_patch.methods.base import Method, choice, keep_best, least_counts, mask_rows
+from atp_patch.types import Decision, Recycled, View
+
+
+@dataclass(frozen=True)
+class SparseVLM(Method):
+    """Text-guided sparsification with recycling.
+
+    Without a budget the rank decides how many tokens go: ``scale * (tokens - rank)``. With one,
+    what the budget leaves counts the clusters too.
+
+    Attributes:
+        scale: the paper's lambda, of (0, 1].
+        rank_tolerance: singular values of no more than this share of the largest count as zero.
+        recycle_share: share of the tokens that go, best first, that is recycled (tau); 0: none.
+        cluster_share: clusters for each recycled token (theta).
+        neighbours: nearest tokens that a token's density is measured by.
+        merge: a cluster becomes the "sum" of its tokens (the paper's), or their "mean".
+    """
+
+    name: ClassVar[str] = "sparsevlm"
+    summary: ClassVar[str] = "attention of relevant text tokens, as many as its rank, recycling"
+
+    scale: float = 0.8
+    rank_tolerance: float = 1e-3
+    recycle_share: float = 0.3
+    cluster_share: float = 0.1
+    neighbours: int = 5
+    merge: str = "sum"
+
+    def __post_init__(self) -> None:
+        choice("merge", self.merge, ("sum", "mean"))
+        if not 0 < self.scale <= 1:
+            raise ConfigError(f"scale={self.scale} must be above 0 and at most 1.")
+        if not 0 < self.rank_tolerance < 1:
+            raise ConfigError(f"rank_tolerance={self.rank_tolerance} must be between 0 and 1.")
+        if not 0 <= self.recycle_share < 1 or not 0 <= self.cluster_share <= 1:
+            raise ConfigError(
+                f"recycle_share={self.recycle_share} must be at least 0 and below 1, "
+                f"cluster_share={self.cluster_share} between 0 and 1."
+            )
+        if self.neighbours < 1:
+            raise ConfigError(f"neighbours={self.neighbours} must be at least 1.")
+
+    @property
+    def needs_budget(self) -> bool:
+        """The rank of the attention decides, unless a budget is given."""
+        return False
+
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Keep what the raters look at, and the centres of clusters of the rest."""
+        rater = self._raters(view)
+        rows = cross_rows(
+            gather_heads(view.query, view.text),
+            view.key,
+            rater,
+            view.slot + view.key_offset,
+            view.slot_valid,
+            view.scaling,
+            mask=mask_rows(view.mask, view.text),
+        )
+        scores = rows.sum(1) / rater.sum(1, keepdim=True).clamp(min=1)
+        kept, clusters = self._counts(view, rater, rows)
+        keep = keep_best(view, scores, kept)
+        recycled = self._recycle(view, scores, keep, clusters)
+        if recycled is not None:
+            length = keep.shape[1]
+            centre = torch.where(recycled.valid, recycled.column, length)
+            keep = nn.functional.pad(keep, (0, 1)).scatter(1, centre, True)[:, :length]
+        exact = view.counts is not None
+        return Decision(keep, exact=exact, scores={"raters": scores}, recycled=recycled)
+
+    def _raters(self, view: View) -> Tensor:
+        """(B, T) bool. Of what entered the decoder, so the same at every pruning layer."""
+        embeds, layout = view.embeds, view.layout
+        assert embeds is not None
+        visual = gather_tokens(embeds, layout.position)
+        text = gather_tokens(embeds, view.text_position)
+        return raters(visual, layout.valid, text, view.text_valid)
+
+    def _counts(self, view: View, rater: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) int64 tokens that stay as they are, and clusters."""
+        left, least = view.slot_valid.sum(1), least_counts(view)
+        share = self.recycle_share * self.cluster_share
+        if view.counts is None:
+            spare = left - attention_rank(rows, self.rank_tolerance)
+            gone = (self.scale * spare).floor().long()
+            # Where no text follows, nothing is known of what is redundant.
+            gone = torch.where(rater.any(1), torch.minimum(gone, left - least), 0)
+            return left - gone, (share * gone).round().long()
+        counts = view.counts_tensor()
+        # gone - share * gone = left - counts
+        clusters = (share / (1 - share) * (left - counts)).round().long()
+        clusters = torch.minimum(clusters, torch.minimum(counts // 2, counts - least))
+        clusters = clusters.clamp(min=0)
+        return counts - clusters, clusters
+
+    def _recycle(
+        self, view: View, scores: Tensor, keep: Tensor, clusters: Tensor
+    ) -> Recycled | None:
+        """The best of those that go, in clusters."""
+        goes = view.slot_valid & ~keep
+        pool = (self.recycle_share * goes.sum(1)).round().long()
+        chosen = top_k_mask(scores, goes, torch.where(clusters > 0, pool.maximum(clusters), 0))
+        index, valid = pack(chosen)
+        if index.shape[1] == 0:
+            return None
+        place = view.slot.gather(1, index).to(view.hidden.device)
+        states = gather_tokens(view.hidden, place).to(index.device)
+        centre = density_peaks(states, valid, clusters, self.neighbours)
+        made = cluster_weights(index, centre, keep.shape[1], mean=self.merge == "mean")
+        return Recycled(*made)

@@ -1,0 +1,179 @@
+"""Teach the built-in model to see through what a method leaves of an image.
+
+    python examples/train_compressed.py --method voco --option num_tokens=8 --out runs/voco8
+    python examples/train_compressed.py --method prumerge+ --keep 0.1 --out runs/prumerge
+
+These methods do not ask what the question is, so an image is read once in each step and all its
+questions are asked on the small cache that is left; gradients go back through it. The forward is
+the model's own. `--resume` goes on from the checkpoint in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import atp_patch
+from atp_patch.builtin import TASKS, load_builtin
+from atp_patch.builtin.batches import Batch, BatchSpec, batches, make_batch
+from atp_patch.builtin.forward import to_pixel_values
+from atp_patch.builtin.labels import IGNORE
+from atp_patch.builtin.losses import answered
+from atp_patch.builtin.score import TaskScore, table
+from atp_patch.builtin.tokens import BOS, IMAGE, PAD, USER, word_ids
+from atp_patch.training.learn import add_lora
+
+LEARNS = ("tokens", "lora", "decoder")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", default="voco", choices=["voco", "prumerge", "prumerge+", "downsample"])
+    add("--option", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
+    add("--keep", type=float, help="share of the visual tokens (not voco)")
+    add("--learn", default="lora", choices=LEARNS, help="beside VoCo tokens, which always learn")
+    add("--lora-rank", type=int, default=16)
+    add("--lr", type=float, default=1e-3, help="of LoRA or the decoder")
+    add("--tokens-lr", type=float, default=1e-2, help="of VoCo tokens")
+    add("--steps", type=int, default=3000)
+    add("--images", type=int, default=8, help="in a step, each with 12 questions")
+    add("--out", type=Path, default=Path("compressed"))
+    add("--resume", action="store_true")
+    add("--save-every", type=int, default=200)
+    add("--questions", type=int, default=200, help="a task, asked at the end; 0: none")
+    add("--device", default="cpu")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def build(asked: argparse.Namespace) -> tuple[Any, Any]:
+    """The patched model, with requires_grad where it is to learn, and its processor."""
+    torch.manual_seed(asked.seed)
+    model, processor = load_builtin(device=asked.device)
+    options = {name: int(value) for name, value in (text.split("=") for text in asked.option)}
+    atp_patch.patch_model(model, method=asked.method, keep=asked.keep, **options)
+    model.requires_grad_(False)
+    if asked.learn == "lora":
+        add_lora(model, asked.lora_rank, 2.0 * asked.lora_rank)
+    elif asked.learn == "decoder":
+        model.get_decoder().requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    if asked.method == "voco":
+        model.atp_patch_heads.requires_grad_(True)
+    return model.train(), processor
+
+
+def logits_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(images * questions, tokens, vocabulary) logits and the targets: each image is read once."""
+    ids, targets = (
+        torch.tensor(batch[name]).flatten(0, 1).to(model.device) for name in ("ids", "targets")
+    )
+    images, questions = batch["ids"].shape[:2]
+    words = word_ids()
+    patches = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    read = torch.tensor([words[BOS], words[USER], *[words[IMAGE]] * patches**2])
+    read = read.expand(images, -1).to(model.device)
+    pixels = to_pixel_values(batch["pixels"], model.device)
+    cache = model(input_ids=read, pixel_values=pixels, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(questions)
+    seen = torch.cat([ids.new_ones(len(ids), read.shape[1]), (ids != words[PAD]).long()], dim=1)
+    out = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True)
+    return out.logits, targets
+
+
+def loss_of(model: Any, batch: Batch) -> Tensor:
+    """Mean next-token loss of the answers."""
+    logits, targets = logits_of(model, batch)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+    )
+
+
+@torch.no_grad()
+def score(model: Any, questions: int, images: int) -> list[TaskScore]:
+    """Exact answers by task on development scenes, as the built-in model's own score counts."""
+    model.eval()
+    spec = BatchSpec(images, tasks=TASKS, split="development")
+    right, asked = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0)
+    number = 0
+    while min(asked.values()) < questions:
+        batch = make_batch(spec, number)
+        number += 1
+        hits = answered(*logits_of(model, batch))
+        for k, name in enumerate(TASKS):
+            found = hits[torch.tensor(batch["task"]).flatten() == k][: questions - asked[name]]
+            right[name] += int(found.sum())
+            asked[name] += len(found)
+    return [TaskScore(name, right[name], asked[name]) for name in TASKS]
+
+
+def train(asked: argparse.Namespace) -> None:
+    """The loop; writes a checkpoint now and then, and the adapter at the end."""
+    model, processor = build(asked)
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not learned:
+        raise SystemExit(f"--method {asked.method} learns nothing itself; give --learn lora.")
+    tokens = [p for name, p in learned.items() if name.startswith("atp_patch_heads.")]
+    rest = [p for name, p in learned.items() if not name.startswith("atp_patch_heads.")]
+    groups = [{"params": rest, "lr": asked.lr}, {"params": tokens, "lr": asked.tokens_lr}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+    warm = max(asked.steps // 30, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda k: min((k + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * k / asked.steps)),
+    )
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file, first = asked.out / "checkpoint.pt", 0
+    if asked.resume:
+        state = torch.load(file, map_location=asked.device, weights_only=True)
+        model.load_state_dict(state["learned"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+    elif file.exists():
+        raise SystemExit(f"{file} is there already: --resume goes on with it.")
+    start, losses = time.time(), []
+    for step, batch in enumerate(batches(BatchSpec(asked.images), first, asked.steps), first + 1):
+        loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        if step % 10 == 0 or step == asked.steps:
+            recent = sum(losses[-10:]) / len(losses[-10:])
+            pace = (time.time() - start) / (step - first)
+            print(f"step {step}  loss {recent:.3f}  {pace:.2f} s a step", flush=True)
+        if step % asked.save_every == 0 or step == asked.steps:
+            state = {
+                "step": step,
+                "learned": {name: p.detach() for name, p in learned.items()},
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
+            torch.save(state, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)  # a broken-off write leaves the old one
+    if asked.questions:
+        print(table(score(model, asked.questions, asked.images)))
+    atp_patch.save_pretrained(model, asked.out / "adapter")
+    atp_patch.unpatch_model(model)
+    if asked.learn == "lora":
+        model.save_pretrained(asked.out / "lora")
+    elif asked.learn == "decoder":  # python -m atp_patch.evaluate --model ... --adapters ...
+        model.save_pretrained(asked.out / "model")
+        processor.save_pretrained(asked.out / "model")
+
+
+if __name__ == "__main__":
+    train(parse())

@@ -1,0 +1,210 @@
+"""The bench: what it reports is what the cache and the trace say, and its presets are models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import atp_patch
+from atp_patch.bench.__main__ import main
+from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.bench.measure import PLAIN, Contender, compare, patched
+from atp_patch.bench.presets import PRESETS, Preset
+from atp_patch.errors import ConfigError
+
+CPU = torch.device("cpu")
+# Real families in sizes that a test can build: depth and width cut, heads as wide as they are.
+NARROW = {
+    "hidden_size": 256,
+    "mlp_size": 128,
+    "num_layers": 4,
+    "tower_layers": 2,
+    "vocab_size": 200,
+}
+SMALL: dict[str, tuple[Preset, tuple[int, int], int]] = {
+    "llava": (replace(PRESETS["tiny"], **NARROW), (336, 336), 576),
+    "qwen": (
+        replace(PRESETS["qwen2-vl-7b"], **NARROW, num_heads=2, num_kv_heads=1),
+        (168, 112),
+        6 * 4,
+    ),
+    "internvl": (
+        replace(
+            PRESETS["internvl-8b"],
+            **NARROW,
+            num_heads=2,
+            num_kv_heads=1,
+            tower_sizes=(32, 32, 1),
+        ),
+        (896, 448),
+        3 * 256,
+    ),
+}
+
+
+def run(tmp_path: Path, *options: str) -> dict[str, object]:
+    path = tmp_path / "report.json"
+    status = main(["--preset", "tiny", "--runs", "2", "--json", str(path), *options])
+    assert status == 0
+    report: dict[str, object] = json.loads(path.read_text())
+    return report
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "plot.png"
+    options = ["--methods", "atp,fastv@2,prumerge+,voco", "--target-tokens", "200"]
+    options += ["--decode-tokens", "2", "--batch-size", "1,2", "--prompt-tokens", "20"]
+    report = run(tmp_path, *options, "--plot", str(plot))
+    assert plot.stat().st_size > 0
+    cases = report["cases"]
+    assert [case["batch_size"] for case in cases] == [1, 2]
+    shown = capsys.readouterr().out
+    for case in cases:
+        columns, batch = case["contenders"], case["batch_size"]
+        assert list(columns) == [PLAIN, "atp", "fastv@2", "prumerge+", "voco"]
+        plain = columns[PLAIN]
+        a_token = 2 * 4 * 64 * 4  # keys and values, heads, head size, bytes, in each of 8 layers
+        # The plain cache holds the prompt and the two tokens that were decoded.
+        assert plain["kv_bytes"] == batch * 8 * (576 + 20 + 2) * a_token
+        for name, column in columns.items():
+            for key in ("vision_ms", "decoder_ms", "prefill_ms", "decode_ms"):
+                assert column[key]["q1"] <= column[key]["median"] <= column[key]["q3"]
+            spent = column["tokens_per_second"] * column["decode_ms"]["median"]
+            assert spent == pytest.approx(1000 * batch)
+            if name != PLAIN:
+                against = column["against_plain"]
+                assert against["flops_ratio"] == pytest.approx(plain["flops"] / column["flops"])
+                wanted = against["decoder_speedup"] / against["flops_ratio"]
+                assert against["efficiency"] == pytest.approx(wanted)
+            if name in ("atp", "fastv@2", "prumerge+"):
+                held = sum(n + 20 + 2 for n in column["tokens_per_layer"])
+                assert column["kv_bytes"] == batch * held * a_token
+                assert column["average_tokens"] == pytest.approx(200, abs=2)
+                assert column["overhead_ms"]["median"] > 0
+        assert "| score, choose, gather ms |" in shown
+
+
+def test_schedule_is_met_to_the_token(tmp_path: Path) -> None:
+    options = ["--methods", "atp,random", "--layers", "1,3,6", "--schedule", "126,88,20"]
+    report = run(tmp_path, *options, "--decode-tokens", "0")
+    columns = report["cases"][0]["contenders"]
+    for name in ("atp", "random"):
+        assert columns[name]["tokens_per_layer"] == [576, 126, 126, 88, 88, 88, 20, 20]
+    assert columns["atp"]["decode_ms"] is None
+    assert columns["atp"]["tokens_per_second"] is None
+
+
+def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(tmp_path, "--profile", "--decode-tokens", "0", "--prompt-tokens", "10")
+    column = report["cases"][0]["contenders"]["atp"]
+    lengths = column["same_lengths"]["layer_lengths"]
+    assert lengths == [n + 10 for n in column["tokens_per_layer"]]
+    assert set(column["same_lengths"]["plain_ms"]) == {str(n) for n in lengths}
+    assert "where the time of atp goes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", list(SMALL))
+def test_presets_are_models_that_can_be_pruned(kind: str) -> None:
+    preset, image, tokens = SMALL[kind]
+    assert preset.visual_tokens(image) == tokens
+    torch.manual_seed(0)
+    model = preset.build(1.0, "sdpa", "cpu", torch.float32)
+    inputs = preset.inputs(image, 2, 12, seed=0)
+    keys = set(model.state_dict())
+    settings = {"layers": [1, 2], "method": "fixed", "keep": 0.5}
+    found = compare(
+        model,
+        [Contender(PLAIN, prunes=False), patched(model, "fixed", settings)],
+        inputs,
+        runs=1,
+        decode_tokens=1,
+    )
+    trace = found["fixed"].trace
+    assert trace is not None
+    assert trace.tokens_per_layer[1].tolist() == [tokens, tokens // 2, tokens // 4, tokens // 4]
+    assert trace.text_tokens == (12, 12)
+    assert found["fixed"].kv_bytes < found[PLAIN].kv_bytes
+    assert 0 < found["fixed"].vision.median_ms < found["fixed"].prefill.median_ms
+    assert set(model.state_dict()) == keys
+    assert not any("atp" in name for name in vars(model))
+    assert "get_image_features" not in vars(model.model)
+
+
+def test_full_presets_have_the_published_sizes() -> None:
+    wanted = {
+        "llava-1.5-7b": (32, 4096, 576),
+        "llava-1.5-13b": (40, 5120, 576),
+        "qwen2-vl-7b": (28, 3584, 32 * 24),
+        "internvl-8b": (28, 3584, 5 * 256),
+    }
+    for name, (layers, hidden, tokens) in wanted.items():
+        preset = PRESETS[name]
+        config = preset.config(preset.depth(1.0)).get_text_config()
+        assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
+        assert preset.visual_tokens(preset.image) == tokens
+    assert PRESETS["llava-1.5-7b"].depth(0.25).decoder == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--scale", "0"], ["--scale 0", "above 0"]),
+        (["--image", "400x400"], ["400x400", "336x336"]),
+        (["--preset", "qwen2-vl-7b", "--image", "100x100"], ["100x100", "28"]),
+        (["--preset", "internvl-8b", "--image", "500x448"], ["500x448", "448"]),
+        (["--schedule", "126,88"], ["2 counts", "--layers"]),
+        (["--layers", "2,4", "--schedule", "88,126"], ["[88, 126]", "fall from 576"]),
+        (["--methods", "prumerge+", "--schedule", "88"], ["inside the decoder"]),
+        (["--methods", "fastest"], ["'fastest'", "fastv"]),
+        (["--runs", "0"], ["--runs", "at least 1"]),
+        (["--batch-size", "1,0"], ["--batch-size", "at least 1"]),
+        (["--target-tokens", "20"], ["target_tokens=20", "least possible"]),
+    ],
+)
+def test_bad_arguments(
+    options: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--preset", "tiny", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in parts:
+        assert part in error
+
+
+def test_spread_and_marks() -> None:
+    assert Times().spread() is None
+    assert Times([4.0]).spread() == {"median": 4.0, "q1": 4.0, "q3": 4.0}
+    assert Times([1.0, 2.0, 3.0, 4.0, 5.0]).spread() == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    start = mark(CPU)
+    assert between_ms(start, mark(CPU)) >= 0
+    with pytest.raises(ConfigError):
+        PRESETS["tiny"].depth(1.5)
+
+
+def test_peak_memory_sees_a_large_tensor() -> None:
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    if before is None:
+        pytest.skip("this machine does not tell")
+    large = torch.ones(64 * 2**20)
+    del large
+    after = peak_bytes(CPU)
+    assert after is not None
+    assert after - before > 200e6
+    reset_peak(CPU)
+    later = peak_bytes(CPU)
+    assert later is not None
+    assert later < after - 100e6
+
+
+def test_the_patch_is_taken_off_after_an_error() -> None:
+    model = PRESETS["tiny"].build(1.0, "sdpa", "cpu", torch.float32)
+    contender = patched(model, "atp", {"layers": [2], "keep": 0.5})
+    with pytest.raises(KeyError), contender.applied():
+        raise KeyError
+    with pytest.raises(atp_patch.ATPError):
+        atp_patch.last_trace(model)

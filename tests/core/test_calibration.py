@@ -1,0 +1,173 @@
+"""Budgets met after training, and thresholds without their adaptivity at the same budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from tests.core.test_learning import LAYERS, learner
+from tests.helpers import inputs as made
+from tests.helpers.tiny import tiny_model
+
+KINDS = ["llava-llama", "qwen2_vl"]
+NAMES = ("redundant", "spatial")
+
+
+def batches(model: Any, count: int = 8) -> list[dict[str, Tensor]]:
+    """Two samples a batch of several sizes, and one batch of text alone."""
+    prompts = [
+        made.prompt(made.Words(3), made.Image(6 + 2 * (s % 2), 6), made.Words(5 + s), seed=20 + s)
+        for s in range(count)
+    ]
+    pairs = [made.batch(model, prompts[i : i + 2], "right") for i in range(0, count, 2)]
+    return [*pairs, made.batch(model, made.NO_IMAGE)]
+
+
+def measured(model: Any, data: list[dict[str, Tensor]]) -> tuple[float, dict[int, Tensor]]:
+    """Average tokens, and (samples, 2) logits of each layer's thresholds."""
+    rows, thetas = [], {layer: [] for layer in LAYERS}
+    with torch.no_grad():
+        for batch in data[:-1]:
+            model(**batch)
+            trace = atp_patch.last_trace(model)
+            rows.append(trace.tokens_per_layer.double().mean(1))
+            for layer, found in thetas.items():
+                pair = [trace.layers[layer].thresholds[name] for name in NAMES]
+                found.append(torch.stack(pair, 1).logit())
+    return float(torch.cat(rows).mean()), {i: torch.cat(found) for i, found in thetas.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", [14, 30])
+def test_the_average_meets_the_target(kind: str, target: int, tmp_path: Path) -> None:
+    model = learner(kind)
+    data = batches(model)
+    before, thetas = measured(model, data)
+    found = atp_patch.calibrate(model, iter(data), target)
+    after, shifted = measured(model, data)
+    assert found.target == target
+    assert found.samples == 8
+    assert (found.before, found.after) == pytest.approx((before, after))
+    assert after == pytest.approx(target, rel=0.01)
+    assert abs(before - target) > 0.01 * target
+    # The first layer's inputs are what they were: every instance moves by the same number.
+    moved = shifted[LAYERS[0]] - thetas[LAYERS[0]]
+    torch.testing.assert_close(
+        moved, torch.full_like(moved, found.shifts[LAYERS[0]]), atol=1e-3, rtol=1e-3
+    )
+
+    atp_patch.save_pretrained(model, tmp_path)
+    again = atp_patch.patch_model(tiny_model(kind), weights=tmp_path)
+    assert measured(again, data)[0] == after
+    assert atp_patch.patch.require_patch(again).config.target_tokens == target
+    assert f"{target} visual tokens" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_untrained_heads_too_and_training_goes_on_as_before() -> None:
+    model = tiny_model("llava-llama")
+    atp_patch.patch_model(model, LAYERS, thresholds="learned", reference_grid=6)
+    model.train()
+    model.model.vision_tower.eval()
+    found = atp_patch.calibrate(model, batches(model), 16)
+    assert found.after == pytest.approx(16, rel=0.01)
+    assert model.training
+    assert not model.model.vision_tower.training
+
+
+def test_what_cannot_be_met_is_refused_and_changes_nothing() -> None:
+    model = learner("llava-llama")
+    data = batches(model)
+    before = {name: value.clone() for name, value in model.atp_patch_heads.state_dict().items()}
+    for target in (5, 37):
+        with pytest.raises(atp_patch.BudgetError, match=f"target_tokens={target} is not between"):
+            atp_patch.calibrate(model, data, target)
+    with pytest.raises(atp_patch.InputError, match="no batch has images"):
+        atp_patch.calibrate(model, data[-1:], 14)
+    for name, value in model.atp_patch_heads.state_dict().items():
+        assert torch.equal(value, before[name])
+    budget = atp_patch.patch_model(tiny_model("llava-llama"), LAYERS, target_tokens=14)
+    with pytest.raises(atp_patch.ConfigError, match="no learned thresholds"):
+        atp_patch.calibrate(budget, data, 14)
+
+
+def test_scores_that_tie_too_much_are_named() -> None:
+    """Thresholds of nothing but a staircase of spatial scores."""
+    model = learner("llava-llama", spatial_order="strided")
+    with torch.no_grad():
+        for layer in LAYERS:
+            heads = model.atp_patch_heads
+            for part, bias in ((heads.theta_redundant, 30.0), (heads.theta_spatial, 0.0)):
+                part[str(layer)].weight.zero_()
+                part[str(layer)].bias.fill_(bias)
+    before = {name: value.clone() for name, value in model.atp_patch_heads.state_dict().items()}
+    with pytest.raises(atp_patch.ConfigError, match="the nearest"):
+        atp_patch.calibrate(model, batches(model), 13)
+    for name, value in model.atp_patch_heads.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_thresholds_keep_as_many_and_are_the_same_for_all(kind: str) -> None:
+    model = learner(kind)
+    data = batches(model)
+    own, thetas = measured(model, data)
+    assert all(float(table.std(0).max()) > 0.05 for table in thetas.values())
+    control = atp_patch.threshold_control(model, data, "mean")
+    with atp_patch.controlled(model, control):
+        average, tables = measured(model, data)
+    assert average == pytest.approx(own, rel=0.02)
+    first = LAYERS[0]
+    mean = thetas[first].sigmoid().mean(0).logit()
+    shift = tables[first][0] - mean
+    torch.testing.assert_close(shift[0], shift[1], rtol=0, atol=1e-3)
+    for table in tables.values():
+        torch.testing.assert_close(table, table[:1].expand_as(table))
+    assert measured(model, data)[0] == own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shuffled_thresholds_are_those_of_others(kind: str, tmp_path: Path) -> None:
+    model = learner(kind)
+    data = batches(model, 12)
+    own, thetas = measured(model, data)
+    control = atp_patch.threshold_control(model, data, "shuffled")
+    with atp_patch.controlled(model, control):
+        average, tables = measured(model, data)
+        alone = [measured(model, [{**batch}, {}]) for batch in data[:-1]]
+        atp_patch.save_pretrained(model, tmp_path)
+    assert average == pytest.approx(own, rel=0.05)
+    donors = []
+    for layer in LAYERS:
+        spread = thetas[layer] - thetas[layer].mean(0)
+        given = tables[layer][:, None] - thetas[layer][None]
+        # A row given differs from one of the own rows by the same shift in both thresholds.
+        apart = (given[..., 0] - given[..., 1]).abs()
+        donors.append(apart.argmin(1))
+        assert float(apart.min(1).values.max()) < 1e-3
+        assert float(spread.std()) > 0.05
+    assert all(torch.equal(donor, donors[0]) for donor in donors)
+    assert len(set(donors[0].tolist())) > 3
+    assert int((donors[0] == torch.arange(12)).sum()) < 6
+    together = torch.cat([rows[LAYERS[0]] for _, rows in alone])
+    assert torch.equal(together, tables[LAYERS[0]])
+    again = atp_patch.patch_model(tiny_model(kind), weights=tmp_path)
+    assert measured(again, data)[0] == own
+
+
+def test_controls_are_checked() -> None:
+    model = learner("llava-llama")
+    data = batches(model)
+    with pytest.raises(atp_patch.ConfigError, match="mean, shuffled"):
+        atp_patch.threshold_control(model, data, "median")
+    control = atp_patch.threshold_control(model, data, "mean")
+    other = atp_patch.patch_model(tiny_model("llava-llama"), [3], thresholds="learned")
+    with (
+        pytest.raises(atp_patch.ConfigError, match=r"for layers \[2, 4, 6\]"),
+        atp_patch.controlled(other, control),
+    ):
+        pass

@@ -1,0 +1,84 @@
+"""Which method serves which family: it does, or the error names the families that it serves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import atp_patch
+from atp_patch.families import FAMILIES, family_of
+from atp_patch.methods import METHODS, Method
+from tests.families.kinds import MIXED, Kind, make
+from tests.families.test_every_family import check_masked, every_kind
+from tests.helpers.compare import assert_close, snapshot
+from tests.helpers.inputs import real_mask
+from tests.helpers.run import forward, generate, kept_of
+
+BEFORE = [cls.name for cls in METHODS if not issubclass(cls, Method)]
+
+
+def serves(method: str, config: Any) -> bool:
+    """What the families' data say of one model."""
+    family = family_of(config)
+    if method == "voco":
+        return family.compressible
+    return family.tower(config) is not None and (method != "downsample" or family.resizable)
+
+
+@pytest.mark.parametrize("method", BEFORE)
+@every_kind
+def test_a_method_serves_a_family_or_names_those_it_serves(kind: Kind, method: str) -> None:
+    model = kind.build()
+    if serves(method, model.config):
+        assert atp_patch.patch_model(model, method=method) is model
+        return
+    before = snapshot(model)
+    with pytest.raises(atp_patch.UnsupportedModelError) as caught:
+        atp_patch.patch_model(model, method=method)
+    message = str(caught.value)
+    named = {family.name for family in FAMILIES if f" {family.name}" in message}
+    assert {"llava", "qwen2_vl"} <= named
+    assert "inside the decoder works here" in message
+    assert snapshot(model) == before
+
+
+def patched(kind: Kind, method: str) -> Any:
+    torch.manual_seed(0)
+    inside = {"layers": kind.layers, "keep": 0.5, "recycle_share": 0.0}
+    options = inside if method == "sparsevlm" else {"num_tokens": 2}
+    return atp_patch.patch_model(kind.build(), method=method, **options)
+
+
+@every_kind
+def test_sparsevlm_is_masked(kind: Kind) -> None:
+    check_masked(kind, patched(kind, "sparsevlm"), kind.build(), make(kind, MIXED))
+
+
+@pytest.mark.parametrize("method", ["sparsevlm", "voco"])
+@every_kind
+def test_batches_caches_and_unpatching(kind: Kind, method: str) -> None:
+    if method == "voco" and not serves(method, kind.build().config):
+        return  # refused, see above
+    model = patched(kind, method)
+    inputs = make(kind, MIXED).inputs
+    together, kept = forward(model, inputs).logits, kept_of(model)
+    survivors, real = kept[max(kept)], real_mask(inputs)
+    for b, one in enumerate(MIXED):
+        alone = forward(model, make(kind, (one,)).inputs).logits
+        assert_close(together[b, real[b]][None], alone, survivors[b, real[b]][None])
+    assert torch.equal(generate(model, inputs, 3), generate(model, inputs, 3, use_cache=False))
+    plain = kind.build()
+    forward(plain, inputs)
+    fresh, before = copy.deepcopy(plain), snapshot(plain)
+    again = atp_patch.patch_model(plain, method=method, **_least(kind, method))
+    forward(again, inputs)
+    atp_patch.unpatch_model(again)
+    assert snapshot(plain) == before
+    assert torch.equal(forward(plain, inputs).logits, forward(fresh, inputs).logits)
+
+
+def _least(kind: Kind, method: str) -> dict[str, Any]:
+    return {"layers": kind.layers} if method == "sparsevlm" else {}

@@ -1,0 +1,86 @@
+"""Attention with weighed keys: by hand, its gradients, and in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from atp_patch.seam import fused
+from atp_patch.seam.weighted import weighted_attention
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "float"])
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_weighted_attention_by_hand(mask_kind: str, probabilities: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 3, generator=generator)
+    key, value = torch.randn(2, 2, 2, 5, 3, generator=generator)
+    weight = torch.tensor([[1.0, 0.0, 0.3, 1.0, 0.0], [0.0, 1.0, 1.0, 0.7, 1.0]])
+    seen = torch.ones(5, 5).tril().bool()[None, None].expand(2, 1, 5, 5).clone()
+    if mask_kind != "none":
+        seen[1, :, :, 0] = False  # padding on the left of the second sample
+    floats = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    mask = {"none": None, "bool": seen, "float": floats}[mask_kind]
+    got, _ = weighted_attention(query, key, value, mask, 0.5, weight, probabilities=probabilities)
+    for b in range(2):
+        for h in range(4):
+            for i in range(5):
+                e = [
+                    float(torch.exp(query[b, h, i] @ key[b, h // 2, j] * 0.5))
+                    * (1.0 if i == j else float(weight[b, j]))
+                    * float(seen[b, 0, i, j])
+                    for j in range(5)
+                ]
+                row = sum(e) and sum(e[j] / sum(e) * value[b, h // 2, j] for j in range(5))
+                expected = row if isinstance(row, Tensor) else torch.zeros(3)
+                torch.testing.assert_close(got[b, i, h], expected)
+
+
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_a_key_of_weight_zero_still_gets_its_gradient(probabilities: bool) -> None:
+    """The derivative by a weight is (e_n / sum) (v_n - out), also at 0, also far above the
+    maximum.
+    """
+    query = torch.tensor([[[[0.0], [1.0]]]])
+    key = torch.tensor([[[[3.0], [1.0]]]])
+    value = torch.tensor([[[[5.0], [2.0]]]])
+    weight = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    out, _ = weighted_attention(query, key, value, None, 1.0, weight, probabilities=probabilities)
+    assert out[0, 1, 0].tolist() == [2.0]
+    out[0, 1, 0, 0].backward()
+    assert weight.grad is not None
+    assert float(weight.grad[0, 0]) == pytest.approx(5.0 - 2.0)  # clamped: e_n / sum is 1 at most
+    loud = torch.tensor([[[[300.0], [1.0]]]])
+    out, _ = weighted_attention(query, loud, value, None, 1.0, weight, probabilities=probabilities)
+    assert bool(torch.isfinite(out).all())
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "float", "padding"])
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("numbers", [1, 2**20])
+def test_attention_in_pieces_is_attention_at_once(
+    mask_kind: str, hard: bool, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and all gradients; the second sample's first rows see nothing but padding."""
+    monkeypatch.setattr(fused, "_CPU_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    length = 7
+    leaves = [torch.randn(2, h, length, 3, generator=generator) * 2 for h in (4, 2, 2)]
+    weight = torch.rand(2, length, generator=generator)
+    leaves.append((weight > 0.4).float() if hard else weight * (weight > 0.3))
+    seen = torch.ones(length, length).tril().bool()[None, None].repeat(2, 1, 1, 1)
+    seen[1, :, :, :2] = False
+    floats = torch.where(seen, torch.randn(seen.shape, generator=generator), -3.4028e38)
+    two = torch.tensor([[1] * length, [0, 0] + [1] * (length - 2)])
+    mask = {"none": None, "bool": seen, "float": floats, "padding": two}[mask_kind]
+    towards = torch.randn(2, length, 4, 3, generator=generator)
+    found = []
+    for probabilities in (True, False):
+        given = [leaf.clone().requires_grad_() for leaf in leaves]
+        q, k, v, w = given
+        out, table = weighted_attention(q, k, v, mask, 0.7, w, probabilities=probabilities)
+        assert (table is None) == (not probabilities)
+        found.append([out.detach(), *torch.autograd.grad((out * towards).sum(), given)])
+    for at_once, in_pieces in zip(*found, strict=True):
+        torch.testing.assert_close(in_pieces, at_once, rtol=1e-5, atol=1e-5)
