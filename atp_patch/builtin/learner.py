@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atp_patch.builtin.labels import HOLDS_FIELDS, NOUN_FIELDS, PATCH_FIELDS, SIDE_FIELDS
 from atp_patch.builtin.optim import Muon
-from atp_patch.builtin.stages import Stage
+from atp_patch.builtin.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

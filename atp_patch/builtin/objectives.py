@@ -35,7 +35,7 @@ from atp_patch.builtin.losses import (
     tally_loss,
 )
 from atp_patch.builtin.scenes import GRID
-from atp_patch.builtin.stages import Stage
+from atp_patch.builtin.stage import Stage
 from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from atp_patch.builtin.learner import (
     steps_done,
 )
 from atp_patch.builtin.objectives import decoder_loss, tower_loss
-from atp_patch.builtin.stages import STAGES, Stage
+from atp_patch.builtin.stage import Stage
+from atp_patch.builtin.stages import STAGES
 
 
 def run_stage(
