@@ -63,6 +63,7 @@ class PruningConfig:
         target_tokens: visual tokens averaged over all decoder layers, or None.
         min_tokens, min_tokens_per_image: what every pruning layer leaves at least.
         base: the model it is for.
+        rope_2d: whether visual tokens turn with row and column.
     """
 
     method: str | None
@@ -74,6 +75,7 @@ class PruningConfig:
     min_tokens_per_image: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     before: Stage | None = None
+    rope_2d: bool = False
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -204,6 +206,7 @@ class PruningConfig:
                 f"{source} has configuration version {version!r}; this atp_patch reads version "
                 f"{CONFIG_VERSION}. Install the atp_patch that wrote it, or save the adapter anew."
             )
+        data.setdefault("rope_2d", False)  # younger than the first adapters
         known = {entry.name for entry in fields(cls)}
         if set(data) != known:
             unknown, missing = sorted(set(data) - known), sorted(known - set(data))

@@ -29,7 +29,7 @@ from atp_patch.methods import (
     make_method,
     make_methods,
 )
-from atp_patch.pruner import IGNORED, Patch, follows_budget, tower_of
+from atp_patch.pruner import IGNORED, Patch, check_turned, follows_budget, tower_of
 from atp_patch.seam import Parts, decoder_shape, locate
 from atp_patch.trace import PruningTrace
 
@@ -48,6 +48,7 @@ def patch_model(
     weights: str | Path | None = None,
     min_tokens: int = 1,
     min_tokens_per_image: int = 0,
+    rope_2d: bool | str = False,
     **options: Any,
 ) -> ModelT:
     """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
@@ -67,6 +68,10 @@ def patch_model(
         weights: a folder or Hub id of a saved adapter, which brings all of the above along.
         min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
             image.
+        rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
+            a decoder that learns it (ATP-LLaVA's pruning positional embedding): half of the rotary
+            frequencies each, counted from the first token of the image, frame or tile. "force"
+            also turns a frozen decoder's.
         options: fields of the method.
 
     Returns:
@@ -86,8 +91,10 @@ def patch_model(
         "min_tokens": None if min_tokens == 1 else min_tokens,
         "min_tokens_per_image": min_tokens_per_image or None,
     }
+    if rope_2d not in (False, True, "force"):
+        raise ConfigError(f'rope_2d={rope_2d!r} is not True, False or "force".')
     if weights is not None:
-        given = (layers, method, keep, target_tokens, *least.values())
+        given = (layers, method, keep, target_tokens, *least.values(), rope_2d or None)
         if options or any(x is not None for x in given):
             raise ConfigError(
                 "weights bring layers, method, budget and options along; give weights alone."
@@ -99,7 +106,7 @@ def patch_model(
     else:
         before, inside = make_methods("atp" if method is None else method, dict(options))
         if isinstance(before, Compressor):
-            check_alone(keep=keep, target_tokens=target_tokens, **least)
+            check_alone(keep=keep, target_tokens=target_tokens, rope_2d=rope_2d or None, **least)
         places = _places(layers, inside, shape.num_layers)
         config = PruningConfig(
             method=None if inside is None else inside.name,
@@ -111,6 +118,7 @@ def patch_model(
             min_tokens_per_image=min_tokens_per_image,
             options={} if inside is None else inside.options(),
             before=None if before is None else Stage(before.name, before.options()),
+            rope_2d=bool(rope_2d),
         )
     if config.layers:
         family.check_layers(model.config, config.layers)
@@ -125,6 +133,9 @@ def patch_model(
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
     if isinstance(before, Compressor):
         heads = voco_module(before, parts, tensors)
+    forced = rope_2d == "force" or weights is not None
+    if config.rope_2d:
+        check_turned(family, parts, forced=forced)
     if _state(model) is not None:
         unpatch_model(model)
     patch = (
@@ -132,6 +143,7 @@ def patch_model(
         if isinstance(before, Compressor)
         else Patch(parts, family, before, inside, config, heads, tower)
     )
+    patch.frozen_may_turn = forced
     if heads is not None:
         model.add_module(HEADS, heads)
         # A checkpoint of the patched model is a checkpoint of the plain one.

@@ -53,7 +53,8 @@ class Patch:
         }
         self.visual_token_ids = family.placeholder_ids(parts.model.config)
         self.causal, self.newline = family.causal, family.newline
-        self.learned = heads is not None
+        self.learned, self.rope_2d = heads is not None, config.rope_2d
+        self.frozen_may_turn = False
         self.ignored_before = parts.model.__dict__.get(IGNORED)
         self.control: nn.Module | None = None  # stands in for the heads
         self.trace: PruningTrace | None = None
@@ -174,6 +175,8 @@ class Patch:
 
     def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss; its parts go into the trace too."""
+        if self.rope_2d and not self.frozen_may_turn:
+            check_turned(self.family, self.parts)
         # From now on a checkpoint must hold the heads, or training could not be resumed from it.
         self.parts.model.__dict__[IGNORED] = self.ignored_before
         seen = [b for b, total in enumerate(run.layout.totals) if total]
@@ -201,6 +204,26 @@ def follows_budget(method: Method | None, config: PruningConfig) -> bool:
 def needs_budget(method: BeforeDecoder | None) -> bool:
     """Whether what prunes before the decoder cannot decide by itself."""
     return method is not None and method.needs_budget
+
+
+def check_turned(family: Family, parts: Parts, *, forced: bool = False) -> None:
+    """Raise where visual tokens cannot turn with row and column.
+
+    Raises:
+        ConfigError: where no parameter of the decoder's layers learns, unless ``forced``.
+        UnsupportedModelError: where they turn with more than one position already.
+    """
+    rope = getattr(parts.config, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        raise UnsupportedModelError(
+            f"{family.name} models turn visual tokens by time, row and column already (M-RoPE); "
+            "patch without rope_2d."
+        )
+    if not forced and not any(p.requires_grad for p in parts.layers.parameters()):
+        raise ConfigError(
+            "rope_2d changes what the decoder has learned, and it is frozen: let it learn (or "
+            'LoRA in it), or give rope_2d="force".'
+        )
 
 
 def tower_of(family: Family, config: Any, method: BeforeDecoder, asked: PruningConfig) -> Tower:

@@ -32,6 +32,7 @@ from atp_patch.maths.merging import (
     shrunk_grid,
     spread_supplement,
 )
+from atp_patch.maths.rope import rotary_frequencies, turn_by_place
 from atp_patch.maths.scores import (
     cross_rows,
     cross_scores,
@@ -83,6 +84,7 @@ __all__ = [
     "public_slots",
     "raters",
     "redundant_scores",
+    "rotary_frequencies",
     "scatter_tokens",
     "self_scores",
     "shrunk_grid",
@@ -96,5 +98,6 @@ __all__ = [
     "target_loss",
     "to_reference_grid",
     "top_k_mask",
+    "turn_by_place",
     "voco_visible",
 ]

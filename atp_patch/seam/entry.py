@@ -18,6 +18,7 @@ from atp_patch.seam.locate import Parts
 from atp_patch.seam.marks import read_marks
 from atp_patch.seam.prefill import Prefill
 from atp_patch.seam.prompt import TextRows
+from atp_patch.seam.rope import RotaryPlaces
 from atp_patch.seam.session import Session
 from atp_patch.types import GridQuery, Layout, VisualGrid
 
@@ -31,6 +32,7 @@ class Reader(Protocol):
     newline: str | None
     learned: bool
     before: Any
+    rope_2d: bool
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
         """The grids of each sample's visual tokens."""
@@ -77,6 +79,8 @@ def begin(
         embeds.element_size(),
         session.choices if session is not None and cache is None else None,
     )
+    if pruner.rope_2d:
+        run.places = RotaryPlaces(layout)
     if pruner.before is not None:
         run.entry, kwargs["inputs_embeds"] = _read_entry(layout, embeds)
     run.embeds = kwargs["inputs_embeds"]

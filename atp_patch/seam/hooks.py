@@ -190,6 +190,8 @@ class Seam:
         if layer in layers or layer == 0:
             self._prune(layer, run, hidden)
             hidden = run.narrow_hidden(layer, hidden)
+        if run.places is not None:
+            kwargs["position_embeddings"] = run.places.turned(kwargs.get("position_embeddings"))
         if run.entering(layer) is not None:
             run.narrow_kwargs(layer, kwargs)
         elif run.host.cache is not None and run.host.past:

@@ -18,6 +18,7 @@ from atp_patch.seam.host import HostPass
 from atp_patch.seam.narrow import scoring_mask
 from atp_patch.seam.prompt import TextRows
 from atp_patch.seam.recorder import Recording
+from atp_patch.seam.rope import RotaryPlaces
 from atp_patch.seam.survivors import Survivors
 from atp_patch.types import Decision, Layout, Recycled, View
 
@@ -44,6 +45,7 @@ class Prefill:
         entry: (B, V) bool, the visual tokens that enter the decoder, None where all do.
         entered: how many they are, of each sample.
         embeds: (B, L, D) what enters the decoder.
+        places: what turns visual tokens by row and column, where that is asked for.
         rotary: tables (cos, sin) of the layer whose attention is to be recorded.
         gathers: layers run on survivors alone.
 
@@ -77,6 +79,7 @@ class Prefill:
         self.entry: Tensor | None = None
         self.entered = layout.totals
         self.embeds: Tensor | None = None
+        self.places: RotaryPlaces | None = None
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.recording: Recording | None = None
         self._token_counts = list(token_counts)

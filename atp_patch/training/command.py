@@ -228,5 +228,5 @@ def _patch(model: Any, settings: Settings) -> None:
     depth = model.config.get_text_config().num_hidden_layers
     if layers is None:
         layers = tuple(scaled_layers(depth))
-    options = {**settings.options, "thresholds": "learned"}
+    options = {**settings.options, "thresholds": "learned", "rope_2d": settings.rope_2d}
     patch_model(model, layers, "atp", target_tokens=settings.target_tokens, **options)

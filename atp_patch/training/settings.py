@@ -39,6 +39,7 @@ class Settings:
     freeze_lm: bool = _says(True, "train the threshold heads alone")
     lora_rank: int = _says(0, "with freeze_lm: LoRA of this rank on the decoder")
     lora_alpha: float = _says(32.0, "LoRA's scale")
+    rope_2d: bool = _says(False, "turn visual tokens by row and column; the decoder must learn")
     distill: float = _says(0.0, "weight of the KL divergence to the unpruned model")
     lr: float = _says(2e-5, "learning rate of the model or its LoRA")
     atp_lr: float = _says(1e-4, "learning rate of the heads")
@@ -94,13 +95,20 @@ class Settings:
             raise ConfigError(f"device: {self.device!r} is not cpu or cuda.")
         if self.lora_rank and not self.freeze_lm:
             raise ConfigError("lora_rank is for a frozen language model: set freeze_lm: true.")
+        if self.rope_2d and self.freeze_lm and not self.lora_rank:
+            raise ConfigError(
+                "rope_2d changes what the decoder has learned, and it is frozen: set freeze_lm: "
+                "false, or lora_rank."
+            )
         if self.text_only and self.freeze_lm and not self.lora_rank:
             raise ConfigError(
                 "text_only: heads learn nothing from text alone; leave it out, or set "
                 "freeze_lm: false."
             )
-        if self.adapter is not None and (self.layers or self.options or self.target_tokens):
-            raise ConfigError("adapter brings layers, target_tokens and options along.")
+        if self.adapter is not None and (
+            self.layers or self.options or self.target_tokens or self.rope_2d
+        ):
+            raise ConfigError("adapter brings layers, target_tokens, options and rope_2d along.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""

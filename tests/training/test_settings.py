@@ -63,6 +63,7 @@ def test_flags_win_and_options_merge(tmp_path: Path) -> None:
         ({"freeze_lm": "perhaps"}, ["freeze_lm", "'perhaps'", "bool"]),
         ({"lora_rank": 4, "freeze_lm": False}, ["lora_rank", "freeze_lm: true"]),
         ({"text_only": True}, ["text_only", "freeze_lm: false"]),
+        ({"rope_2d": True}, ["rope_2d", "freeze_lm: false"]),
         ({"adapter": "a", "layers": [2]}, ["adapter", "layers"]),
     ],
 )

@@ -1,0 +1,49 @@
+"""Rotary embedding by row and column (the pruning positional embedding of ATP-LLaVA)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_frequencies(table: Tensor) -> Tensor | None:
+    """Which frequency each dimension of a rotary table turns with.
+
+    Args:
+        table: (B, L, D) cosines or sines; the two dimensions that turn together hold the same
+            numbers, side by side or half the table apart.
+
+    Returns:
+        (D,) int64 in [0, D / 2); None where the table is made in another way.
+    """
+    size = table.shape[-1]
+    place = torch.arange(size)
+    if size % 2:
+        return None
+    if torch.equal(table[..., : size // 2], table[..., size // 2 :]):
+        return place % (size // 2)
+    if torch.equal(table[..., ::2], table[..., 1::2]):
+        return place // 2
+    return None
+
+
+def turn_by_place(table: Tensor, row: Tensor, column: Tensor, frequency: Tensor) -> Tensor:
+    """A rotary table whose even frequencies turn with one position and whose odd ones with another.
+
+    Rows and columns so get frequencies from all of the range. A token whose two positions are its
+    own keeps its embedding.
+
+    Args:
+        table: (B or 1, L, D) cosines or sines of the sequence's positions.
+        row, column: (B, L) int64, places in the sequence whose positions are meant.
+        frequency: (D,) as :func:`rotary_frequencies` gives it.
+
+    Returns:
+        (B, L, D).
+    """
+    wide = table.expand(row.shape[0], -1, -1)
+
+    def at(place: Tensor) -> Tensor:
+        return wide.gather(1, place[..., None].expand(-1, -1, wide.shape[2]))
+
+    return torch.where(frequency % 2 == 0, at(row), at(column))
