@@ -111,6 +111,8 @@ def check_compressible(family: Family, config: Any) -> None:
     why = None
     if family.outer is not None:
         why = "it is fed by code of another package"
+    elif not family.token_ids:
+        why = "only its caller knows which tokens are visual"
     elif not family.causal:
         why = "its images or prefixes attend both ways"
     elif family.late_layers(config):

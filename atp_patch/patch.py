@@ -46,6 +46,7 @@ def patch_model(
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
     weights: str | Path | None = None,
+    family: str | None = None,
     min_tokens: int = 1,
     min_tokens_per_image: int = 0,
     rope_2d: bool | str = False,
@@ -66,6 +67,8 @@ def patch_model(
             of either kind it is a quarter of the sample's visual tokens, or what the method
             itself decides.
         weights: a folder or Hub id of a saved adapter, which brings all of the above along.
+        family: "generic" for a decoder of transformers that no family knows; each call then says
+            which tokens are visual, by ``visual_mask=`` and, if wanted, ``visual_grids=``.
         min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
             image.
         rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
@@ -82,10 +85,10 @@ def patch_model(
         UnsupportedModelError: where the model cannot be patched.
         WeightsError: where an adapter is missing, broken, or made for another model.
     """
-    family = family_of(getattr(model, "config", None))
-    parts = locate(model, family.outer)
+    kind = family_of(getattr(model, "config", None), family)
+    parts = locate(model, kind.outer, bare=not kind.model_types)
     shape = decoder_shape(parts.config)
-    base = BaseModel(family.name, shape.num_layers, shape.hidden_size)
+    base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
     least = {
         "min_tokens": None if min_tokens == 1 else min_tokens,
@@ -121,13 +124,13 @@ def patch_model(
             rope_2d=bool(rope_2d),
         )
     if config.layers:
-        family.check_layers(model.config, config.layers)
+        kind.check_layers(model.config, config.layers)
     tower = None
     if isinstance(before, Compressor):
-        check_compressible(family, model.config)
+        check_compressible(kind, model.config)
     elif before is not None:
-        tower = tower_of(family, model.config, before, config)
-    total = family.visual_tokens(model.config)
+        tower = tower_of(kind, model.config, before, config)
+    total = kind.visual_tokens(model.config)
     if total is not None and before is None and follows_budget(inside, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
@@ -135,13 +138,13 @@ def patch_model(
         heads = voco_module(before, parts, tensors)
     forced = rope_2d == "force" or weights is not None
     if config.rope_2d:
-        check_turned(family, parts, forced=forced)
+        check_turned(kind, parts, forced=forced)
     if _state(model) is not None:
         unpatch_model(model)
     patch = (
-        Compression(parts, family, before, config, heads)
+        Compression(parts, kind, before, config, heads)
         if isinstance(before, Compressor)
-        else Patch(parts, family, before, inside, config, heads, tower)
+        else Patch(parts, kind, before, inside, config, heads, tower)
     )
     patch.frozen_may_turn = forced
     if heads is not None:

@@ -53,6 +53,8 @@ class Patch:
         }
         self.visual_token_ids = family.placeholder_ids(parts.model.config)
         self.causal, self.newline = family.causal, family.newline
+        # Only the caller knows which tokens are visual.
+        self.explicit = not family.token_ids and family.outer is None
         self.learned, self.rope_2d = heads is not None, config.rope_2d
         self.frozen_may_turn = False
         self.ignored_before = parts.model.__dict__.get(IGNORED)

@@ -246,6 +246,8 @@ class GridQuery:
         ids: (B, L) int64 on the CPU, or None where only embeddings were given.
         newlines: (B, L) bool on the CPU, the visual places that hold the model's newline feature;
             None for families without one.
+        visual: (B, L) bool on the CPU, the visual places.
+        sizes: for each sample the (frames, height, width) that the caller gave, or None.
     """
 
     config: object
@@ -253,6 +255,8 @@ class GridQuery:
     position_ids: Tensor | None
     ids: Tensor | None = None
     newlines: Tensor | None = None
+    visual: Tensor | None = None
+    sizes: Sequence[Sequence[tuple[int, int, int]]] | None = None
 
 
 @dataclass(frozen=True)

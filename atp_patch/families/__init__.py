@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
+from atp_patch.families.generic import GENERIC
 from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.molmo2 import MOLMO2
@@ -42,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     MOLMO2,
     VILA,
     INTERNVL_CHAT,
+    GENERIC,
 )
 
 
@@ -50,12 +52,28 @@ def supported_families() -> dict[str, tuple[str, ...]]:
     return {family.name: family.model_types for family in FAMILIES}
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any, name: str | None = None) -> Family:
     """The family of a loaded model's config.
 
+    Args:
+        name: the family that the caller asks for; only "generic" is not found by itself.
+
     Raises:
+        ConfigError: where the model is not of the family asked for.
         UnsupportedModelError: naming the families that are served.
     """
+    if name == GENERIC.name:
+        return GENERIC
+    family = _found(config)
+    if name not in (None, family.name):
+        raise ConfigError(
+            f"family={name!r}, but the model is of the family {family.name!r}; leave family out, "
+            'or give family="generic" and pass visual_mask= with each call.'
+        )
+    return family
+
+
+def _found(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -67,7 +85,8 @@ def family_of(config: Any) -> Family:
         reason, alternative = REFUSED[model_type]
         why = f": {reason}. Instead: {alternative}"
     raise UnsupportedModelError(
-        f"models of type {model_type!r} are not supported{why}; supported are: {known}."
+        f"models of type {model_type!r} are not supported{why}; supported are: {known}. "
+        'A decoder built of transformers\' own layers may be patched with family="generic".'
     )
 
 

@@ -95,14 +95,14 @@ def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
     Every share is at least ``minimum`` (or the size, if that is less) and at most the size; largest
     remainders first.
     """
-    everything = sum(sizes)
+    everything = max(sum(sizes), 1)
     exact = [total * size / everything for size in sizes]
     least = [min(minimum, size) for size in sizes]
     shares = [
         min(max(int(part), low), size) for part, low, size in zip(exact, least, sizes, strict=True)
     ]
     by_remainder = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
-    while sum(shares) < min(total, everything):
+    while sum(shares) < min(total, sum(sizes)):
         for i in by_remainder:
             if shares[i] < sizes[i] and sum(shares) < total:
                 shares[i] += 1

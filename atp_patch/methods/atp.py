@@ -35,10 +35,10 @@ from atp_patch.methods.atp_heads import ThresholdHeads, Thresholds
 from atp_patch.methods.base import (
     Method,
     ModuleSpec,
+    Ranking,
     best_of_each_image,
     choice,
     grid_table,
-    keep_best,
     least_counts,
     mask_rows,
 )
@@ -95,7 +95,7 @@ class _Scored(Method):
 
 
 @dataclass(frozen=True)
-class Fixed(_Scored):
+class Fixed(Ranking, _Scored):
     """The ATP score with a fixed share at each layer (Table 2's fixed pruning ratio)."""
 
     name: ClassVar[str] = "fixed"
@@ -104,7 +104,7 @@ class Fixed(_Scored):
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Keep the best by redundant score."""
         s_self, s_cross, redundant = self.scores(view)
-        keep = keep_best(view, redundant)
+        keep = self.best(view, redundant)
         scores = {"self": s_self, "cross": s_cross, "redundant": redundant}
         return Decision(keep, exact=True, scores=scores)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from atp_patch.errors import ConfigError
-from atp_patch.maths import top_k_mask
+from atp_patch.maths import even_counts, top_k_mask
 from atp_patch.types import Decision, Layout, View
 from atp_patch.vision import Merge, TokenGroups
 
@@ -136,6 +137,28 @@ class Compressor(Strategy):
 BeforeDecoder = Merger | Shrinker
 
 
+@dataclass(frozen=True)
+class Ranking(Method):
+    """Base class of methods that keep the best by a score.
+
+    Attributes:
+        per_frame: every frame of a video, and every image and tile, keeps the same share of its
+            tokens. Else all visual tokens of a sample compete for one budget.
+    """
+
+    per_frame: bool = False
+
+    def best(self, view: View, scores: Tensor, counts: Tensor | None = None) -> Tensor:
+        """As :func:`keep_best`, frame by frame if that was asked for."""
+        if not self.per_frame:
+            return keep_best(view, scores, counts)
+        frame, shares = frame_counts(view, view.counts_tensor() if counts is None else counts)
+        keep = torch.zeros_like(view.slot_valid)
+        for number in range(shares.shape[1]):
+            keep |= top_k_mask(scores, view.slot_valid & (frame == number), shares[:, number])
+        return keep
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Check an option that is one of a few words."""
     if value not in allowed:
@@ -153,6 +176,30 @@ def keep_best(view: View, scores: Tensor, counts: Tensor | None = None) -> Tenso
     if first is not None:
         scores = scores.masked_fill(first, torch.inf)
     return top_k_mask(scores, view.slot_valid, view.counts_tensor() if counts is None else counts)
+
+
+def frame_counts(view: View, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, V) int64 number of each token's frame within its sample, and (B, F) int64 how many tokens
+    each frame keeps, in proportion to what it has; an image or tile is one frame.
+
+    Args:
+        counts: (B,) int64 tokens that each sample keeps.
+    """
+    grids, device = view.layout.grids, view.slot.device
+    starts = [[0, *accumulate(grid.frames for grid in sample)] for sample in grids]
+    width, total = max(map(len, starts)), max(start[-1] for start in starts)
+    first = torch.tensor([start + [0] * (width - len(start)) for start in starts], device=device)
+    frame = first.gather(1, view.of_token(view.layout.image)) + view.of_token(view.layout.frame)
+    sizes = torch.zeros(len(grids), total, dtype=torch.long, device=device)
+    sizes.scatter_add_(1, frame.clamp(max=total - 1), view.slot_valid.long())
+    shares = torch.zeros_like(sizes, device="cpu")
+    rows = zip(starts, sizes.tolist(), counts.tolist(), strict=True)
+    for b, (start, left, count) in enumerate(rows):
+        parts = [left[a:z] for a, z in pairwise(start)]
+        images = even_counts(count, [sum(part) for part in parts], view.min_per_image)
+        for at, part, own in zip(start, parts, images, strict=False):
+            shares[b, at : at + len(part)] = torch.tensor(even_counts(own, part, 0))
+    return frame, shares.to(device)
 
 
 def least_counts(view: View) -> Tensor:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from atp_patch.maths import progressive_order
-from atp_patch.methods.base import Method, grid_table, keep_best
+from atp_patch.methods.base import Ranking, grid_table
 from atp_patch.types import Decision, View
 
 _MODULUS = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(Ranking):
     """Keep tokens drawn at random, the same ones for the same seed, question and layer."""
 
     name: ClassVar[str] = "random"
@@ -28,7 +28,7 @@ class Random(Method):
         """Rank by a hash of (seed, layer, question, token), so that the batch plays no part."""
         start = (self.seed * 1_000_003 + view.layer * 7919) % _MODULUS
         scores = _mix(_mix(view.sample_key + start)[:, None] + view.token)
-        keep = keep_best(view, scores.float())
+        keep = self.best(view, scores.float())
         return Decision(keep, exact=True)
 
 
@@ -41,7 +41,7 @@ def _mix(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Uniform(Method):
+class Uniform(Ranking):
     """Keep an even grid of each image, tile or frame."""
 
     name: ClassVar[str] = "uniform"
@@ -50,7 +50,7 @@ class Uniform(Method):
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Rank by the place in a farthest-point-first order of the grid."""
         table = grid_table(view.layout, _evenness)
-        keep = keep_best(view, view.of_token(table))
+        keep = self.best(view, view.of_token(table))
         return Decision(keep, exact=True)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from atp_patch.maths import cross_scores, gather_heads
-from atp_patch.methods.base import Method, choice, keep_best, mask_rows
+from atp_patch.methods.base import Ranking, choice, mask_rows
 from atp_patch.types import Decision, View
 
 
 @dataclass(frozen=True)
-class FastV(Method):
+class FastV(Ranking):
     """Keep a fixed share by the last token's attention, averaged over heads.
 
     The paper's setting is ``layers=[2], keep=0.5``.
@@ -52,5 +52,5 @@ class FastV(Method):
             view.scaling,
             mask=mask,
         )
-        keep = keep_best(view, scores)
+        keep = self.best(view, scores)
         return Decision(keep, exact=True, scores={"last": scores})

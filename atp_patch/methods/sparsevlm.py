@@ -26,12 +26,12 @@ from atp_patch.maths import (
     raters,
     top_k_mask,
 )
-from atp_patch.methods.base import Method, choice, keep_best, least_counts, mask_rows
+from atp_patch.methods.base import Ranking, choice, least_counts, mask_rows
 from atp_patch.types import Decision, Recycled, View
 
 
 @dataclass(frozen=True)
-class SparseVLM(Method):
+class SparseVLM(Ranking):
     """Text-guided sparsification with recycling.
 
     Without a budget the rank decides how many tokens go: ``scale * (tokens - rank)``. With one,
@@ -89,7 +89,7 @@ class SparseVLM(Method):
         )
         scores = rows.sum(1) / rater.sum(1, keepdim=True).clamp(min=1)
         kept, clusters = self._counts(view, rater, rows)
-        keep = keep_best(view, scores, kept)
+        keep = self.best(view, scores, kept)
         recycled = self._recycle(view, scores, keep, clusters)
         if recycled is not None:
             length = keep.shape[1]

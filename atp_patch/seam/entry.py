@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from atp_patch.errors import CacheError
+from atp_patch.errors import CacheError, InputError
 from atp_patch.seam.cache import check_cache
 from atp_patch.seam.host import HostPass
 from atp_patch.seam.inputs import Call, grid_query, read_prompt
@@ -30,6 +30,7 @@ class Reader(Protocol):
     visual_token_ids: tuple[int, ...]
     causal: bool
     newline: str | None
+    explicit: bool
     learned: bool
     before: Any
     rope_2d: bool
@@ -46,13 +47,21 @@ def begin(
     Marks of tokens that were dropped before the decoder are taken out of ``inputs_embeds``.
     """
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if pruner.explicit:
+        _check_explicit(call, embeds, past)
+        if call.visual_mask is None:
+            return None
+    elif call.visual_grids is not None:
+        raise InputError(
+            'visual_grids belongs to family="generic"; this model\'s own family finds the grids.'
+        )
     if embeds is None:  # a language model that other code feeds: ids are text
         return None
-    past = 0 if cache is None else int(cache.get_seq_length())
     prompt = read_prompt(call, pruner.visual_token_ids, embeds, past)
     if not bool(prompt.visual.any()):
         return None
-    query = grid_query(parts, prompt, kwargs, pruner.newline)
+    query = grid_query(parts, prompt, kwargs, pruner.newline, call.sizes(len(embeds)))
     layout = Layout.from_grids(pruner.grids(query), embeds.shape[1], embeds.device)
     check_cache(cache, 0 if pruner.before is not None else pruner.layers[0])
     if past and cache is not None:
@@ -85,6 +94,22 @@ def begin(
         run.entry, kwargs["inputs_embeds"] = _read_entry(layout, embeds)
     run.embeds = kwargs["inputs_embeds"]
     return run
+
+
+def _check_explicit(call: Call, embeds: Tensor | None, past: int) -> None:
+    """Raise InputError where the caller was to say which tokens are visual and did not."""
+    if embeds is None:
+        if call.visual_mask is not None and not past and bool(call.visual_mask.any()):
+            raise InputError(
+                "visual_mask marks embeddings, but the decoder got ids; pass "
+                "inputs_embeds=model.get_input_embeddings()(input_ids) in place of input_ids."
+            )
+        return
+    if call.visual_mask is None and embeds.shape[1] > 1:
+        raise InputError(
+            'with family="generic", pass visual_mask= with each call, a bool tensor (batch, '
+            "sequence) that marks the visual tokens (all False for text alone)."
+        )
 
 
 def _read_entry(layout: Layout, embeds: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -124,7 +124,8 @@ class Seam:
         top = self.parts.top
         outer = self.session
         self.session = Session.of_generate(self.outside, args, kwargs)
-        kwargs.pop("visual_mask", None)
+        for name in ("visual_mask", "visual_grids"):
+            kwargs.pop(name, None)
         try:
             return type(top).generate(top, *args, **kwargs)
         finally:
@@ -174,7 +175,8 @@ class Seam:
         call, cache = self._call, kwargs.get("past_key_values")
         implementation = self.parts.config._attn_implementation
         run: Prefill | None = None
-        if self.enabled and call is not None and call.has_images:
+        explicit = self.pruner.explicit
+        if self.enabled and call is not None and (call.has_images or explicit):
             check_implementation(implementation)
             run = begin(self.parts, self.pruner, call, self.session, kwargs)
         if run is None and cache is not None and pruned_layer(cache, len(cache.layers) - 1):

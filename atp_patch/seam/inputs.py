@@ -46,6 +46,7 @@ class Call:
     num_items: Any = None
     run: Prefill | None = None
     alone: bool = False
+    visual_grids: Any = None
 
     @classmethod
     def begin(
@@ -55,22 +56,25 @@ class Call:
         kwargs: dict[str, Any],
         session: Session | None,
     ) -> Call:
-        """Start reading at the outermost module; takes ``visual_mask`` out of its keywords.
+        """Start reading at the outermost module; takes ``visual_mask`` and ``visual_grids`` out of
+        its keywords.
 
         ``labels`` are replaced by a copy, in which targets that pruned places would have had to
         predict are dropped once the choice is made.
         """
-        visual_mask = kwargs.pop("visual_mask", None)
+        visual_mask, grids = kwargs.pop("visual_mask", None), kwargs.pop("visual_grids", None)
         labels = kwargs.get("labels")
         if labels is not None:
             labels = kwargs["labels"] = labels.clone()
         length = None
         if session is not None:
             length = session.prompt_length
+            grids = session.visual_grids if grids is None else grids
             visual_mask = session.visual_mask if visual_mask is None else visual_mask
         elif visual_mask is None:
             visual_mask = outside.visual("forward", args, kwargs)
-        return cls(labels, visual_mask, length, num_items=kwargs.get("num_items_in_batch"))
+        items = kwargs.get("num_items_in_batch")
+        return cls(labels, visual_mask, length, num_items=items, visual_grids=grids)
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Add what the model without its head was given."""
@@ -85,6 +89,14 @@ class Call:
         prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1
         self.has_images = images or prefill or self.visual_mask is not None
         return self
+
+    def sizes(self, batch: int) -> Any:
+        """The (frames, height, width) that were given for the images of each sample, or None."""
+        given = self.visual_grids
+        if not given or self.prompt_length is None or batch % len(given):
+            return given
+        repeats = batch // len(given)  # beams, sequences
+        return [sample for sample in given for _ in range(repeats)]
 
     @property
     def mask_is_plain(self) -> bool:
@@ -167,13 +179,14 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
 
 
 def grid_query(
-    parts: Parts, prompt: Prompt, kwargs: dict[str, Any], newline: str | None
+    parts: Parts, prompt: Prompt, kwargs: dict[str, Any], newline: str | None, sizes: Any = None
 ) -> GridQuery:
     """What a family may look at, on the CPU, from what the decoder is about to get.
 
     Args:
         kwargs: the decoder's, with ``inputs_embeds`` (B, L, D).
         newline: name of the base model's parameter that ends rows of features, if it has one.
+        sizes: of each sample the (frames, height, width) that the caller gave; None without.
     """
     positions = kwargs.get("position_ids")
     newlines = None
@@ -188,6 +201,8 @@ def grid_query(
         position_ids=None if positions is None else positions.cpu(),
         ids=prompt.ids,
         newlines=newlines,
+        visual=prompt.visual,
+        sizes=sizes,
     )
 
 

@@ -52,11 +52,12 @@ def decoder_shape(config: Any) -> DecoderShape:
     )
 
 
-def locate(model: Any, outer: Outer | None = None) -> Parts:
+def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Parts:
     """Find base model, decoder and layers of a vision-language model.
 
     Args:
         outer: how it holds its language model, where it is of another package than transformers.
+        bare: it may be a language model alone, which is given embeddings.
 
     Raises:
         UnsupportedModelError: where the model has no such parts or its layers keep another
@@ -72,7 +73,7 @@ def locate(model: Any, outer: Outer | None = None) -> Parts:
         )
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     decoder, layers = _decoder(model)
-    if not isinstance(layers, nn.ModuleList) or decoder is base:
+    if not isinstance(layers, nn.ModuleList) or (decoder is base and not bare):
         raise UnsupportedModelError(
             f"{name} has no language decoder apart from its vision model: nothing to prune. "
             "Give a vision-language model."

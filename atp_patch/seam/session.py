@@ -19,6 +19,7 @@ class Session:
     Attributes:
         prompt_length: tokens of the prompt; later ones are generated or guessed, and never score.
         visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
+        visual_grids: of each sample the (frames, height, width) of its images, or None.
         ids: (B, L) of the prompt, or None where it is given as embeddings.
         choices: layer -> the decision of the first pass, for passes without a cache.
     """
@@ -27,6 +28,7 @@ class Session:
     visual_mask: Tensor | None = None
     choices: dict[int, Decision] = field(default_factory=dict)
     ids: Tensor | None = None
+    visual_grids: Any = None
 
     @classmethod
     def of_generate(
@@ -52,4 +54,4 @@ class Session:
         if visual_mask is None:
             visual_mask = outside.visual("generate", args, kwargs)
         ids = tokens if tokens is not None and not tokens.is_floating_point() else None
-        return cls(length, visual_mask, ids=ids)
+        return cls(length, visual_mask, ids=ids, visual_grids=kwargs.get("visual_grids"))

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import atp_patch
 from atp_patch.families import FAMILIES, family_of
 from atp_patch.methods import METHODS, Method
 from tests.families.kinds import MIXED, Kind, make
 from tests.families.test_every_family import check_masked, every_kind
+from tests.helpers import tiny
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
@@ -43,6 +45,13 @@ def test_a_method_serves_a_family_or_names_those_it_serves(kind: Kind, method: s
     assert {"llava", "qwen2_vl"} <= named
     assert "inside the decoder works here" in message
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("method", "why"), [("voco", "only its caller"), ("prumerge", "llama")])
+def test_decoders_that_no_family_knows_are_refused(method: str, why: str) -> None:
+    config = tiny.tiny_model("llava-llama").config.get_text_config()
+    with pytest.raises(atp_patch.UnsupportedModelError, match=f"{why}.* llava"):
+        atp_patch.patch_model(LlamaForCausalLM(config), method=method, family="generic")
 
 
 def patched(kind: Kind, method: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,12 +60,19 @@ def _images_and_videos(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
     every = [picture.tensors for row in pictures for picture in row]
     images = [tensors["pixel_values"] for tensors in every if "pixel_values" in tensors]
     videos = [tensors["frames"] for tensors in every if "frames" in tensors]
-    made = {"pixel_values": torch.cat(images)} if images else {}
+    takes = signature(VideoLlavaForConditionalGeneration.forward).parameters
+    name = "pixel_values_images" if "pixel_values_images" in takes else "pixel_values"
+    made = {name: torch.cat(images)} if images else {}
     return {**made, "pixel_values_videos": torch.stack(videos)} if videos else made
 
 
 def _pixtral_tower() -> PixtralVisionConfig:
     return PixtralVisionConfig(**TOWER, image_size=64, patch_size=4, head_dim=16)
+
+
+def _vipllava() -> VipLlavaConfig:
+    layers = [name for name in vars(VipLlavaConfig()) if name.startswith("vision_feature_layer")]
+    return _clip(VipLlavaConfig, **{key: [-1, -2] for key in layers})
 
 
 def _mistral3() -> Mistral3Config:
@@ -128,7 +136,7 @@ KINDS = (
     Kind(
         "vipllava",
         VipLlavaForConditionalGeneration,
-        lambda: _clip(VipLlavaConfig, vision_feature_layer=[-1, -2]),
+        _vipllava,
         _square,
         stacked("pixel_values"),
     ),

@@ -1,0 +1,78 @@
+"""Any decoder whose layers keep the contract, where each call says which tokens are visual.
+
+It is never found by itself: ``patch_model(model, family="generic")`` asks for it. Calls then bring
+``visual_mask``, (batch, sequence) bool, and may bring ``visual_grids``: of each sample a list of
+(frames, height, width), one for each image in order. Marked tokens fill these grids row by row.
+Gaps are allowed where they are even (a row mark behind each row, a class token before each frame).
+Without grids each run of marked tokens is one image of a single row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from atp_patch.errors import InputError
+from atp_patch.families.base import Family, Grids
+from atp_patch.types import GridQuery, VisualGrid
+
+
+def _runs(visual: Tensor) -> list[VisualGrid]:
+    """Runs of True in an (L,) mask as images of one row."""
+    places = visual.nonzero().flatten()
+    if not len(places):
+        return []
+    first = (places.diff(prepend=places[:1] - 2) != 1).nonzero().flatten()
+    lengths = first.diff(append=first.new_tensor([len(places)]))
+    return [
+        VisualGrid(int(places[at]), 1, 1, int(length))
+        for at, length in zip(first, lengths, strict=True)
+    ]
+
+
+def _filled(visual: Tensor, sizes: Sequence[tuple[int, int, int]]) -> list[VisualGrid]:
+    """Grids of these sizes, filled one after the other with the True of an (L,) mask."""
+    places = visual.nonzero().flatten()
+    wanted = sum(t * h * w for t, h, w in sizes)
+    if len(places) != wanted:
+        raise InputError(
+            f"visual_mask marks {len(places)} tokens of a sample, but its visual_grids "
+            f"{[tuple(size) for size in sizes]} hold {wanted}."
+        )
+    grids, at = [], 0
+    for frames, height, width in sizes:
+        own = places[at : at + frames * height * width]
+        at += len(own)
+        start = int(own[0])
+        grid = VisualGrid(
+            start,
+            frames,
+            height,
+            width,
+            row_stride=int(own[width]) - start if height > 1 else 0,
+            frame_stride=int(own[height * width]) - start if frames > 1 else 0,
+        )
+        if not grid.coordinates()[0].equal(own.cpu()):
+            raise InputError(
+                f"the visual tokens from position {start} on lie too unevenly for a grid of "
+                f"{(frames, height, width)}: rows must follow each other at equal distances, and "
+                "so must frames. Give each even part as a grid of its own."
+            )
+        grids.append(grid)
+    return grids
+
+
+def _grids(query: GridQuery) -> Grids:
+    assert query.visual is not None
+    if query.sizes is None:
+        return [_runs(row) for row in query.visual]
+    if len(query.sizes) != len(query.visual):
+        raise InputError(
+            f"visual_grids has {len(query.sizes)} lists for {len(query.visual)} samples; give one "
+            "a sample, empty where it has no image."
+        )
+    return [_filled(row, sizes) for row, sizes in zip(query.visual, query.sizes, strict=True)]
+
+
+GENERIC = Family(name="generic", model_types=(), grids=_grids, token_ids=(), causal=False)
