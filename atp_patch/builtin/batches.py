@@ -102,8 +102,9 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
                     break
                 second = len(asked) > 1 and rng.random() < spec.pair_share
                 _write(batch, (row, j), scene.layout, [asked.pop(0) for _ in range(1 + second)])
-                if second and not spec.first_counts:
-                    until = int((batch["ids"][row, j] == word_ids()[USER]).argmax())
+                if spec.pair_share and not spec.first_counts:
+                    starts = np.flatnonzero(batch["ids"][row, j] == word_ids()[USER])
+                    until = starts[0] if second else length  # nothing was left to follow
                     batch["targets"][row, j, :until] = IGNORE
     if spec.with_patch_labels:
         batch |= {"labels": np.stack(labels), "places": np.stack(places)}
