@@ -42,7 +42,9 @@ class Calibration:
     samples: int
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) -> Calibration:
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], target_tokens: float | None = None
+) -> Calibration:
     """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
 
     Layer by layer, one number is added to the logits of both thresholds of all instances: their
@@ -52,9 +54,11 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) 
 
     Args:
         model: patched with ``thresholds="learned"``, or with an adapter that brings them.
-        batches: inputs of the model with images (no labels are needed); a few dozen samples like
-            those to come. They are held in memory and gone through several times.
-        target_tokens: visual tokens averaged over all decoder layers and the data.
+        batches: inputs of the model with images; a few dozen samples like those to come. They are
+            held in memory and gone through several times. No labels are needed; where there are
+            some, answers do not count, as in training.
+        target_tokens: visual tokens averaged over all decoder layers and the data; by default the
+            budget that the patch was made with.
 
     Returns:
         A :class:`Calibration`; ``after`` is within 1 % of the target.
@@ -71,22 +75,24 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], target_tokens: float) 
     shifts = dict.fromkeys(patch.layers, 0.0)
     with _evaluating(model):
         first = seen = _observe(model, data, None)
-        counts = _scaled(first, patch, target_tokens)
+        target = patch.config.goal(first.visual) if target_tokens is None else target_tokens
+        counts = _scaled(first, patch, target)
         for _ in range(_ROUNDS):
-            if abs(seen.average - target_tokens) <= WITHIN * target_tokens:
+            if abs(seen.average - target) <= WITHIN * target:
                 break
             for layer, wanted in counts.items():
                 shifts[layer] += _meet(model, data, module, layer, wanted)
             seen = _observe(model, data, None)
-    if abs(seen.average - target_tokens) > WITHIN * target_tokens:
+    if abs(seen.average - target) > WITHIN * target:
         module.load_state_dict(start)
         raise ConfigError(
-            f"the nearest that a shift of all thresholds comes to {target_tokens:g} tokens is "
+            f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
             f"{seen.average:.1f}; give more data, or score_norm='rank' and "
             "spatial_order='progressive', whose scores do not tie."
         )
-    patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
-    return Calibration(float(target_tokens), first.average, seen.average, shifts, seen.samples)
+    if target_tokens is not None:
+        patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
+    return Calibration(float(target), first.average, seen.average, shifts, seen.samples)
 
 
 def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> GivenThresholds:
@@ -143,13 +149,15 @@ class _Seen:
     """One pass over the data.
 
     Attributes:
-        total, counts: visual tokens of a sample on average, before and after each pruning layer.
+        visual, total, counts: visual tokens of a sample on average: all, those that enter the
+            decoder, and those left after each pruning layer.
         thetas: layer -> (samples, 2) thresholds.
         spare: for each token that came to the layer asked for: how far its better score is above
             its threshold, in logits; infinite where it stays anyhow.
     """
 
     samples: int
+    visual: float
     total: float
     counts: dict[int, float]
     average: float
@@ -158,11 +166,11 @@ class _Seen:
 
 
 def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _Seen:
-    totals: list[int] = []
+    visual: list[int] = []
+    rows: list[Tensor] = []  # tokens that enter each decoder layer
     kept: dict[int, list[int]] = {i: [] for i in require_patch(model).layers}
     thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
     spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
-    num_layers = require_patch(model).config.base.num_layers
     device = next(model.parameters()).device
     for batch in data:
         if not any(name.startswith("pixel_values") for name in batch):
@@ -171,20 +179,28 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
             model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
         trace = last_trace(model)
         seen = [b for b, total in enumerate(trace.layout.totals) if total]
-        totals += [trace.layout.totals[b] for b in seen]
-        for i, record in trace.layers.items():
+        visual += [trace.layout.totals[b] for b in seen]
+        rows.append(trace.tokens_per_layer[seen].double())
+        for i in kept:
+            record = trace.layers[i]
             kept[i] += [record.kept_counts[b] for b in seen]
             pair = (record.thresholds["redundant"], record.thresholds["spatial"])
             thetas[i].append(torch.stack(pair, 1)[seen].double().cpu())
         if layer is not None:
             spare.append(_spare(trace.layers[layer]))
-    if not totals:
+    if not visual:
         raise InputError("no batch has images; thresholds are set on samples with images.")
-    counts = {i: sum(values) / len(totals) for i, values in kept.items()}
-    total = sum(totals) / len(totals)
-    average = average_tokens(total, list(counts.values()), list(counts), num_layers)
-    tables = {i: torch.cat(rows) for i, rows in thetas.items()}
-    return _Seen(len(totals), total, counts, average, tables, torch.cat(spare))
+    entering = torch.cat(rows)
+    samples = len(visual)
+    return _Seen(
+        samples=samples,
+        visual=sum(visual) / samples,
+        total=float(entering[:, 0].mean()),
+        counts={i: sum(values) / samples for i, values in kept.items()},
+        average=float(entering.mean()),
+        thetas={i: torch.cat(tables) for i, tables in thetas.items()},
+        spare=torch.cat(spare),
+    )
 
 
 def _spare(record: Any) -> Tensor:
@@ -219,7 +235,7 @@ def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:
     if not least <= target <= seen.total:
         raise BudgetError(
             f"target_tokens={target:g} is not between {least:.1f}, which the layers before the "
-            f"first pruning cost, and {seen.total:g}, all visual tokens; give one that is."
+            f"first pruning cost, and {seen.total:g}, all that enter the decoder; give one that is."
         )
 
     def counts(scale: float) -> list[float]:

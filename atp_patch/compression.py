@@ -12,7 +12,7 @@ from atp_patch.config import PruningConfig
 from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
 from atp_patch.methods import Compressor
-from atp_patch.pruner import IGNORED, Patch
+from atp_patch.pruner import Patch
 from atp_patch.seam import Parts, VoCoPass, VoCoSeam, decoder_shape
 from atp_patch.trace import LayerTrace, PruningTrace
 
@@ -65,7 +65,7 @@ class Compression(Patch):
         """Note what a forward pass with images did."""
         if self.parts.top.training:
             # From now on a checkpoint must hold the tokens, or training could not be resumed.
-            self.parts.model.__dict__[IGNORED] = self.ignored_before
+            self.restore_ignored()
         layout, kept = run.layout, run.kept
         left = tuple(len(sample) * self.num_tokens for sample in run.segments)
         slots = tuple(run.attended.sum(1).tolist())

@@ -167,7 +167,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     patch.seam.remove()
     if patch.heads is not None:
         delattr(model, HEADS)
-        model.__dict__[IGNORED] = patch.ignored_before
+        patch.restore_ignored()
     del model.__dict__[STATE]
     return model
 
@@ -270,6 +270,7 @@ def _build_heads(
     if heads is None:
         return None
     if tensors:
-        heads.load_state_dict(tensors, assign=True)  # they may be on no device yet
+        on_no_device = any(parameter.is_meta for parameter in heads.parameters())
+        heads.load_state_dict(tensors, assign=on_no_device)
     weight = next(parts.layers[config.layers[0]].parameters())
     return heads if weight.is_meta else heads.to(weight.device)

@@ -57,10 +57,15 @@ class Patch:
         self.explicit = not family.token_ids and family.outer is None
         self.learned, self.rope_2d = heads is not None, config.rope_2d
         self.frozen_may_turn = False
-        self.ignored_before = parts.model.__dict__.get(IGNORED)
+        self.ignored_before = {k: v for k, v in vars(parts.model).items() if k == IGNORED}
         self.control: nn.Module | None = None  # stands in for the heads
         self.trace: PruningTrace | None = None
         self.seam = Seam(parts, self)
+
+    def restore_ignored(self) -> None:
+        """Give the model back its own list of what is not saved, if it had one."""
+        self.parts.model.__dict__.pop(IGNORED, None)
+        self.parts.model.__dict__.update(self.ignored_before)
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
         """Where the grids of each sample lie, as the family says."""
@@ -180,7 +185,7 @@ class Patch:
         if self.rope_2d and not self.frozen_may_turn:
             check_turned(self.family, self.parts)
         # From now on a checkpoint must hold the heads, or training could not be resumed from it.
-        self.parts.model.__dict__[IGNORED] = self.ignored_before
+        self.restore_ignored()
         seen = [b for b, total in enumerate(run.layout.totals) if total]
         totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
         target = self.config.goal(float(totals.mean()))

@@ -230,7 +230,11 @@ class Seam:
             return  # the budget keeps everything: nothing was recorded, nothing changes
         if decision is None:
             step = self.pruner.layers.index(layer)
-            with torch.set_grad_enabled(isinstance(run, LearningPass)):
+            # Scores are compared with each other: no autocast rounds them.
+            with (
+                torch.set_grad_enabled(isinstance(run, LearningPass)),
+                torch.autocast(hidden.device.type, enabled=False),
+            ):
                 view = run.view(layer, step, hidden, counts, **self.pruner.minimum)
                 decision = self.pruner.decide(view)
         run.apply(layer, decision, counts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atp_patch.errors import InputError
+from atp_patch.errors import InputError, UnsupportedModelError
 from atp_patch.seam.locate import Parts
 from atp_patch.seam.outside import IGNORED_LABEL, Outside
 from atp_patch.seam.prompt import Prompt
@@ -125,6 +125,11 @@ class Call:
         """
         if self.labels is None or not losses:
             return None
+        if hasattr(output, "log_probs"):
+            raise UnsupportedModelError(
+                "this trainer makes its own loss from log_probs, without the thresholds' terms; "
+                "let its compute_loss be transformers.Trainer.compute_loss."
+            )
         extra = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
         if self.num_items is not None:
             share = (self.labels[:, 1:] != IGNORED_LABEL).sum() / self.num_items

@@ -85,7 +85,9 @@ class MergeHooks:
         return [self.base.get_submodule(name) for name in self.tower.modules]
 
     def _attention(self, tower: nn.Module) -> Any:
-        blocks: Any = tower.get_submodule(self.tower.blocks)
+        # In early versions of transformers the tower is a model around the one that has the blocks.
+        inner: Any = getattr(tower, "vision_model", tower)
+        blocks: Any = inner.get_submodule(self.tower.blocks)
         return blocks[self.tower.block].get_submodule(self.tower.attention)
 
     # -- hooks ------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from transformers import ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp_patch.builtin import load_builtin
+from atp_patch.calibration import Calibration, calibrate
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.hub import CARD_FILE, Adapter
 from atp_patch.loading import choose_device, load_checkpoint, quiet_transformers
 from atp_patch.patch import HEADS, patch_model, require_patch
-from atp_patch.training.dataset import Samples, collate
+from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
 from atp_patch.training.learn import add_lora, freeze
 from atp_patch.training.options import PROG, flags_of, parser
@@ -35,7 +36,7 @@ SETTINGS_FILE = "settings.json"
 ADAPTER, MODEL, LORA = "adapter", "model", "lora"
 SCENES = 20_000
 # what may change when a training goes on
-_FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_bad")
+_FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_bad", "calibrate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,10 +117,36 @@ def train(settings: Settings, resume: bool = False) -> Path:
             raise InputError(f"{error} What was learned so far is in {saved}: {mend}") from error
         raise
     trainer.skipped |= set(source.problems)
-    return save(trainer, processor, source)
+    return save(trainer, processor, source, calibrated(trainer))
 
 
-def save(trainer: PruningTrainer, processor: Any, source: Source) -> Path:
+def calibrated(trainer: PruningTrainer) -> Calibration | None:
+    """Set the thresholds to the budget on the first samples; None where that cannot be, or is not
+    asked for.
+    """
+    settings, samples = trainer.settings, trainer.train_dataset
+    if not settings.calibrate:
+        return None
+    if trainer.is_deepspeed_enabled:  # it holds parameters in parts that cannot be shifted
+        sys.stderr.write("Not calibrated under DeepSpeed: atp_patch.calibrate does it later.\n")
+        return None
+    chosen = [samples[i] for i in range(min(settings.calibrate, len(samples)))]
+    chosen = [sample for sample in chosen if any(k.startswith("pixel_values") for k in sample)]
+    size = trainer.args.per_device_train_batch_size
+    batches = []
+    for start in range(0, len(chosen), size):
+        batch = trainer.data_collator(chosen[start : start + size])
+        batches.append({name: value for name, value in batch.items() if name != SKIPPED})
+    try:
+        return calibrate(trainer.model, batches)
+    except ConfigError as error:  # what was learned is saved all the same
+        sys.stderr.write(f"Not calibrated: {error}\n")
+        return None
+
+
+def save(
+    trainer: PruningTrainer, processor: Any, source: Source, calibration: Calibration | None
+) -> Path:
     """Write the adapter with its card, and the model or its LoRA where they learned."""
     settings, model = trainer.settings, trainer.model
     out = Path(settings.out)
@@ -132,7 +159,7 @@ def save(trainer: PruningTrainer, processor: Any, source: Source) -> Path:
     adapter = Adapter(require_patch(model).config, heads)
     adapter.save_pretrained(out / ADAPTER)
     history, data = trainer.state.log_history, source.name
-    section = card(settings, history, len(source), trainer.skipped, data)
+    section = card(settings, history, len(source), trainer.skipped, data, calibration)
     beside = f"\nIt belongs to the model in the folder `{MODEL}` beside it.\n"
     if settings.lora_rank:
         beside = f"\nIt belongs with the LoRA weights in the folder `{LORA}` beside it.\n"
@@ -179,10 +206,12 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); train anew in another out.") from error
     now = settings.to_dict()
+    # A setting that is younger than the checkpoint had its default's effect.
+    before = {**Settings().to_dict(), **before}
     changed = [
-        f"{entry.name} ({before.get(entry.name)!r}, now {now[entry.name]!r})"
+        f"{entry.name} ({before[entry.name]!r}, now {now[entry.name]!r})"
         for entry in fields(Settings)
-        if entry.name not in _FREE and before.get(entry.name) != now[entry.name]
+        if entry.name not in _FREE and before[entry.name] != now[entry.name]
     ]
     if changed:
         raise ConfigError(

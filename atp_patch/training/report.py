@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from atp_patch.calibration import Calibration
 from atp_patch.training.settings import Settings
 
 _PARTS = ("next_token", "atp", "target", "distill")
@@ -57,6 +58,7 @@ def card(
     samples: int,
     skipped: set[int],
     data: str,
+    calibration: Calibration | None,
 ) -> str:
     """A section for the adapter's card: how it was trained, and what was measured then."""
     logs = [entry for entry in history if "next_token" in entry]
@@ -79,6 +81,11 @@ def card(
         f"learning rates {rates}, {settings.schedule}, warm-up {settings.warmup:g}, "
         f"seed {settings.seed}, {settings.dtype}",
     ]
+    if calibration is not None:
+        lines.append(
+            f"- calibrated on {calibration.samples} of the samples: from an average of "
+            f"{calibration.before:.1f} visual tokens to {calibration.after:.1f}"
+        )
     if logs:
         lines += ["", *_table(logs[0], logs[-1]), ""]
         lines.append(

@@ -53,6 +53,7 @@ class Settings:
     weight_decay: float = _says(0.0, "of the model, not of the heads")
     betas: tuple[float, ...] = _says((0.9, 0.999), "of AdamW")
     clip: float = _says(1.0, "greatest norm of the gradient")
+    calibrate: int = _says(64, "samples to set the average on the target with, at the end; 0: none")
     max_length: int | None = _says(None, "tokens of a sample; text beyond is cut")
     max_image_pixels: int = _says(50_000_000, "larger images are bad samples")
     text_only: bool = _says(False, "take conversations without an image too")
@@ -79,7 +80,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: {value} must be above 0.")
-        for name in ("distill", "weight_decay", "workers", "lora_rank", "warmup"):
+        for name in ("distill", "weight_decay", "workers", "lora_rank", "warmup", "calibrate"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
         if self.warmup >= 1 or len(self.betas) != 2:

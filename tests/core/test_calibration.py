@@ -79,6 +79,32 @@ def test_untrained_heads_too_and_training_goes_on_as_before() -> None:
     assert not model.model.vision_tower.training
 
 
+@pytest.mark.parametrize("budget", [{"target_tokens": 16}, {"keep": 0.5}])
+def test_the_patchs_own_budget_is_the_default(budget: dict[str, float]) -> None:
+    model = learner("llava-llama", **budget)
+    before = atp_patch.patch.require_patch(model).config
+    expected = 16 if "keep" not in budget else 36 * (2 + 2 * 0.5 + 2 * 0.25 + 2 * 0.125) / 8
+    found = atp_patch.calibrate(model, batches(model))
+    assert found.target == pytest.approx(expected)
+    assert found.after == pytest.approx(expected, rel=0.01)
+    assert atp_patch.patch.require_patch(model).config == before
+
+
+def test_behind_a_method_that_prunes_before_the_decoder() -> None:
+    model = tiny_model("llava-llama")
+    torch.manual_seed(0)
+    options = {"thresholds": "learned", "reference_grid": 6, "target_tokens": 14}
+    atp_patch.patch_model(model, LAYERS, ["prumerge+", "atp"], **options)
+    data = batches(model)
+    with torch.no_grad():
+        model(**data[0])
+    entering = float(atp_patch.last_trace(model).tokens_per_layer[:, 0].double().mean())
+    assert entering < 36
+    target = 0.6 * entering
+    assert atp_patch.calibrate(model, data, target).after == pytest.approx(target, rel=0.01)
+    assert measured(model, data)[0] == pytest.approx(target, rel=0.01)
+
+
 def test_what_cannot_be_met_is_refused_and_changes_nothing() -> None:
     model = learner("llava-llama")
     data = batches(model)

@@ -159,16 +159,17 @@ def test_the_slope_is_annealed_by_the_passes_in_training(surrogate: str, tmp_pat
         slope: gradient(learner("llava-llama", slope=slope, **options).train())
         for slope in (10.0, 20.0, 40.0)
     }
-    assert not torch.allclose(fixed[10.0], fixed[40.0], rtol=0.05)
+    assert not torch.allclose(fixed[10.0], fixed[20.0], rtol=0.05, atol=3e-6)
+    assert not torch.allclose(fixed[20.0], fixed[40.0], rtol=0.05, atol=3e-6)
     model = learner("llava-llama", slope=10.0, slope_end=40.0, anneal_passes=2, **options)
     with torch.no_grad():
         model(**made.batch(model, made.SAME_SIZE))  # inference does not count
     model.train()
-    torch.testing.assert_close(gradient(model), fixed[10.0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradient(model), fixed[10.0], rtol=1e-4, atol=3e-6)
     atp_patch.save_pretrained(model, tmp_path)
     model = atp_patch.patch_model(tiny_model("llava-llama"), weights=tmp_path).train()
     for slope in (20.0, 40.0, 40.0):
-        torch.testing.assert_close(gradient(model), fixed[slope], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient(model), fixed[slope], rtol=1e-4, atol=3e-6)
 
 
 def test_the_papers_temperature_is_no_soft_mask_but_hardly_learns() -> None:

@@ -41,7 +41,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
         (["--split", "train"], ["--split", "'train'", "test"]),
         (["--option", "score"], ["--option score", "NAME=VALUE"]),
-        (["--option", "colour=red"], ["'colour'", "uniform: none", "spatial_share"]),
+        (["--option", "colour=red"], ["'colour'", "downsample: none", "spatial_share"]),
         (["--methods", "fastv", "--option", "atp.score=self"], ["'atp.score'"]),
         (["--option", "score=best"], ["score='best'", "mean, cross, self"]),
         (["--adapters", "heads~median"], ["heads~median", "mean, shuffled"]),

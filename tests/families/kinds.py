@@ -80,6 +80,10 @@ MIXED = (
     sample(Words(13), seed=7),
     sample(Words(5), Picture(1), Words(3), seed=8),
 )
+ALIKE = (
+    sample(Words(3), Picture(0), Words(9), seed=1),
+    sample(Words(2), Picture(0), Words(4), seed=9),
+)
 VIDEOS_ALONE = (
     sample(Words(3), Picture(VIDEO), Words(8), seed=11),
     sample(Words(2), Picture(VIDEO), Words(13), seed=13),

@@ -109,14 +109,15 @@ def _tiles_or_frames(config: Any, which: int, paint: Paint, count: int) -> Drawn
     return drawn
 
 
-def _in_one_row(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
-    """(1, tiles, 3, h, w): the model flattens the first two."""
+def _together(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
+    """(images, tiles, 3, h, w); all in one row where their tiles are not as many."""
     every = [picture.tensors for row in pictures for picture in row]
     made = {}
     for name, key in (("tiles", "pixel_values"), ("frames", "pixel_values_videos")):
         tensors = [tensors[name] for tensors in every if name in tensors]
         if tensors:
-            made[key] = torch.cat(tensors)[None]
+            even = len({len(tensor) for tensor in tensors}) == 1
+            made[key] = torch.stack(tensors) if even else torch.cat(tensors)[None]
     return made
 
 
@@ -176,7 +177,7 @@ def _kinds() -> list[Kind]:
             "perception_lm",
             _perception_lm,
             _tiles_or_frames,
-            _in_one_row,
+            _together,
             {"videos": True},
         ),
         "Ovis2": (

@@ -25,6 +25,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from tests.families.hosts import WINDOWS_OVER_IMAGES
 from tests.families.kinds import TEXT, TOWER, Drawn, Kind, Paint, stacked
 from tests.helpers import tiny
 from tests.helpers.inputs import Inputs
@@ -235,7 +236,7 @@ KINDS = (
         _gemma3_picture,
         _types,
         blocks=_picture_blocks,
-        window_over_blocks=True,
+        window_over_blocks=WINDOWS_OVER_IMAGES,
         adjust=_plain_norms,
     ),
     Kind(

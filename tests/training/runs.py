@@ -33,6 +33,7 @@ def run(folder: Path, out: Path, resume: bool = False, **changes: Any) -> Path:
         "log_every": 1,
         "save_every": 2,
         "keep": 9,
+        "calibrate": 0,
         **changes,
     }
     options = {"reference_grid": 6, "heads_hidden_size": 8, **flags.pop("options", {})}

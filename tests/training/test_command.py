@@ -197,6 +197,29 @@ def test_an_adapter_learns_on(folder: Path, whole: Path, tmp_path: Path) -> None
         run(folder, tmp_path / "out", **{**again, "adapter": str(tmp_path / "fixed")})
 
 
+def test_the_average_is_set_to_the_target_at_the_end(folder: Path, tmp_path: Path) -> None:
+    adapter = run(folder, tmp_path, steps=1, calibrate=24)
+    model = atp_patch.patch_model(plain(folder), weights=adapter)
+    averages = []
+    for number in range(24):
+        with torch.no_grad():
+            model(**question(folder, number))
+        averages.append(atp_patch.last_trace(model).average_tokens)
+    assert sum(averages) / 24 == pytest.approx(12, rel=0.01)
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"calibrated on 24 of the samples: from an average of \S+ .* to (\S+)\n", card)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(sum(averages) / 24, abs=0.1)
+
+
+def test_a_target_out_of_reach_is_told_and_the_adapter_saved(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = run(folder, tmp_path, steps=1, calibrate=4, target_tokens=9.1, layers=[2, 4, 6])
+    assert "Not calibrated: target_tokens=9.1" in capsys.readouterr().err
+    assert "calibrated on" not in (adapter / "README.md").read_text(encoding="utf-8")
+
+
 def test_progress_is_a_line_a_step(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

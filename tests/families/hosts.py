@@ -1,0 +1,36 @@
+"""What the installed version of transformers does otherwise, or wrong, with the plain model too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers.models.gemma3 import modeling_gemma3
+
+from tests.helpers.run import TOLERANCE, generate
+
+HOST = Version(transformers.__version__)
+NEWEST = Version("5.23")  # from here on nothing is excused
+
+# Before, `generate` repeated the images of beams one by one, not sample by sample.
+REPEATS_SAMPLES = Version("5.18") <= HOST
+
+# Gemma 3's first masks let an image see itself beyond the window.
+WINDOWS_OVER_IMAGES = not hasattr(modeling_gemma3, "token_type_ids_mask_function")
+
+
+def skip_where_the_cache_matters(plain: Any, inputs: Any) -> None:
+    """Skip where an early version's own model answers otherwise without its cache."""
+    if HOST >= NEWEST:
+        return
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    cached, uncached = (
+        torch.stack(generate(plain, inputs, use_cache=use, **wanted).logits)
+        for use in (True, False)
+    )
+    if (cached - uncached).abs().max() > TOLERANCE:
+        kind = plain.config.model_type
+        pytest.skip(f"the plain {kind} itself answers otherwise without a cache")
