@@ -287,4 +287,33 @@ STAGES: tuple[Stage, ...] = (
         decay=400,
         task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
     ),
+    # Counts above 2 are learned last: more of them, with attention that counts taught again.
+    Stage(
+        name="wide-count",
+        kind="shallow",
+        steps=450,
+        batch=replace(
+            _conversations(offset=2_200_000, more=("count",) * 8 + ("common", "common")),
+            scenes=SceneConfig(min_objects=3),
+        ),
+        muon_rate=0.006,
+        adam_rate=0.001,
+        warm_up=10,
+        decay=200,
+        noun_weight=0.3,
+        tally_weight=1.0,
+        task_weight={"count": 2.0, "common": 1.5},
+    ),
+    Stage(
+        name="wide-last",
+        kind="shallow",
+        steps=450,
+        batch=_conversations(offset=2_300_000, more=("count",) * 4 + ("common",)),
+        muon_rate=0.003,
+        adam_rate=0.0006,
+        tower_rate=0.2,
+        warm_up=10,
+        decay=430,
+        task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
+    ),
 )
