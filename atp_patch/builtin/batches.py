@@ -16,6 +16,7 @@ from atp_patch.builtin.labels import (
     SIDE_FIELDS,
     noun_labels,
     patch_cores,
+    patch_middles,
     patch_labels,
     patch_owners,
     patch_places,
@@ -66,7 +67,8 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
     bit each, that a noun names, and those that the token before a sign's character should see.
     `sides` is (images * views, questions, length, SIDE_FIELDS and HOLDS_FIELDS), told at the
     second noun of a question; `back` is (images * views, questions, length), how many tokens
-    before that noun the first one stands, 0 elsewhere. `cores` is (images, 576).
+    before that noun the first one stands, 0 elsewhere. `cores`, `near` and `middle` (what
+    `patch_middles` gives) are (images, 576).
     """
     rows = spec.images * spec.views
     length = 2 * TEXT_LENGTH + 1 if spec.pair_share else TEXT_LENGTH
@@ -82,6 +84,7 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
     }
     batch["gaze"] = np.zeros((*shape, 2), dtype=np.int32)
     labels, owners, cores, places = [], [], [], []
+    middles: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     for i in range(spec.images):
         index = spec.offset + number * spec.images + i
         scene = make_scene(spec.split, index, spec.scenes, tasks=())
@@ -92,6 +95,7 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         if spec.with_owners:
             owners.append(patch_owners(scene.layout))
             cores.append(patch_cores(scene.layout))
+            middles.append(patch_middles(scene.layout))
         for view in range(spec.views):
             row = i * spec.views + view
             rng = scene_rng(spec.split, index, 3 + view)
@@ -110,6 +114,8 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         batch |= {"labels": np.stack(labels), "places": np.stack(places)}
     if spec.with_owners:
         batch |= {"owners": np.stack(owners), "cores": np.stack(cores)}
+        near, share = zip(*middles, strict=True)
+        batch |= {"near": np.stack(near), "middle": np.stack(share)}
     return batch
 
 

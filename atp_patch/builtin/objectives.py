@@ -109,8 +109,15 @@ def decoder_loss(
         shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
         shares["patch_shape"] = seen["shape"]
     cores = torch.as_tensor(batch["cores"]).repeat_interleave(stage.batch.views, 0)
-    shown = owners.gather(1, places), cores.gather(1, places)
-    auxiliary = _noun_losses(learner, batch, stage, notes, *shown)
+    if stage.smooth_tally:
+        near, middle = (
+            torch.as_tensor(batch[k]).repeat_interleave(stage.batch.views, 0).gather(1, places)
+            for k in ("near", "middle")
+        )
+        tallied: tuple[Tensor, Tensor | None] = near, middle
+    else:
+        tallied = cores.gather(1, places), None
+    auxiliary = _noun_losses(learner, batch, stage, notes, owners.gather(1, places), tallied)
     for name, (share, extra) in auxiliary.items():
         loss = loss + share * extra
         shares[name] = extra.item()
@@ -123,9 +130,17 @@ def decoder_loss(
 
 
 def _noun_losses(
-    learner: Learner, batch: Batch, stage: Stage, notes: Notes, owners: Tensor, cores: Tensor
+    learner: Learner,
+    batch: Batch,
+    stage: Stage,
+    notes: Notes,
+    owners: Tensor,
+    tallied: tuple[Tensor, Tensor | None],
 ) -> dict[str, tuple[float, Tensor]]:
-    """Weight and loss of each auxiliary loss on nouns; `owners`, `cores` of the visual tokens."""
+    """Weight and loss of each auxiliary loss on nouns.
+
+    `owners` and, as `tally_loss` takes them, cores and shares are those of the visual tokens.
+    """
     found: dict[str, tuple[float, Tensor]] = {}
     heads = learner.heads
     if stage.noun_weight > 0:
@@ -151,10 +166,8 @@ def _noun_losses(
     if stage.tally_weight > 0:
         told = (torch.as_tensor(batch["nouns"]) != IGNORE).any(-1).flatten(1)
         named = torch.as_tensor(batch["gaze"])[..., 0].flatten(1) & ((1 << MAX_OBJECTS) - 1)
-        extra = tally_loss(
-            notes.tally, named.gather(1, notes.order), told.gather(1, notes.order), cores
-        )
-        found["tally_loss"] = (stage.tally_weight, extra)
+        named, told = named.gather(1, notes.order), told.gather(1, notes.order)
+        found["tally_loss"] = (stage.tally_weight, tally_loss(notes.tally, named, told, *tallied))
     return found
 
 

@@ -49,4 +49,6 @@ class Stage:
     """Weight of the auxiliary losses on where a question's second object lies from its first."""
     tally_weight: float = 0.0
     """Weight of the auxiliary loss on attention that counts what nouns refer to."""
+    smooth_tally: bool = False
+    """Whether the tally is of `patch_middles`, else of `patch_cores`."""
     task_weight: Mapping[str, float] = field(default_factory=dict)
