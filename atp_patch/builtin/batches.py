@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,9 @@ class BatchSpec:
     offset: int = 0
     """Index of the first scene."""
     scenes: SceneConfig = field(default_factory=SceneConfig)
+
+
+Spec = TypeVar("Spec", bound=BatchSpec)
 
 
 def make_batch(spec: BatchSpec, number: int) -> Batch:
@@ -146,18 +150,16 @@ def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Ques
         at = stop
 
 
-def _work(job: tuple[BatchSpec, int]) -> Batch:
-    return make_batch(*job)
-
-
-def batches(spec: BatchSpec, first: int, stop: int) -> Iterator[Batch]:
+def batches(
+    spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch]
+) -> Iterator[Batch]:
     """Batches `first` to `stop - 1`, drawn ahead in a second process."""
     # "spawn": a fork of a process whose torch threads already run may hang.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pending = [
-            pool.apply_async(_work, ((spec, k),)) for k in range(first, min(first + 4, stop))
+            pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))
         ]
         for number in range(first, stop):
             yield pending.pop(0).get()
             if number + 4 < stop:
-                pending.append(pool.apply_async(_work, ((spec, number + 4),)))
+                pending.append(pool.apply_async(make, (spec, number + 4)))

@@ -16,14 +16,17 @@ from atp_patch.builtin.optim import Muon
 from atp_patch.builtin.stage import Stage
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
+
+
+_OF_LAYERS = ("layers.", "blocks.", "projector", "merger")
 
 
 @dataclass
 class Learner:
     """All that training changes: the model, the throw-away heads, the optimizers."""
 
-    model: LlavaForConditionalGeneration
+    model: PreTrainedModel
     heads: nn.ModuleDict
     optimizers: list[torch.optim.Optimizer]
 
@@ -54,17 +57,19 @@ def make_heads() -> nn.ModuleDict:
 
 
 def make_optimizers(
-    model: LlavaForConditionalGeneration, heads: nn.ModuleDict, stage: Stage
+    model: PreTrainedModel, heads: nn.ModuleDict, stage: Stage
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of layers and projector, Adam for the rest; the tower by its share."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
-        in_tower = "vision_tower" in name
+        in_tower = "vision_tower" in name or name.startswith(("model.visual.b", "model.visual.p"))
         if "post_layernorm" in name or (in_tower and stage.tower_rate == 0):
             continue
         if stage.kind == "tower" and not in_tower and name in dict(model.named_parameters()):
             continue
-        is_matrix = p.dim() == 2 and ("layers." in name or "projector" in name)
+        if stage.kind == "distil" and not name.startswith("model.visual."):
+            continue
+        is_matrix = p.dim() == 2 and any(part in name for part in _OF_LAYERS)
         groups.setdefault((is_matrix, in_tower), []).append(p)
     muon: list[dict[str, object]] = []
     adam: list[dict[str, object]] = []

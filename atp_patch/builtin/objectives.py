@@ -62,7 +62,7 @@ def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
 
 
 def tower_loss(
-    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
+    learner: Learner, stage: Stage, compiled: bool, batch: Batch, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by patch field."""
     order = None
@@ -77,7 +77,7 @@ def tower_loss(
 
 
 def decoder_loss(
-    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
+    learner: Learner, stage: Stage, compiled: bool, batch: Batch, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by task."""
     owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)
@@ -89,8 +89,7 @@ def decoder_loss(
     features = features.repeat_interleave(stage.batch.views, 0)
     places = places.expand(len(features), -1)
     features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
-    ids, targets = torch.as_tensor(batch["ids"]), torch.as_tensor(batch["targets"])
-    task = torch.as_tensor(batch["task"])
+    ids = torch.as_tensor(batch["ids"])
     at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
     notes = Notes(
         probes=(at[NOUN_ORIGINAL], at[SIDE_ORIGINAL], at[HOLDS_ORIGINAL]),
@@ -98,9 +97,7 @@ def decoder_loss(
         back_layer=at[SIDE_ORIGINAL],
     )
     logits = decoder_forward(learner.model, features, places, ids, notes)
-    weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
-    loss = answer_loss(logits, targets, weight)
-    shares = {"answer_loss": loss.item()}
+    loss, shares = answers(logits, batch, stage)
     if stage.patch_weight > 0:
         labels = torch.as_tensor(batch["labels"])
         patch, seen = patch_loss(learner.heads["patch"](whole), labels, 0.0)
@@ -117,10 +114,19 @@ def decoder_loss(
         tallied: tuple[Tensor, Tensor | None] = near, middle
     else:
         tallied = cores.gather(1, places), None
-    auxiliary = _noun_losses(learner, batch, stage, notes, owners.gather(1, places), tallied)
+    auxiliary = noun_losses(learner, batch, stage, notes, owners.gather(1, places), tallied)
     for name, (share, extra) in auxiliary.items():
         loss = loss + share * extra
         shares[name] = extra.item()
+    return loss, shares
+
+
+def answers(logits: Tensor, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, float]]:
+    """Loss of the answers, and accuracies by task."""
+    targets, task = torch.as_tensor(batch["targets"]), torch.as_tensor(batch["task"])
+    weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
+    loss = answer_loss(logits, targets, weight)
+    shares = {"answer_loss": loss.item()}
     right = answered(logits, targets)
     for k, name in enumerate(TASKS):
         asked = task == k
@@ -129,7 +135,7 @@ def decoder_loss(
     return loss, shares
 
 
-def _noun_losses(
+def noun_losses(
     learner: Learner,
     batch: Batch,
     stage: Stage,

@@ -14,7 +14,7 @@ _PLAIN = SceneConfig(max_objects=6, plate_share=0.0)
 # Denser than what the model is asked about: more to learn from a picture.
 _DENSE = SceneConfig(min_objects=3, max_objects=8, sign_share=0.9, plate_share=0.0)
 
-_SLOW = ("count", "relation", "common", "shape", "colour")
+SLOW_TASKS = ("count", "relation", "common", "shape", "colour")
 """Tasks that are learned last."""
 
 _LATE_WEIGHT = {"count": 1.5, "relation": 1.5, "common": 1.5}
@@ -25,7 +25,7 @@ def _at_once(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:
     return BatchSpec(
         images=8,
         questions=18,
-        tasks=(*TASKS, *_SLOW, *_SLOW, *more),
+        tasks=(*TASKS, *SLOW_TASKS, *SLOW_TASKS, *more),
         offset=offset,
         with_owners=True,
         scenes=_PLAIN,
@@ -308,7 +308,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="wide-tally",
         kind="shallow",
-        steps=450,
+        steps=340,
         batch=replace(
             _conversations(offset=2_300_000, more=("count",) * 8 + ("common", "common")),
             scenes=SceneConfig(min_objects=2),
@@ -317,7 +317,7 @@ STAGES: tuple[Stage, ...] = (
         adam_rate=0.001,
         tower_rate=0.3,
         warm_up=10,
-        decay=200,
+        decay=180,
         noun_weight=0.3,
         tally_weight=1.0,
         smooth_tally=True,
