@@ -13,7 +13,7 @@ import pytest
 
 from atp_patch.builtin import SPLITS, TASKS, Question, Scene, SceneConfig, make_scene
 from atp_patch.builtin.glyphs import FONTS, glyph
-from atp_patch.builtin.labels import PATCH_FIELDS, patch_labels
+from atp_patch.builtin.labels import NOTHING, PATCH_FIELDS, patch_labels, patch_middles
 from atp_patch.builtin.scenes import MARKS
 from atp_patch.builtin.vocabulary import CHARACTERS, OBJECT_COLOURS, PLURALS, SHAPES
 
@@ -202,6 +202,19 @@ def test_each_object_has_one_core_patch_in_every_stride_two_subset() -> None:
         for row in range(2):
             for column in range(2):
                 assert np.sum(labels[row::2, column::2]) == len(layout.objects)
+
+
+def test_the_middles_of_objects_are_bells_of_equal_weight() -> None:
+    for k in range(40):
+        layout = make_scene("train", k).layout
+        near, share = (part.reshape(24, 24) for part in patch_middles(layout))
+        assert set(near[share == 0].tolist()) <= {NOTHING}
+        for number, item in enumerate(layout.objects):
+            mine = np.where(near == number, share, 0.0)
+            assert abs(mine.sum() - 4) < 0.05
+            row, column = np.indices((24, 24)) + 0.5
+            assert abs((mine * row).sum() / mine.sum() - item.y_px / 8) < 0.15
+            assert abs((mine * column).sum() / mine.sum() - item.x_px / 8) < 0.15
 
 
 def test_wrong_arguments_are_refused() -> None:

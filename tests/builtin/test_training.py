@@ -296,3 +296,10 @@ def test_tally_loss_is_nought_for_attention_that_counts() -> None:
     )
     assert tally_loss(torch.full_like(right, 1 / 11), named, told, cores) > 0.3
     assert tally_loss(right, named, torch.zeros_like(told), cores) == 0
+    # Shares within an object may differ: what counts is that they sum to 4.
+    shares = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.5, 0.5, 0.5, 0.5, 0.0, 0.0]])
+    assert tally_loss(right, named, told, cores, shares) > 0.02
+    right[0, 0, 5:9] = torch.tensor([2.5, 0.5, 0.5, 0.5]) / 16
+    torch.testing.assert_close(
+        tally_loss(right, named, told, cores, shares), torch.tensor(0.0), atol=1e-4, rtol=0
+    )
