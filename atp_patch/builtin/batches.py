@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +17,18 @@ from atp_patch.builtin.labels import (
     SIDE_FIELDS,
     noun_labels,
     patch_cores,
+    patch_middles,
     patch_labels,
     patch_owners,
     patch_places,
     side_labels,
 )
 from atp_patch.builtin.questions import ask
-from atp_patch.builtin.scenes import IMAGE_PX, SceneConfig, make_scene, scene_rng
-from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, encode, word_ids
+from atp_patch.builtin.scenes import IMAGE_PX, Layout, Question, SceneConfig, make_scene, scene_rng
+from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, USER, encode, word_ids
 from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
-TEXT_LENGTH = 13
+TEXT_LENGTH = 15
 """Tokens of the longest question with its answer and `</s>`."""
 
 Batch = dict[str, NDArray[np.generic]]
@@ -42,6 +44,10 @@ class BatchSpec:
     questions: int = 12
     tasks: tuple[str, ...] = (*TASKS, "count", "ocr", "relation", "exist", "common", "size")
     """Tried in this order after a shuffle, until there are `questions` of them."""
+    pair_share: float = 0.0
+    """Share of the questions that follow another one and its answer: `USER:` stands between."""
+    first_counts: bool = True
+    """Whether the first answer of such a pair is a target too."""
     with_patch_labels: bool = False
     with_owners: bool = False
     """Whether to say which patches show what a token of a question names."""
@@ -51,20 +57,26 @@ class BatchSpec:
     scenes: SceneConfig = field(default_factory=SceneConfig)
 
 
+Spec = TypeVar("Spec", bound=BatchSpec)
+
+
 def make_batch(spec: BatchSpec, number: int) -> Batch:
     """Batch `number`: pixels (images, 192, 192, 3) uint8 and, for each image and view, questions.
 
-    `ids` and `targets` are (images * views, questions, TEXT_LENGTH): question, `ASSISTANT:`,
-    answer, `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE.
-    `nouns` is (images * views, questions, TEXT_LENGTH, NOUN_FIELDS); `task` is the index in TASKS.
+    `ids` and `targets` are (images * views, questions, length): question, `ASSISTANT:`, answer,
+    `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE. With pairs
+    there is room for two of these and `USER:` between them; `task` is then that of the second.
+    `nouns` is (images * views, questions, length, NOUN_FIELDS); `task` is the index in TASKS.
     `owners` is (images, 576); `gaze` is (images * views, questions, TEXT_LENGTH, 2): owners, a
     bit each, that a noun names, and those that the token before a sign's character should see.
-    `sides` is (images * views, questions, TEXT_LENGTH, SIDE_FIELDS and HOLDS_FIELDS), told at the
-    second noun of a question; `back` is (images * views, questions, TEXT_LENGTH), how many tokens
-    before that noun the first one stands, 0 elsewhere. `cores` is (images, 576).
+    `sides` is (images * views, questions, length, SIDE_FIELDS and HOLDS_FIELDS), told at the
+    second noun of a question; `back` is (images * views, questions, length), how many tokens
+    before that noun the first one stands, 0 elsewhere. `cores`, `near` and `middle` (what
+    `patch_middles` gives) are (images, 576).
     """
     rows = spec.images * spec.views
-    shape = (rows, spec.questions, TEXT_LENGTH)
+    length = 2 * TEXT_LENGTH + 1 if spec.pair_share else TEXT_LENGTH
+    shape = (rows, spec.questions, length)
     batch: Batch = {
         "pixels": np.zeros((spec.images, IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8),
         "ids": np.full(shape, word_ids()[PAD]),
@@ -74,8 +86,9 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         "back": np.zeros(shape, dtype=np.int64),
         "task": np.full(shape[:2], IGNORE),
     }
+    batch["gaze"] = np.zeros((*shape, 2), dtype=np.int32)
     labels, owners, cores, places = [], [], [], []
-    gaze = np.zeros((*shape, 2), dtype=np.int32)
+    middles: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     for i in range(spec.images):
         index = spec.offset + number * spec.images + i
         scene = make_scene(spec.split, index, spec.scenes, tasks=())
@@ -86,48 +99,67 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
         if spec.with_owners:
             owners.append(patch_owners(scene.layout))
             cores.append(patch_cores(scene.layout))
+            middles.append(patch_middles(scene.layout))
         for view in range(spec.views):
             row = i * spec.views + view
             rng = scene_rng(spec.split, index, 3 + view)
             order = [spec.tasks[int(k)] for k in rng.permutation(len(spec.tasks))]
-            asked = ask(scene.layout, rng, tuple(order))[: spec.questions]
-            for j, question in enumerate(asked):
-                prompt = [*encode(question.text), word_ids()[ASSISTANT]]
-                answer = [*encode(question.answer), word_ids()[EOS]]
-                length = len(prompt) + len(answer)
-                batch["ids"][row, j, :length] = prompt + answer
-                batch["targets"][row, j, len(prompt) - 1 : length - 1] = answer
-                batch["task"][row, j] = TASKS.index(question.task)
-                for k, values, named in noun_labels(question.text, scene.layout):
-                    batch["nouns"][row, j, k] = values
-                    gaze[row, j, k, 0] = named
-                pair = side_labels(question.text, scene.layout)
-                if pair is not None:
-                    first, second, sides = pair
-                    batch["sides"][row, j, second] = sides
-                    batch["back"][row, j, second] = second - first
-                if question.task == "ocr":
-                    for place in range(len(answer) - 1):
-                        gaze[row, j, len(prompt) - 1 + place, 1] = 1 << (MAX_OBJECTS + place)
+            asked = list(ask(scene.layout, rng, tuple(order)))
+            for j in range(spec.questions):
+                if not asked:
+                    break
+                second = len(asked) > 1 and rng.random() < spec.pair_share
+                _write(batch, (row, j), scene.layout, [asked.pop(0) for _ in range(1 + second)])
+                if spec.pair_share and not spec.first_counts:
+                    starts = np.flatnonzero(batch["ids"][row, j] == word_ids()[USER])
+                    until = starts[0] if second else length  # nothing was left to follow
+                    batch["targets"][row, j, :until] = IGNORE
     if spec.with_patch_labels:
         batch |= {"labels": np.stack(labels), "places": np.stack(places)}
     if spec.with_owners:
-        batch |= {"owners": np.stack(owners), "cores": np.stack(cores), "gaze": gaze}
+        batch |= {"owners": np.stack(owners), "cores": np.stack(cores)}
+        near, share = zip(*middles, strict=True)
+        batch |= {"near": np.stack(near), "middle": np.stack(share)}
     return batch
 
 
-def _work(job: tuple[BatchSpec, int]) -> Batch:
-    return make_batch(*job)
+def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Question]) -> None:
+    """Write questions with their answers, one after the other, into a slot of a batch."""
+    at = 0
+    for turn in turns:
+        if at:
+            batch["ids"][(*slot, at)] = word_ids()[USER]
+            at += 1
+        asked = [*encode(turn.text), word_ids()[ASSISTANT]]
+        answer = [*encode(turn.answer), word_ids()[EOS]]
+        reply, stop = at + len(asked), at + len(asked) + len(answer)
+        batch["ids"][(*slot, slice(at, stop))] = asked + answer
+        batch["targets"][(*slot, slice(reply - 1, stop - 1))] = answer
+        batch["task"][slot] = TASKS.index(turn.task)
+        for k, values, named in noun_labels(turn.text, layout):
+            batch["nouns"][(*slot, at + k)] = values
+            batch["gaze"][(*slot, at + k, 0)] = named
+        pair = side_labels(turn.text, layout)
+        if pair is not None:
+            first, second, sides = pair
+            batch["sides"][(*slot, at + second)] = sides
+            batch["back"][(*slot, at + second)] = second - first
+        if turn.task == "ocr":
+            for place in range(len(answer) - 1):
+                batch["gaze"][(*slot, reply - 1 + place, 1)] = 1 << (MAX_OBJECTS + place)
+        at = stop
 
 
-def batches(spec: BatchSpec, first: int, stop: int) -> Iterator[Batch]:
+def batches(
+    spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch]
+) -> Iterator[Batch]:
     """Batches `first` to `stop - 1`, drawn ahead in a second process."""
     # "spawn": a fork of a process whose torch threads already run may hang.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pending = [
-            pool.apply_async(_work, ((spec, k),)) for k in range(first, min(first + 4, stop))
+            pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))
         ]
         for number in range(first, stop):
             yield pending.pop(0).get()
             if number + 4 < stop:
-                pending.append(pool.apply_async(_work, ((spec, number + 4),)))
+                pending.append(pool.apply_async(make, (spec, number + 4)))

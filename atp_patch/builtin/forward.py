@@ -8,7 +8,7 @@ question and all tokens it equals the model's own forward (a test).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,18 +46,21 @@ def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def heads_apart(x: Tensor, heads: int) -> Tensor:
     """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _merge(x: Tensor) -> Tensor:
+def heads_together(x: Tensor) -> Tensor:
     """(batch, heads, tokens, d) -> (batch, tokens, heads * d)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def tower_forward(
-    model: LlavaForConditionalGeneration, pixel_values: Tensor, order: Tensor | None = None
+    model: LlavaForConditionalGeneration,
+    pixel_values: Tensor,
+    order: Tensor | None = None,
+    states: list[Tensor] | None = None,
 ) -> Tensor:
     """Patch features before the projector, (images, 576, hidden), raster order.
 
@@ -65,6 +68,7 @@ def tower_forward(
         pixel_values: (images, 3, 192, 192).
         order: if given, from `window_order`: the grid is cut into four windows of 12 x 12
             patches that do not see each other, a fourth of the attention's work.
+        states: if given, filled with the patches' states after each layer (without `order`).
     """
     tower = model.model.vision_tower
     embed = tower.embeddings
@@ -81,11 +85,13 @@ def tower_forward(
         attention = layer.self_attn
         normed = layer.layer_norm1(x)
         q, k, v = (
-            _heads(p(normed), attention.num_heads)
+            heads_apart(p(normed), attention.num_heads)
             for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        x = x + attention.out_proj(_merge(attend(q, k, v)))
+        x = x + attention.out_proj(heads_together(attend(q, k, v)))
         x = x + layer.mlp(layer.layer_norm2(x))
+        if states is not None:
+            states.append(x[:, 1:])
     x = x[:, 1:]
     if order is not None:
         x = x.reshape(images, -1, hidden)[:, order.argsort()]
@@ -145,19 +151,45 @@ def decoder_forward(
         logits (rows, questions, length, vocabulary). At padding they mean nothing.
     """
     decoder = model.model.language_model
-    heads = int(model.config.text_config.num_attention_heads)
-    rows, questions, length = ids.shape
-    device = ids.device
     first = len(PREFIX)
-    prefix_ids = torch.tensor([word_ids()[t] for t in PREFIX], device=device)
-    prefix = decoder.embed_tokens(prefix_ids).expand(rows, -1, -1)
+    prefix_ids = torch.tensor([word_ids()[t] for t in PREFIX], device=ids.device)
+    prefix = decoder.embed_tokens(prefix_ids).expand(len(ids), -1, -1)
     seen = torch.cat([prefix, model.model.multi_modal_projector(features)], dim=1)
     places = places.reshape(-1, places.shape[-1])
-    start = torch.arange(first, device=device).expand(places.shape[0], -1)
+    start = torch.arange(first, device=ids.device).expand(places.shape[0], -1)
     seen_at = torch.cat([start, places + first], dim=1)
+    shown = slice(first, seen.shape[1])
+    text_from = first + GRID * GRID
+    return read_questions(decoder, model.lm_head, seen, seen_at, shown, ids, text_from, notes)
+
+
+def read_questions(
+    decoder: Any,
+    lm_head: nn.Module,
+    seen: Tensor,
+    seen_at: Tensor,
+    shown: slice,
+    ids: Tensor,
+    text_from: int,
+    notes: Notes | None,
+) -> Tensor:
+    """Logits of many questions after what all of them see.
+
+    Args:
+        decoder: of Hugging Face, with LLaMA's names; queries and keys may be normalised.
+        seen: (rows, tokens, hidden), embedded.
+        seen_at: position ids of these, as the decoder's rotary embedding takes them.
+        shown: which of these are visual tokens.
+        ids: (rows, questions, length), each question filled up with `<pad>`.
+        text_from: position id of a question's first token.
+        notes: filled with what the auxiliary losses read.
+    """
+    heads = int(decoder.config.num_attention_heads)
+    questions, length = ids.shape[1:]
+    device = ids.device
     order, question, step = _pack(ids)  # each (rows, packed)
     text = decoder.embed_tokens(ids.flatten(1).gather(1, order))  # (rows, packed, hidden)
-    text_at = step + first + GRID * GRID
+    text_at = step + text_from
     tables = [decoder.rotary_emb(x, at) for x, at in ((seen, seen_at), (text, text_at))]
     seen_hidden = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=device).triu(1)
     text_hidden = (question[:, :, None] != question[:, None]) | (step[:, :, None] < step[:, None])
@@ -172,23 +204,25 @@ def decoder_forward(
         for x, (cos, sin) in ((seen, tables[0]), (text, tables[1])):
             normed = layer.input_layernorm(x)
             q, k, v = (
-                _heads(p(normed), heads)
+                heads_apart(p(normed), heads)
                 for p in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
+            if hasattr(attention, "q_norm"):
+                q, k = attention.q_norm(q), attention.k_norm(k)
             projected.append((*apply_rotary_pos_emb(q, k, cos, sin), v))
         (q_seen, k_seen, v_seen), (q, k, v) = projected
         keys, values = torch.cat([k_seen, k], dim=2), torch.cat([v_seen, v], dim=2)
         weights = attention_map(q, keys, text_bias)
-        text = text + attention.o_proj(_merge(weights @ values))
+        text = text + attention.o_proj(heads_together(weights @ values))
         text = text + layer.mlp(layer.post_attention_layernorm(text))
         if number < len(decoder.layers) - 1:  # nothing reads what the last layer saw
-            seen = seen + attention.o_proj(_merge(attend(q_seen, k_seen, v_seen, seen_bias)))
+            seen = seen + attention.o_proj(heads_together(attend(q_seen, k_seen, v_seen, seen_bias)))
             seen = seen + layer.mlp(layer.post_attention_layernorm(seen))
         if notes is not None and number in notes.gaze_layers:
-            notes.gazes.append(weights[:, : heads // 2, :, first : seen.shape[1]])
+            notes.gazes.append(weights[:, : heads // 2, :, shown])
         if notes is not None and number == notes.gaze_layers[0]:
             last = weights[:, -1]
-            notes.tally = torch.cat([last[..., :1], last[..., first : seen.shape[1]]], dim=-1)
+            notes.tally = torch.cat([last[..., :1], last[..., shown]], dim=-1)
         if notes is not None and number == notes.back_layer:
             notes.backward = weights[:, : heads // 2, :, seen.shape[1] :]
         if notes is not None and number in notes.probes:
@@ -203,7 +237,7 @@ def decoder_forward(
     if notes is not None:
         notes.order = order
         notes.states = [unpack(x) for x in notes.states]
-    return unpack(model.lm_head(decoder.norm(text)))
+    return unpack(lm_head(decoder.norm(text)))
 
 
 def _pack(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -140,6 +140,29 @@ def patch_cores(layout: Layout) -> NDArray[np.int64]:
     return cores.ravel()
 
 
+_MIDDLE_SPREAD = 0.8
+"""Width, in patches, of the bell that `patch_middles` lays over an object's centre."""
+
+
+def patch_middles(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Number of the object nearest to a patch and the patch's share of its middle, both (576,).
+
+    The shares of an object are a bell round its centre that sums to 4. Unlike the 2 x 2 patches of
+    `patch_cores` it changes smoothly with the centre, so that no share hangs on half a pixel.
+    """
+    near = np.full((GRID, GRID), NOTHING)
+    shares = np.zeros((GRID, GRID), dtype=np.float32)
+    middle = np.arange(GRID) + 0.5
+    for number, item in enumerate(layout.objects):
+        far = (middle[:, None] - item.y_px / PATCH_PX) ** 2
+        far = far + (middle - item.x_px / PATCH_PX) ** 2
+        bell = np.exp(-far / (2 * _MIDDLE_SPREAD**2)) * (far < 6.0)
+        bell *= 4 / bell.sum()
+        mine = bell > shares
+        near[mine], shares[mine] = number, bell[mine]
+    return near.ravel(), shares.ravel()
+
+
 def _core(item: SceneObject) -> tuple[slice, slice]:
     """Exactly 2 x 2 patches an object, so that any stride-2 subset of the grid holds one."""
     top, left = round(item.y_px / PATCH_PX) - 1, round(item.x_px / PATCH_PX) - 1

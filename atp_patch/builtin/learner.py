@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from atp_patch.builtin.labels import HOLDS_FIELDS, NOUN_FIELDS, PATCH_FIELDS, SIDE_FIELDS
 from atp_patch.builtin.optim import Muon
-from atp_patch.builtin.stages import Stage
+from atp_patch.builtin.stage import Stage
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
+
+
+_OF_LAYERS = ("layers.", "blocks.", "projector", "merger")
 
 
 @dataclass
 class Learner:
     """All that training changes: the model, the throw-away heads, the optimizers."""
 
-    model: LlavaForConditionalGeneration
+    model: PreTrainedModel
     heads: nn.ModuleDict
     optimizers: list[torch.optim.Optimizer]
 
@@ -54,17 +57,19 @@ def make_heads() -> nn.ModuleDict:
 
 
 def make_optimizers(
-    model: LlavaForConditionalGeneration, heads: nn.ModuleDict, stage: Stage
+    model: PreTrainedModel, heads: nn.ModuleDict, stage: Stage
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of layers and projector, Adam for the rest; the tower by its share."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
-        in_tower = "vision_tower" in name
+        in_tower = "vision_tower" in name or name.startswith(("model.visual.b", "model.visual.p"))
         if "post_layernorm" in name or (in_tower and stage.tower_rate == 0):
             continue
         if stage.kind == "tower" and not in_tower and name in dict(model.named_parameters()):
             continue
-        is_matrix = p.dim() == 2 and ("layers." in name or "projector" in name)
+        if stage.kind == "distil" and not name.startswith("model.visual."):
+            continue
+        is_matrix = p.dim() == 2 and any(part in name for part in _OF_LAYERS)
         groups.setdefault((is_matrix, in_tower), []).append(p)
     muon: list[dict[str, object]] = []
     adam: list[dict[str, object]] = []
@@ -93,7 +98,10 @@ def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
         step = int(file.metadata()["step"])
     for part, module in (("model.", learner.model), ("heads.", learner.heads)):
         values = {k[len(part) :]: v for k, v in stored.items() if k.startswith(part)}
-        # A stage may have a head that the stage before had not.
+        if part == "heads.":
+            # A stage may have a head that the stage before had not, or one with more classes.
+            shapes = {k: v.shape for k, v in module.state_dict().items()}
+            values = {k: v for k, v in values.items() if shapes.get(k) == v.shape}
         module.load_state_dict(values, strict=part == "model.")
     if with_optimizers:
         for n, optimizer in enumerate(learner.optimizers):

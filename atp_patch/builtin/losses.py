@@ -117,18 +117,23 @@ TALLY_REST = 8.0
 """What the beginning of the sequence weighs against the four middle patches of each object."""
 
 
-def tally_loss(tally: Tensor, named: Tensor, told: Tensor, cores: Tensor) -> Tensor:
-    """Mean cross-entropy of attention that counts: an equal share for each middle patch of what a
-    noun names, and TALLY_REST such shares for the beginning of the sequence. The share of the
-    latter then tells the number of objects.
+def tally_loss(
+    tally: Tensor, named: Tensor, told: Tensor, cores: Tensor, shares: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of attention that counts: four shares for the middle patches of each
+    object that a noun names, and TALLY_REST shares for the beginning of the sequence. The share
+    of the latter then tells the number of objects.
 
     Args:
         tally: (rows, packed, 1 + visual) attention to the beginning and to the visual tokens.
         named: (rows, packed) objects that a token names, a bit each.
         told: (rows, packed) whether a token is such a noun.
         cores: (rows, visual) object whose middle a visual token shows.
+        shares: (rows, visual) of a visual token in its object's middle; 1 each by default.
     """
     on_it = ((named[:, :, None] >> cores[:, None, :]) & 1).to(tally.dtype)
+    if shares is not None:
+        on_it = on_it * shares[:, None]
     wanted = nn.functional.pad(on_it, (1, 0), value=TALLY_REST)
     wanted = wanted / wanted.sum(-1, keepdim=True)
     each = -(wanted * (tally + 1e-6).log()).sum(-1)

@@ -35,7 +35,7 @@ from atp_patch.builtin.losses import (
     tally_loss,
 )
 from atp_patch.builtin.scenes import GRID
-from atp_patch.builtin.stages import Stage
+from atp_patch.builtin.stage import Stage
 from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
 
 
 def tower_loss(
-    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
+    learner: Learner, stage: Stage, compiled: bool, batch: Batch, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by patch field."""
     order = None
@@ -77,7 +77,7 @@ def tower_loss(
 
 
 def decoder_loss(
-    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
+    learner: Learner, stage: Stage, compiled: bool, batch: Batch, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by task."""
     owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)
@@ -89,8 +89,7 @@ def decoder_loss(
     features = features.repeat_interleave(stage.batch.views, 0)
     places = places.expand(len(features), -1)
     features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
-    ids, targets = torch.as_tensor(batch["ids"]), torch.as_tensor(batch["targets"])
-    task = torch.as_tensor(batch["task"])
+    ids = torch.as_tensor(batch["ids"])
     at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
     notes = Notes(
         probes=(at[NOUN_ORIGINAL], at[SIDE_ORIGINAL], at[HOLDS_ORIGINAL]),
@@ -98,9 +97,7 @@ def decoder_loss(
         back_layer=at[SIDE_ORIGINAL],
     )
     logits = decoder_forward(learner.model, features, places, ids, notes)
-    weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
-    loss = answer_loss(logits, targets, weight)
-    shares = {"answer_loss": loss.item()}
+    loss, shares = answers(logits, batch, stage)
     if stage.patch_weight > 0:
         labels = torch.as_tensor(batch["labels"])
         patch, seen = patch_loss(learner.heads["patch"](whole), labels, 0.0)
@@ -109,11 +106,27 @@ def decoder_loss(
         shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
         shares["patch_shape"] = seen["shape"]
     cores = torch.as_tensor(batch["cores"]).repeat_interleave(stage.batch.views, 0)
-    shown = owners.gather(1, places), cores.gather(1, places)
-    auxiliary = _noun_losses(learner, batch, stage, notes, *shown)
+    if stage.smooth_tally:
+        near, middle = (
+            torch.as_tensor(batch[k]).repeat_interleave(stage.batch.views, 0).gather(1, places)
+            for k in ("near", "middle")
+        )
+        tallied: tuple[Tensor, Tensor | None] = near, middle
+    else:
+        tallied = cores.gather(1, places), None
+    auxiliary = noun_losses(learner, batch, stage, notes, owners.gather(1, places), tallied)
     for name, (share, extra) in auxiliary.items():
         loss = loss + share * extra
         shares[name] = extra.item()
+    return loss, shares
+
+
+def answers(logits: Tensor, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, float]]:
+    """Loss of the answers, and accuracies by task."""
+    targets, task = torch.as_tensor(batch["targets"]), torch.as_tensor(batch["task"])
+    weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
+    loss = answer_loss(logits, targets, weight)
+    shares = {"answer_loss": loss.item()}
     right = answered(logits, targets)
     for k, name in enumerate(TASKS):
         asked = task == k
@@ -122,10 +135,18 @@ def decoder_loss(
     return loss, shares
 
 
-def _noun_losses(
-    learner: Learner, batch: Batch, stage: Stage, notes: Notes, owners: Tensor, cores: Tensor
+def noun_losses(
+    learner: Learner,
+    batch: Batch,
+    stage: Stage,
+    notes: Notes,
+    owners: Tensor,
+    tallied: tuple[Tensor, Tensor | None],
 ) -> dict[str, tuple[float, Tensor]]:
-    """Weight and loss of each auxiliary loss on nouns; `owners`, `cores` of the visual tokens."""
+    """Weight and loss of each auxiliary loss on nouns.
+
+    `owners` and, as `tally_loss` takes them, cores and shares are those of the visual tokens.
+    """
     found: dict[str, tuple[float, Tensor]] = {}
     heads = learner.heads
     if stage.noun_weight > 0:
@@ -151,10 +172,8 @@ def _noun_losses(
     if stage.tally_weight > 0:
         told = (torch.as_tensor(batch["nouns"]) != IGNORE).any(-1).flatten(1)
         named = torch.as_tensor(batch["gaze"])[..., 0].flatten(1) & ((1 << MAX_OBJECTS) - 1)
-        extra = tally_loss(
-            notes.tally, named.gather(1, notes.order), told.gather(1, notes.order), cores
-        )
-        found["tally_loss"] = (stage.tally_weight, extra)
+        named, told = named.gather(1, notes.order), told.gather(1, notes.order)
+        found["tally_loss"] = (stage.tally_weight, tally_loss(notes.tally, named, told, *tallied))
     return found
 
 

@@ -77,7 +77,7 @@ def _exist(layout: Layout, rng: np.random.Generator) -> Asked | None:
         else:
             colour, shape = _choice(rng, tuple(OBJECT_COLOURS)), _choice(rng, SHAPES)
     name = f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
-    text = _choice(rng, (f"Is there {name}?", f"Is {name} there?"))
+    text = _choice(rng, (f"Is there {name}?", f"Is {name} there?", f"Can you see {name}?"))
     return text, "yes" if (colour, shape) in pairs else "no"
 
 
@@ -87,7 +87,11 @@ def _colour(layout: Layout, rng: np.random.Generator) -> Asked | None:
     if not lone:
         return None
     chosen = lone[int(rng.integers(len(lone)))]
-    forms = (f"What colour is the {chosen.shape}?", f"Which colour does the {chosen.shape} have?")
+    forms = (
+        f"What colour is the {chosen.shape}?",
+        f"Which colour does the {chosen.shape} have?",
+        f"Name the colour of the {chosen.shape}.",
+    )
     return _choice(rng, forms), chosen.colour
 
 
@@ -97,7 +101,11 @@ def _shape(layout: Layout, rng: np.random.Generator) -> Asked | None:
     if not lone:
         return None
     chosen = lone[int(rng.integers(len(lone)))]
-    forms = (f"What shape is the {chosen.colour} object?", f"What is the {chosen.colour} object?")
+    forms = (
+        f"What shape is the {chosen.colour} object?",
+        f"What is the {chosen.colour} object?",
+        f"Name the shape of the {chosen.colour} object.",
+    )
     return _choice(rng, forms), chosen.shape
 
 
@@ -114,7 +122,12 @@ def _count(layout: Layout, rng: np.random.Generator) -> Asked | None:
     else:
         counts = Counter({"all": len(layout.objects)})
         word, noun = "all", "shapes"
-    return f"How many {noun} are there?", str(counts[word])
+    forms = (
+        f"How many {noun} are there?",
+        f"How many {noun} are in the image?",
+        f"Count the {noun}.",
+    )
+    return _choice(rng, forms), str(counts[word])
 
 
 def _even_choice(rng: np.random.Generator, counts: Counter[str], words: tuple[str, ...]) -> str:
@@ -139,8 +152,12 @@ def _relation(layout: Layout, rng: np.random.Generator) -> Asked | None:
         if abs(gap) < RELATION_MARGIN_PX:
             continue
         holds = gap > 0 if relation in ("left of", "above") else gap < 0
-        text = f"Is the {first.colour} {first.shape} {relation} the {second.colour} {second.shape}?"
-        return text, "yes" if holds else "no"
+        one, other = (f"{o.colour} {o.shape}" for o in (first, second))
+        forms = (
+            f"Is the {one} {relation} the {other}?",
+            f"Does the {one} lie {relation} the {other}?",
+        )
+        return _choice(rng, forms), "yes" if holds else "no"
     return None
 
 
@@ -157,7 +174,8 @@ def _position(layout: Layout, rng: np.random.Generator) -> Asked | None:
     row = "top" if chosen.y_px < middle else "bottom"
     column = "left" if chosen.x_px < middle else "right"
     name = f"{chosen.colour} {chosen.shape}"
-    return f"Where is the {name}?", f"{row} {column}"
+    forms = (f"Where is the {name}?", f"In which part of the image is the {name}?")
+    return _choice(rng, forms), f"{row} {column}"
 
 
 def _size(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -166,7 +184,11 @@ def _size(layout: Layout, rng: np.random.Generator) -> Asked | None:
         return None
     chosen = objects[int(rng.integers(len(objects)))]
     name = f"{chosen.colour} {chosen.shape}"
-    forms = (f"Is the {name} small or large?", f"What size is the {name}?")
+    forms = (
+        f"Is the {name} small or large?",
+        f"What size is the {name}?",
+        f"How large is the {name}?",
+    )
     return _choice(rng, forms), chosen.size
 
 
@@ -181,17 +203,29 @@ def _common(layout: Layout, rng: np.random.Generator) -> Asked | None:
     ranked = Counter(o.colour for o in layout.objects).most_common(2)
     if not ranked or ranked[0][1] < 2 or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):
         return None
-    forms = ("Which colour is most common?", "What is the most common colour?")
+    forms = (
+        "Which colour is most common?",
+        "What is the most common colour?",
+        "Name the most common colour.",
+    )
     return _choice(rng, forms), ranked[0][0]
 
 
 def _background(layout: Layout, rng: np.random.Generator) -> Asked | None:
-    forms = ("What colour is the background?", "Which colour does the background have?")
+    forms = (
+        "What colour is the background?",
+        "Which colour does the background have?",
+        "Name the colour of the background.",
+    )
     return _choice(rng, forms), layout.background
 
 
 def _texture(layout: Layout, rng: np.random.Generator) -> Asked | None:
-    forms = ("What texture does the background have?", "What is the texture of the background?")
+    forms = (
+        "What texture does the background have?",
+        "What is the texture of the background?",
+        "Name the texture of the background.",
+    )
     return _choice(rng, forms), layout.texture
 
 

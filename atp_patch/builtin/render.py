@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from atp_patch.builtin.glyphs import CELL_HEIGHT_PX, CELL_WIDTH_PX, glyph
-from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX, Layout, SceneObject, Sign
+from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX, Layout, Plate, SceneObject, Sign
 from atp_patch.builtin.vocabulary import BACKGROUND_COLOURS, OBJECT_COLOURS
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def draw(layout: Layout, rng: np.random.Generator, noise: float) -> PILImage.Ima
     pixels = np.asarray(image).astype(np.float32)
     if layout.sign is not None:
         _draw_sign(pixels, layout.sign)
+    if layout.plate is not None:
+        _draw_plate(pixels, layout.plate)
     pixels += noise * rng.standard_normal(pixels.shape, dtype=np.float32)
     return PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -89,11 +91,29 @@ def _draw_object(pen: ImageDraw.ImageDraw, item: SceneObject, rng: np.random.Gen
     pen.polygon(outline(item), fill=(red, green, blue))
 
 
+def _draw_blank(pixels: NDArray[np.float32], plate: Sign | Plate) -> None:
+    bottom, right = plate.y_px + plate.height_px, plate.x_px + plate.width_px
+    pixels[plate.y_px : bottom, plate.x_px : right] = _INK
+    pixels[plate.y_px + 2 : bottom - 2, plate.x_px + 2 : right - 2] = _PLATE
+
+
+def _draw_plate(pixels: NDArray[np.float32], plate: Plate) -> None:
+    """Draw a plate that says nothing into `pixels` (192, 192, 3), in place."""
+    _draw_blank(pixels, plate)
+    inner = pixels[
+        plate.y_px + PATCH_PX : plate.y_px + plate.height_px - PATCH_PX,
+        plate.x_px + PATCH_PX : plate.x_px + plate.width_px - PATCH_PX,
+    ]
+    y, x = np.mgrid[: inner.shape[0], : inner.shape[1]]
+    if plate.marks == "bars":
+        inner[y // 3 % 2 == 1] = _INK
+    elif plate.marks == "spots":
+        inner[(x % 8 - 4) ** 2 + (y % 8 - 4) ** 2 <= 5] = _INK
+
+
 def _draw_sign(pixels: NDArray[np.float32], sign: Sign) -> None:
     """Draw the plate and its characters into `pixels` (192, 192, 3), in place."""
-    bottom, right = sign.y_px + sign.height_px, sign.x_px + sign.width_px
-    pixels[sign.y_px : bottom, sign.x_px : right] = _INK
-    pixels[sign.y_px + 2 : bottom - 2, sign.x_px + 2 : right - 2] = _PLATE
+    _draw_blank(pixels, sign)
     top = sign.y_px + PATCH_PX
     for k, character in enumerate(sign.text):
         left = sign.x_px + PATCH_PX + k * CELL_WIDTH_PX

@@ -42,8 +42,10 @@ class SceneConfig:
     """What scenes may look like. The defaults are those of the shipped model's training."""
 
     min_objects: int = 0
-    max_objects: int = 6
+    max_objects: int = 8
     sign_share: float = 0.5
+    plate_share: float = 0.4
+    """How often there is a plate that looks like a sign but says nothing."""
     fonts: tuple[str, ...] = ("regular", "bold")
     sign_step_px: int = PATCH_PX
     """Signs stand on multiples of this; 8 aligns them with the patches."""
@@ -56,8 +58,9 @@ class SceneConfig:
                 f"need 0 <= min_objects <= max_objects <= {MAX_OBJECTS}, "
                 f"got {self.min_objects} and {self.max_objects}"
             )
-        if not 0.0 <= self.sign_share <= 1.0:
-            raise ValueError(f"sign_share is a probability, got {self.sign_share}")
+        for name in ("sign_share", "plate_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,45 @@ class Sign:
         return CELL_HEIGHT_PX + 2 * PATCH_PX
 
 
+MARKS: tuple[str, ...] = ("nothing", "bars", "spots")
+"""What stands on a plate that is no sign."""
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate like a sign's, as wide as `cells` characters, that says nothing."""
+
+    marks: str
+    cells: int
+    x_px: int
+    y_px: int
+
+    @property
+    def width_px(self) -> int:
+        """Width of the plate."""
+        return self.cells * CELL_WIDTH_PX + 2 * PATCH_PX
+
+    @property
+    def height_px(self) -> int:
+        """Height of the plate."""
+        return CELL_HEIGHT_PX + 2 * PATCH_PX
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Everything that questions can be asked about."""
+    """Everything that questions can be asked about, and the plate that none is about."""
 
     background: str
     texture: str
     objects: tuple[SceneObject, ...]
     sign: Sign | None
+    plate: Plate | None = None
+
+    @property
+    def density(self) -> str:
+        """How full the scene is: "sparse" to 2 objects, "medium" to 5, else "dense"."""
+        number = len(self.objects)
+        return "sparse" if number <= 2 else "medium" if number <= 5 else "dense"
 
 
 @dataclass(frozen=True)
@@ -170,6 +204,10 @@ def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
     background = _pick(rng, tuple(BACKGROUND_COLOURS))
     texture = _pick(rng, TEXTURES)
     sign = _sample_sign(rng, config) if rng.random() < config.sign_share else None
+    plate = None
+    if config.plate_share and rng.random() < config.plate_share:
+        plate = _sample_plate(rng, config, sign)
+    plates = [p for p in (sign, plate) if p is not None]
     # Few colours and shapes a scene, so that they repeat: else every count would be 0 or 1.
     colours = _subset(rng, tuple(OBJECT_COLOURS), 2, 4)
     shapes = _subset(rng, SHAPES, 2, 4)
@@ -177,15 +215,15 @@ def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
     objects: list[SceneObject] = []
     for _ in range(wanted):
         size = _pick(rng, SIZES)
-        place = _free_place(rng, size, objects, sign)
+        place = _free_place(rng, size, objects, plates)
         if place is None and size == "large":
             size = "small"
-            place = _free_place(rng, size, objects, sign)
+            place = _free_place(rng, size, objects, plates)
         if place is None:
             continue
         x, y, radius = place
         objects.append(SceneObject(_pick(rng, colours), _pick(rng, shapes), size, x, y, radius))
-    return Layout(background, texture, tuple(objects), sign)
+    return Layout(background, texture, tuple(objects), sign, plate)
 
 
 def _pick(rng: np.random.Generator, items: tuple[str, ...]) -> str:
@@ -209,8 +247,32 @@ def _sample_sign(rng: np.random.Generator, config: SceneConfig) -> Sign:
     return Sign(text, sign.font, x, y)
 
 
+def _sample_plate(rng: np.random.Generator, config: SceneConfig, sign: Sign | None) -> Plate | None:
+    """A plate clear of the sign, or None after 10 tries."""
+    marks, cells = _pick(rng, MARKS), int(rng.integers(1, MAX_SIGN + 1))
+    step = config.sign_step_px
+    for _ in range(10):
+        plate = Plate(marks, cells, 0, 0)
+        x = int(rng.integers((IMAGE_PX - plate.width_px) // step + 1)) * step
+        y = int(rng.integers((IMAGE_PX - plate.height_px) // step + 1)) * step
+        plate = Plate(marks, cells, x, y)
+        if sign is None or _gap(plate, sign) > 0:
+            return plate
+    return None
+
+
+def _gap(one: Plate, other: Sign) -> int:
+    """Pixels between two plates, 0 where they touch or overlap."""
+    dx = max(one.x_px - other.x_px - other.width_px, other.x_px - one.x_px - one.width_px)
+    dy = max(one.y_px - other.y_px - other.height_px, other.y_px - one.y_px - one.height_px)
+    return max(dx, dy, 0)
+
+
 def _free_place(
-    rng: np.random.Generator, size: str, objects: list[SceneObject], sign: Sign | None
+    rng: np.random.Generator,
+    size: str,
+    objects: list[SceneObject],
+    plates: list[Sign | Plate],
 ) -> tuple[int, int, int] | None:
     """A centre and half width clear of everything else, or None after 40 tries."""
     least, most = RADIUS_PX[size]
@@ -220,10 +282,10 @@ def _free_place(
         x, y = (int(v) for v in rng.integers(radius + 1, IMAGE_PX - radius, size=2))
         if any(max(abs(x - o.x_px), abs(y - o.y_px)) < radius + o.radius_px + gap for o in objects):
             continue
-        if sign is not None:
-            dx = max(sign.x_px - x, 0, x - sign.x_px - sign.width_px)
-            dy = max(sign.y_px - y, 0, y - sign.y_px - sign.height_px)
-            if max(dx, dy) < radius + gap:
-                continue
-        return x, y, radius
+        beside = (
+            max(p.x_px - x, x - p.x_px - p.width_px, p.y_px - y, y - p.y_px - p.height_px)
+            for p in plates
+        )
+        if all(distance >= radius + gap for distance in beside):
+            return x, y, radius
     return None

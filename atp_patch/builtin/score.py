@@ -19,6 +19,7 @@ import torch
 
 from atp_patch.builtin.batches import BatchSpec, make_batch
 from atp_patch.builtin.forward import decoder_forward, to_pixel_values, tower_forward
+from atp_patch.builtin.labels import IGNORE
 from atp_patch.builtin.losses import answered
 from atp_patch.builtin.scenes import GRID
 from atp_patch.builtin.vocabulary import TASKS
@@ -55,17 +56,28 @@ def score(
     questions: int,
     first_scene: int = 0,
     images_per_batch: int = 8,
+    second_turn: bool = False,
 ) -> list[TaskScore]:
     """Accuracy by task on the first scenes of a split, until every task has enough questions.
 
     Each scene asks each task at most once; a task's questions beyond `questions` are left out.
+
+    Args:
+        second_turn: score questions that follow another one and its true answer.
 
     Raises:
         ValueError: `questions` is not positive.
     """
     if questions < 1:
         raise ValueError(f"need at least one question a task, got {questions}")
-    spec = BatchSpec(images_per_batch, tasks=TASKS, split=split, offset=first_scene)
+    spec = BatchSpec(
+        images_per_batch,
+        tasks=TASKS,
+        split=split,
+        offset=first_scene,
+        pair_share=1.0 if second_turn else 0.0,
+        first_counts=False,
+    )
     right = dict.fromkeys(TASKS, 0)
     asked = dict.fromkeys(TASKS, 0)
     places = torch.arange(GRID * GRID, device=model.device)
@@ -80,7 +92,8 @@ def score(
         logits = decoder_forward(model, features, places, ids)
         hits = answered(logits, targets)
         for k, name in enumerate(TASKS):
-            of_task = hits[task == k][: questions - asked[name]]
+            alone = (targets == IGNORE).all(-1)  # nothing was left to follow it
+            of_task = hits[(task == k) & ~alone][: questions - asked[name]]
             right[name] += int(of_task.sum())
             asked[name] += of_task.numel()
     return [TaskScore(name, right[name], asked[name]) for name in TASKS]
@@ -108,10 +121,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=500, help="a task")
     parser.add_argument("--model", type=Path, default=builtin_path(), help="a model folder")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--second-turn", action="store_true", help="questions that follow another one"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
-    scores = score(model.to(options.device).eval(), options.split, options.questions)
+    scores = score(
+        model.to(options.device).eval(),
+        options.split,
+        options.questions,
+        second_turn=options.second_turn,
+    )
     if options.json:
         shown = json.dumps({s.task: {"right": s.right, "asked": s.asked} for s in scores})
     else:

@@ -10,15 +10,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atp_patch.builtin.architecture import ORIGINALS, build, grow, recentre
-from atp_patch.builtin.batches import batches, make_batch
+from atp_patch.builtin.batches import Batch, batches, make_batch
 from atp_patch.builtin.forward import to_pixel_values, tower_forward
 from atp_patch.builtin.learner import (
     Learner,
@@ -30,22 +31,31 @@ from atp_patch.builtin.learner import (
     steps_done,
 )
 from atp_patch.builtin.objectives import decoder_loss, tower_loss
-from atp_patch.builtin.stages import STAGES, Stage
+from atp_patch.builtin.stage import Stage
+from atp_patch.builtin.stages import STAGES
+
+
+Compute = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
+"""From a batch and the number of the step to the loss and what the log says."""
 
 
 def run_stage(
-    learner: Learner, stage: Stage, path: Path, compiled: bool, log_every: int = 20
+    learner: Learner,
+    stage: Stage,
+    path: Path,
+    compute: Compute,
+    make: Callable[..., Batch] = make_batch,
+    log_every: int = 20,
 ) -> None:
     """Train one stage, from its checkpoint at `path` if there is one."""
     step = load_checkpoint(path, learner, with_optimizers=True) if path.exists() else 0
-    compute = tower_loss if stage.kind == "tower" else decoder_loss
     start = saved = time.monotonic()
     sums: dict[str, list[float]] = {}
-    for batch in batches(stage.batch, step, stage.steps):
+    for batch in batches(stage.batch, step, stage.steps, make):
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["top_lr"] * rate_share(step, stage)
-        loss, shares = compute(learner, batch, stage, step, compiled)
+        loss, shares = compute(batch, step)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.model.parameters(), 5.0)
         for optimizer in learner.optimizers:
@@ -100,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
             pixels = make_batch(replace(stage.batch, images=16), 0)["pixels"]
             recentre(model, tower_forward(model, to_pixel_values(pixels)))
         learner = Learner(model, heads, make_optimizers(model, heads, stage))
-        run_stage(learner, stage, path, not options.no_compile)
+        loss = tower_loss if stage.kind == "tower" else decoder_loss
+        run_stage(learner, stage, path, partial(loss, learner, stage, not options.no_compile))
         before = path
         if stage.name == options.until:
             break

@@ -30,7 +30,7 @@ CHARACTERS: tuple[str, ...] = tuple("CFHKLMPTVXYZ2457")
 """What a sign may carry. Without letters that are words of a question."""
 
 MAX_SIGN = 3
-MAX_OBJECTS = 8
+MAX_OBJECTS = 9
 
 TASKS: tuple[str, ...] = (
     "exist",
@@ -49,7 +49,10 @@ TASKS: tuple[str, ...] = (
 
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 
-OPENERS: tuple[str, ...] = ("How", "Is", "What", "Which", "Where", "Does", "Are", "Name", "Read")
+OPENERS: tuple[str, ...] = (
+    *("How", "Is", "What", "Which", "Where", "Does", "Are", "Name", "Read"),
+    *("Can", "Count", "In"),
+)
 """Words that may open a question; the tokenizer writes them in lower case."""
 
 _FUNCTION_WORDS = (
@@ -72,5 +75,6 @@ def words() -> list[str]:
         *TEXTURES,
         *digits,
         *CHARACTERS,
+        *["image", "part", "count", "lie", "can", "you", "see"],
     ]
     return list(dict.fromkeys(everything))

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from atp_patch.builtin.forward import (
     tower_forward,
     window_order,
 )
-from atp_patch.builtin.labels import NOTHING, side_labels
+from atp_patch.builtin.labels import IGNORE, NOTHING, side_labels
 from atp_patch.builtin.learner import (
     Learner,
     load_checkpoint,
@@ -30,9 +31,10 @@ from atp_patch.builtin.learner import (
 from atp_patch.builtin.losses import answered, back_loss, tally_loss
 from atp_patch.builtin.objectives import decoder_loss, tower_loss, visible_places
 from atp_patch.builtin.optim import orthogonalize
+from atp_patch.builtin.processing import build_processor
 from atp_patch.builtin.scenes import make_scene
 from atp_patch.builtin.stages import STAGES
-from atp_patch.builtin.tokens import IMAGE, PAD, encode, word_ids
+from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, USER, encode, word_ids
 from atp_patch.builtin.vocabulary import RELATIONS
 
 EVERYTHING = torch.arange(576)
@@ -109,6 +111,48 @@ def test_no_question_is_longer_than_a_row() -> None:
         for question in make_scene("train", k).questions:
             tokens = len(encode(question.text)) + 1 + len(encode(question.answer)) + 1
             assert tokens <= TEXT_LENGTH
+
+
+def test_pairs_are_two_turns_of_one_conversation() -> None:
+    spec = BatchSpec(2, questions=6, pair_share=1.0, split="development")
+    first, second = make_batch(spec, 0), make_batch(replace(spec, first_counts=False), 0)
+    ids = word_ids()
+    for row in range(2):
+        for words, all_targets, last in zip(
+            first["ids"][row], first["targets"][row], second["targets"][row], strict=True
+        ):
+            ends = np.flatnonzero(words == ids[EOS])
+            assert len(ends) in (0, 1, 2)
+            if len(ends) < 2:  # nothing was left to follow
+                continue
+            middle = int(ends[0]) + 1
+            assert words[middle] == ids[USER]
+            turns = [words[:middle], words[middle + 1 : ends[1] + 1]]
+            for turn in turns:
+                assert (turn == ids[ASSISTANT]).sum() == 1
+            told = all_targets != IGNORE
+            shifted = words[1:][told[:-1]]
+            assert (all_targets[told] == shifted).all()
+            assert told[:middle].any()
+            assert not (last[:middle] != IGNORE).any()
+            assert (last[middle:] == all_targets[middle:]).all()
+
+
+def test_a_conversation_is_what_the_chat_template_writes() -> None:
+    processor = build_processor()
+    scene = make_scene("development", 3)
+    one, two = scene.questions[:2]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one.text}]},
+        {"role": "assistant", "content": one.answer},
+        {"role": "user", "content": two.text},
+    ]
+    written = processor.apply_chat_template(messages, add_generation_prompt=True)
+    given = processor.tokenizer.encode(written, add_special_tokens=False)
+    ids = word_ids()
+    wanted = [ids[BOS], ids[USER], ids[IMAGE], *encode(one.text), ids[ASSISTANT]]
+    wanted += [*encode(one.answer), ids[EOS], ids[USER], *encode(two.text), ids[ASSISTANT]]
+    assert given == wanted
 
 
 def test_answered_needs_every_token() -> None:
@@ -224,14 +268,15 @@ def test_side_labels_say_where_the_second_object_lies() -> None:
             assert found is not None
             first, second, (below, right, told, holds) = found
             words = re.findall(r"\w+", question.text)
+            relation = words[first + 1 + (words[first + 1] == "lie")]
             axis, positive = {
                 "above": (below, 1),
                 "below": (below, 0),
                 "left": (right, 1),
                 "right": (right, 0),
-            }[words[first + 1]]
+            }[relation]
             assert words[second] == words[-1]
-            assert RELATIONS[told].split()[0] == words[first + 1]
+            assert RELATIONS[told].split()[0] == relation
             assert holds == (question.answer == "yes")
             # "A above B" holds where B is below A.
             assert (axis == positive) == (question.answer == "yes")
@@ -251,3 +296,10 @@ def test_tally_loss_is_nought_for_attention_that_counts() -> None:
     )
     assert tally_loss(torch.full_like(right, 1 / 11), named, told, cores) > 0.3
     assert tally_loss(right, named, torch.zeros_like(told), cores) == 0
+    # Shares within an object may differ: what counts is that they sum to 4.
+    shares = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.5, 0.5, 0.5, 0.5, 0.0, 0.0]])
+    assert tally_loss(right, named, told, cores, shares) > 0.02
+    right[0, 0, 5:9] = torch.tensor([2.5, 0.5, 0.5, 0.5]) / 16
+    torch.testing.assert_close(
+        tally_loss(right, named, told, cores, shares), torch.tensor(0.0), atol=1e-4, rtol=0
+    )
