@@ -17,8 +17,8 @@ from atp_patch.builtin.labels import (
     SIDE_FIELDS,
     noun_labels,
     patch_cores,
-    patch_middles,
     patch_labels,
+    patch_middles,
     patch_owners,
     patch_places,
     side_labels,
@@ -156,9 +156,7 @@ def batches(
     """Batches `first` to `stop - 1`, drawn ahead in a second process."""
     # "spawn": a fork of a process whose torch threads already run may hang.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pending = [
-            pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))
-        ]
+        pending = [pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))]
         for number in range(first, stop):
             yield pending.pop(0).get()
             if number + 4 < stop:

@@ -34,7 +34,6 @@ from atp_patch.builtin.objectives import decoder_loss, tower_loss
 from atp_patch.builtin.stage import Stage
 from atp_patch.builtin.stages import STAGES
 
-
 Compute = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
 """From a batch and the number of the step to the loss and what the log says."""
 
