@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import torch
+
+from atp_patch.errors import ATPError
+
+INTERRUPTED = 130
+Value = TypeVar("Value")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -12,3 +21,66 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def execute(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
+    *,
+    memory: str,
+    stopped: str = "stopped.",
+) -> int:
+    """Parse the arguments and do the work; what goes wrong is one line on stderr.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        memory: what to do where memory does not suffice.
+        stopped: what is said after Ctrl-C.
+
+    Returns:
+        The exit status: 0; 2 where an argument or the data is wrong, or memory does not suffice;
+        130 after Ctrl-C.
+    """
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    status = 2
+    try:
+        work(args)
+    except ATPError as error:
+        problem = _one_line(error)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        problem = f"out of memory; {memory}"
+    except KeyboardInterrupt:
+        problem, status = stopped, INTERRUPTED
+    else:
+        return 0
+    sys.stderr.write(f"{parser.prog}: {problem}\n")
+    return status
+
+
+def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """The ``type`` of an argument that takes several values."""
+
+    def parse(text: str) -> list[Value]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
+    return parse
+
+
+def _one_line(error: ATPError) -> str:
+    text = str(error)
+    if "worker process" in text:  # which puts the place where it happened before the message
+        text = text.splitlines()[-1]
+    return " ".join(text.split())
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Also on CPUs, where torch has no exception of its own for it."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)

@@ -2,7 +2,7 @@
 
     python -m atp_patch.demo IMAGE "QUESTION" [options]
 
-Exit status: 0, or 2 with one line on stderr where the input is wrong.
+Exit status: 0, 2 with one line on stderr where the input is wrong, 130 where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from PIL import Image
 
 from atp_patch.bench.measure import Contender, compare
 from atp_patch.builtin import load_builtin
-from atp_patch.demo_options import PROG, check, parser, patch_settings
-from atp_patch.errors import ATPError, ConfigError
+from atp_patch.command_line import execute
+from atp_patch.demo_options import check, parser, patch_settings
+from atp_patch.errors import ConfigError
 from atp_patch.loading import (
     choose_device,
     choose_dtype,
@@ -46,28 +47,24 @@ RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        with quiet_transformers(progress=args.model is not None):
-            check(args)
-            console = None if args.json else _console()
-            report = run(args)
-    except ATPError as error:
-        problem = " ".join(str(error).split())
-    except torch.OutOfMemoryError:
-        problem = "out of memory; try --dtype bfloat16, another --device, or a smaller model."
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    return execute(
+        parser(),
+        _command,
+        argv,
+        memory="try --dtype bfloat16, another --device, or a smaller model.",
+    )
+
+
+def _command(args: argparse.Namespace) -> None:
+    with quiet_transformers(progress=args.model is not None):
+        check(args)
+        console = None if args.json else _console()
+        report = run(args)
+    if console is None:
+        print(report.to_json())
     else:
-        if console is None:
-            print(report.to_json())
-        else:
-            print_report(report, console)
-        return 0
-    print(f"{PROG}: {problem}", file=sys.stderr)
-    return 2
+        print_report(report, console)
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
-from atp_patch.command_line import OneLineParser
+from atp_patch.command_line import OneLineParser, comma_separated
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import DTYPES, first_line
 from atp_patch.methods import untrained_methods
 
 PROG = "python -m atp_patch.demo"
 DEFAULT_BUDGET = "a quarter of the image's"
-Number = TypeVar("Number", int, float)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--method", choices=untrained_methods(), help="how to choose tokens (default: atp)")
     add(
         "--layers",
-        type=_list(int),
+        type=comma_separated(int),
         metavar="I[,J..]",
         help="prune before these decoder layers (default: 4,14,24)",
     )
@@ -44,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--keep",
-        type=_list(float),
+        type=comma_separated(float),
         metavar="P[,Q..]",
         help="instead: share that a pruning layer keeps, one or one a layer",
     )
@@ -87,14 +85,6 @@ def patch_settings(args: argparse.Namespace) -> dict[str, Any]:
         "weights": args.weights,
     }
     return settings | ({"seed": args.seed} if args.method == "random" else {})
-
-
-def _list(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
-    def parse(text: str) -> list[Number]:
-        return [kind(part) for part in text.split(",")]
-
-    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
-    return parse
 
 
 def _check_overlay(path: Path, image: Path) -> None:

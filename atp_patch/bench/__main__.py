@@ -25,13 +25,14 @@ from atp_patch.bench.measure import PLAIN, Contender, compare, patched
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.report import entries, same_lengths, table
+from atp_patch.command_line import OneLineParser, comma_separated, execute
 from atp_patch.config import scaled_layers
-from atp_patch.errors import ATPError, ConfigError
+from atp_patch.errors import ConfigError
 from atp_patch.methods import Compressor, Method, make_method
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m atp_patch.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,16 +41,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", choices=sorted(PRESETS), default="llava-1.5-7b")
     add("--scale", type=float, default=1.0, help="share of the layers that are built")
     add("--methods", default="atp", help='comma-separated, with layers as in "atp,fastv@2"')
-    add("--layers", type=_ints, help="pruning layers, e.g. 4,14,24; scaled by default")
+    add(
+        "--layers",
+        type=comma_separated(int),
+        help="pruning layers, e.g. 4,14,24; scaled by default",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=float, help="share kept at each pruning layer")
     budget.add_argument("--target-tokens", type=float, help="average visual tokens, e.g. 144")
     budget.add_argument(
-        "--schedule", type=_ints, help="visual tokens left at each of --layers, e.g. 126,88,20"
+        "--schedule",
+        type=comma_separated(int),
+        help="visual tokens left at each of --layers, e.g. 126,88,20",
     )
-    add("--image", type=_sizes, help="width x height in pixels, e.g. 448x448,896x896")
-    add("--batch-size", type=_ints, default=[1], help="one or more, e.g. 1,2,4,8,16,32")
-    add("--prompt-tokens", type=_ints, default=[64], help="text tokens, one or more numbers")
+    add(
+        "--image", type=comma_separated(size), help="width x height in pixels, e.g. 448x448,896x896"
+    )
+    add(
+        "--batch-size",
+        type=comma_separated(int),
+        default=[1],
+        help="one or more, e.g. 1,2,4,8,16,32",
+    )
+    add(
+        "--prompt-tokens",
+        type=comma_separated(int),
+        default=[64],
+        help="text tokens, one or more numbers",
+    )
     add("--decode-tokens", type=int, default=8)
     add("--runs", type=int, default=9)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -66,28 +85,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def size(text: str) -> Size:
+    """Width and height from "896x672"; argparse names this function in its errors."""
+    width, height = text.split("x")
+    return int(width), int(height)
 
 
-def _sizes(text: str) -> list[Size]:
-    pairs = [part.split("x") for part in text.split(",")]
-    return [(int(width), int(height)) for width, height in pairs]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    memory = "give a smaller --scale, or smaller numbers for --batch-size."
+    return execute(_parser(), _command, argv, memory=memory)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 0, or 2 with one line on stderr where an argument is wrong."""
-    args = _parser().parse_args(argv)
-    try:
-        report = run(args)
-    except ATPError as error:
-        sys.stderr.write(f"python -m atp_patch.bench: {error}\n")
-        return 2
+def _command(args: argparse.Namespace) -> None:
+    report = run(args)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         draw(report["cases"], report["model"], args.plot)
-    return 0
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def _settings(
         if isinstance(method, Method):
             given["layers"] = args.layers or scaled_layers(num_layers)
             if places:
-                given["layers"] = _ints(places.replace("+", ","))
+                given["layers"] = _layers(spec, places)
         if isinstance(method, Compressor):
             pass  # its number of tokens is its budget
         elif args.schedule is not None:
@@ -173,6 +188,13 @@ def _settings(
             given |= {"keep": args.keep, "target_tokens": args.target_tokens}
         found[spec] = given
     return found
+
+
+def _layers(spec: str, places: str) -> list[int]:
+    try:
+        return [int(place) for place in places.split("+")]
+    except ValueError as error:
+        raise ConfigError(f"--methods {spec}: give layers after @, as in fastv@2+4.") from error
 
 
 def _shares(schedule: Sequence[int], total: int, layers: Sequence[int] | None) -> list[float]:

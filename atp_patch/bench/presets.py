@@ -147,23 +147,25 @@ class _Tiled(Preset):
         shape = (batch_size * self.tiles(image), 3, self.side, self.side)
         return {"pixel_values": torch.randn(shape, generator=generator)}
 
+    def _vision(self, depth: Depth) -> dict[str, Any]:
+        hidden, mlp, heads = self.tower_sizes
+        return {
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": depth.tower,
+            "num_attention_heads": heads,
+            "image_size": self.side,
+            "patch_size": self.patch,
+        }
+
 
 class LlavaPreset(_Tiled):
     """LLaVA-1.5: CLIP ViT-L/14 at 336 x 336 pixels, 576 visual tokens."""
 
     def config(self, depth: Depth) -> Any:
         """As the base class says."""
-        hidden, mlp, heads = self.tower_sizes
-        vision = CLIPVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=depth.tower,
-            num_attention_heads=heads,
-            image_size=self.side,
-            patch_size=self.patch,
-        )
         return LlavaConfig(
-            vision_config=vision,
+            vision_config=CLIPVisionConfig(**self._vision(depth)),
             text_config=LlamaConfig(**self._text(depth)),
             image_token_id=_PLACEHOLDER,
             image_seq_length=self.visual_tokens(self.image),
@@ -181,17 +183,8 @@ class InternVLPreset(_Tiled):
 
     def config(self, depth: Depth) -> Any:
         """As the base class says."""
-        hidden, mlp, heads = self.tower_sizes
-        vision = InternVLVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=depth.tower,
-            num_attention_heads=heads,
-            image_size=[self.side, self.side],
-            patch_size=[self.patch, self.patch],
-        )
         return InternVLConfig(
-            vision_config=vision,
+            vision_config=InternVLVisionConfig(**self._vision(depth)),
             text_config=Qwen2Config(**self._text(depth)),
             image_token_id=_PLACEHOLDER,
         )

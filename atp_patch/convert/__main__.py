@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from atp_patch.command_line import OneLineParser, execute
 from atp_patch.convert.internvl import internvl_plan
 from atp_patch.convert.llava import llava_plan
 from atp_patch.convert.plan import Plan
@@ -28,7 +29,7 @@ Rewrite a checkpoint of another package as one that transformers loads by itself
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("layout", choices=["llava", "vila", "internvl"], help="what FOLDER holds")
@@ -65,22 +66,22 @@ def plan_for(args: argparse.Namespace) -> Plan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 with one line on stderr."""
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        with quiet_transformers(progress=False):
-            plan = plan_for(args)
-            size = write(plan, args.out)
-    except ATPError as error:
-        sys.stderr.write(f"{PROG}: {' '.join(str(error).split())}\n")
-        return 2
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    return execute(
+        parser(),
+        _command,
+        argv,
+        memory="convert where there is more of it.",
+    )
+
+
+def _command(args: argparse.Namespace) -> None:
+    with quiet_transformers(progress=False):
+        plan = plan_for(args)
+        size = write(plan, args.out)
     sys.stdout.write(f"{args.out}: {plan.architecture.__name__}, {size / 2**30:.2f} GiB\n")
     for note in plan.notes:
         sys.stderr.write(f"{PROG}: note: {note}\n")
-    return 0
 
 
 if __name__ == "__main__":

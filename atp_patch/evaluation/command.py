@@ -14,12 +14,12 @@ import torch
 
 from atp_patch.builtin import builtin_path, load_builtin
 from atp_patch.builtin.tokens import word_ids
-from atp_patch.errors import ATPError, ConfigError
+from atp_patch.command_line import execute
+from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import (
     BUILTIN_MODEL,
-    PROG,
     check,
     drop_layers,
     method_options,
@@ -37,32 +37,25 @@ from atp_patch.loading import choose_device, choose_dtype, load_checkpoint, quie
 from atp_patch.patch import require_patch
 
 RUNS, SUMMARY, TABLE = "runs", "summary.jsonl", "table.md"
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 with one line on stderr."""
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        with quiet_transformers(progress=False):
-            check(args)
-            if not args.no_plots:
-                check_plots()
-            rows = evaluate(args)
-            sys.stdout.write(write(rows, args))
-    except ATPError as error:
-        sys.stderr.write(f"{PROG}: {' '.join(str(error).split())}\n")
-        return 2
-    except torch.OutOfMemoryError:
-        sys.stderr.write(f"{PROG}: out of memory; try a smaller --batch-size.\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROG}: stopped; the same command goes on from here.\n")
-        return INTERRUPTED
-    return 0
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    return execute(
+        parser(),
+        _command,
+        argv,
+        memory="try a smaller --batch-size.",
+        stopped="stopped; the same command goes on from here.",
+    )
+
+
+def _command(args: argparse.Namespace) -> None:
+    with quiet_transformers(progress=False):
+        check(args)
+        if not args.no_plots:
+            check_plots()
+        sys.stdout.write(write(evaluate(args), args))
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:

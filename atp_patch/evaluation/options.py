@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from atp_patch.builtin import SPLITS
-from atp_patch.command_line import OneLineParser
+from atp_patch.command_line import OneLineParser, comma_separated
 from atp_patch.errors import ConfigError
 from atp_patch.loading import DTYPES
 from atp_patch.methods import untrained_methods
@@ -30,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default=BUILTIN_MODEL, help="builtin (default), or a folder or Hub id")
     add(
         "--methods",
-        type=_list(str),
+        type=comma_separated(str),
         default=untrained_methods(),
         metavar="A[,B..]",
         help="default: all that need no training; NAME@I+J+K prunes before layers of its own, "
@@ -39,15 +38,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--budgets",
-        type=_list(float),
+        type=comma_separated(float),
         default=[0.5, 0.25, 0.15],
         metavar="S[,T..]",
         help="visual tokens averaged over all decoder layers, as shares (default: 0.5,0.25,0.15)",
     )
-    add("--layers", type=_list(int), metavar="I[,J..]", help="default: 4,14,24, scaled if need be")
+    add(
+        "--layers",
+        type=comma_separated(int),
+        metavar="I[,J..]",
+        help="default: 4,14,24, scaled if need be",
+    )
     add(
         "--drop-from",
-        type=_list(str),
+        type=comma_separated(str),
         default=[],
         metavar="I[,J..]",
         help="also measure the model without any visual token from these decoder layers on, one at "
@@ -62,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--adapters",
-        type=_list(str),
+        type=comma_separated(str),
         default=[],
         metavar="A[,B..]",
         help="saved adapters, or what training left (adapter and LoRA); A~mean and A~shuffled are "
@@ -71,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--tasks",
-        type=_list(str),
+        type=comma_separated(str),
         default=["builtin"],
         metavar="T[,U..]",
         help="tasks, groups (builtin, dense, slanted, offgrid, shades) or all (default: builtin)",
@@ -147,11 +151,3 @@ def method_options(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
-
-
-def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        return [kind(part) for part in text.split(",")]
-
-    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
-    return parse

@@ -159,6 +159,8 @@ def test_full_presets_have_the_published_sizes() -> None:
         (["--schedule", "126,88"], ["2 counts", "--layers"]),
         (["--layers", "2,4", "--schedule", "88,126"], ["[88, 126]", "fall from 576"]),
         (["--methods", "prumerge+", "--schedule", "88"], ["inside the decoder"]),
+        (["--methods", "fastv@two"], ["fastv@two", "fastv@2+4"]),
+        (["--image", "336"], ["invalid comma-separated size list value: '336'"]),
         (["--methods", "fastest"], ["'fastest'", "fastv"]),
         (["--runs", "0"], ["--runs", "at least 1"]),
         (["--batch-size", "1,0"], ["--batch-size", "at least 1"]),
