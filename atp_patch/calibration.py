@@ -5,7 +5,7 @@ against.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,8 @@ def calibrate(
     """
     patch, data = require_patch(model), list(batches)
     module = _thresholds(patch)
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    with _whole(module):
+        start = {name: value.clone() for name, value in module.state_dict().items()}
     shifts = dict.fromkeys(patch.layers, 0.0)
     with _evaluating(model):
         first = seen = _observe(model, data, None)
@@ -84,7 +85,8 @@ def calibrate(
                 shifts[layer] += _meet(model, data, module, layer, wanted)
             seen = _observe(model, data, None)
     if abs(seen.average - target) > WITHIN * target:
-        module.load_state_dict(start)
+        with _whole(module):
+            module.load_state_dict(start)
         raise ConfigError(
             f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
             f"{seen.average:.1f}; give more data, or score_norm='rank' and "
@@ -224,8 +226,22 @@ def _meet(
     ranked = torch.cat([ranked.new_tensor([_EDGE]), ranked, ranked.new_tensor([-_EDGE])])
     place = min(round(wanted * seen.samples), len(ranked) - 2)
     by = float((ranked[place] + ranked[place + 1]) / 2)
-    module.shift(layer, by)
+    with _whole(module):
+        module.shift(layer, by)
     return by
+
+
+def _whole(module: nn.Module) -> AbstractContextManager[object]:
+    """Where DeepSpeed's ZeRO-3 holds parameters in parts: puts them together, and keeps what the
+    first process changes.
+    """
+    parts = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parts:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathered: AbstractContextManager[object] = GatheredParameters(parts, modifier_rank=0)
+    return gathered
 
 
 def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:

@@ -74,8 +74,20 @@ class Adapter(ModelHubMixin):
 
 
 def adapter_of(config: PruningConfig, heads: nn.Module | None) -> Adapter:
-    """The adapter of a patched model."""
-    return Adapter(config, {} if heads is None else dict(heads.state_dict()))
+    """The adapter of a patched model.
+
+    Raises:
+        WeightsError: where this process holds a part of what was learned.
+    """
+    learned = {} if heads is None else heads.state_dict(keep_vars=True)
+    if any(map(_in_parts, learned.values())):
+        raise WeightsError(
+            "what was learned is spread over processes. With ZeRO-3 save it inside "
+            "deepspeed.zero.GatheredParameters(list(model.atp_patch_heads.parameters())), which "
+            "all processes enter; with FSDP2 load Accelerator.get_state_dict(model) into a patched "
+            "model of one process and save that."
+        )
+    return Adapter(config, {name: tensor.detach() for name, tensor in learned.items()})
 
 
 def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, dict[str, Tensor]]:
@@ -106,6 +118,12 @@ def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, di
         ) from error
     _check_tensors(source, tensors, {k: v.shape for k, v in expected.state_dict().items()})
     return config, tensors
+
+
+def _in_parts(tensor: Tensor) -> bool:
+    """A shard of FSDP2's, or what ZeRO-3 leaves of a parameter between its uses."""
+    shard = hasattr(tensor, "full_tensor")
+    return shard or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
 
 def _module(config: PruningConfig) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from atp_patch.builtin import load_builtin
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import Calibration, calibrate
+from atp_patch.command_line import execute
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
@@ -26,13 +28,13 @@ from atp_patch.patch import HEADS, patch_model, require_patch
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
 from atp_patch.training.learn import add_lora, freeze
-from atp_patch.training.options import PROG, flags_of, parser
+from atp_patch.training.options import flags_of, parser
 from atp_patch.training.records import LlavaFile, Scenes, Source, check_source
 from atp_patch.training.report import Progress, card
 from atp_patch.training.settings import BUILTIN, Settings, read_settings
 from atp_patch.training.trainer import PruningTrainer, arguments
+from atp_patch.training.zero3 import whole_model
 
-INTERRUPTED = 130
 SETTINGS_FILE = "settings.json"
 ADAPTER, MODEL, LORA = "adapter", "model", "lora"
 SCENES = 20_000
@@ -41,26 +43,19 @@ _FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_ba
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 with one line on stderr, or 130."""
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        with quiet_transformers(progress=False):
-            train(read_settings(args.file, flags_of(args)), resume=args.resume)
-    except ATPError as error:
-        # A worker process puts the place where it happened before the message.
-        text = str(error).splitlines()[-1] if "worker process" in str(error) else str(error)
-        sys.stderr.write(f"{PROG}: {' '.join(text.split())}\n")
-        return 2
-    except torch.OutOfMemoryError:
-        sys.stderr.write(f"{PROG}: out of memory; give a smaller micro_batch_size.\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROG}: stopped; --resume goes on from the newest checkpoint.\n")
-        return INTERRUPTED
-    return 0
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    return execute(
+        parser(),
+        _command,
+        argv,
+        memory="give a smaller micro_batch_size.",
+        stopped="stopped; --resume goes on from the newest checkpoint.",
+    )
+
+
+def _command(args: argparse.Namespace) -> None:
+    with quiet_transformers(progress=False):
+        train(read_settings(args.file, flags_of(args)), resume=args.resume)
 
 
 def train(settings: Settings, resume: bool = False) -> Path:
@@ -81,14 +76,15 @@ def train(settings: Settings, resume: bool = False) -> Path:
     device = choose_device(settings.device)
     args = arguments(settings, device)
     set_seed(settings.seed)
-    model, processor = _load(settings)
-    set_seed(settings.seed)  # the heads' start, whatever loading drew
-    _patch(model, settings)
-    freeze(model, settings.freeze_lm)
-    # Not a bit of what is trained hangs on layers that add nothing, unless they learn too.
-    silent = silent_layers(model) if settings.model == BUILTIN and settings.freeze_lm else ()
-    if settings.lora_rank:
-        add_lora(model, settings.lora_rank, settings.lora_alpha, leave_out=silent)
+    with whole_model(args):
+        model, processor = _load(settings)
+        set_seed(settings.seed)  # the heads' start, whatever loading drew
+        _patch(model, settings)
+        freeze(model, settings.freeze_lm)
+        # Not a bit of what is trained hangs on layers that add nothing, unless they learn too.
+        silent = silent_layers(model) if settings.model == BUILTIN and settings.freeze_lm else ()
+        if settings.lora_rank:
+            add_lora(model, settings.lora_rank, settings.lora_alpha, leave_out=silent)
     placeholders = family_of(model.config).placeholder_ids(model.config)
     encode = Encoder(processor, placeholders, settings.max_length)
     pad_id = processor.tokenizer.pad_token_id
@@ -133,9 +129,6 @@ def calibrated(trainer: PruningTrainer) -> Calibration | None:
     settings, samples = trainer.settings, trainer.train_dataset
     if not settings.calibrate:
         return None
-    if trainer.is_deepspeed_enabled:  # it holds parameters in parts that cannot be shifted
-        sys.stderr.write("Not calibrated under DeepSpeed: atp_patch.calibrate does it later.\n")
-        return None
     chosen = [samples[i] for i in range(min(settings.calibrate, len(samples)))]
     chosen = [sample for sample in chosen if any(k.startswith("pixel_values") for k in sample)]
     size = trainer.args.per_device_train_batch_size
@@ -174,7 +167,7 @@ def save(
     (out / ADAPTER / CARD_FILE).write_text(text, encoding="utf-8")
     rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
     if settings.lora_rank:
-        model.save_pretrained(out / LORA)
+        model.save_pretrained(out / LORA, state_dict=rest)
     elif not settings.freeze_lm:
         model.save_pretrained(out / MODEL, state_dict=rest)
         processor.save_pretrained(out / MODEL)

@@ -4,6 +4,7 @@ where little learns.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +21,52 @@ from atp_patch.training.encode import IGNORED
 from atp_patch.training.learn import parameter_groups
 from atp_patch.training.meter import Meter
 from atp_patch.training.settings import Settings
+from atp_patch.training.zero3 import check_deepspeed, check_launcher, launched_with_deepspeed
 
 LEARNED_FILE = "learned.safetensors"
 
 
 def arguments(settings: Settings, device: torch.device) -> TrainingArguments:
-    """The Trainer's own settings; made before the model, which DeepSpeed wants to know of.
+    """The Trainer's own settings.
 
     Raises:
-        ConfigError: where batch_size is no multiple of what all devices take in a pass.
+        ConfigError: where batch_size is no multiple of what all devices take in a pass, or the
+            configuration of DeepSpeed or the way it was started is wrong.
     """
+    if settings.deepspeed is not None:
+        check_launcher()
+    with_deepspeed = settings.deepspeed is not None or launched_with_deepspeed()
+    make = partial(
+        TrainingArguments,
+        output_dir=settings.out,
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.steps is None else settings.steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.clip,
+        bf16=settings.dtype == "bfloat16",
+        # Told of a CPU, it would leave DeepSpeed out, and say nothing.
+        use_cpu=device.type == "cpu" and not with_deepspeed,
+        deepspeed=settings.deepspeed,
+        dataloader_num_workers=settings.workers,
+        seed=settings.seed,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=settings.keep,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
     try:
-        args = TrainingArguments(
-            output_dir=settings.out,
-            num_train_epochs=settings.epochs,
-            max_steps=-1 if settings.steps is None else settings.steps,
-            learning_rate=settings.lr,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            max_grad_norm=settings.clip,
-            bf16=settings.dtype == "bfloat16",
-            use_cpu=device.type == "cpu",
-            deepspeed=settings.deepspeed,
-            dataloader_num_workers=settings.workers,
-            seed=settings.seed,
-            logging_steps=settings.log_every,
-            logging_nan_inf_filter=False,
-            save_steps=settings.save_every,
-            save_total_limit=settings.keep,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
+        args: TrainingArguments = make()
     except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"transformers' Trainer refuses these settings: {error}") from error
+    check_deepspeed(args)
     micro = settings.micro_batch_size or max(1, settings.batch_size // args.world_size)
     passes, rest = divmod(settings.batch_size, micro * args.world_size)
     if rest or not passes:
@@ -64,9 +74,8 @@ def arguments(settings: Settings, device: torch.device) -> TrainingArguments:
             f"batch_size {settings.batch_size} is no multiple of micro_batch_size {micro} times "
             f"{args.world_size} devices."
         )
-    args.per_device_train_batch_size = micro
-    args.gradient_accumulation_steps = passes
-    return args
+    # Made anew: what DeepSpeed is to know of the batch is worked out in the making.
+    return make(per_device_train_batch_size=micro, gradient_accumulation_steps=passes)
 
 
 class PruningTrainer(Trainer):

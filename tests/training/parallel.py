@@ -1,25 +1,38 @@
 """One process of a training of three steps: `python parallel.py KIND LEARNS OUT` under torchrun.
 
-KIND: one (the whole batch in one process), ddp (Accelerate) or fsdp2 (PyTorch's fully_shard, which
-is what Accelerate calls; it refuses to do so without accelerators).
+KIND: one (the whole batch in one process), ddp (Accelerate), fsdp2 (PyTorch's fully_shard, which is
+what Accelerate calls; it refuses to do so without accelerators) or zero3 (Accelerate's DeepSpeed).
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import atp_patch
+from atp_patch.errors import WeightsError
 from tests.core.test_learning import labelled, learner
 from tests.helpers import inputs as made
+from tests.training.deepspeed_on_cpus import deepspeed_on_cpus
 
 STEPS = 3
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # where none is given, DeepSpeed clips at 1
+    "zero_allow_untested_optimizer": True,
+    # nothing is small enough to stay whole
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 # Answers and images of one size, so that the mean over processes is the mean over the batch.
 PROMPTS = [
     made.prompt(made.Words(3), made.Image(6, 6), made.Words(9), seed=s) for s in range(4 * STEPS)
@@ -35,7 +48,12 @@ def main(kind: str, learns: str, out: str) -> None:
         parameter.requires_grad_(heads or (learns == "decoder" and "vision_tower" not in name))
     inner = model
     rank, size = 0, 1
-    accelerator = Accelerator(cpu=True) if kind != "one" else None
+    accelerator = None
+    if kind == "zero3":
+        deepspeed_on_cpus()
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ZERO3))
+    elif kind != "one":
+        accelerator = Accelerator(cpu=True)
     if accelerator is not None:
         rank, size = accelerator.process_index, accelerator.num_processes
         assert size == 2
@@ -44,7 +62,7 @@ def main(kind: str, learns: str, out: str) -> None:
             fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    if kind == "ddp":
+    if kind in ("ddp", "zero3"):
         assert accelerator is not None
         model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
@@ -52,22 +70,42 @@ def main(kind: str, learns: str, out: str) -> None:
         share = PROMPTS[4 * step : 4 * step + 4][rank::size]
         loss = model(**labelled(inner, share)).loss
         optimizer.zero_grad()
-        accelerator.backward(loss) if kind == "ddp" else loss.backward()
+        accelerator.backward(loss) if kind in ("ddp", "zero3") else loss.backward()
         optimizer.step()
         whole = loss.detach().clone()
         if size > 1:
             dist.all_reduce(whole)
         losses.append(float(whole) / size)
     learned = {n: full(p) for n, p in inner.named_parameters() if p.requires_grad}
-    if rank == 0:
-        torch.save({"losses": losses, "learned": learned}, out)
+    if kind in ("fsdp2", "zero3"):
+        with pytest.raises(WeightsError, match="over processes"):
+            atp_patch.save_pretrained(inner, f"{out}.adapter")
+    with gathered(kind, inner):
+        if rank == 0:
+            torch.save({"losses": losses, "learned": learned}, out)
+            if kind != "fsdp2":
+                atp_patch.save_pretrained(inner, f"{out}.adapter")
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
+def gathered(kind: str, model: Any) -> AbstractContextManager[object]:
+    """In it the parameters of the heads are whole, with ZeRO-3."""
+    if kind == "zero3":
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(model.atp_patch_heads.parameters()))
+    return nullcontext()
+
+
 def full(parameter: Any) -> Tensor:
     """The whole of a parameter, gathered from its shards."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return tensor.detach().clone()
 
