@@ -17,8 +17,8 @@ from atp_patch.builtin.labels import (
     SIDE_FIELDS,
     noun_labels,
     patch_cores,
-    patch_middles,
     patch_labels,
+    patch_middles,
     patch_owners,
     patch_places,
     side_labels,
@@ -151,14 +151,12 @@ def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Ques
 
 
 def batches(
-    spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch]
+    spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch] = make_batch
 ) -> Iterator[Batch]:
     """Batches `first` to `stop - 1`, drawn ahead in a second process."""
     # "spawn": a fork of a process whose torch threads already run may hang.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pending = [
-            pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))
-        ]
+        pending = [pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))]
         for number in range(first, stop):
             yield pending.pop(0).get()
             if number + 4 < stop:

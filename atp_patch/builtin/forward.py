@@ -216,7 +216,9 @@ def read_questions(
         text = text + attention.o_proj(heads_together(weights @ values))
         text = text + layer.mlp(layer.post_attention_layernorm(text))
         if number < len(decoder.layers) - 1:  # nothing reads what the last layer saw
-            seen = seen + attention.o_proj(heads_together(attend(q_seen, k_seen, v_seen, seen_bias)))
+            seen = seen + attention.o_proj(
+                heads_together(attend(q_seen, k_seen, v_seen, seen_bias))
+            )
             seen = seen + layer.mlp(layer.post_attention_layernorm(seen))
         if notes is not None and number in notes.gaze_layers:
             notes.gazes.append(weights[:, : heads // 2, :, shown])

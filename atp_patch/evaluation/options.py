@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from atp_patch.builtin import SPLITS
+from atp_patch.builtin import NAMES, SPLITS
 from atp_patch.errors import ConfigError
 from atp_patch.loading import DTYPES
 from atp_patch.methods import untrained_methods
 
 PROG = "python -m atp_patch.evaluate"
-BUILTIN_MODEL = "builtin"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
         "are always among what is measured. A killed run goes on where it was.",
     )
     add = parse.add_argument
-    add("--model", default=BUILTIN_MODEL, help="builtin (default), or a folder or Hub id")
+    add(
+        "--model",
+        default=next(iter(NAMES)),
+        help=f"{' (default), '.join(NAMES)}, or a folder or Hub id",
+    )
     add(
         "--methods",
         type=_list(str),
