@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from atp_patch.bench.measure import Contender, compare
-from atp_patch.builtin import load_builtin
+from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.command_line import execute
 from atp_patch.demo_options import check, parser, patch_settings
 from atp_patch.errors import ConfigError
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    with quiet_transformers(progress=args.model is not None):
+    with quiet_transformers(progress=args.model not in (None, *NAMES)):
         check(args)
         console = None if args.json else _console()
         report = run(args)
@@ -81,8 +81,9 @@ def run(args: argparse.Namespace) -> Report:
     def prune(model: Any) -> None:
         patch_model(model, **patch_settings(args))
 
-    if args.model is None:
-        model, processor = load_builtin(dtype=dtype, device=device)
+    if args.model is None or args.model in NAMES:
+        name = NAMES.get(args.model, LLAVA)
+        model, processor = load_builtin(name, dtype=dtype, device=device)
     else:
         model, processor = load_checkpoint(args.model, device, dtype, check=prune)
         print("Answering and timing ...", file=sys.stderr)

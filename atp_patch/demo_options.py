@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from atp_patch.builtin import NAMES
 from atp_patch.command_line import OneLineParser, comma_separated
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import DTYPES, first_line
@@ -26,7 +27,10 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add("image", type=Path, metavar="IMAGE", help="an image file")
     add("question", metavar="QUESTION", help="a question about it")
-    add("--model", help="folder or Hub id of a checkpoint (default: the built-in model)")
+    add(
+        "--model",
+        help=f"{' (default), '.join(NAMES)}, or folder or Hub id of a checkpoint",
+    )
     add("--method", choices=untrained_methods(), help="how to choose tokens (default: atp)")
     add(
         "--layers",

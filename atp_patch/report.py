@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from atp_patch.bench.measure import Measured
+from atp_patch.builtin import NAMES
 from atp_patch.patch import require_patch
 from atp_patch.trace import PruningTrace
 
@@ -111,7 +112,7 @@ class Report:
         """From the demo's arguments, the patched model, its trace, and both answers."""
         return cls(
             model=args.model or "the built-in model",
-            note=None if args.model else BUILTIN_NOTE,
+            note=BUILTIN_NOTE if args.model in (None, *NAMES) else None,
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
             image=str(args.image),

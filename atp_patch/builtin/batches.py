@@ -151,7 +151,7 @@ def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Ques
 
 
 def batches(
-    spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch]
+    spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch] = make_batch
 ) -> Iterator[Batch]:
     """Batches `first` to `stop - 1`, drawn ahead in a second process."""
     # "spawn": a fork of a process whose torch threads already run may hang.

@@ -20,8 +20,8 @@ def gallery(number: int, first: int = 0) -> list[Scene]:
     """`number` held-out scenes from index `first` on, the first of them with red shapes.
 
     Scenes are taken in order; only the first is searched for, because the demo asks it about red
-    shapes: it is the first scene at or after `first` that has a sign and one or two red shapes (more
-    of a kind are what the model counts worst).
+    shapes: it is the first scene at or after `first` that has a sign and one or two red shapes
+    (more of a kind are what the model counts worst).
     """
     index = first
     while True:

@@ -62,7 +62,7 @@ def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
 
 
 def tower_loss(
-    learner: Learner, stage: Stage, compiled: bool, batch: Batch, step: int
+    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by patch field."""
     order = None
@@ -77,7 +77,7 @@ def tower_loss(
 
 
 def decoder_loss(
-    learner: Learner, stage: Stage, compiled: bool, batch: Batch, step: int
+    learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and accuracies by task."""
     owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX
@@ -27,18 +28,27 @@ CHAT_TEMPLATE = (
 """One question: `<s>USER: <image> How many red shapes are there? ASSISTANT:`."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; unknown words become `<unk>`. Agrees with `tokens.encode` (a test)."""
+def build_tokenizer(
+    more: tuple[str, ...] = (), named: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a word; unknown words become `<unk>`. Agrees with `tokens.encode` (a test).
+
+    Args:
+        more: special tokens behind the words.
+        named: special tokens that the tokenizer is asked for by name.
+    """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel(word_ids(), unk_token=UNK))
+    ids = word_ids() | {token: len(word_ids()) + k for k, token in enumerate(more)}
+    specials = (*SPECIALS, *more)
+    backend = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     # Only the words that open a question are lowered: single capitals are characters of signs.
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(word, word.lower()) for word in OPENERS]
     )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
@@ -46,7 +56,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNK,
         pad_token=PAD,
         padding_side="left",
-        extra_special_tokens={"image_token": IMAGE},
+        extra_special_tokens=dict(named or {"image_token": IMAGE}),
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )

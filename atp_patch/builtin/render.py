@@ -22,9 +22,14 @@ _TEXTURE_CONTRAST = 17.0
 _COLOUR_JITTER = 12
 
 
-def draw(layout: Layout, rng: np.random.Generator, noise: float) -> PILImage.Image:
-    """The image of a layout, 192 x 192 RGB."""
-    canvas = _background(layout, rng)
+def draw(
+    layout: Layout,
+    rng: np.random.Generator,
+    noise: float,
+    size: tuple[int, int] = (IMAGE_PX, IMAGE_PX),
+) -> PILImage.Image:
+    """The image of a layout, RGB, (width, height) pixels large: 192 x 192 if not told otherwise."""
+    canvas = _background(layout, rng, size)
     image = PILImage.fromarray(canvas)
     pen = ImageDraw.Draw(image)
     for item in layout.objects:
@@ -38,10 +43,12 @@ def draw(layout: Layout, rng: np.random.Generator, noise: float) -> PILImage.Ima
     return PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _background(layout: Layout, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _background(
+    layout: Layout, rng: np.random.Generator, size: tuple[int, int]
+) -> NDArray[np.uint8]:
     base = np.array(BACKGROUND_COLOURS[layout.background], dtype=np.float32)
     base = base + rng.uniform(-8, 8, size=3).astype(np.float32)
-    y, x = np.mgrid[:IMAGE_PX, :IMAGE_PX]
+    y, x = np.mgrid[: size[1], : size[0]]
     x = x + int(rng.integers(16))
     y = y + int(rng.integers(16))
     if layout.texture == "striped":
@@ -51,7 +58,7 @@ def _background(layout: Layout, rng: np.random.Generator) -> NDArray[np.uint8]:
     elif layout.texture == "dotted":
         field = np.where(((x % 12) - 6) ** 2 + ((y % 12) - 6) ** 2 <= 10, 2.0, 0.0)
     else:
-        field = np.zeros((IMAGE_PX, IMAGE_PX))
+        field = np.zeros(x.shape)
     pixels = base + _TEXTURE_CONTRAST * field[..., None]
     return pixels.clip(0, 255).astype(np.uint8)
 

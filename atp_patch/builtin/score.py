@@ -12,20 +12,25 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from atp_patch.builtin.batches import BatchSpec, make_batch
+from atp_patch.builtin.dynamic import forward as dynamic
+from atp_patch.builtin.dynamic.sizes import TOKEN_PX, at_size, scene_size
 from atp_patch.builtin.forward import decoder_forward, to_pixel_values, tower_forward
 from atp_patch.builtin.labels import IGNORE
 from atp_patch.builtin.losses import answered
-from atp_patch.builtin.scenes import GRID
+from atp_patch.builtin.scenes import GRID, SceneConfig, make_scene
 from atp_patch.builtin.vocabulary import TASKS
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from numpy.typing import NDArray
+    from transformers import Qwen3VLForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class TaskScore:
 
 @torch.no_grad()
 def score(
-    model: LlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration | Qwen3VLForConditionalGeneration,
     split: str,
     questions: int,
     first_scene: int = 0,
@@ -80,16 +85,15 @@ def score(
     )
     right = dict.fromkeys(TASKS, 0)
     asked = dict.fromkeys(TASKS, 0)
-    places = torch.arange(GRID * GRID, device=model.device)
     number = 0
     while min(asked.values()) < questions:
         batch = make_batch(spec, number)
+        first = first_scene + number * images_per_batch
         number += 1
         ids, targets, task = (
             torch.tensor(batch[name], device=model.device) for name in ("ids", "targets", "task")
         )
-        features = tower_forward(model, to_pixel_values(batch["pixels"], model.device))
-        logits = decoder_forward(model, features, places, ids)
+        logits = _logits(model, batch["pixels"], ids, split, first)
         hits = answered(logits, targets)
         for k, name in enumerate(TASKS):
             alone = (targets == IGNORE).all(-1)  # nothing was left to follow it
@@ -97,6 +101,29 @@ def score(
             right[name] += int(of_task.sum())
             asked[name] += of_task.numel()
     return [TaskScore(name, right[name], asked[name]) for name in TASKS]
+
+
+def _logits(
+    model: LlavaForConditionalGeneration | Qwen3VLForConditionalGeneration,
+    pixels: NDArray[np.generic],
+    ids: Tensor,
+    split: str,
+    first: int,
+) -> Tensor:
+    """Of all questions; (images, 192, 192, 3) pixels are those of the scenes from `first` on."""
+    if isinstance(model, LlavaForConditionalGeneration):
+        features = tower_forward(model, to_pixel_values(pixels, model.device))
+        places = torch.arange(GRID * GRID, device=model.device)
+        return decoder_forward(model, features, places, ids)
+    found = []
+    for row in range(len(pixels)):
+        scene = make_scene(split, first + row, tasks=())
+        shown = at_size(scene, scene_size(split, first + row), SceneConfig().noise).image
+        values = to_pixel_values(np.asarray(shown)[None], model.device)
+        rows, columns = shown.height // TOKEN_PX, shown.width // TOKEN_PX
+        visual = dynamic.merged(model, dynamic.tower_forward(model, values), rows, columns)
+        found.append(dynamic.decoder_forward(model, visual, rows, columns, ids[row : row + 1]))
+    return torch.cat(found)
 
 
 def table(scores: list[TaskScore]) -> str:
@@ -112,23 +139,21 @@ def table(scores: list[TaskScore]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, or JSON."""
-    from transformers import LlavaForConditionalGeneration
-
-    from atp_patch.builtin import builtin_path
+    from atp_patch.builtin import NAMES, load_builtin
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", default="test", choices=["train", "development", "test"])
     parser.add_argument("--questions", type=int, default=500, help="a task")
-    parser.add_argument("--model", type=Path, default=builtin_path(), help="a model folder")
+    parser.add_argument("--model", default="builtin", choices=list(NAMES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--second-turn", action="store_true", help="questions that follow another one"
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+    model, _ = load_builtin(NAMES[options.model], device=options.device)
     scores = score(
-        model.to(options.device).eval(),
+        model,
         options.split,
         options.questions,
         second_turn=options.second_turn,

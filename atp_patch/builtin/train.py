@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,6 +75,11 @@ def run_stage(
             saved = time.monotonic()
 
 
+def _compute(learner: Learner, stage: Stage, compiled: bool) -> Compute:
+    loss = tower_loss if stage.kind == "tower" else decoder_loss
+    return lambda batch, step: loss(learner, batch, stage, step, compiled)
+
+
 def _mean(values: Iterable[float]) -> float:
     items = list(values)
     return sum(items) / len(items)
@@ -109,8 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
             pixels = make_batch(replace(stage.batch, images=16), 0)["pixels"]
             recentre(model, tower_forward(model, to_pixel_values(pixels)))
         learner = Learner(model, heads, make_optimizers(model, heads, stage))
-        loss = tower_loss if stage.kind == "tower" else decoder_loss
-        run_stage(learner, stage, path, partial(loss, learner, stage, not options.no_compile))
+        run_stage(learner, stage, path, _compute(learner, stage, not options.no_compile))
         before = path
         if stage.name == options.until:
             break

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from atp_patch.builtin import builtin_path, load_builtin
+from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
+from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.command_line import execute
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import (
-    BUILTIN_MODEL,
     check,
     drop_layers,
     method_options,
@@ -84,16 +84,17 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
 
     model, processor = _load(args.model, device, dtype, settings_for)
     settings = settings_for(model)
-    speaks = processor.tokenizer.get_vocab() == word_ids()
+    speaks = processor.tokenizer.get_vocab() in (word_ids(), token_ids())
     if args.answers == "forced" and not speaks:
         raise ConfigError(
             f"--answers forced is exact with the built-in tokenizer alone, and {args.model} has "
             "another; give --answers generate."
         )
     answers = {"auto": "forced" if speaks else "generate"}.get(args.answers, args.answers)
-    bench = Bench(model, processor, speaks, answers, args.batch_size, args.max_new_tokens)
+    sized = NAMES.get(args.model) == DYNAMIC
+    bench = Bench(model, processor, speaks, answers, args.batch_size, args.max_new_tokens, sized)
     if answers == "forced" and not bench.flat_positions:
-        bench = Bench(model, processor, speaks, "generate", args.batch_size, args.max_new_tokens)
+        bench = replace(bench, answers="generate")
     work = chunks(tasks, args.split, args.questions)
     first = next(task for task in tasks if task.name == work[0][0].task)
     visual_tokens = prepared(bench, first, args.split, work[0][0]).visual_tokens
@@ -102,7 +103,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     examples = [example for chunk in work for example in chunk]
     done = sum(file.has(e.task, e.number) for _, file in runs for e in examples)
     with progress(len(runs) * len(examples), done) as advance:
-        run(bench, runs, tasks, args.split, work, visual_tokens, advance)
+        run(bench, runs, tasks, args.split, work, advance)
     depth = model.config.get_text_config().num_hidden_layers
     return summarize(measured, tasks, examples, depth, args.split)
 
@@ -123,14 +124,15 @@ def write(rows: Sequence[Row], args: argparse.Namespace) -> str:
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype, check: Any) -> tuple[Any, Any]:
-    if name != BUILTIN_MODEL:
+    if name not in NAMES:
         return load_checkpoint(name, device, dtype, check=check)
-    if not (builtin_path() / "config.json").is_file():
+    folder = builtin_path(NAMES[name])
+    if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"the built-in model is not in this installation ({builtin_path()} is missing); give "
+            f"the built-in model is not in this installation ({folder} is missing); give "
             "--model FOLDER."
         )
-    return load_builtin(dtype=dtype, device=device)
+    return load_builtin(NAMES[name], dtype=dtype, device=device)
 
 
 def _open(

@@ -23,6 +23,7 @@ _CODE = (
     *("config.py", "patch.py", "trace.py", "types.py", "hub.py"),
     *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "vocabulary")),
+    "builtin/dynamic/sizes.py",
     *(f"evaluation/{n}.py" for n in ("answers", "prepare", "scenes", "shades", "tasks")),
 )
 

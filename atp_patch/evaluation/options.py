@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from atp_patch.builtin import SPLITS
+from atp_patch.builtin import NAMES, SPLITS
 from atp_patch.command_line import OneLineParser, comma_separated
 from atp_patch.errors import ConfigError
 from atp_patch.loading import DTYPES
 from atp_patch.methods import untrained_methods
 
 PROG = "python -m atp_patch.evaluate"
-BUILTIN_MODEL = "builtin"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +25,11 @@ def parser() -> argparse.ArgumentParser:
         "are always among what is measured. A killed run goes on where it was.",
     )
     add = parse.add_argument
-    add("--model", default=BUILTIN_MODEL, help="builtin (default), or a folder or Hub id")
+    add(
+        "--model",
+        default=next(iter(NAMES)),
+        help=f"{' (default), '.join(NAMES)}, or a folder or Hub id",
+    )
     add(
         "--methods",
         type=comma_separated(str),

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from atp_patch.builtin import DYNAMIC
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import controlled, threshold_control
 from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.prepare import Inputs, Sample, can_see_ahead, collate, prepare, see
 from atp_patch.evaluation.progress import Advance
+from atp_patch.evaluation.scenes import SETS, scene_image
 from atp_patch.evaluation.settings import BLIND, Setting, applied
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
@@ -36,6 +38,7 @@ class Bench:
         speaks: whether the tokenizer is the built-in one, in which a text has one spelling.
         answers: "forced" or "generate" (see ``answers``).
         batch_size: questions a forward pass.
+        sized: whether each built-in scene is shown at a size of its own.
     """
 
     model: Any
@@ -44,6 +47,7 @@ class Bench:
     answers: str
     batch_size: int = 16
     max_new_tokens: int = 16
+    sized: bool = False
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -90,10 +94,12 @@ def run(
     tasks: Sequence[Task],
     split: str,
     work: Sequence[Chunk],
-    visual_tokens: int,
     advance: Advance,
 ) -> None:
-    """Answer what is not answered yet; each setting's chunk is written as soon as it is done."""
+    """Answer what is not answered yet; each setting's chunk is written as soon as it is done.
+
+    A budget is a share of each image's own visual tokens: images of one size go together.
+    """
     registry = {task.name: task for task in tasks}
     controls = _Controls(bench, tasks)
     for number, chunk in enumerate(work):
@@ -106,14 +112,16 @@ def run(
         for setting, file in open_runs:
             left = [s for s in samples if not file.has(s.example.task, s.example.number)]
             results: dict[str, dict[int, Answer]] = {}
-            with (
-                applied(bench.model, setting, visual_tokens),
-                controls(setting),
-                bench.shortened(setting),
-            ):
-                for sample, answer in answered(bench, setting, registry, left):
-                    example = sample.example
-                    results.setdefault(example.task, {})[example.number] = answer
+            for visual_tokens in sorted({s.visual_tokens for s in left}):
+                alike = [s for s in left if s.visual_tokens == visual_tokens]
+                with (
+                    applied(bench.model, setting, visual_tokens),
+                    controls(setting),
+                    bench.shortened(setting),
+                ):
+                    for sample, answer in answered(bench, setting, registry, alike):
+                        example = sample.example
+                        results.setdefault(example.task, {})[example.number] = answer
             file.add(number, results)
             advance(len(left))
 
@@ -153,7 +161,10 @@ class _Controls:
 
 def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:
     """Encode a question of a task."""
-    image = task.image(split, example.number)
+    if bench.sized and task.group in SETS:
+        image = scene_image(task.group, split, example.number, DYNAMIC)
+    else:
+        image = task.image(split, example.number)
     may_force = bench.answers == "forced" and task.exact
     return prepare(bench.model, bench.processor, example, image, bench.placeholder_ids, may_force)
 

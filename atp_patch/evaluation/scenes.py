@@ -11,7 +11,16 @@ from functools import cache, lru_cache, partial
 
 from PIL import Image
 
-from atp_patch.builtin import SPLITS, TASKS, Question, Scene, SceneConfig, make_scene
+from atp_patch.builtin import (
+    LLAVA,
+    SPLITS,
+    TASKS,
+    Question,
+    Scene,
+    SceneConfig,
+    as_shown,
+    make_scene,
+)
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation.shades import repaint
 from atp_patch.evaluation.tasks import Example, Task, register_task
@@ -82,9 +91,9 @@ def _questions(kind: str, split: str, number: int) -> tuple[Question, ...]:
     return _scene(kind, split, number).questions
 
 
-def scene_image(kind: str, split: str, number: int) -> Image.Image:
-    """The picture of a scene of a set."""
-    scene = _scene(kind, split, number)
+def scene_image(kind: str, split: str, number: int, model: str = LLAVA) -> Image.Image:
+    """The picture of a scene of a set, as a built-in model is shown it."""
+    scene = as_shown(_scene(kind, split, number), model, SETS[kind].config)
     change = SETS[kind].change
     return scene.image if change is None else change(scene)
 
