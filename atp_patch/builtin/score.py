@@ -26,6 +26,7 @@ from atp_patch.builtin.forward import decoder_forward, to_pixel_values, tower_fo
 from atp_patch.builtin.labels import IGNORE
 from atp_patch.builtin.losses import answered
 from atp_patch.builtin.scenes import GRID, SceneConfig, make_scene
+from atp_patch.builtin.silent import shallow
 from atp_patch.builtin.vocabulary import TASKS
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def score(
         ids, targets, task = (
             torch.tensor(batch[name], device=model.device) for name in ("ids", "targets", "task")
         )
-        logits = _logits(model, batch["pixels"], ids, split, first)
+        with shallow(model):
+            logits = _logits(model, batch["pixels"], ids, split, first)
         hits = answered(logits, targets)
         for k, name in enumerate(TASKS):
             alone = (targets == IGNORE).all(-1)  # nothing was left to follow it

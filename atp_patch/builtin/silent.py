@@ -48,6 +48,18 @@ def without(model: Any, silent: Iterable[int], scored: Iterable[int] = ()) -> It
             del layers[number].forward
 
 
+@contextmanager
+def shallow(model: Any) -> Iterator[None]:
+    """The model with its other layers alone, for code that walks them without a cache."""
+    decoder, silent = model.get_decoder(), silent_layers(model)
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList(x for k, x in enumerate(layers) if k not in silent)
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
 def _unchanged(
     number: int, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
 ) -> Tensor:

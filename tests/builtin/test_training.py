@@ -28,11 +28,11 @@ from atp_patch.builtin.learner import (
     make_optimizers,
     save_checkpoint,
 )
-from atp_patch.builtin.losses import answered, back_loss, tally_loss
 from atp_patch.builtin.objectives import decoder_loss, tower_loss, visible_places
 from atp_patch.builtin.optim import orthogonalize
 from atp_patch.builtin.processing import build_processor
 from atp_patch.builtin.scenes import make_scene
+from atp_patch.builtin.silent import shallow
 from atp_patch.builtin.stages import STAGES
 from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, USER, encode, word_ids
 from atp_patch.builtin.vocabulary import RELATIONS
@@ -72,18 +72,33 @@ def test_packed_questions_equal_single_ones() -> None:
 @torch.no_grad()
 def test_growth_keeps_the_function() -> None:
     torch.manual_seed(0)
-    shallow = build(len(ORIGINALS)).eval()
-    deep = grow(shallow).eval()
+    original = build(len(ORIGINALS)).eval()
+    deep = grow(original).eval()
     assert len(deep.model.language_model.layers) == DECODER_LAYERS == 32
     batch = make_batch(BatchSpec(1), 0)
     pixel_values = to_pixel_values(batch["pixels"])
     text = torch.tensor(encode("How many red shapes are there?"))
     torch.testing.assert_close(
         plain_logits(deep, pixel_values[0], text),
-        plain_logits(shallow, pixel_values[0], text),
+        plain_logits(original, pixel_values[0], text),
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+@torch.no_grad()
+def test_silent_layers_left_out_change_no_bit() -> None:
+    torch.manual_seed(0)
+    deep = grow(build(len(ORIGINALS)).eval())
+    layers = deep.model.language_model.layers
+    batch = make_batch(BatchSpec(1), 0)
+    ids = torch.tensor(batch["ids"])
+    features = tower_forward(deep, to_pixel_values(batch["pixels"]))[:, :40]
+    expected = decoder_forward(deep, features, EVERYTHING[:40], ids)
+    with shallow(deep):
+        assert len(deep.model.language_model.layers) == len(ORIGINALS)
+        assert decoder_forward(deep, features, EVERYTHING[:40], ids).equal(expected)
+    assert deep.model.language_model.layers is layers
 
 
 def test_layers_that_are_scored_are_originals() -> None:
@@ -155,14 +170,6 @@ def test_a_conversation_is_what_the_chat_template_writes() -> None:
     assert given == wanted
 
 
-def test_answered_needs_every_token() -> None:
-    targets = torch.tensor([[[-100, 1, 2, -100], [-100, 1, 2, -100]]])
-    logits = torch.zeros(1, 2, 4, 3)
-    logits[0, :, 1, 1] = 1
-    logits[0, 0, 2, 2] = 1
-    assert answered(logits, targets).tolist() == [[True, False]]
-
-
 def test_orthogonalize_brings_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 32, 16), (2, 16, 32)):
@@ -206,17 +213,6 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, stop: int) -> Non
         whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
-
-
-def test_attention_to_the_first_noun_is_what_back_loss_measures() -> None:
-    attention = torch.full((1, 2, 6, 6), 0.01)
-    attention[0, :, 5, 1] = torch.tensor([0.5, 0.25])
-    back = torch.tensor([[0, 0, 0, 0, 0, 4]])
-    loss = back_loss(attention, back)
-    torch.testing.assert_close(
-        loss, torch.tensor([0.5, 0.25]).log().mean().neg(), atol=1e-4, rtol=0
-    )
-    assert back_loss(attention, torch.zeros_like(back)) == 0
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -281,25 +277,3 @@ def test_side_labels_say_where_the_second_object_lies() -> None:
             # "A above B" holds where B is below A.
             assert (axis == positive) == (question.answer == "yes")
     assert asked > 10
-
-
-def test_tally_loss_is_nought_for_attention_that_counts() -> None:
-    cores = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, NOTHING, NOTHING]])
-    named = torch.tensor([[0b11, 0b01, 0b00]])
-    told = torch.tensor([[True, True, True]])
-    right = torch.zeros(1, 3, 11)
-    right[0, 0, :9] = torch.tensor([0.5, *[0.0625] * 8])
-    right[0, 1, :5] = torch.tensor([8 / 12, *[1 / 12] * 4])
-    right[0, 2, 0] = 1.0
-    torch.testing.assert_close(
-        tally_loss(right, named, told, cores), torch.tensor(0.0), atol=1e-4, rtol=0
-    )
-    assert tally_loss(torch.full_like(right, 1 / 11), named, told, cores) > 0.3
-    assert tally_loss(right, named, torch.zeros_like(told), cores) == 0
-    # Shares within an object may differ: what counts is that they sum to 4.
-    shares = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.5, 0.5, 0.5, 0.5, 0.0, 0.0]])
-    assert tally_loss(right, named, told, cores, shares) > 0.02
-    right[0, 0, 5:9] = torch.tensor([2.5, 0.5, 0.5, 0.5]) / 16
-    torch.testing.assert_close(
-        tally_loss(right, named, told, cores, shares), torch.tensor(0.0), atol=1e-4, rtol=0
-    )
