@@ -25,9 +25,11 @@ from atp_patch.bench.measure import PLAIN, Contender, compare, patched
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.report import entries, same_lengths, table
+from atp_patch.bench.training import as_data, compare_steps, steps_table
 from atp_patch.command_line import OneLineParser, comma_separated, execute
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ConfigError
+from atp_patch.families import family_of
 from atp_patch.methods import Compressor, Method, make_method
 
 
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also time the plain model at the lengths that pruning leaves: where time goes",
     )
+    add(
+        "--train",
+        action="store_true",
+        help="time training steps instead: plain, patched, and patched with the heads alone",
+    )
+    add("--gradient-checkpointing", action="store_true", help="with --train")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--plot", type=Path, metavar="FILE.png", help="draw speed-up against FLOPs ratio")
     return parser
@@ -109,6 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build, measure each case and print its table; everything measured as plain data."""
     if args.plot is not None:
         check_plot()
+    _check_training(args)
     for name in ("runs", "batch_size", "prompt_tokens"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -135,6 +144,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     for image, batch_size, prompt in product(images, args.batch_size, args.prompt_tokens):
         inputs = _to(preset.inputs(image, batch_size, prompt, args.seed), args.device, dtype)
+        if args.train:
+            report["cases"].append(_training_case(args, model, preset, image, inputs))
+            continue
         contenders = [patched(model, name, given) for name, given in settings[image].items()]
         case = _case(args, model, contenders, inputs)
         case |= {"image": list(image), "visual_tokens": preset.visual_tokens(image)}
@@ -142,6 +154,53 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sys.stdout.write("\n" + table(case))
         sys.stdout.flush()
     return report
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    """Arguments that go with, or without, ``--train`` alone."""
+    if args.gradient_checkpointing and not args.train:
+        raise ConfigError("--gradient-checkpointing goes with --train.")
+    others = {
+        "--methods": args.methods != "atp",
+        "--keep, --target-tokens and --schedule": any(
+            x is not None for x in (args.keep, args.target_tokens, args.schedule)
+        ),
+        "--profile": args.profile,
+        "--plot": args.plot is not None,
+    }
+    for name, given in others.items():
+        if args.train and given:
+            raise ConfigError(
+                f"leave out {name} with --train: a model in training keeps its full length, "
+                "whatever is pruned."
+            )
+
+
+def _training_case(
+    args: argparse.Namespace, model: Any, preset: Preset, image: Size, inputs: dict[str, Any]
+) -> dict[str, Any]:
+    ids = inputs["input_ids"]
+    config = model.config
+    visual = family_of(config).placeholder_ids(config)
+    text = ~torch.isin(ids, torch.tensor(visual, device=ids.device))
+    num_layers = config.get_text_config().num_hidden_layers
+    layers = args.layers or scaled_layers(num_layers)
+    checkpointing = args.gradient_checkpointing
+    found = compare_steps(
+        model, layers, inputs, text, runs=args.runs, gradient_checkpointing=checkpointing
+    )
+    case = {
+        "image": list(image),
+        "visual_tokens": preset.visual_tokens(image),
+        "batch_size": ids.shape[0],
+        "prompt_tokens": int(text[0].sum()),
+        "runs": args.runs,
+        "gradient_checkpointing": checkpointing,
+        "ways": as_data(found),
+    }
+    sys.stdout.write("\n" + steps_table(case))
+    sys.stdout.flush()
+    return case
 
 
 def _case(

@@ -1,0 +1,149 @@
+"""Time and memory of training steps, forward and backward: plain and patched, in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.patch import HEADS, patch_model, unpatch_model
+
+IGNORE = -100
+ANSWER_SHARE = 0.25  # of the text tokens: the last of them are the answer, which is learned
+
+
+@dataclass(frozen=True)
+class Way:
+    """What learns in a step: the decoder with the output head, the threshold heads, or both."""
+
+    name: str
+    patched: bool
+    decoder: bool
+
+
+WAYS = (
+    Way("plain, decoder learns", patched=False, decoder=True),
+    Way("atp, decoder learns", patched=True, decoder=True),
+    Way("atp, heads alone", patched=True, decoder=False),
+)
+
+
+@dataclass
+class Steps:
+    """Training steps of one way; ``peak_bytes`` is the most memory in use, weights included."""
+
+    step: Times = field(default_factory=Times)
+    peak_bytes: int | None = None
+
+
+def compare_steps(
+    model: Any,
+    layers: Sequence[int],
+    inputs: dict[str, Tensor],
+    text: Tensor,
+    *,
+    runs: int,
+    gradient_checkpointing: bool = False,
+) -> dict[str, Steps]:
+    """Time steps of all ways in turns. No optimizer runs: what it costs depends on it alone.
+
+    Args:
+        layers: before which the patched model prunes; it runs at full length in training.
+        inputs: on the model's device; ``text`` (B, L) says which tokens are no visual ones.
+        runs: timed rounds, after one of warm-up.
+    """
+    found = {way.name: Steps() for way in WAYS}
+    labels = _labels(inputs["input_ids"], text)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for run in range(runs + 1):
+        for way in WAYS:
+            one = found[way.name]
+            if way.patched:
+                patch_model(model, layers, "atp", thresholds="learned")
+            try:
+                elapsed_ms, peak = _step(model, way, inputs, labels)
+            finally:
+                if way.patched:
+                    unpatch_model(model)
+            one.peak_bytes = peak if one.peak_bytes is None else max(one.peak_bytes, peak or 0)
+            if run:
+                one.step.values_ms.append(elapsed_ms)
+    model.requires_grad_(True).eval()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return found
+
+
+def _labels(ids: Tensor, text: Tensor) -> Tensor:
+    """(B, L) the ids of the last text tokens, IGNORE elsewhere."""
+    rank = text.flip(1).cumsum(1).flip(1)  # 1 for the last text token, 2 for the one before it
+    answer = text & (rank <= (text.sum(1, keepdim=True) * ANSWER_SHARE).ceil())
+    return torch.where(answer, ids, IGNORE)
+
+
+def _step(
+    model: Any, way: Way, inputs: dict[str, Tensor], labels: Tensor
+) -> tuple[float, int | None]:
+    model.requires_grad_(False)
+    if way.decoder:
+        model.get_decoder().requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    if way.patched:
+        getattr(model, HEADS).requires_grad_(True)
+    model.train()
+    gc.collect()
+    device = labels.device
+    reset_peak(device)
+    start = mark(device)
+    loss = model(**inputs, labels=labels, use_cache=False).loss
+    loss.backward()
+    elapsed_ms = between_ms(start, mark(device))
+    peak = peak_bytes(device)
+    model.zero_grad(set_to_none=True)
+    return elapsed_ms, peak
+
+
+def as_data(found: dict[str, Steps]) -> dict[str, Any]:
+    """Plain data, with what a patched step takes relative to the plain one."""
+    plain = found[WAYS[0].name]
+    return {
+        name: {
+            "step_ms": one.step.spread(),
+            "peak_bytes": one.peak_bytes,
+            "time_ratio": one.step.median_ms / plain.step.median_ms,
+            "memory_ratio": one.peak_bytes / plain.peak_bytes
+            if one.peak_bytes is not None and plain.peak_bytes
+            else None,
+        }
+        for name, one in found.items()
+    }
+
+
+def steps_table(case: dict[str, Any]) -> str:
+    """One case for people, a row for each way."""
+    width, height = case["image"]
+    lines = [
+        f"image {width}x{height}, {case['visual_tokens']} visual tokens, "
+        f"{case['prompt_tokens']} text tokens, batch {case['batch_size']}; "
+        f"{case['runs']} rounds in turns, median [quartiles]",
+        "",
+        "| training step | ms | of plain | peak memory GB | of plain |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, one in case["ways"].items():
+        spread, peak = one["step_ms"], one["peak_bytes"]
+        cells = [
+            name,
+            f"{spread['median']:.0f} [{spread['q1']:.0f}, {spread['q3']:.0f}]",
+            f"{one['time_ratio']:.2f}",
+            "-" if peak is None else f"{peak / 1e9:.2f}",
+            "-" if one["memory_ratio"] is None else f"{one['memory_ratio']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
