@@ -63,13 +63,13 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="joint",
         kind="shallow",
-        steps=350,
+        steps=202,
         batch=_questions(5_300_000, ("count", "count", "common", "ocr")),
         muon_rate=0.004,
         adam_rate=0.0008,
         tower_rate=0.4,
         warm_up=10,
-        decay=340,
+        decay=192,
         task_weight=_WEIGHT,
     ),
 )
