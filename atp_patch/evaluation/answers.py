@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from atp_patch.evaluation.prepare import Batch, end_ids
+from atp_patch.evaluation.prepare import Batch, Inputs, end_ids
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -30,8 +30,9 @@ GREEDY: dict[str, Any] = {
 def forced(model: Any, batch: Batch) -> list[bool]:
     """Whether greedy generation would give each sample's true answer; two forward passes."""
     cache = DynamicCache(config=model.config.get_text_config())
+    inputs = _placed(batch.inputs)
     with torch.inference_mode():
-        read = model(**batch.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         predicted = [read.logits[:, -1:].argmax(-1)]
         fed = batch.answers[:, :-1]
         mask = torch.cat([batch.inputs["attention_mask"], batch.answers_valid[:, :-1].long()], 1)
@@ -39,13 +40,32 @@ def forced(model: Any, batch: Batch) -> list[bool]:
         told = model(
             input_ids=fed,
             attention_mask=mask,
-            position_ids=batch.inputs["position_ids"][:, -1:] + steps,
+            position_ids=_last_positions(model, inputs) + steps,
             past_key_values=cache,
             use_cache=True,
         )
         predicted.append(told.logits.argmax(-1))
     hits = (torch.cat(predicted, 1) == batch.answers) | ~batch.answers_valid
     return [bool(hit) for hit in hits.all(1).tolist()]
+
+
+def _placed(inputs: Inputs) -> Inputs:
+    """With position ids where a model with M-RoPE would not find them: without an image it does not
+    look at the padding. With one it finds them by itself.
+    """
+    if "position_ids" in inputs or any(name.startswith("pixel_values") for name in inputs):
+        return inputs
+    flat = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return inputs | {"position_ids": flat.expand(3, -1, -1)}
+
+
+def _last_positions(model: Any, inputs: Inputs) -> Tensor:
+    """(B, 1) position ids of the last tokens, or (3, B, 1) with M-RoPE."""
+    if "position_ids" in inputs:
+        last: Tensor = inputs["position_ids"][..., -1:]
+        return last
+    deltas = getattr(model, model.base_model_prefix).rope_deltas
+    return (inputs["attention_mask"].sum(1, keepdim=True) - 1 + deltas).expand(3, -1, -1)
 
 
 def generated(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> list[str]:

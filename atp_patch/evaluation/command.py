@@ -93,8 +93,6 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     answers = {"auto": "forced" if speaks else "generate"}.get(args.answers, args.answers)
     sized = NAMES.get(args.model) == DYNAMIC
     bench = Bench(model, processor, speaks, answers, args.batch_size, args.max_new_tokens, sized)
-    if answers == "forced" and not bench.flat_positions:
-        bench = replace(bench, answers="generate")
     work = chunks(tasks, args.split, args.questions)
     first = next(task for task in tasks if task.name == work[0][0].task)
     visual_tokens = prepared(bench, first, args.split, work[0][0]).visual_tokens

@@ -26,11 +26,21 @@ from atp_patch.builtin.dynamic.tokens import IMAGE_PAD, token_ids
 from atp_patch.builtin.score import score
 from atp_patch.builtin.tokens import UNK, encode
 from atp_patch.evaluation import command
+from atp_patch.evaluation.answers import forced, generated
+from atp_patch.evaluation.prepare import collate
+from atp_patch.evaluation.runner import Bench, prepared
+from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied
+from atp_patch.evaluation.tasks import choose_tasks
 from tests.helpers.compare import assert_close
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, kept_of
 
 FOLDER = builtin_path("dynamic")
+SETTINGS = (
+    Setting(UNPRUNED),
+    Setting(BLIND),
+    Setting("atp", layers=(2, 4), budget=0.5),
+)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "scenes"
 Loaded = tuple[Qwen3VLForConditionalGeneration, SizedProcessor]
 
@@ -53,6 +63,24 @@ def asked(processor: SizedProcessor, *numbers: int, question: str) -> Any:
         padding=True,
         return_tensors="pt",
     )
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_forced_answers_are_those_of_generate(loaded: Loaded, setting: Setting) -> None:
+    bench = Bench(*loaded, speaks=True, answers="forced", sized=True)
+    samples = [
+        prepared(bench, task, "development", example)
+        for task in choose_tasks(["exist", "count", "ocr"])
+        for example in task.examples("development", 5)
+    ]
+    alike = [s for s in samples if s.visual_tokens == samples[0].visual_tokens]
+    assert len({len(s.inputs["input_ids"][0]) for s in alike}) > 1  # some are padded
+    batch = collate(alike, bench.processor.tokenizer.pad_token_id, setting.name == BLIND, False)
+    with applied(bench.model, setting, alike[0].visual_tokens):
+        texts = generated(bench.model, bench.processor, batch, 6)
+        hits = forced(bench.model, batch)
+    assert hits == [text == s.example.answer for text, s in zip(texts, alike, strict=True)]
+    assert any(hits)
 
 
 def test_weights_are_small_and_bfloat16() -> None:
