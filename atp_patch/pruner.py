@@ -245,7 +245,8 @@ def tower_of(family: Family, config: Any, method: BeforeDecoder, asked: PruningC
     tower = family.tower(config)
     shrinks = isinstance(method, Shrinker)
     if tower is None or (shrinks and not family.resizable):
-        able = ", ".join(f.name for f in FAMILIES if f.resizable or (f.has_tower and not shrinks))
+        others = [f for f in FAMILIES if f is not family]
+        able = ", ".join(f.name for f in others if f.resizable or (f.has_tower and not shrinks))
         raise UnsupportedModelError(
             f"{method.name} prunes before the decoder, which this {config.model_type} model does "
             f"not allow; these families do: {able}. Any method that prunes inside the decoder "

@@ -8,6 +8,8 @@ frames the id of images.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,11 @@ def _grids(query: GridQuery) -> Grids:
     ]
 
 
+def _deepstack_layers(config: Any) -> int:
+    """How many decoder layers get features of earlier tower blocks added to their output."""
+    return len(config.vision_config.deepstack_visual_indexes)
+
+
 QWEN2_VL = Family(
     name="qwen2_vl",
     model_types=("qwen2_vl", "qwen2_5_vl"),
@@ -73,7 +80,9 @@ QWEN3_VL = Family(
     model_types=("qwen3_vl", "qwen3_vl_moe"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
-    late_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
+    late_layers=_deepstack_layers,
+    tower=lambda config: None if _deepstack_layers(config) else packed_tower(config),
+    resizable=True,
 )
 GLM4V = Family(
     name="glm4v",

@@ -40,6 +40,7 @@ SETTINGS = (
     Setting(UNPRUNED),
     Setting(BLIND),
     Setting("atp", layers=(2, 4), budget=0.5),
+    Setting("prumerge+", budget=0.5),
 )
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "scenes"
 Loaded = tuple[Qwen3VLForConditionalGeneration, SizedProcessor]

@@ -44,13 +44,13 @@ VISION: dict[str, Any] = {
 ROPE = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]}
 
 
-def _qwen3(make: Any, **text: Any) -> Any:
+def _qwen3(make: Any, deep: int = DEEP, **text: Any) -> Any:
     return make(
         text_config={**TEXT, "rope_parameters": ROPE, **text},
         vision_config={
             **VISION,
             "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1][:DEEP],
+            "deepstack_visual_indexes": [0, 1][:deep],
         },
         **tiny._qwen_ids(),
     )
@@ -162,6 +162,14 @@ KINDS = (
         "qwen3_vl",
         Qwen3VLForConditionalGeneration,
         lambda: _qwen3(Qwen3VLConfig),
+        _picture,
+        _collate,
+        videos=True,
+    ),
+    Kind(
+        "qwen3_vl-flat",  # without deepstack
+        Qwen3VLForConditionalGeneration,
+        lambda: _qwen3(Qwen3VLConfig, deep=0),
         _picture,
         _collate,
         videos=True,

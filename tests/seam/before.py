@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from tests.families import anyres, square, towers
+from tests.families import anyres, mrope, square, towers
 from tests.families.kinds import VIDEO, Kind, Picture, Sample, Words, make, sample
 from tests.helpers import inputs as made
 from tests.helpers import tiny
@@ -27,7 +27,7 @@ from tests.helpers.merging import (
 )
 from tests.helpers.oracle import masked_logits
 
-KINDS = {kind.name: kind for kind in (*square.KINDS, *anyres.KINDS, *towers.KINDS)}
+KINDS = {kind.name: kind for kind in (*square.KINDS, *anyres.KINDS, *towers.KINDS, *mrope.KINDS)}
 NEIGHBOURS = 5
 TILED = (
     sample(Words(3), Picture(0), Words(9), seed=1),
@@ -51,6 +51,8 @@ class Case:
         attentions: names of the attention modules whose q and k count, one a tower.
         query, key: names of the modules within that put out q and k; packed towers have one.
         inputs_merged: the projector's inputs are merged, not its outputs.
+        beams: whether the plain model can search with beams: transformers trips over the features
+            of deepstack where there are none.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Case:
     inputs_merged: bool = True
     class_token: bool = True
     packed: bool = False
+    beams: bool = True
 
     def alone(self, model: Any, number: int) -> Inputs:
         """One sample of ``feed``."""
@@ -102,6 +105,7 @@ CASES = (
     _tiny("qwen2_vl", made.VIDEO, attentions=("visual.blocks.1.attn",), **QWEN),
     _tiny("qwen2_5_vl", made.MIXED, attentions=("visual.blocks.1.attn",), **QWEN),
     _family("vipllava", SMALL, attentions=(_CLIP.format(1),)),
+    _family("qwen3_vl-flat", FILMS, attentions=("visual.blocks.1.attn",), beams=False, **QWEN),
     _family(
         "video_llava",
         FILMS,

@@ -192,7 +192,8 @@ def test_the_cache_changes_no_answer(case: Case) -> None:
     inputs = case.feed(model, "left")
     cached, uncached = (generate(model, inputs, 5, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
-    assert torch.equal(generate(model, inputs, 5, num_beams=2)[:, :3], cached[:, :3])
+    if case.beams:
+        assert torch.equal(generate(model, inputs, 5, num_beams=2)[:, :3], cached[:, :3])
 
 
 @every_case
@@ -228,7 +229,7 @@ def test_a_fixed_tower_takes_one_size_at_a_time() -> None:
 
 
 def test_models_that_cannot_are_refused_by_name() -> None:
-    able = "llava, video_llava, qwen2_vl, internvl"
+    able = "llava, video_llava, qwen2_vl, qwen3_vl, internvl"
     for name in ("llava_next", "gemma3"):
         with pytest.raises(atp_patch.UnsupportedModelError, match=able):
             atp_patch.patch_model(KINDS[name].build(), method="downsample")
