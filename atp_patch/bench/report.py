@@ -112,11 +112,8 @@ def table(case: dict[str, Any]) -> str:
     head = ["", *columns]
     grid = [head, *([label, *cells] for label, cells in rows)]
     widths = [max(len(row[k]) for row in grid) for k in range(len(head))]
-    width, height = case["image"]
     lines = [
-        f"image {width}x{height}, {case['visual_tokens']} visual tokens, "
-        f"{case['prompt_tokens']} text tokens, batch {case['batch_size']}; "
-        f"{case['runs']} rounds in turns, median [quartiles]",
+        heading(case),
         "",
     ]
     for number, row in enumerate(grid):
@@ -129,6 +126,16 @@ def table(case: dict[str, Any]) -> str:
         if "same_lengths" in column:
             lines += ["", *_profile_lines(name, column["same_lengths"])]
     return "\n".join(lines) + "\n"
+
+
+def heading(case: dict[str, Any]) -> str:
+    """What was measured, on which input, and how often."""
+    width, height = case["image"]
+    return (
+        f"image {width}x{height}, {case['visual_tokens']} visual tokens, "
+        f"{case['prompt_tokens']} text tokens, batch {case['batch_size']}; "
+        f"{case['runs']} rounds in turns, median [quartiles]"
+    )
 
 
 def _ms(spread: dict[str, float] | None) -> str:

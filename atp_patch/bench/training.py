@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.bench.report import heading
 from atp_patch.patch import HEADS, patch_model, unpatch_model
 
 IGNORE = -100
@@ -127,11 +128,8 @@ def as_data(found: dict[str, Steps]) -> dict[str, Any]:
 
 def steps_table(case: dict[str, Any]) -> str:
     """One case for people, a row for each way."""
-    width, height = case["image"]
     lines = [
-        f"image {width}x{height}, {case['visual_tokens']} visual tokens, "
-        f"{case['prompt_tokens']} text tokens, batch {case['batch_size']}; "
-        f"{case['runs']} rounds in turns, median [quartiles]",
+        heading(case),
         "",
         "| training step | ms | of plain | peak memory GB | of plain |",
         "|---|--:|--:|--:|--:|",

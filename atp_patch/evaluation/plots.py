@@ -72,19 +72,14 @@ def frontier(rows: Sequence[Row]) -> Any:
 def frontier_by_task(rows: Sequence[Row]) -> Any:
     """The same for each task, without intervals."""
     tasks = list(rows[0].accuracy)
-    columns = min(_COLUMNS, len(tasks))
-    height = math.ceil(len(tasks) / columns)
-    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
-    places = [axes for line in grid for axes in line]
-    for axes, task in zip(places, tasks, strict=False):
+    figure, places = _panels(len(tasks))
+    for axes, task in zip(places, tasks, strict=True):
         for number, (label, points) in enumerate(_curves(rows).items()):
             tokens = [row.tokens[task] for row in points]
             values = [row.accuracy[task] for row in points]
             axes.plot(tokens, values, label=label, marker=_mark(number), ms=4, lw=1)
         _references(axes, rows, lambda row, task=task: row.accuracy[task])
         axes.set_title(task, fontsize=9)
-    for axes in places[len(tasks) :]:
-        axes.set_visible(False)
     places[0].legend(fontsize=6)
     return figure
 
@@ -117,21 +112,15 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
     pruned = [row for row in rows if row.layers and row.setting.name != DROPPED]
     if not pruned:
         return None
-    columns = min(_COLUMNS, len(pruned))
-    height = math.ceil(len(pruned) / columns)
-    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
-    places = [axes for line in grid for axes in line]
-    for axes, row in zip(places, pruned, strict=False):
+    figure, places = _panels(len(pruned))
+    for axes, row in zip(places, pruned, strict=True):
         for task, counts in row.entering.items():
             axes.plot(list(counts), list(counts.values()), label=task, marker=".", lw=1)
-        budget = "" if row.setting.budget is None else f" {row.setting.budget:g}"
-        axes.set_title(f"{row.setting.name}{budget}", fontsize=9)
+        axes.set_title(_title(row), fontsize=9)
         axes.set_xticks([0, *row.layers])
         axes.set_yscale("log")
         axes.set_xlabel("decoder layer", fontsize=8)
         axes.set_ylabel("visual tokens", fontsize=8)
-    for axes in places[len(pruned) :]:
-        axes.set_visible(False)
     places[0].legend(fontsize=5)
     return figure
 
@@ -143,22 +132,16 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
     adaptive = [row for row in rows if _varies(row)]
     if not adaptive:
         return None
-    columns = min(_COLUMNS, len(adaptive))
-    height = math.ceil(len(adaptive) / columns)
-    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
-    places = [axes for line in grid for axes in line]
-    for axes, row in zip(places, adaptive, strict=False):
+    figure, places = _panels(len(adaptive))
+    for axes, row in zip(places, adaptive, strict=True):
         for layer in next(iter(row.strata.values())).entering:
             means = [stratum.entering[layer] for stratum in row.strata.values()]
             axes.plot(list(row.strata), means, label=f"enter layer {layer}", marker=".", lw=1)
-        budget = "" if row.setting.budget is None else f" {row.setting.budget:g}"
-        axes.set_title(f"{row.setting.name}{budget}", fontsize=9)
+        axes.set_title(_title(row), fontsize=9)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("objects in the picture", fontsize=8)
         axes.set_ylabel("visual tokens", fontsize=8)
         axes.legend(fontsize=5)
-    for axes in places[len(adaptive) :]:
-        axes.set_visible(False)
     return figure
 
 
@@ -194,6 +177,22 @@ def _figure(height: int, columns: int, inches: tuple[float, float]) -> tuple[Any
 
     figure = Figure(figsize=inches, layout="constrained")
     return figure, figure.subplots(height, columns, squeeze=False)
+
+
+def _panels(count: int) -> tuple[Any, list[Axes]]:
+    """A figure with so many panels, the rest of its grid left empty."""
+    columns = min(_COLUMNS, count)
+    height = math.ceil(count / columns)
+    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
+    places = [axes for line in grid for axes in line]
+    for axes in places[count:]:
+        axes.set_visible(False)
+    return figure, places[:count]
+
+
+def _title(row: Row) -> str:
+    budget = "" if row.setting.budget is None else f" {row.setting.budget:g}"
+    return f"{row.setting.name}{budget}"
 
 
 def _mark(number: int) -> str:
