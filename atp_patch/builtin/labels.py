@@ -140,27 +140,38 @@ def patch_cores(layout: Layout) -> NDArray[np.int64]:
     return cores.ravel()
 
 
-_MIDDLE_SPREAD = 0.8
-"""Width, in patches, of the bell that `patch_middles` lays over an object's centre."""
-
-
 def patch_middles(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Number of the object nearest to a patch and the patch's share of its middle, both (576,).
+    """`middles` of the patches, (576,) both."""
+    near, shares = middles(layout, (IMAGE_PX, IMAGE_PX), PATCH_PX, spread=0.8, reach=6.0)
+    return near.ravel(), shares.ravel()
+
+
+def middles(
+    layout: Layout, size: tuple[int, int], cell_px: int, spread: float, reach: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Number of the object nearest to a cell and the cell's share of its middle, (rows, columns)
+    both.
 
     The shares of an object are a bell round its centre that sums to 4. Unlike the 2 x 2 patches of
     `patch_cores` it changes smoothly with the centre, so that no share hangs on half a pixel.
+
+    Args:
+        size: (width, height) of the canvas in pixels.
+        cell_px: side of a cell, of which the next two are multiples.
+        spread: standard deviation of the bell.
+        reach: squared distance from the centre at which the bell ends.
     """
-    near = np.full((GRID, GRID), NOTHING)
-    shares = np.zeros((GRID, GRID), dtype=np.float32)
-    middle = np.arange(GRID) + 0.5
+    columns, rows = (side // cell_px for side in size)
+    near = np.full((rows, columns), NOTHING)
+    shares = np.zeros((rows, columns), dtype=np.float32)
+    y, x = (np.arange(rows) + 0.5)[:, None], np.arange(columns) + 0.5
     for number, item in enumerate(layout.objects):
-        far = (middle[:, None] - item.y_px / PATCH_PX) ** 2
-        far = far + (middle - item.x_px / PATCH_PX) ** 2
-        bell = np.exp(-far / (2 * _MIDDLE_SPREAD**2)) * (far < 6.0)
+        far = (y - item.y_px / cell_px) ** 2 + (x - item.x_px / cell_px) ** 2
+        bell = np.exp(-far / (2 * spread**2)) * (far < reach)
         bell *= 4 / bell.sum()
         mine = bell > shares
         near[mine], shares[mine] = number, bell[mine]
-    return near.ravel(), shares.ravel()
+    return near, shares
 
 
 def _core(item: SceneObject) -> tuple[slice, slice]:

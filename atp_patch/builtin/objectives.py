@@ -105,7 +105,6 @@ def decoder_loss(
         loss = loss + stage.patch_weight * (patch + 3 * placed)
         shares |= {"patch_loss": patch.item(), "place_loss": placed.item()}
         shares["patch_shape"] = seen["shape"]
-    cores = torch.as_tensor(batch["cores"]).repeat_interleave(stage.batch.views, 0)
     if stage.smooth_tally:
         near, middle = (
             torch.as_tensor(batch[k]).repeat_interleave(stage.batch.views, 0).gather(1, places)
@@ -113,6 +112,7 @@ def decoder_loss(
         )
         tallied: tuple[Tensor, Tensor | None] = near, middle
     else:
+        cores = torch.as_tensor(batch["cores"]).repeat_interleave(stage.batch.views, 0)
         tallied = cores.gather(1, places), None
     auxiliary = noun_losses(learner, batch, stage, notes, owners.gather(1, places), tallied)
     for name, (share, extra) in auxiliary.items():

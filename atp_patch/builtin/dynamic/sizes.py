@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from atp_patch.builtin.labels import NOTHING
+from atp_patch.builtin.labels import NOTHING, middles
 from atp_patch.builtin.render import draw, outline
 from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX, Layout, Plate, Scene, Sign, scene_rng
 from atp_patch.builtin.vocabulary import MAX_OBJECTS
@@ -26,7 +26,6 @@ SIDES_PX: tuple[int, ...] = (192, 208, 224, 240)
 _Item = TypeVar("_Item", Sign, Plate)
 _STREAM = 2000  # of a scene's chance; those of the generator and of other pictures are others
 _OWNED_SHARE = 0.25
-_MIDDLE_SPREAD_PX = 8.0
 
 
 def scene_size(split: str, index: int, sides_px: Sequence[int] = SIDES_PX) -> tuple[int, int]:
@@ -101,17 +100,5 @@ def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
 def token_middles(
     layout: Layout, size: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Number of the object nearest to a token and the token's share of its middle, (rows, columns)
-    both. As with `labels.patch_middles` the shares of an object sum to 4.
-    """
-    y = np.arange(TOKEN_PX // 2, size[1], TOKEN_PX)[:, None]
-    x = np.arange(TOKEN_PX // 2, size[0], TOKEN_PX)
-    near = np.full((y.shape[0], x.shape[0]), NOTHING)
-    shares = np.zeros(near.shape, dtype=np.float32)
-    for number, item in enumerate(layout.objects):
-        far = (y - item.y_px) ** 2 + (x - item.x_px) ** 2
-        bell = np.exp(-far / (2 * _MIDDLE_SPREAD_PX**2)) * (far < 2 * TOKEN_PX**2)
-        bell *= 4 / bell.sum()
-        mine = bell > shares
-        near[mine], shares[mine] = number, bell[mine]
-    return near, shares
+    """`labels.middles` of the visual tokens, (rows, columns) both."""
+    return middles(layout, size, TOKEN_PX, spread=0.5, reach=2.0)
