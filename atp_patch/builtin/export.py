@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from atp_patch.builtin.architecture import DECODER_LAYERS, ORIGINALS, build, grow
 from atp_patch.builtin.processing import build_processor
@@ -20,11 +21,16 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The model's state dict in a training checkpoint."""
+    # The checkpoint's prefix "model." stands before the names of the state dict.
+    stored = load_file(path)
+    return {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
+
+
 def read_checkpoint(path: Path) -> LlavaForConditionalGeneration:
     """The model of a training checkpoint, always with 32 decoder layers, float32."""
-    stored = load_file(path)
-    state = {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
-    # The checkpoint's prefix "model." stands before the names of the state dict.
+    state = read_state(path)
     deepest = max(int(k.split(".")[3]) for k in state if ".language_model.layers." in k)
     model = build(deepest + 1)
     model.load_state_dict(state)
@@ -42,10 +48,15 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
         raise ValueError(
             f"the shipped model has {DECODER_LAYERS} decoder layers, this has {layers}"
         )
+    build_processor().save_pretrained(folder)
+    write_model(model, folder)
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Write weights (bfloat16) and configuration; then all may read the folder's files."""
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 8
     model.to(torch.bfloat16).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # save_pretrained leaves the weights readable by their owner only
 

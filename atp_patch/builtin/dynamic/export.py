@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from atp_patch.builtin import DYNAMIC, builtin_path
 from atp_patch.builtin.dynamic.architecture import build
 from atp_patch.builtin.dynamic.processing import save_processor
+from atp_patch.builtin.export import read_state, write_model
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,17 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=builtin_path(DYNAMIC))
     options = parser.parse_args(arguments)
-    stored = load_file(options.checkpoint)
     model = build()
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
-    )
-    model.generation_config.do_sample = False
-    model.generation_config.max_new_tokens = 8
-    model.to(torch.bfloat16).save_pretrained(options.folder)
+    model.load_state_dict(read_state(options.checkpoint))
     save_processor(options.folder)
-    for file in options.folder.iterdir():
-        file.chmod(0o644)  # save_pretrained leaves the weights readable by their owner only
+    write_model(model, options.folder)
 
 
 if __name__ == "__main__":
