@@ -226,6 +226,11 @@ def push_to_hub(model: nn.Module, repo_id: str, **kwargs: Any) -> str:
     return adapter_of(patch.config, patch.heads).push_to_hub(repo_id, **kwargs)
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model is patched."""
+    return _state(model) is not None
+
+
 def require_patch(model: nn.Module) -> Patch:
     """The patch on a model.
 

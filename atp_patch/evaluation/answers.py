@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from atp_patch.evaluation.prepare import Batch, Inputs, end_ids
+from atp_patch.evaluation.prepare import ENCODED, PICTURE, Batch, Inputs, end_ids
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -53,7 +53,7 @@ def _placed(inputs: Inputs) -> Inputs:
     """With position ids where a model with M-RoPE would not find them: without an image it does not
     look at the padding. With one it finds them by itself.
     """
-    if "position_ids" in inputs or any(name.startswith("pixel_values") for name in inputs):
+    if not inputs.keys().isdisjoint({"position_ids", PICTURE, ENCODED}):
         return inputs
     flat = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return inputs | {"position_ids": flat.expand(3, -1, -1)}

@@ -14,6 +14,7 @@ import torch
 
 from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
 from atp_patch.builtin.dynamic.tokens import token_ids
+from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.command_line import execute
 from atp_patch.errors import ConfigError
@@ -69,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
 
-    def settings_for(model: Any) -> list[Setting]:
+    def settings_for(model: Any, silent: Sequence[int] = ()) -> list[Setting]:
         num_layers = model.config.get_text_config().num_hidden_layers
         return plan(
             args.methods,
@@ -79,11 +80,11 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
             args.layers,
             args.adapters,
             num_layers,
-            drop_layers(args.drop_from, num_layers),
+            drop_layers(args.drop_from, num_layers, silent),
         )
 
     model, processor = _load(args.model, device, dtype, settings_for)
-    settings = settings_for(model)
+    settings = settings_for(model, silent_layers(model))
     speaks = processor.tokenizer.get_vocab() in (word_ids(), token_ids())
     if args.answers == "forced" and not speaks:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="I[,J..]",
         help="also measure the model without any visual token from these decoder layers on, one at "
-        "a time, or from all",
+        "a time; all: from each where it makes a difference",
     )
     add(
         "--option",
@@ -121,14 +122,17 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out {args.out} is a file; give a folder.")
 
 
-def drop_layers(given: list[str], num_layers: int) -> list[int]:
-    """Layers of ``--drop-from``; "all" are those from 1 on.
+def drop_layers(given: list[str], num_layers: int, silent: Container[int] = ()) -> list[int]:
+    """Layers of ``--drop-from``; "all" are those from 1 on where it makes a difference.
+
+    Args:
+        silent: layers that add nothing; to drop before or after such a layer is the same.
 
     Raises:
         ConfigError: for what is no such layer.
     """
     if given == ["all"]:
-        return list(range(1, num_layers))
+        return [layer for layer in range(1, num_layers) if layer - 1 not in silent]
     for text in given:
         if not text.isdecimal() or not 1 <= int(text) < num_layers:
             raise ConfigError(

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from atp_patch.evaluation.tasks import Example
 from atp_patch.loading import encode
 
 Inputs = dict[str, Any]
 ENCODED = "mm_encoder_outputs"
-_PICTURE = {"input_ids", "attention_mask", "pixel_values"}
+PICTURE = "pixel_values"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of images as a model's ``get_image_features`` returns them, to be handed to it.
+
+    Attributes:
+        pooler_output: (Lv, D) of each image.
+        deepstack_features: of models that add features inside the decoder: none here.
+    """
+
+    pooler_output: tuple[Tensor, ...]
+    deepstack_features: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Sample:
         inputs: what the processor gave, (1, L) or a row for each image.
         visual: (L,) bool, the placeholders of visual tokens.
         answer: ids of the true answer and the end token, empty where they are not needed.
-        features: (Lv, D) of its image, where they were found ahead (:func:`see`).
+        features: (Lv, D) of its image, where they were found ahead (``features.see``).
     """
 
     example: Example
@@ -82,28 +93,6 @@ def prepare(
     return Sample(example, inputs, visual, answer)
 
 
-def can_see_ahead(model: Any, samples: Sequence[Sample]) -> bool:
-    """Whether image features can be handed to the model: it takes them, and an image is nothing
-    but one picture of a fixed size.
-    """
-    takes = ENCODED in inspect.signature(model.forward).parameters
-    return takes and all(set(sample.inputs) == _PICTURE for sample in samples)
-
-
-def see(model: Any, samples: Sequence[Sample]) -> list[Sample]:
-    """Find the features of each image once, however many questions are asked about it.
-
-    Args:
-        samples: all of one group of tasks.
-    """
-    pictures = {s.example.number: s.inputs["pixel_values"] for s in samples}
-    base = getattr(model, model.base_model_prefix)
-    with torch.inference_mode():
-        found = base.get_image_features(torch.cat(list(pictures.values())), return_dict=True)
-    features = dict(zip(pictures, found.pooler_output, strict=True))
-    return [replace(s, features=features[s.example.number]) for s in samples]
-
-
 def collate(
     samples: Sequence[Sample], pad_id: int, blind: bool, positions: bool, seen: bool = False
 ) -> Batch:
@@ -132,12 +121,11 @@ def collate(
         inputs["position_ids"] = torch.stack(
             [_padded(mask.nonzero()[:, 0], length, 0) for mask in kept]
         )
-    if seen and not blind:
-        features = tuple(s.features for s in samples)
-        inputs[ENCODED] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    elif not blind:
-        for name in samples[0].inputs.keys() - set(sized):
+    if not blind:
+        for name in samples[0].inputs.keys() - set(sized) - ({PICTURE} if seen else set()):
             inputs[name] = torch.cat([s.inputs[name] for s in samples])
+        if seen:
+            inputs[ENCODED] = {"image": Features(tuple(s.features for s in samples if s.features is not None))}
     longest = max(len(sample.answer) for sample in samples)
     answers = ids.new_full((len(samples), longest), pad_id)
     valid = torch.zeros_like(answers, dtype=torch.bool)

@@ -15,7 +15,8 @@ from atp_patch.builtin import DYNAMIC
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import controlled, threshold_control
 from atp_patch.evaluation.answers import forced, generated
-from atp_patch.evaluation.prepare import Inputs, Sample, can_see_ahead, collate, prepare, see
+from atp_patch.evaluation.features import can_see_ahead, see, seen_by
+from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.scenes import SETS, scene_image
 from atp_patch.evaluation.settings import BLIND, Setting, applied
@@ -53,6 +54,11 @@ class Bench:
     def placeholder_ids(self) -> tuple[int, ...]:
         """Ids of visual placeholders."""
         return family_of(self.model.config).placeholder_ids(self.model.config)
+
+    @property
+    def pad_id(self) -> int:
+        """Of the token that fills up shorter prompts."""
+        return self.processor.tokenizer.pad_token_id or 0
 
     @cached_property
     def silent(self) -> tuple[int, ...]:
@@ -107,8 +113,9 @@ def run(
         if not open_runs:
             continue
         samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
-        if bench.answers == "forced" and can_see_ahead(bench.model, samples):
-            samples = see(bench.model, samples)
+        ahead = bench.answers == "forced" and can_see_ahead(bench.model, samples)
+        if ahead:
+            samples = see(bench.model, samples, bench.pad_id, bench.flat_positions)
         for setting, file in open_runs:
             left = [s for s in samples if not file.has(s.example.task, s.example.number)]
             results: dict[str, dict[int, Answer]] = {}
@@ -119,6 +126,8 @@ def run(
                     controls(setting),
                     bench.shortened(setting),
                 ):
+                    if ahead:
+                        alike = seen_by(bench.model, alike, bench.pad_id, bench.flat_positions)
                     for sample, answer in answered(bench, setting, registry, alike):
                         example = sample.example
                         results.setdefault(example.task, {})[example.number] = answer
@@ -148,7 +157,6 @@ class _Controls:
 
     def _batches(self) -> Iterator[Inputs]:
         each = -(-CONTROL_QUESTIONS // len(self.tasks))
-        pad_id = self.bench.processor.tokenizer.pad_token_id or 0
         samples = [
             prepared(self.bench, task, "train", example)
             for task in self.tasks
@@ -156,7 +164,7 @@ class _Controls:
         ]
         for start in range(0, len(samples), self.bench.batch_size):
             part = samples[start : start + self.bench.batch_size]
-            yield collate(part, pad_id, False, self.bench.flat_positions).inputs
+            yield collate(part, self.bench.pad_id, False, self.bench.flat_positions).inputs
 
 
 def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:
@@ -183,10 +191,9 @@ def answered(
 def _answer_batch(
     bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
 ) -> list[Answer]:
-    pad_id = bench.processor.tokenizer.pad_token_id
     blind = setting.name == BLIND
-    seen = samples[0].features is not None and bool(samples[0].answer) and inside(bench, setting)
-    batch = collate(samples, pad_id or 0, blind, bench.flat_positions, seen)
+    seen = samples[0].features is not None and bool(samples[0].answer)
+    batch = collate(samples, bench.pad_id, blind, bench.flat_positions, seen)
     if samples[0].answer:
         scores = [float(hit) for hit in forced(bench.model, batch)]
     else:
@@ -198,14 +205,6 @@ def _answer_batch(
             scores.append(score(text, sample.example.answer))
     counts = _entering(bench, setting, samples)
     return [Answer(score, row) for score, row in zip(scores, counts, strict=True)]
-
-
-def inside(bench: Bench, setting: Setting) -> bool:
-    """Whether the setting leaves alone what the decoder is fed with."""
-    if setting.is_reference:
-        return True
-    config = require_patch(bench.model).config
-    return config.before is None
 
 
 def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list[tuple[int, ...]]:

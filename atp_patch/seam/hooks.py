@@ -8,7 +8,8 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -128,6 +129,17 @@ class Seam:
             kwargs.pop(name, None)
         try:
             return type(top).generate(top, *args, **kwargs)
+        finally:
+            self.session = outer
+
+    @contextmanager
+    def reading(self, prompt_ids: Tensor) -> Iterator[None]:
+        """The model's ``get_image_features`` gives what a pass over these prompts (B, L) would find
+        in their images: merged, and marked where tokens are dropped.
+        """
+        outer, self.session = self.session, Session(prompt_ids.shape[1], ids=prompt_ids)
+        try:
+            yield
         finally:
             self.session = outer
 

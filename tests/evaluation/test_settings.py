@@ -147,6 +147,7 @@ def test_all_visual_tokens_dropped_from_a_layer_on(bench: Bench) -> None:
 
 def test_layers_to_drop_from() -> None:
     assert drop_layers(["all"], 4) == [1, 2, 3]
+    assert drop_layers(["all"], 6, silent=(1, 3)) == [1, 3, 5]
     assert drop_layers(["2", "3"], 4) == [2, 3]
     for wrong in ("0", "4", "x"):
         with pytest.raises(ConfigError, match=f"--drop-from {wrong}: give layers from 1 to 3"):
