@@ -44,9 +44,7 @@ def see(model: Any, samples: Sequence[Sample], pad_id: int, positions: bool) -> 
     return [replace(s, features=features[s.example.number]) for s in samples]
 
 
-def seen_by(
-    model: Any, samples: Sequence[Sample], pad_id: int, positions: bool
-) -> Sequence[Sample]:
+def seen_by(model: Any, samples: list[Sample], pad_id: int, positions: bool) -> list[Sample]:
     """Samples with the features that the model as patched now would find, or without any.
 
     Args:

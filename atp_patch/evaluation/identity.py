@@ -24,7 +24,8 @@ _CODE = (
     *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "vocabulary")),
     "builtin/dynamic/sizes.py",
-    *(f"evaluation/{n}.py" for n in ("answers", "features", "prepare", "scenes", "shades", "tasks")),
+    *(f"evaluation/{n}.py" for n in ("answers", "features", "prepare", "shared")),
+    *(f"evaluation/{n}.py" for n in ("scenes", "shades", "tasks")),
 )
 
 

@@ -125,7 +125,9 @@ def collate(
         for name in samples[0].inputs.keys() - set(sized) - ({PICTURE} if seen else set()):
             inputs[name] = torch.cat([s.inputs[name] for s in samples])
         if seen:
-            inputs[ENCODED] = {"image": Features(tuple(s.features for s in samples if s.features is not None))}
+            inputs[ENCODED] = {
+                "image": Features(tuple(s.features for s in samples if s.features is not None))
+            }
     longest = max(len(sample.answer) for sample in samples)
     answers = ids.new_full((len(samples), longest), pad_id)
     valid = torch.zeros_like(answers, dtype=torch.bool)

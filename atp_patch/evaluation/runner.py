@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -20,6 +20,7 @@ from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.scenes import SETS, scene_image
 from atp_patch.evaluation.settings import BLIND, Setting, applied
+from atp_patch.evaluation.shared import SharedLayers
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
@@ -65,10 +66,28 @@ class Bench:
         """Decoder layers that add nothing."""
         return silent_layers(self.model)
 
-    def shortened(self, setting: Setting) -> AbstractContextManager[None]:
-        """The model as the setting patched it, without the layers that add nothing."""
-        places = () if setting.is_reference else require_patch(self.model).config.layers
-        return without(self.model, self.silent, [layer - 1 for layer in places])
+    @cached_property
+    def shared(self) -> SharedLayers:
+        """What the layers before the first pruning made of a batch."""
+        return SharedLayers()
+
+    @contextmanager
+    def shortened(self, setting: Setting) -> Iterator[None]:
+        """The model as the setting patched it, without the layers that add nothing, and without
+        those that did the same for another setting.
+        """
+        if setting.is_reference:
+            with without(self.model, self.silent):
+                yield
+            return
+        scored = [layer - 1 for layer in require_patch(self.model).config.layers]
+        skipped = set(self.silent) - set(scored)
+        with without(self.model, skipped):
+            if self.answers != "forced" or setting.lora is not None:
+                yield
+                return
+            with self.shared.given_again(self.model, skipped):
+                yield
 
     @property
     def flat_positions(self) -> bool:
@@ -114,6 +133,7 @@ def run(
             continue
         samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
         ahead = bench.answers == "forced" and can_see_ahead(bench.model, samples)
+        bench.shared.forget()
         if ahead:
             samples = see(bench.model, samples, bench.pad_id, bench.flat_positions)
         for setting, file in open_runs:
@@ -194,6 +214,7 @@ def _answer_batch(
     blind = setting.name == BLIND
     seen = samples[0].features is not None and bool(samples[0].answer)
     batch = collate(samples, bench.pad_id, blind, bench.flat_positions, seen)
+    bench.shared.batch = tuple((s.example.task, s.example.number) for s in samples)
     if samples[0].answer:
         scores = [float(hit) for hit in forced(bench.model, batch)]
     else:

@@ -99,6 +99,29 @@ def arm(
     attention.config = armed
 
 
+def overhear(attention: Any, also: Callable[[Recording], None]) -> None:
+    """Have the recording that :func:`arm` asked for go to ``also`` too."""
+    sink = attention.config.__dict__["_atp_sink"]
+
+    def both(recording: Recording) -> None:
+        also(recording)
+        sink(recording)
+
+    attention.config.__dict__["_atp_sink"] = both
+
+
+def replay(attention: Any, recording: Recording) -> None:
+    """Hand on a recording in place of the call that :func:`arm` waits for."""
+    sink = attention.config.__dict__["_atp_sink"]
+    disarm(attention)
+    sink(recording)
+
+
+def awaited(attention: Any) -> bool:
+    """Whether the next call of ``attention`` is to be recorded."""
+    return _is_armed(attention.config) and attention.config.__dict__["_atp_sink"] is not None
+
+
 def disarm(attention: Any) -> None:
     """Undo a recording for which the call never came."""
     config = attention.config

@@ -66,9 +66,7 @@ def compare(bench: Bench, samples: Sequence[Sample], setting: Setting, tokens: i
 
 
 @pytest.mark.parametrize("setting", INSIDE + MERGED, ids=lambda s: s.name)
-def test_features_stand_for_images(
-    bench: Bench, samples: list[Sample], setting: Setting
-) -> None:
+def test_features_stand_for_images(bench: Bench, samples: list[Sample], setting: Setting) -> None:
     compare(bench, samples, setting, TOKENS)
 
 
