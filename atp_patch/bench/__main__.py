@@ -13,96 +13,31 @@ import platform
 import sys
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from atp_patch import __version__
+from atp_patch.bench.follow_up import compare_questions, questions_case, questions_table
 from atp_patch.bench.lengths import time_same_lengths
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched
+from atp_patch.bench.options import check_mode, parser
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.report import entries, same_lengths, table
 from atp_patch.bench.training import as_data, compare_steps, steps_table
-from atp_patch.command_line import OneLineParser, comma_separated, execute
+from atp_patch.command_line import execute
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ConfigError
 from atp_patch.families import family_of
 from atp_patch.methods import Compressor, Method, make_method
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m atp_patch.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", choices=sorted(PRESETS), default="llava-1.5-7b")
-    add("--scale", type=float, default=1.0, help="share of the layers that are built")
-    add("--methods", default="atp", help='comma-separated, with layers as in "atp,fastv@2"')
-    add(
-        "--layers",
-        type=comma_separated(int),
-        help="pruning layers, e.g. 4,14,24; scaled by default",
-    )
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--keep", type=float, help="share kept at each pruning layer")
-    budget.add_argument("--target-tokens", type=float, help="average visual tokens, e.g. 144")
-    budget.add_argument(
-        "--schedule",
-        type=comma_separated(int),
-        help="visual tokens left at each of --layers, e.g. 126,88,20",
-    )
-    add(
-        "--image", type=comma_separated(size), help="width x height in pixels, e.g. 448x448,896x896"
-    )
-    add(
-        "--batch-size",
-        type=comma_separated(int),
-        default=[1],
-        help="one or more, e.g. 1,2,4,8,16,32",
-    )
-    add(
-        "--prompt-tokens",
-        type=comma_separated(int),
-        default=[64],
-        help="text tokens, one or more numbers",
-    )
-    add("--decode-tokens", type=int, default=8)
-    add("--runs", type=int, default=9)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
-    add("--seed", type=int, default=0)
-    add(
-        "--profile",
-        action="store_true",
-        help="also time the plain model at the lengths that pruning leaves: where time goes",
-    )
-    add(
-        "--train",
-        action="store_true",
-        help="time training steps instead: plain, patched, and patched with the heads alone",
-    )
-    add("--gradient-checkpointing", action="store_true", help="with --train")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw speed-up against FLOPs ratio")
-    return parser
-
-
-def size(text: str) -> Size:
-    """Width and height from "896x672"; argparse names this function in its errors."""
-    width, height = text.split("x")
-    return int(width), int(height)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, as :func:`execute` says."""
     memory = "give a smaller --scale, or smaller numbers for --batch-size."
-    return execute(_parser(), _command, argv, memory=memory)
+    return execute(parser(), _command, argv, memory=memory)
 
 
 def _command(args: argparse.Namespace) -> None:
@@ -117,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build, measure each case and print its table; everything measured as plain data."""
     if args.plot is not None:
         check_plot()
-    _check_training(args)
+    check_mode(args)
     for name in ("runs", "batch_size", "prompt_tokens"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -144,8 +79,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     for image, batch_size, prompt in product(images, args.batch_size, args.prompt_tokens):
         inputs = _to(preset.inputs(image, batch_size, prompt, args.seed), args.device, dtype)
-        if args.train:
-            report["cases"].append(_training_case(args, model, preset, image, inputs))
+        if args.train or args.follow_up:
+            report["cases"].append(_special_case(args, model, preset, image, inputs))
             continue
         contenders = [patched(model, name, given) for name, given in settings[image].items()]
         case = _case(args, model, contenders, inputs)
@@ -156,49 +91,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _check_training(args: argparse.Namespace) -> None:
-    """Arguments that go with, or without, ``--train`` alone."""
-    if args.gradient_checkpointing and not args.train:
-        raise ConfigError("--gradient-checkpointing goes with --train.")
-    others = {
-        "--methods": args.methods != "atp",
-        "--keep, --target-tokens and --schedule": any(
-            x is not None for x in (args.keep, args.target_tokens, args.schedule)
-        ),
-        "--profile": args.profile,
-        "--plot": args.plot is not None,
-    }
-    for name, given in others.items():
-        if args.train and given:
-            raise ConfigError(
-                f"leave out {name} with --train: a model in training keeps its full length, "
-                "whatever is pruned."
-            )
-
-
-def _training_case(
+def _special_case(
     args: argparse.Namespace, model: Any, preset: Preset, image: Size, inputs: dict[str, Any]
 ) -> dict[str, Any]:
+    """What ``--train`` or ``--follow-up`` measures, its table printed."""
     ids = inputs["input_ids"]
     config = model.config
     visual = family_of(config).placeholder_ids(config)
     text = ~torch.isin(ids, torch.tensor(visual, device=ids.device))
-    num_layers = config.get_text_config().num_hidden_layers
-    layers = args.layers or scaled_layers(num_layers)
-    checkpointing = args.gradient_checkpointing
-    found = compare_steps(
-        model, layers, inputs, text, runs=args.runs, gradient_checkpointing=checkpointing
-    )
-    case = {
+    about = {
         "image": list(image),
         "visual_tokens": preset.visual_tokens(image),
         "batch_size": ids.shape[0],
         "prompt_tokens": int(text[0].sum()),
         "runs": args.runs,
-        "gradient_checkpointing": checkpointing,
-        "ways": as_data(found),
     }
-    sys.stdout.write("\n" + steps_table(case))
+    if args.follow_up:
+        asked = compare_questions(model, inputs, args.follow_up, runs=args.runs)
+        case = questions_case(asked, about)
+        sys.stdout.write("\n" + questions_table(case))
+    else:
+        layers = args.layers or scaled_layers(config.get_text_config().num_hidden_layers)
+        checkpointing = args.gradient_checkpointing
+        steps = compare_steps(
+            model, layers, inputs, text, runs=args.runs, gradient_checkpointing=checkpointing
+        )
+        case = {**about, "gradient_checkpointing": checkpointing, "ways": as_data(steps)}
+        sys.stdout.write("\n" + steps_table(case))
     sys.stdout.flush()
     return case
 

@@ -90,7 +90,7 @@ def table(case: dict[str, Any]) -> str:
     rows = [
         ("visual tokens, average", [f"{c['average_tokens']:.1f}" for c in columns.values()]),
         *(
-            (label, [_ms(c[key]) for c in columns.values()])
+            (label, [milliseconds(c[key]) for c in columns.values()])
             for label, key in (
                 ("vision ms", "vision_ms"),
                 ("decoder prefill ms", "decoder_ms"),
@@ -138,7 +138,8 @@ def heading(case: dict[str, Any]) -> str:
     )
 
 
-def _ms(spread: dict[str, float] | None) -> str:
+def milliseconds(spread: dict[str, float] | None) -> str:
+    """Median and quartiles."""
     if spread is None:
         return "-"
     return f"{spread['median']:.1f} [{spread['q1']:.1f}, {spread['q3']:.1f}]"
