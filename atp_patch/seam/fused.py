@@ -1,10 +1,15 @@
-"""Weighted attention for long sequences: the (L, L) tables are made a few at a time, and made anew
-on the way back, so that none is kept.
+"""Weighted attention for long sequences: the (L, L) tables are made a few rows at a time, and made
+anew on the way back, so that none is kept.
+
+What is hidden or weighs nothing costs little: a block of rows looks no further than its last
+visible key, and keys of weight 0 come into it on the way back alone, for their weights' gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Numbers in the tables of one step: on a CPU what its caches hold, else what fills a GPU.
-_CPU_NUMBERS, _GPU_NUMBERS = 2**20, 2**26
+_CPU_NUMBERS, _GPU_NUMBERS = 2**19, 2**26
+_CPU_ROWS, _GPU_ROWS = 128, 1024
 _NOTHING = -80.0  # a logit so far below the greatest adds nothing; exponentials of less are slow
 
 
@@ -39,18 +45,26 @@ class FusedWeightedAttention(torch.autograd.Function):
         # Of each row: the greatest logit of the keys that count, and the log of the sum.
         highest = query.new_empty(query.shape[:3], dtype=torch.float32)
         total = torch.empty_like(highest)
-        for b, heads, visible, wide in _steps(query, weight, mask):
-            logits = _logits(query[b, heads], key[b, heads], _of(mask, b, heads), scaling)
-            logits.masked_fill_(~(visible & (wide > 0)), torch.finfo(logits.dtype).min)
-            top = logits.amax(-1, keepdim=True)
-            probability = logits.sub_(top).clamp_(min=_NOTHING).exp_().mul_(wide).mul_(visible)
-            # A row of padding that sees nothing gives zeros.
-            tiny = torch.finfo(logits.dtype).tiny
-            sums = probability.sum(-1, keepdim=True).clamp_(min=tiny)
-            mean = probability.to(value.dtype) @ value[b, heads]
-            out[b, heads] = (mean.float() / sums).to(value.dtype)
-            highest[b, heads], total[b, heads] = top[..., 0], sums.log_()[..., 0] + top[..., 0]
-        ctx.save_for_backward(query, key, value, weight, mask, out, highest, total)
+        scaled = query * scaling
+        own = _own_logits(scaled, key, mask)
+        lowest, tiny = (getattr(torch.finfo(torch.float32), name) for name in ("min", "tiny"))
+        for b in range(len(query)):
+            keys = _Keys.of(b, weight[b] > 0, key, value, mask)
+            for rows, heads, n in keys.blocks():
+                at = (b, heads, rows)
+                seen, k, v = keys.part(rows, heads, n)
+                logits = keys.biased(scaled[at] @ k.transpose(-1, -2), rows, heads, n)
+                logits.masked_fill_(~seen, lowest)
+                top = torch.maximum(logits.amax(-1), own[at]) if n else own[at]
+                wide = seen * weight[b, keys.place[:n]]
+                shares = logits.sub_(top[..., None]).clamp_(min=_NOTHING).exp_().mul_(wide)
+                of_self = (own[at] - top).exp_().mul_(own[at] > lowest)
+                # A row of padding that sees nothing gives zeros.
+                sums = (shares.sum(-1) + of_self).clamp_(min=tiny)
+                mean = (shares.to(v.dtype) @ v).float() + of_self[..., None] * value[at]
+                out[at] = (mean / sums[..., None]).to(value.dtype)
+                highest[at], total[at] = top, sums.log_() + top
+        ctx.save_for_backward(query, key, value, weight, mask, out, highest, total, own)
         ctx.scaling = scaling
         return out
 
@@ -58,57 +72,110 @@ class FusedWeightedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and weight; those of keys that do not count included."""
-        (grad,) = grads
-        query, key, value, weight, mask, out, highest, total = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        query, key, value, weight, mask, out, highest, total, own = ctx.saved_tensors
+        grad = grads[0].to(value.dtype)
+        mean = (grad.float() * out.float()).sum(-1)
+        scaled = query * ctx.scaling
+        # A token itself always counts, and with weight 1.
+        share = (own - total).exp_().mul_(own > torch.finfo(own.dtype).min)
+        slope = ((grad.float() * value.float()).sum(-1) - mean) * share
+        share, slope = (x[..., None].to(value.dtype) for x in (share, slope))
+        d_scaled, d_key, d_value = slope * key, slope * scaled, share * grad
         d_weight = torch.zeros_like(weight)
-        grad = grad.to(value.dtype)
-        mean = (grad.float() * out.float()).sum(-1, keepdim=True)
-        for b, heads, visible, wide in _steps(query, weight, mask):
-            q, k, g = query[b, heads], key[b, heads], grad[b, heads]
-            logits = _logits(q, k, _of(mask, b, heads), ctx.scaling)
-            # Keys that do not count may lie above the maximum; clamping keeps them finite.
-            logits = torch.minimum(logits, highest[b, heads, :, None])
-            share = logits.sub_(total[b, heads, :, None]).clamp_(min=_NOTHING).exp_()
-            share.mul_(visible)
-            slope = (g @ value[b, heads].transpose(-1, -2)).float().sub_(mean[b, heads])
-            slope.mul_(share)
-            by_key = slope.sum((0, 1)) - slope.diagonal(dim1=-2, dim2=-1).sum(0)  # own: always 1
-            d_weight[b] += by_key
-            d_value[b, heads] = share.mul_(wide).to(value.dtype).transpose(-1, -2) @ g
-            slope = slope.mul_(wide).mul_(ctx.scaling).to(query.dtype)
-            d_query[b, heads] = slope @ k
-            d_key[b, heads] = slope.transpose(-1, -2) @ q
-        return d_query, d_key, d_value, d_weight, None, None
+        for b, counting in product(range(len(query)), (True, False)):
+            if not counting and not ctx.needs_input_grad[3]:
+                continue
+            keys = _Keys.of(b, (weight[b] > 0) == counting, key, value, mask)
+            by_key = weight.new_zeros(len(keys.place))
+            to_key, to_value = torch.zeros_like(keys.key), torch.zeros_like(keys.value)
+            for rows, heads, n in keys.blocks():
+                at = (b, heads, rows)
+                seen, k, v = keys.part(rows, heads, n)
+                logits = keys.biased(scaled[at] @ k.transpose(-1, -2), rows, heads, n)
+                # Keys that do not count may lie above the maximum.
+                logits = torch.minimum(logits, highest[at][..., None])
+                share = logits.sub_(total[at][..., None]).clamp_(min=_NOTHING).exp_().mul_(seen)
+                slope = (grad[at] @ v.transpose(-1, -2)).float()
+                slope.sub_(mean[at][..., None]).mul_(share)
+                by_key[:n] += slope.sum((0, 1))
+                if counting:
+                    wide = weight[b, keys.place[:n]]
+                    slope = slope.mul_(wide).to(query.dtype)
+                    d_scaled[at] += slope @ k
+                    to_key[heads, :n] += slope.transpose(-1, -2) @ scaled[at]
+                    to_value[heads, :n] += share.mul_(wide).to(v.dtype).transpose(-1, -2) @ grad[at]
+            d_weight[b, keys.place] = by_key
+            if counting:
+                d_key[b].index_add_(1, keys.place, to_key)
+                d_value[b].index_add_(1, keys.place, to_value)
+        return d_scaled * ctx.scaling, d_key, d_value, d_weight, None, None
 
 
-def _steps(
-    query: Tensor, weight: Tensor, mask: Tensor
-) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Sample, heads, which keys each row sees (h, L, L) and their weights (1, L, L), step by
-    step.
+@dataclass(frozen=True)
+class _Keys:
+    """Some keys of one sample, without gaps, as all its rows see them.
+
+    Attributes:
+        place: (n,) int64, rising; ``key``, ``value``: (H, n, d).
+        seen: (h or 1, L, n) bool, False for a row's own key too.
+        bias: (h or 1, L, n) to add to the logits, or None.
     """
-    batch, heads, length, _ = query.shape
-    numbers = _CPU_NUMBERS if query.device.type == "cpu" else _GPU_NUMBERS
-    width = max(1, numbers // length**2)
-    own = torch.eye(length, dtype=torch.bool, device=query.device)
-    for b in range(batch):
-        wide = weight[b].expand(length, length).masked_fill(own, 1.0)[None]
-        for start in range(0, heads, width):
-            part = slice(start, start + width)
-            visible = _of(mask, b, part)
-            if visible.dtype != torch.bool:
-                visible = visible > torch.finfo(visible.dtype).min / 2
-            yield b, part, visible, wide
+
+    place: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, sample: int, chosen: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> _Keys:
+        """Those of a sample that are chosen (L,)."""
+        place = chosen.nonzero()[:, 0]
+        mine = mask[sample if mask.shape[0] > 1 else 0].index_select(-1, place)
+        seen = _visible(mine)
+        seen[:, place, torch.arange(len(place), device=place.device)] = False
+        bias = None if mine.dtype == torch.bool else mine
+        k, v = (x[sample].index_select(1, place) for x in (key, value))
+        return cls(place, k, v, seen, bias)
+
+    def blocks(self) -> Iterator[tuple[slice, slice, int]]:
+        """Rows, heads and how many keys: none behind those is seen."""
+        length, cpu = self.seen.shape[1], self.key.device.type == "cpu"
+        high = _CPU_ROWS if cpu else _GPU_ROWS
+        wide = max(1, (_CPU_NUMBERS if cpu else _GPU_NUMBERS) // (high * length))
+        for row in range(0, length, high):
+            rows = slice(row, min(row + high, length))
+            reached = self.seen[:, rows].flatten(0, 1).any(0).nonzero()
+            n = int(reached[-1]) + 1 if len(reached) else 0
+            for head in range(0, len(self.key), wide):
+                yield rows, slice(head, head + wide), n
+
+    def part(self, rows: slice, heads: slice, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is seen (h or 1, r, n), keys and values (h, n, d)."""
+        seen = self.seen[:, rows, :n]
+        return (
+            seen if len(seen) == 1 else seen[heads],
+            self.key[heads, :n],
+            self.value[heads, :n],
+        )
+
+    def biased(self, logits: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
+        """Logits (h, r, n) in float32, the bias of the mask added."""
+        logits = logits.float()
+        if self.bias is None:
+            return logits
+        bias = self.bias[:, rows, :n]
+        return logits.add_(bias if len(bias) == 1 else bias[heads])
 
 
-def _of(mask: Tensor, b: int, heads: slice) -> Tensor:
-    """(h or 1, L, L) of one sample and some heads."""
-    sample = mask[b if mask.shape[0] > 1 else 0]
-    return sample if sample.shape[0] == 1 else sample[heads]
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _logits(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """(h, L, L) float32, a float mask added."""
-    logits = (query @ key.transpose(-1, -2)).float().mul_(scaling)
-    return logits if mask.dtype == torch.bool else logits.add_(mask)
+def _own_logits(scaled: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, L) float32 of each token with itself, the least number where it is hidden."""
+    own = (scaled * key).sum(-1).float()
+    diagonal = mask.diagonal(dim1=-2, dim2=-1)
+    if mask.dtype != torch.bool:
+        own = own + diagonal
+    return own.masked_fill(~_visible(diagonal), torch.finfo(own.dtype).min)

@@ -56,14 +56,15 @@ def test_a_key_of_weight_zero_still_gets_its_gradient(probabilities: bool) -> No
     assert bool(torch.isfinite(out).all())
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "bool", "float", "padding"])
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "float", "padding", "heads"])
 @pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("numbers", [1, 2**20])
+@pytest.mark.parametrize(("rows", "numbers"), [(2, 1), (3, 2**20), (128, 1), (128, 2**20)])
 def test_attention_in_pieces_is_attention_at_once(
-    mask_kind: str, hard: bool, numbers: int, monkeypatch: pytest.MonkeyPatch
+    mask_kind: str, hard: bool, rows: int, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and all gradients; the second sample's first rows see nothing but padding."""
     monkeypatch.setattr(fused, "_CPU_NUMBERS", numbers)
+    monkeypatch.setattr(fused, "_CPU_ROWS", rows)
     generator = torch.Generator().manual_seed(0)
     length = 7
     leaves = [torch.randn(2, h, length, 3, generator=generator) * 2 for h in (4, 2, 2)]
@@ -73,7 +74,11 @@ def test_attention_in_pieces_is_attention_at_once(
     seen[1, :, :, :2] = False
     floats = torch.where(seen, torch.randn(seen.shape, generator=generator), -3.4028e38)
     two = torch.tensor([[1] * length, [0, 0] + [1] * (length - 2)])
-    mask = {"none": None, "bool": seen, "float": floats, "padding": two}[mask_kind]
+    any_way = (
+        torch.rand(2, 4, length, length, generator=generator) > 0.6
+    )  # of each head, not causal
+    masks = {"none": None, "bool": seen, "float": floats, "padding": two, "heads": any_way}
+    mask = masks[mask_kind]
     towards = torch.randn(2, length, 4, 3, generator=generator)
     found = []
     for probabilities in (True, False):
