@@ -7,17 +7,22 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-$(dirname "$0")}
 EVALUATE="$PYTHON -m atp_patch.evaluate"
 
-# Inside the decoder: at 6 % of the tokens the first layer must be an early one.
-with_layers() {
-    for name in atp fixed fastv sparsevlm random uniform prumerge+/atp; do
+# Inside the decoder: before the paper's layers, or the scaled ones, and before others ("+" between
+# them) at budgets that those cannot or can hardly meet.
+inside() {
+    for name in atp fixed fastv sparsevlm random uniform; do
         printf '%s:0.5+0.25+0.15,' "$name"
-        [ "$1" = - ] || printf '%s@%s:0.06,' "$name" "$1"
+        [ "$1" = - ] || printf '%s@%s:0.25+0.15+0.06,' "$name" "$1"
     done
+    printf 'prumerge+/atp:0.5+0.25+0.15,'
+    [ "$1" = - ] || printf 'prumerge+/atp@%s:0.06,' "$1"
 }
+# Chosen on development questions among sixteen sets of layers (docs/results.md).
+EARLY=1+4+10
 BEFORE=prumerge,prumerge+,downsample
 
 builtin() {
-    $EVALUATE --methods "$(with_layers 1+4+14)$BEFORE" --budgets 0.5,0.25,0.15,0.06 \
+    $EVALUATE --methods "$(inside $EARLY)$BEFORE" --budgets 0.5,0.25,0.15,0.06 \
         --questions 500 --seeds 3 --out "$OUT/builtin"
 }
 shifted() {
@@ -29,7 +34,7 @@ depth() {
         --out "$OUT/depth"
 }
 dynamic() {
-    $EVALUATE --model builtin-dynamic --methods "$(with_layers -)$BEFORE" \
+    $EVALUATE --model builtin-dynamic --methods "$(inside -)$BEFORE" \
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
 }
 

@@ -176,13 +176,20 @@ def _means(scores: Array) -> list[float]:
 
 
 def _rivals(setting: Setting, pooled: dict[Setting, Array]) -> dict[str, Array]:
-    """What a setting is compared with: the first method and the baselines, at the same budget."""
+    """What a setting is compared with: the first method and the baselines, at the same budget, and
+    before the same layers where they were measured so.
+    """
     if setting.budget is None:
         return {}
-    same = {s.name: v for s, v in reversed(pooled.items()) if s.budget == setting.budget}
-    first = next(s.name for s in pooled if s.budget == setting.budget)
-    names = dict.fromkeys([first, *BASELINES])
-    return {n: same[n] for n in names if n in same and n != setting.name}
+    same = [s for s in pooled if s.budget == setting.budget]
+    names = dict.fromkeys([same[0].name, *BASELINES])
+    chosen = {}
+    for name in names:
+        named = [s for s in same if s.name == name]
+        alike = [s for s in named if s.layers == setting.layers]
+        if named and name != setting.name:
+            chosen[name] = pooled[(alike or named)[0]]
+    return chosen
 
 
 def _count_tokens(

@@ -17,7 +17,7 @@ NOTES = f"""\
 - Accuracies are percentages. "mean" is over tasks; "retention" is the mean over tasks of accuracy
   relative to the unpruned model's. In brackets: 95 % bootstrap intervals, {DRAWS} draws of images,
   the same draws for every row. "minus NAME": difference of means, paired by question, to the
-  method NAME at the same budget, in points.
+  method NAME at the same budget (and before the same layers, where it was measured so), in points.
 - {UNPRUNED}: the plain model. {BLIND}: the plain model without the image; the text keeps the
   position ids that it has behind the image, where the model takes such ids. It shows what can be
   guessed from the question.

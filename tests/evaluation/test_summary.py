@@ -109,6 +109,29 @@ def test_numbers_by_hand(rows: list[Row]) -> None:
     assert unreachable.mean is None
 
 
+def test_compared_before_the_same_layers() -> None:
+    """A baseline that prunes before other layers stands in where there is none before these."""
+    early, late = {"layers": (1, 2), "budget": 0.5}, {"layers": (1, 3), "budget": 0.5}
+    scores = {
+        Setting("fastv", **early): ("1111", "11"),
+        Setting("fastv", **late): ("1100", "11"),
+        Setting("random", **early): ("1000", "00"),
+        Setting("random", **late): ("0000", "00"),
+        Setting("uniform", **early): ("0000", "10"),
+        Setting("prumerge", budget=0.5): ("0110", "11"),
+    }
+    measured = [Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)]
+    for setting, given in scores.items():
+        entering = (40, 9, 2)[: 1 + len(setting.layers)]
+        measured.append(Measured(setting, (file(*given, entering),), (), setting.layers, run=RUN))
+    found = {r.setting: r.against for r in summarize(measured, TASKS, EXAMPLES, LAYERS, "test", 50)}
+    gaps = [{n: e.value for n, e in found[setting].items()} for setting in scores]
+    assert gaps[0] == {"random": 1 - 0.125, "uniform": 0.75}
+    assert gaps[1] == {"random": 0.75, "uniform": 0.5}
+    assert gaps[3] == {"fastv": -0.75, "uniform": -0.25}
+    assert gaps[5] == {"fastv": -0.25, "random": 0.625, "uniform": 0.5}
+
+
 def test_the_table_of_a_fixed_result() -> None:
     setting = Setting("atp", (("score", "self"),), (4, 14), 0.25)
     rows = [
