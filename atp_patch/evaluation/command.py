@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     work = chunks(tasks, args.split, args.questions)
     first = next(task for task in tasks if task.name == work[0][0].task)
     visual_tokens = prepared(bench, first, args.split, work[0][0]).visual_tokens
-    measured = _open(args, bench, settings, visual_tokens)
-    runs = [(s, f) for m in measured if m.files for s, f in zip(_seeded(m), m.files, strict=True)]
+    measured, runs = _open(args, bench, settings, visual_tokens)
     examples = [example for chunk in work for example in chunk]
     done = sum(file.has(e.task, e.number) for _, file in runs for e in examples)
     with progress(len(runs) * len(examples), done) as advance:
@@ -136,8 +134,8 @@ def _load(name: str, device: torch.device, dtype: torch.dtype, check: Any) -> tu
 
 def _open(
     args: argparse.Namespace, bench: Bench, settings: Sequence[Setting], visual_tokens: int
-) -> list[Measured]:
-    """Files of all settings, those that differ in the seed alone together."""
+) -> tuple[list[Measured], list[tuple[Setting, RunFile]]]:
+    """All settings, those that differ in seed or training alone together; and the file of each."""
     model = bench.model
     shared = {
         "model_hash": model_hash(model),
@@ -158,6 +156,7 @@ def _open(
     }
     reasons = {s: unreachable(model, s, visual_tokens) for s in settings}
     found: list[Measured] = []
+    runs: list[tuple[Setting, RunFile]] = []
     for pooled in dict.fromkeys(setting.pooled for setting in settings):
         members = [setting for setting in settings if setting.pooled == pooled]
         why = reasons[members[0]]
@@ -174,22 +173,25 @@ def _open(
                 if part is not None
             )
             files.append(RunFile.open(args.out / RUNS, name, identity, facts))
-        seeds = tuple(s.seed for s in members if s.seed is not None)
-        layers = _layers_of(model, members[0], visual_tokens)
+        runs += zip(members, files, strict=True)
+        drawn = range(len(members)) if pooled.trainings else [s.seed for s in members]
+        seeds = tuple(seed for seed in drawn if seed is not None)
+        layers = _layers_of(model, members, visual_tokens)
         found.append(Measured(pooled, tuple(files), seeds, layers, None, header))
-    return found
+    return found, runs
 
 
-def _layers_of(model: Any, setting: Setting, visual_tokens: int) -> tuple[int, ...]:
+def _layers_of(model: Any, members: Sequence[Setting], visual_tokens: int) -> tuple[int, ...]:
     """Before which layers a setting prunes: an adapter brings its own."""
-    if setting.adapter is None:
-        return setting.layers
-    with applied(model, setting, visual_tokens):
-        return tuple(require_patch(model).config.layers)
-
-
-def _seeded(measured: Measured) -> list[Setting]:
-    """The settings behind a measured one's files."""
-    if not measured.seeds:
-        return [measured.setting]
-    return [replace(measured.setting, seed=seed) for seed in measured.seeds]
+    if members[0].adapter is None:
+        return members[0].layers
+    found = set()
+    for member in members:
+        with applied(model, member, visual_tokens):
+            found.add(tuple(require_patch(model).config.layers))
+    if len(found) > 1:
+        raise ConfigError(
+            f"--adapters {members[0].trainings}: its trainings prune before different layers "
+            f"({', '.join(map(str, sorted(found)))}); put them into folders of their own."
+        )
+    return found.pop()

@@ -37,6 +37,7 @@ class Setting:
         adapter: folder or Hub id, and the hash of its files; ``lora``: folder of what was trained
             beside it, or None.
         control: which thresholds stand in for the adapter's own, or None.
+        trainings: folder of several trainings of one recipe, of which ``adapter`` is one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Setting:
     adapter_hash: str | None = None
     control: str | None = None
     lora: str | None = None
+    trainings: str | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -56,8 +58,10 @@ class Setting:
 
     @property
     def pooled(self) -> Setting:
-        """The same without its seed: what the seeds of one setting have in common."""
-        return replace(self, seed=None)
+        """The same without its seed or training: what those of one setting have in common."""
+        if self.trainings is None:
+            return replace(self, seed=None)
+        return replace(self, adapter=self.trainings, adapter_hash=None, lora=None)
 
     def identity(self) -> dict[str, Any]:
         """As plain data, for files: options with their defaults, the adapter by its hash alone."""
@@ -68,7 +72,7 @@ class Setting:
                 data["options_before"] = before.options()
             data["options"] = (inside or before).options()  # type: ignore[union-attr]
             data["options"].pop("seed", None)
-        del data["adapter"], data["lora"]
+        del data["adapter"], data["lora"], data["trainings"]
         if self.control is None:
             del data["control"]
         return {"method": data.pop("name"), **data}
@@ -160,17 +164,17 @@ def plan(
             free += drawn_each
         if method.takes_budget:
             limited += [(setting, shares) for setting in drawn_each]
-    settings += [_adapter(spec) for spec in adapters]
+    settings += [setting for spec in adapters for setting in _adapters(spec)]
     settings += free
     for budget in sorted({share for _, shares in limited for share in shares}, reverse=True):
         settings += [replace(s, budget=budget) for s, shares in limited if budget in shares]
     return list(dict.fromkeys(settings))
 
 
-def _adapter(spec: str) -> Setting:
+def _adapters(spec: str) -> list[Setting]:
     """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls. The folder is an
-    adapter's, or one that holds ``adapter`` and, where that learned, ``lora``, as training leaves
-    it.
+    adapter's; or one that holds ``adapter`` and, where that learned, ``lora``, as training leaves
+    it; or one of such folders, trainings of one recipe whose answers are pooled as seeds are.
     """
     source, tilde, control = spec.rpartition("~")
     if not tilde or Path(spec).is_dir():
@@ -180,7 +184,23 @@ def _adapter(spec: str) -> Setting:
             f"--adapters {spec}: after ~ comes one of {', '.join(CONTROLS)}, as in "
             f"{source}~{CONTROLS[0]}."
         )
-    name, folder, lora = Path(spec).name, source, None
+    folder = Path(source)
+    single = (folder / "adapter").is_dir() or not folder.is_dir()
+    several = [] if single else sorted(p for p in folder.iterdir() if (p / "adapter").is_dir())
+    name = f"adapter {Path(spec).name}"
+    return [
+        replace(
+            _trained(spec, member),
+            name=name,
+            control=control or None,
+            trainings=source if several else None,
+        )
+        for member in [str(folder) for folder in several] or [source]
+    ]
+
+
+def _trained(spec: str, source: str) -> Setting:
+    folder, lora = source, None
     if (Path(source) / "adapter").is_dir():
         if (Path(source) / "model").is_dir():
             raise ConfigError(
@@ -189,13 +209,7 @@ def _adapter(spec: str) -> Setting:
             )
         folder = str(Path(source) / "adapter")
         lora = str(Path(source) / "lora") if (Path(source) / "lora").is_dir() else None
-    return Setting(
-        f"adapter {name}",
-        adapter=folder,
-        adapter_hash=adapter_hash(folder, lora),
-        control=control or None,
-        lora=lora,
-    )
+    return Setting("", adapter=folder, adapter_hash=adapter_hash(folder, lora), lora=lora)
 
 
 def _parse(

@@ -86,7 +86,8 @@ def percent(estimate: Estimate | None, signed: bool = False) -> str:
 
 def _method(row: Row) -> str:
     options = ", ".join(f"{name}={value}" for name, value in row.setting.options)
-    seeds = f"{len(row.seeds)} seeds" if len(row.seeds) > 1 else ""
+    kind = "seeds" if row.setting.trainings is None else "trainings"
+    seeds = f"{len(row.seeds)} {kind}" if len(row.seeds) > 1 else ""
     extra = ", ".join(part for part in (options, seeds) if part)
     return f"{row.setting.name} ({extra})" if extra else row.setting.name
 

@@ -58,6 +58,38 @@ def test_an_adapters_controls_keep_as_many(folder: Path, tmp_path: Path) -> None
     assert len({row["average_tokens"] for row in (own, mean, shuffled)}) == 3
 
 
+def test_several_trainings_are_pooled(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = build()
+    for number, layers in enumerate(([1, 5], [1, 5], [2, 5])):
+        torch.manual_seed(number)
+        atp_patch.patch_model(model, layers, "atp", thresholds="learned", target_tokens=12)
+        for parameter in model.atp_patch_heads.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.3)
+        parent = tmp_path / ("alike" if layers == [1, 5] else "other")
+        atp_patch.save_pretrained(model, parent / str(number) / "adapter")
+        atp_patch.unpatch_model(model)
+    alike = tmp_path / "alike"
+    named = f"{alike},{alike}~mean,{alike / '0'},{alike / '1'}"
+    found = {r["method"]: r for r in rows(folder, tmp_path / "out", "--adapters", named)}
+    pooled, first, second = (found[f"adapter {name}"] for name in ("alike", "0", "1"))
+    assert pooled["seeds"] == [0, 1]
+    assert found["adapter alike~mean"]["seeds"] == [0, 1]
+    means = [first["mean_accuracy"][0], second["mean_accuracy"][0]]
+    assert pooled["accuracy_by_seed"] == means
+    assert pooled["average_tokens"] == pytest.approx(
+        (first["average_tokens"] + second["average_tokens"]) / 2
+    )
+    assert first["average_tokens"] != second["average_tokens"]
+    table = (tmp_path / "out" / command.TABLE).read_text(encoding="utf-8")
+    assert "| adapter alike (2 trainings) | 1+5 |" in table
+    (tmp_path / "other" / "2").rename(alike / "2")
+    argv = ["--model", str(folder), *ASKED.split(), "--no-plots", "--out", str(tmp_path / "o")]
+    assert command.main([*argv, "--adapters", str(alike)]) == 2
+    assert "before different layers ((1, 5), (2, 5))" in capsys.readouterr().err
+
+
 def test_answers_are_generated_where_words_are_others(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
