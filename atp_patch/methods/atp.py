@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from atp_patch.errors import ConfigError
@@ -43,6 +44,8 @@ from atp_patch.methods.base import (
     mask_rows,
 )
 from atp_patch.types import Decision, View
+
+_NEVER = -1e4  # so far below every threshold that its sigmoid is 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class ATP(_Scored):
             and instance) or "learned" (predicted by heads; adapters bring their weights).
         spatial_order: "progressive" (eq. 5 with every rate) or "strided" (a few sampling rates).
         lambda_sample: eq. 5's scaling coefficient.
-        spatial_share: part of a budget that the spatial score gets.
+        spatial_share: part of a budget that the spatial score gets. Learned thresholds start so;
+            with 0 or 1 one of the scores is left out for good.
         surrogate: how learned thresholds get a gradient: "straight-through" (hard decisions
             forward, sigmoids of slope ``slope`` backward) or "literal" (eq. 9-11 with temperature
             ``slope``, 1e6 in the paper).
@@ -222,10 +226,16 @@ class ATP(_Scored):
         )
         spatial = view.of_token(grid_table(view.layout, score_of_grid))
         first = best_of_each_image(view, redundant)
+        compared = redundant, spatial
         if isinstance(module, Thresholds):
             theta_r, theta_s = module(view, s_self, s_cross, question)
-            best = top_k_mask(redundant, view.slot_valid, least_counts(view))
+            leading = spatial if self.spatial_share == 1 else redundant
+            best = top_k_mask(leading, view.slot_valid, least_counts(view))
             first = best if first is None else first | best
+            if self.spatial_share == 1:
+                compared = torch.full_like(redundant, _NEVER), spatial
+            elif self.spatial_share == 0:
+                compared = redundant, torch.full_like(spatial, _NEVER)
         else:
             free, counts = view.slot_valid, view.counts_tensor()
             if first is not None:  # these stay anyway; the budget is spread over the others
@@ -233,7 +243,7 @@ class ATP(_Scored):
             theta_r, theta_s = budget_thresholds(
                 redundant, spatial, free, counts, self.spatial_share
             )
-        keep = hard_keep(redundant, spatial, theta_r, theta_s, view.slot_valid)
+        keep = hard_keep(*compared, theta_r, theta_s, view.slot_valid)
         if first is not None:
             keep = keep | first
         soft = None
@@ -241,7 +251,7 @@ class ATP(_Scored):
             assert isinstance(module, Thresholds)
             relax = soft_mask if self.surrogate == "literal" else straight_through_mask
             slope = self._slope(view, module)
-            soft = relax(redundant, spatial, theta_r, theta_s, view.slot_valid, slope)
+            soft = relax(*compared, theta_r, theta_s, view.slot_valid, slope)
             if first is not None:
                 soft = soft.masked_fill(first, 1.0)
         return Decision(

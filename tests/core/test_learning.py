@@ -243,3 +243,32 @@ def test_losses_by_hand() -> None:
     assert float(smooth) == pytest.approx(500 * ((average - 100) / 338) ** 2)
     with pytest.raises(ValueError, match="paper or smooth"):
         target_loss(counts, totals, layers, 32, 100.0, "cubic")
+
+
+@pytest.mark.parametrize(
+    ("share", "name", "other"), [(0, "redundant", "spatial"), (1, "spatial", "redundant")]
+)
+def test_a_score_can_be_left_out_for_good(share: float, name: str, other: str) -> None:
+    """Whatever the thresholds have learned; its own thresholds learn nothing of the answers."""
+    model = learner("llava-llama", spatial_share=share, lambda_sample=1.0).train()
+    for parameter in model.atp_patch_heads.parameters():
+        if parameter.dim() == 1 and parameter.numel() == 1:
+            torch.nn.init.constant_(parameter, -1.0)  # low thresholds: both scores would keep much
+    model(**labelled(model)).loss.backward()
+    trace = atp_patch.last_trace(model)
+    alive = trace.visual
+    for layer in LAYERS:
+        found = trace.layers[layer]
+        by_score = found.scores[name] >= found.thresholds[name][:, None]
+        assert torch.equal(found.kept & alive, by_score & alive)
+        assert bool((found.scores[other] >= found.thresholds[other][:, None])[alive].any())
+        alive = found.kept & alive
+    learned = {
+        n: float(p.grad.abs().sum())
+        for n, p in model.atp_patch_heads.named_parameters()
+        if p.grad is not None
+    }
+    assert all(
+        (value > 0) == (name in n) for n, value in learned.items() if name in n or other in n
+    )
+    assert any(name in n for n in learned)
