@@ -1,6 +1,6 @@
 #!/bin/sh
 # Measures everything that docs/results.md reads. A killed run goes on where it was.
-#   results/run.sh [builtin|shifted|depth|dynamic]...      (default: all of them)
+#   results/run.sh [builtin|shifted|depth|dynamic|allocation]...      (default: all of them)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
 set -eu
 PYTHON=${PYTHON:-python}
@@ -37,6 +37,18 @@ dynamic() {
     $EVALUATE --model builtin-dynamic --methods "$(inside -)$BEFORE" \
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
 }
+# What each task would be given if its name were known: an upper reference.
+allocation() {
+    for split in development test; do
+        $EVALUATE --methods "atp@$EARLY" --split $split --questions 500 --seeds 1 --no-plots \
+            --budgets 0.5,0.4,0.3,0.25,0.2,0.15,0.12,0.1,0.08,0.06,0.05,0.04 \
+            --out "$OUT/allocation-$split"
+    done
+    for tokens in 144 86.4; do
+        $PYTHON "$(dirname "$0")/allocation.py" "$OUT/allocation-development/summary.jsonl" \
+            "$OUT/allocation-test/summary.jsonl" --target-tokens $tokens
+    done > "$OUT/allocation.md"
+}
 
-[ $# -gt 0 ] || set -- builtin shifted depth dynamic
+[ $# -gt 0 ] || set -- builtin shifted depth dynamic allocation
 for part in "$@"; do "$part"; done
