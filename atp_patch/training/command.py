@@ -15,7 +15,7 @@ import torch
 from transformers import ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from atp_patch.builtin import load_builtin
+from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import Calibration, calibrate
 from atp_patch.command_line import execute
@@ -82,7 +82,7 @@ def train(settings: Settings, resume: bool = False) -> Path:
         _patch(model, settings)
         freeze(model, settings.freeze_lm)
         # Not a bit of what is trained hangs on layers that add nothing, unless they learn too.
-        silent = silent_layers(model) if settings.model == BUILTIN and settings.freeze_lm else ()
+        silent = silent_layers(model) if settings.model in NAMES and settings.freeze_lm else ()
         if settings.lora_rank:
             add_lora(model, settings.lora_rank, settings.lora_alpha, leave_out=silent)
     placeholders = family_of(model.config).placeholder_ids(model.config)
@@ -222,7 +222,7 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
 
 def _source(settings: Settings) -> Source:
     if settings.data == BUILTIN:
-        return Scenes(settings.samples or SCENES)
+        return Scenes(settings.samples or SCENES, NAMES.get(settings.model, LLAVA))
     file = Path(settings.data)
     images = file.parent if settings.images is None else Path(settings.images)
     return LlavaFile(
@@ -238,8 +238,8 @@ def _load(settings: Settings) -> tuple[Any, Any]:
     """The model on the CPU, in bfloat16 only where no optimizer needs more of its weights."""
     half = settings.dtype == "bfloat16" and (settings.freeze_lm or settings.deepspeed is not None)
     dtype = torch.bfloat16 if half else torch.float32
-    if settings.model == BUILTIN:
-        return load_builtin(dtype=dtype)
+    if settings.model in NAMES:
+        return load_builtin(NAMES[settings.model], dtype=dtype)
     check = partial(_patch, settings=settings)
     return load_checkpoint(settings.model, torch.device("cpu"), dtype, check=check)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from atp_patch.builtin import make_scene
+from atp_patch.builtin import LLAVA, as_shown, make_scene
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import read_image
 
@@ -55,10 +55,12 @@ class Source(Protocol):
 
 
 class Scenes:
-    """One question about each scene of the built-in split "train"."""
+    """One question about each scene of the built-in split "train", as large as a built-in model is
+    shown it.
+    """
 
-    def __init__(self, samples: int) -> None:
-        self.name, self.samples = "built-in scenes", samples
+    def __init__(self, samples: int, model: str = LLAVA) -> None:
+        self.name, self.samples, self.model = "built-in scenes", samples, model
         self.problems: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -69,7 +71,7 @@ class Scenes:
         scene = make_scene("train", index)
         question = scene.questions[index % len(scene.questions)]
         turns = (("user", f"{MARK}\n{question.text}"), ("assistant", question.answer))
-        return Conversation(turns, (scene.image,))
+        return Conversation(turns, (as_shown(scene, self.model).image,))
 
 
 class LlavaFile:

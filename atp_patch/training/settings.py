@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from atp_patch.builtin import NAMES
 from atp_patch.errors import ConfigError
 from atp_patch.loading import DTYPES
 
@@ -25,7 +26,7 @@ def _says(default: Any, text: str) -> Any:
 class Settings:
     """Everything that says how a training goes; ``--help`` explains each."""
 
-    model: str = _says(BUILTIN, "builtin, or a folder or Hub id")
+    model: str = _says(BUILTIN, f"{', '.join(NAMES)}, or a folder or Hub id")
     data: str = _says(BUILTIN, "builtin, or a .json or .jsonl file in LLaVA's format")
     images: str | None = _says(None, "folder of the images (default: the data file's)")
     samples: int | None = _says(None, "take the first so many (default: all; builtin: 20000)")

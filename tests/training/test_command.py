@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor
 
 import atp_patch
+from atp_patch.builtin import DYNAMIC, load_builtin, prompt
+from atp_patch.training.records import Scenes
 from tests.training.conftest import Writer, record
 from tests.training.runs import LAYERS, heads, history, plain, question, run
 
@@ -218,6 +220,21 @@ def test_a_target_out_of_reach_is_told_and_the_adapter_saved(
     adapter = run(folder, tmp_path, steps=1, calibrate=4, target_tokens=9.1, layers=[2, 4, 6])
     assert "Not calibrated: target_tokens=9.1" in capsys.readouterr().err
     assert "calibrated on" not in (adapter / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_second_built_in_model_learns(tmp_path: Path) -> None:
+    adapter = run(Path("builtin-dynamic"), tmp_path, steps=1, target_tokens=40, batch_size=2)
+    model, processor = load_builtin(DYNAMIC)
+    atp_patch.patch_model(model, weights=adapter)
+    image = Scenes(1, DYNAMIC)[0].images[0]
+    inputs = processor(images=image, text=prompt("What?", DYNAMIC), return_tensors="pt")
+    with torch.no_grad():
+        model(**inputs)
+    trace = atp_patch.last_trace(model)
+    assert trace.layers.keys() == {2, 4, 6}
+    assert trace.average_tokens < trace.visual_tokens
+    (step,) = history(tmp_path)
+    assert 0 < step["average_tokens"] < 225
 
 
 def test_progress_is_a_line_a_step(

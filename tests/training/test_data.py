@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from atp_patch import train
-from atp_patch.builtin import make_scene
+from atp_patch.builtin import DYNAMIC, make_scene
 from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import IGNORED, Encoder, align
@@ -227,3 +227,10 @@ def test_scenes_ask_each_kind_of_question_in_turn() -> None:
     assert len(scenes) == 4
     assert len({scenes[i].turns[0][1] for i in range(4)}) > 1
     assert all("<image>" in scenes[i].turns[0][1] for i in range(4))
+
+
+def test_scenes_are_as_large_as_their_model_is_shown_them() -> None:
+    sizes = {Scenes(12, DYNAMIC)[i].images[0].size for i in range(12)}
+    assert len(sizes) > 2
+    assert all(width % 16 == height % 16 == 0 for width, height in sizes)
+    assert {Scenes(12)[i].images[0].size for i in range(12)} == {(192, 192)}
