@@ -141,6 +141,11 @@ def summarize(
         }
         pooled: dict[Setting, Array] = {s: np.stack(found).mean(0) for s, found in matrices.items()}
         plain = next(scores for s, scores in pooled.items() if s.name == UNPRUNED)
+        kinds = {
+            task.name: [(number, task.stratum(split, number)) for number in asked[task.name]]
+            for task in tasks
+            if task.group == group and task.stratum is not None
+        }
         for m in measured:
             row = Row(m.setting, group, m.layers, m.seeds, unreachable=m.unreachable, run=m.run)
             rows.append(row)
@@ -157,7 +162,7 @@ def summarize(
                 for name, other in _rivals(m.setting, pooled).items()
             }
             _count_tokens(row, m, asked, num_layers)
-            row.strata = _strata(m, [task for task in tasks if task.group == group], asked, split)
+            row.strata = _strata(m, kinds)
     return rows
 
 
@@ -209,16 +214,16 @@ def _count_tokens(
     row.average_tokens = float(np.mean(totals))
 
 
-def _strata(
-    measured: Measured, tasks: Sequence[Task], asked: dict[str, list[int]], split: str
-) -> dict[int, Stratum]:
-    """Answers told apart by what their pictures show."""
+def _strata(measured: Measured, kinds: dict[str, list[tuple[int, int]]]) -> dict[int, Stratum]:
+    """Answers told apart by what their pictures show.
+
+    Args:
+        kinds: the numbers of each task's questions, with the kind of picture of each.
+    """
     found: dict[int, list[Answer]] = defaultdict(list)
-    for task in tasks:
-        if task.stratum is not None:
-            for number in asked[task.name]:
-                answers = [file.answers[task.name][number] for file in measured.files]
-                found[task.stratum(split, number)] += answers
+    for task, numbered in kinds.items():
+        for number, kind in numbered:
+            found[kind] += [file.answers[task][number] for file in measured.files]
     strata = {}
     starts = [0, *measured.layers]
     for kind, answers in sorted(found.items()):
