@@ -127,9 +127,10 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
 
 def kept_by_stratum(rows: Sequence[Row]) -> Any:
     """Visual tokens that enter the decoder and each pruning layer against the number of objects in
-    the picture, a panel a setting whose number of tokens depends on the picture; or None.
+    the picture, a panel a setting that decides by itself how many they are; or None.
     """
-    adaptive = [row for row in rows if _varies(row)]
+    given = {UNPRUNED, BLIND, DROPPED}
+    adaptive = [r for r in rows if r.setting.budget is None and r.setting.name not in given]
     if not adaptive:
         return None
     figure, places = _panels(len(adaptive))
@@ -143,14 +144,6 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
         axes.set_ylabel("visual tokens", fontsize=8)
         axes.legend(fontsize=5)
     return figure
-
-
-def _varies(row: Row) -> bool:
-    """Whether pruning leaves more of some pictures than of others."""
-    if row.setting.is_reference or row.setting.name == DROPPED:
-        return False
-    kinds = [tuple(stratum.entering.values()) for stratum in row.strata.values()]
-    return any(kind != kinds[0] for kind in kinds)
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -195,7 +195,7 @@ def test_plots_hold_every_setting(rows: list[Row], tmp_path: Path) -> None:
     assert list(lines["large"]) == [40, 15, 3]
     written = draw_all(rows, tmp_path)
     assert [p.name for p in written] == [
-        f"fake-{name}.png" for name in ("frontier", "tasks", "kept", "objects")
+        f"fake-{name}.png" for name in ("frontier", "tasks", "kept")
     ]
     assert all(p.stat().st_size > 1000 for p in written)
 
@@ -227,10 +227,11 @@ def test_strata_by_hand(rows: list[Row]) -> None:
     assert fastv.to_json()["strata"][1]["questions"] == 4
 
 
-def test_the_plot_by_objects_shows_what_varies(rows: list[Row]) -> None:
+def test_the_plot_by_objects_shows_who_decides_by_itself(rows: list[Row]) -> None:
+    assert kept_by_stratum(rows) is None
+    rows[2].setting = replace(rows[2].setting, budget=None)
     figure = kept_by_stratum(rows)
-    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["fastv 0.5"]
+    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["fastv"]
     (line, *_) = figure.axes[0].lines[1:]
     assert list(line.get_xdata()) == [0, 1]
     assert list(line.get_ydata()) == [10, 12.5]
-    assert kept_by_stratum([row for row in rows if row.setting.name == "random"]) is None
