@@ -17,7 +17,7 @@ inside() {
     printf 'prumerge+/atp:0.5+0.25+0.15,'
     [ "$1" = - ] || printf 'prumerge+/atp@%s:0.06,' "$1"
 }
-# Chosen on development questions among sixteen sets of layers (docs/results.md).
+# Chosen on development questions among fourteen sets of layers (docs/results.md).
 EARLY=1+4+10
 BEFORE=prumerge,prumerge+,downsample
 
