@@ -14,7 +14,7 @@ from atp_patch.evaluation.summary import Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKS = "os^DvPX*<>"
+_MARKS = "os^DvPX*<>hp"
 _COLUMNS = 4
 
 
