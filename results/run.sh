@@ -1,6 +1,6 @@
 #!/bin/sh
 # Measures everything that docs/results.md reads. A killed run goes on where it was.
-#   results/run.sh [builtin|shifted|depth|dynamic|allocation]...      (default: all of them)
+#   results/run.sh [builtin|shifted|depth|dynamic|allocation]...      (default: all but allocation)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
 set -eu
 PYTHON=${PYTHON:-python}
@@ -50,5 +50,5 @@ allocation() {
     done > "$OUT/allocation.md"
 }
 
-[ $# -gt 0 ] || set -- builtin shifted depth dynamic allocation
+[ $# -gt 0 ] || set -- builtin shifted depth dynamic
 for part in "$@"; do "$part"; done
