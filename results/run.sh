@@ -27,7 +27,7 @@ builtin() {
 }
 shifted() {
     $EVALUATE --methods atp,fixed,fastv,sparsevlm,prumerge+,downsample --budgets 0.25 \
-        --tasks dense,slanted,offgrid,shades --questions 200 --seeds 3 --out "$OUT/shifted"
+        --tasks dense,slanted,offgrid,shades --questions 200 --seeds 3 --no-plots --out "$OUT/shifted"
 }
 depth() {
     $EVALUATE --methods atp --budgets 0.25 --drop-from all --questions 200 --seeds 1 \
