@@ -1,9 +1,4 @@
-"""``python -m atp_patch.bench``: pruned against plain at the shapes of known models, in turns, in
-one process, with random weights.
-
-    python -m atp_patch.bench --preset llava-1.5-7b --scale 0.25 --target-tokens 144
-    python -m atp_patch.bench --methods atp,fastv@2 --schedule 126,88,20 --layers 4,14,24
-"""
+"""``python -m atp_patch.bench``: build, measure, report."""
 
 from __future__ import annotations
 
@@ -107,7 +102,7 @@ def _special_case(
         "runs": args.runs,
     }
     if args.follow_up:
-        asked = compare_questions(model, inputs, args.follow_up, runs=args.runs)
+        asked = compare_questions(model, inputs, text, args.follow_up, runs=args.runs)
         case = questions_case(asked, about)
         sys.stdout.write("\n" + questions_table(case))
     else:

@@ -141,21 +141,25 @@ def _decode(model: Any, inputs: Inputs, passed: _Prefill, tokens: int) -> list[f
             attention_mask=mask,
             past_key_values=passed.cache,
             use_cache=True,
-            **_positions(model, mask),
+            **last_positions(model, mask),
         )
         times.append(between_ms(start, mark(token.device)))
         token = output.logits[:, -1].argmax(-1, keepdim=True)
     return times
 
 
-def _positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
-    """Position ids of the token behind a prompt where the model does not find them itself: with
+def last_positions(model: Any, mask: Tensor, tokens: int = 1) -> dict[str, Tensor]:
+    """Position ids of the last tokens of a prompt where the model does not find them itself: with
     M-RoPE, as ``generate`` does.
+
+    Args:
+        mask: (B, L) of the whole prompt; ``tokens``: how many, all behind its images.
     """
     deltas = getattr(_base(model), "rope_deltas", None)
     if deltas is None:
         return {}
-    return {"position_ids": (mask.sum(1, keepdim=True) - 1 + deltas).expand(3, -1, -1)}
+    steps = torch.arange(-tokens, 0, device=mask.device)
+    return {"position_ids": (mask.sum(1, keepdim=True) + steps + deltas).expand(3, -1, -1)}
 
 
 def time_prefill(model: nn.Module, inputs: Inputs) -> float:

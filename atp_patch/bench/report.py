@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from atp_patch.bench.lengths import SameLengths
@@ -136,6 +136,12 @@ def heading(case: dict[str, Any]) -> str:
         f"{case['prompt_tokens']} text tokens, batch {case['batch_size']}; "
         f"{case['runs']} rounds in turns, median [quartiles]"
     )
+
+
+def listing(case: dict[str, Any], head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """One case for people: a row for each way to do it, its name first."""
+    lines = [heading(case), "", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
 
 
 def milliseconds(spread: dict[str, float] | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
-from atp_patch.bench.report import heading
+from atp_patch.bench.report import listing
 from atp_patch.patch import HEADS, patch_model, unpatch_model
 
 IGNORE = -100
@@ -128,20 +128,16 @@ def as_data(found: dict[str, Steps]) -> dict[str, Any]:
 
 def steps_table(case: dict[str, Any]) -> str:
     """One case for people, a row for each way."""
-    lines = [
-        heading(case),
-        "",
-        "| training step | ms | of plain | peak memory GB | of plain |",
-        "|---|--:|--:|--:|--:|",
-    ]
+    rows = []
     for name, one in case["ways"].items():
         spread, peak = one["step_ms"], one["peak_bytes"]
-        cells = [
-            name,
-            f"{spread['median']:.0f} [{spread['q1']:.0f}, {spread['q3']:.0f}]",
-            f"{one['time_ratio']:.2f}",
-            "-" if peak is None else f"{peak / 1e9:.2f}",
-            "-" if one["memory_ratio"] is None else f"{one['memory_ratio']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            [
+                name,
+                f"{spread['median']:.0f} [{spread['q1']:.0f}, {spread['q3']:.0f}]",
+                f"{one['time_ratio']:.2f}",
+                "-" if peak is None else f"{peak / 1e9:.2f}",
+                "-" if one["memory_ratio"] is None else f"{one['memory_ratio']:.2f}",
+            ]
+        )
+    return listing(case, ["training step", "ms", "of plain", "peak memory GB", "of plain"], rows)

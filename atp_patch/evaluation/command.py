@@ -13,7 +13,6 @@ import torch
 
 from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
 from atp_patch.builtin.dynamic.tokens import token_ids
-from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.command_line import execute
 from atp_patch.errors import ConfigError
@@ -83,7 +82,6 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         )
 
     model, processor = _load(args.model, device, dtype, settings_for)
-    settings = settings_for(model, silent_layers(model))
     speaks = processor.tokenizer.get_vocab() in (word_ids(), token_ids())
     if args.answers == "forced" and not speaks:
         raise ConfigError(
@@ -93,6 +91,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     answers = {"auto": "forced" if speaks else "generate"}.get(args.answers, args.answers)
     sized = NAMES.get(args.model) == DYNAMIC
     bench = Bench(model, processor, speaks, answers, args.batch_size, args.max_new_tokens, sized)
+    settings = settings_for(model, bench.silent)
     work = chunks(tasks, args.split, args.questions)
     first = next(task for task in tasks if task.name == work[0][0].task)
     visual_tokens = prepared(bench, first, args.split, work[0][0]).visual_tokens

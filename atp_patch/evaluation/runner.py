@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -76,18 +76,12 @@ class Bench:
         """The model as the setting patched it, without the layers that add nothing, and without
         those that did the same for another setting.
         """
-        if setting.is_reference:
-            with without(self.model, self.silent):
-                yield
-            return
-        scored = [layer - 1 for layer in require_patch(self.model).config.layers]
-        skipped = set(self.silent) - set(scored)
-        with without(self.model, skipped):
-            if self.answers != "forced" or setting.lora is not None:
-                yield
-                return
-            with self.shared.given_again(self.model, skipped):
-                yield
+        places = () if setting.is_reference else require_patch(self.model).config.layers
+        skipped = set(self.silent) - {layer - 1 for layer in places}
+        plain = self.answers == "forced" and setting.lora is None and not setting.is_reference
+        again = self.shared.given_again(self.model, skipped) if plain else nullcontext()
+        with without(self.model, skipped), again:
+            yield
 
     @property
     def flat_positions(self) -> bool:

@@ -152,20 +152,17 @@ class _Keys:
 
     def part(self, rows: slice, heads: slice, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """What is seen (h or 1, r, n), keys and values (h, n, d)."""
-        seen = self.seen[:, rows, :n]
-        return (
-            seen if len(seen) == 1 else seen[heads],
-            self.key[heads, :n],
-            self.value[heads, :n],
-        )
+        return _of(self.seen, rows, heads, n), self.key[heads, :n], self.value[heads, :n]
 
     def biased(self, logits: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
         """Logits (h, r, n) in float32, the bias of the mask added."""
         logits = logits.float()
-        if self.bias is None:
-            return logits
-        bias = self.bias[:, rows, :n]
-        return logits.add_(bias if len(bias) == 1 else bias[heads])
+        return logits if self.bias is None else logits.add_(_of(self.bias, rows, heads, n))
+
+
+def _of(table: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
+    """(h or 1, r, n) of a table (H or 1, L, keys)."""
+    return table[heads if len(table) > 1 else slice(None), rows, :n]
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ def test_ways_answer_alike(family: str) -> None:
         lambda _m, _a, given, out: read.append((given["input_ids"].shape[1], out.logits[:, -1])),
         with_kwargs=True,
     )
-    found = compare_questions(model, inputs, [4], runs=1)
+    text = inputs["input_ids"] != 9  # the presets' placeholder
+    found = compare_questions(model, inputs, text, [4], runs=1)
     note.remove()
-    question = Prompt.cut(model, inputs).question.shape[1]
+    question = Prompt.cut(inputs, text).question.shape[1]
     assert question == 18
     lengths = [length for length, _ in read]
     plain, kept = [tokens + 20] * 2, [tokens + 20, question]
