@@ -33,6 +33,7 @@ from atp_patch.loading import (
 )
 from atp_patch.patch import disabled, last_trace, patch_model
 from atp_patch.report import Report, Times, print_report
+from atp_patch.trained import find_trained, merged
 from atp_patch.visualize import as_seen, overlay
 
 GREEDY: dict[str, Any] = {
@@ -88,10 +89,12 @@ def run(args: argparse.Namespace) -> Report:
         model, processor = load_checkpoint(args.model, device, dtype, check=prune)
         print("Answering and timing ...", file=sys.stderr)
     prune(model)
+    lora = None if args.weights is None else find_trained(args.weights).lora
     inputs = encode(processor, image, args.question, model)
     with disabled(model):
         plain, _ = answer(model, processor, inputs, args.max_new_tokens)
-    pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
+    with merged(model, lora):
+        pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
     trace = last_trace(model)
     if args.overlay is not None:
         pictures = as_seen(image, inputs, processor, trace)

@@ -14,6 +14,7 @@ from atp_patch.command_line import OneLineParser, comma_separated
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import DTYPES, first_line
 from atp_patch.methods import untrained_methods
+from atp_patch.trained import find_trained, shipped
 
 PROG = "python -m atp_patch.demo"
 DEFAULT_BUDGET = "a quarter of the image's"
@@ -50,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="P[,Q..]",
         help="instead: share that a pruning layer keeps, one or one a layer",
     )
-    add("--weights", metavar="ADAPTER", help="folder or Hub id of a saved adapter")
+    add(
+        "--weights",
+        metavar="ADAPTER",
+        help="folder or Hub id of a saved adapter, folder of a training, or an adapter of the "
+        f"built-in model: {', '.join(shipped())}",
+    )
     add("--max-new-tokens", type=int, default=32, metavar="N", help="default: 32")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -86,7 +92,7 @@ def patch_settings(args: argparse.Namespace) -> dict[str, Any]:
         "method": args.method,
         "keep": args.keep[0] if args.keep is not None and len(args.keep) == 1 else args.keep,
         "target_tokens": args.target_tokens,
-        "weights": args.weights,
+        "weights": args.weights and find_trained(args.weights).adapter,
     }
     return settings | ({"seed": args.seed} if args.method == "random" else {})
 

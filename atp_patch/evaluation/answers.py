@@ -30,23 +30,27 @@ GREEDY: dict[str, Any] = {
 def forced(model: Any, batch: Batch) -> list[bool]:
     """Whether greedy generation would give each sample's true answer; two forward passes."""
     cache = DynamicCache(config=model.config.get_text_config())
-    inputs = _placed(batch.inputs)
     with torch.inference_mode():
-        read = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        predicted = [read.logits[:, -1:].argmax(-1)]
-        fed = batch.answers[:, :-1]
-        mask = torch.cat([batch.inputs["attention_mask"], batch.answers_valid[:, :-1].long()], 1)
-        steps = torch.arange(1, fed.shape[1] + 1, device=fed.device)
-        told = model(
-            input_ids=fed,
-            attention_mask=mask,
-            position_ids=_last_positions(model, inputs) + steps,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        predicted.append(told.logits.argmax(-1))
-    hits = (torch.cat(predicted, 1) == batch.answers) | ~batch.answers_valid
-    return [bool(hit) for hit in hits.all(1).tolist()]
+        return hits(model, {**_placed(batch.inputs), "past_key_values": cache}, batch)
+
+
+def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
+    """The same for inputs with the cache that they go on from."""
+    cache, mask = inputs["past_key_values"], inputs["attention_mask"]
+    read = model(**inputs, use_cache=True, logits_to_keep=1)
+    predicted = [read.logits[:, -1:].argmax(-1)]
+    fed = batch.answers[:, :-1]
+    steps = torch.arange(1, fed.shape[1] + 1, device=fed.device)
+    told = model(
+        input_ids=fed,
+        attention_mask=torch.cat([mask, batch.answers_valid[:, :-1].to(mask)], 1),
+        position_ids=_last_positions(model, inputs) + steps,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    predicted.append(told.logits.argmax(-1))
+    right = (torch.cat(predicted, 1) == batch.answers) | ~batch.answers_valid
+    return [bool(hit) for hit in right.all(1).tolist()]
 
 
 def _placed(inputs: Inputs) -> Inputs:

@@ -15,16 +15,17 @@ import torch
 import transformers
 
 import atp_patch
-from atp_patch.evaluation.lora import LORA_FILES
+from atp_patch.trained import LORA_FILES
 
 _PACKAGE = Path(atp_patch.__file__).parent
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
 _CODE = (
-    *("config.py", "patch.py", "trace.py", "types.py", "hub.py"),
+    *("config.py", "patch.py", "pruner.py", "trace.py", "types.py", "hub.py"),
+    *("calibration.py", "compression.py", "trained.py", "visual_cache.py"),
     *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "vocabulary")),
     "builtin/dynamic/sizes.py",
-    *(f"evaluation/{n}.py" for n in ("answers", "features", "prepare", "shared")),
+    *(f"evaluation/{n}.py" for n in ("answers", "compressed", "features", "prepare", "shared")),
     *(f"evaluation/{n}.py" for n in ("scenes", "shades", "tasks")),
 )
 

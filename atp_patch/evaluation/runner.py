@@ -15,6 +15,7 @@ from atp_patch.builtin import DYNAMIC
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import controlled, threshold_control
 from atp_patch.evaluation.answers import forced, generated
+from atp_patch.evaluation.compressed import can_compress, forced_by_image
 from atp_patch.evaluation.features import can_see_ahead, see, seen_by
 from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
@@ -205,6 +206,9 @@ def answered(
 def _answer_batch(
     bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
 ) -> list[Answer]:
+    if can_compress(bench.model, samples):
+        found = forced_by_image(bench.model, samples, bench.pad_id)
+        return [Answer(float(hit), tuple(left[:1].tolist())) for hit, left in found]
     blind = setting.name == BLIND
     seen = samples[0].features is not None and bool(samples[0].answer)
     batch = collate(samples, bench.pad_id, blind, bench.flat_positions, seen)

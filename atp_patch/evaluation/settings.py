@@ -12,9 +12,9 @@ from atp_patch.calibration import CONTROLS
 from atp_patch.config import DEFAULT_LAYERS, scaled_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.evaluation.lora import merged
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
 from atp_patch.patch import patch_model, require_patch, unpatch_model
+from atp_patch.trained import find_trained, merged
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"
@@ -172,9 +172,9 @@ def plan(
 
 
 def _adapters(spec: str) -> list[Setting]:
-    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls. The folder is an
-    adapter's; or one that holds ``adapter`` and, where that learned, ``lora``, as training leaves
-    it; or one of such folders, trainings of one recipe whose answers are pooled as seeds are.
+    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls. What comes
+    before the tilde is as ``find_trained`` takes it; or a folder of such folders, trainings of one
+    recipe whose answers are pooled as seeds are.
     """
     source, tilde, control = spec.rpartition("~")
     if not tilde or Path(spec).is_dir():
@@ -200,16 +200,14 @@ def _adapters(spec: str) -> list[Setting]:
 
 
 def _trained(spec: str, source: str) -> Setting:
-    folder, lora = source, None
-    if (Path(source) / "adapter").is_dir():
-        if (Path(source) / "model").is_dir():
-            raise ConfigError(
-                f"--adapters {spec}: its model learned too; give --model {source}/model --adapters "
-                f"{source}/adapter."
-            )
-        folder = str(Path(source) / "adapter")
-        lora = str(Path(source) / "lora") if (Path(source) / "lora").is_dir() else None
-    return Setting("", adapter=folder, adapter_hash=adapter_hash(folder, lora), lora=lora)
+    if (Path(source) / "adapter").is_dir() and (Path(source) / "model").is_dir():
+        raise ConfigError(
+            f"--adapters {spec}: its model learned too; give --model {source}/model --adapters "
+            f"{source}/adapter."
+        )
+    found = find_trained(source)
+    made = adapter_hash(found.adapter, found.lora)
+    return Setting("", adapter=found.adapter, adapter_hash=made, lora=found.lora)
 
 
 def _parse(

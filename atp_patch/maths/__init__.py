@@ -40,6 +40,7 @@ from atp_patch.maths.scores import (
     redundant_scores,
     self_scores,
     standardise_scores,
+    visible_keys,
 )
 from atp_patch.maths.slots import Slots, insert_slots, public_slots, voco_visible
 from atp_patch.maths.sparse import attention_rank, cluster_weights, density_peaks, raters
@@ -99,5 +100,6 @@ __all__ = [
     "to_reference_grid",
     "top_k_mask",
     "turn_by_place",
+    "visible_keys",
     "voco_visible",
 ]

@@ -64,8 +64,8 @@ def cross_scores(
         row_valid: (B, T) bool, rows that count.
         visual_index, visual_valid: (B, V) places of the visual tokens among the keys.
         scaling: factor of the logits.
-        mask: broadcastable to (B, H, T, K): bool (True = visible) or float (added to the logits;
-            half of its dtype's least number and below hides).
+        mask: broadcastable to (B, H, T, K): as :func:`visible_keys` reads it; a float one is added
+            to the logits.
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
         chunk_rows: rows whose probabilities are held at a time.
 
@@ -116,12 +116,9 @@ def cross_rows(
     logits = rearrange(logits, "b k (g t) n -> b (k g) t n", g=groups)
     lowest = torch.finfo(torch.float32).min
     if mask is not None:
-        if mask.dtype == torch.bool:
-            hidden = ~mask
-        else:
-            hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if mask.dtype != torch.bool:
             logits = logits + mask
-        logits = logits.masked_fill(hidden, lowest)
+        logits = logits.masked_fill(~visible_keys(mask), lowest)
     columns = visual_index[:, None, None, :].expand(batch, heads, rows, -1)
     visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
     # Renormalised is a softmax over the visual tokens alone: a quotient of probabilities would
@@ -129,6 +126,13 @@ def cross_rows(
     seen = visual.softmax(-1) if renormalise else logits.softmax(-1).gather(3, columns)
     seen = seen.masked_fill(visual == lowest, 0.0).mean(1)
     return seen.masked_fill(~row_valid[..., None], 0.0)
+
+
+def visible_keys(mask: Tensor) -> Tensor:
+    """Where an attention mask lets a key be seen: a bool one where it is True, a float one above
+    half of its dtype's least number.
+    """
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:

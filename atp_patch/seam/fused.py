@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atp_patch.maths import visible_keys
+
 # Numbers in the tables of one step: on a CPU what its caches hold, else what fills a GPU.
 _CPU_NUMBERS, _GPU_NUMBERS = 2**19, 2**26
 _CPU_ROWS, _GPU_ROWS = 128, 1024
@@ -132,7 +134,7 @@ class _Keys:
         """Those of a sample that are chosen (L,)."""
         place = chosen.nonzero()[:, 0]
         mine = mask[sample if mask.shape[0] > 1 else 0].index_select(-1, place)
-        seen = _visible(mine)
+        seen = visible_keys(mine)
         seen[:, place, torch.arange(len(place), device=place.device)] = False
         bias = None if mine.dtype == torch.bool else mine
         k, v = (x[sample].index_select(1, place) for x in (key, value))
@@ -165,14 +167,10 @@ def _of(table: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
     return table[heads if len(table) > 1 else slice(None), rows, :n]
 
 
-def _visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def _own_logits(scaled: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     """(B, H, L) float32 of each token with itself, the least number where it is hidden."""
     own = (scaled * key).sum(-1).float()
     diagonal = mask.diagonal(dim1=-2, dim2=-1)
     if mask.dtype != torch.bool:
         own = own + diagonal
-    return own.masked_fill(~_visible(diagonal), torch.finfo(own.dtype).min)
+    return own.masked_fill(~visible_keys(diagonal), torch.finfo(own.dtype).min)

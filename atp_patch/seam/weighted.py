@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
+from atp_patch.maths import visible_keys
 from atp_patch.seam.fused import FusedWeightedAttention
 from atp_patch.seam.narrow import scoring_mask
 
@@ -49,7 +50,7 @@ def weighted_attention(
     visible = scoring_mask(mask, query.shape[2], key.shape[2], query.device)
     if visible.dtype != torch.bool:
         logits = logits + visible
-        visible = visible > torch.finfo(visible.dtype).min / 2
+        visible = visible_keys(visible)
     own = torch.eye(query.shape[2], dtype=torch.bool, device=query.device)
     weight = weight.to(logits)[:, None, None, :].masked_fill(own, 1.0)
     counting = visible & (weight > 0)

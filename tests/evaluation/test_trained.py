@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import atp_patch
+from atp_patch.builtin import load_builtin, make_scene, prompt
 from atp_patch.errors import ConfigError, WeightsError
 from atp_patch.evaluation.identity import model_hash
-from atp_patch.evaluation.lora import merged
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
+from atp_patch.patch import is_patched
+from atp_patch.trained import find_trained, load_trained, merged, shipped
 from atp_patch.training.learn import add_lora
 from tests.evaluation.conftest import TOKENS, build
 
@@ -53,6 +55,61 @@ def test_merged_is_what_peft_computes_and_nothing_is_left(bench: Bench, trained:
         plain = bench.model(input_ids=torch.arange(3, 12)[None]).logits
     assert (plain - expected).abs().max() > 1e-3
     assert model_hash(bench.model) == before
+
+
+def test_what_a_training_left_is_loaded_for_good(trained: Path) -> None:
+    model, _ = build()
+    ids = torch.arange(3, 12)[None]
+    assert load_trained(model, str(trained)) is model
+    assert is_patched(model)
+    expected = torch.load(trained / "logits.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+        atp_patch.unpatch_model(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_it_was_not_made_for_stays_as_it_is(trained: Path) -> None:
+    model, _ = build()
+    model.get_decoder().layers[7].mlp.down_proj = torch.nn.Linear(2, 3)
+    before = model_hash(model)
+    with pytest.raises(WeightsError, match="made for another model"):
+        load_trained(model, str(trained))
+    assert not is_patched(model)
+    assert model_hash(model) == before
+
+
+def test_where_a_training_is_found(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_trained(str(trained))
+    assert (found.adapter, found.lora) == (str(trained / "adapter"), str(trained / "lora"))
+    assert find_trained(str(trained / "adapter")).lora is None
+    assert find_trained("user/adapter").adapter == "user/adapter"
+    name = shipped()[0]
+    assert Path(find_trained(name).adapter).is_dir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # the user's own folder goes before
+    assert find_trained(name).adapter == name
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_adapters_fit_the_built_in_model(name: str) -> None:
+    model, processor = load_builtin()
+    load_trained(model, name)
+    scene = make_scene("development", 0)
+    inputs = processor(
+        images=scene.image, text=prompt(scene.questions[0].text), return_tensors="pt"
+    )
+    with torch.no_grad():
+        model(**inputs)
+    kept = atp_patch.last_trace(model).tokens_per_layer[0]
+    assert 0 < kept[-1] < kept[0] or kept[0] < 576
+    found = find_trained(name)
+    card = (Path(found.adapter) / "README.md").read_text(encoding="utf-8")
+    assert "`llava` model with 32 decoder layers" in card
+    files = [f for part in (found.adapter, found.lora) if part for f in Path(part).iterdir()]
+    assert sum(file.stat().st_size for file in files) < 2e6
 
 
 def test_lora_is_part_of_the_identity(trained: Path) -> None:

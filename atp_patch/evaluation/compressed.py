@@ -1,0 +1,50 @@
+"""Questions to a model with VoCo tokens: an image is read once, however many are asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_patch.compression import Compression
+from atp_patch.evaluation.answers import hits
+from atp_patch.evaluation.prepare import Sample, collate
+from atp_patch.patch import is_patched, last_trace, require_patch
+from atp_patch.visual_cache import compress
+
+_TEXT = ("input_ids", "attention_mask")
+
+
+def can_compress(model: Any, samples: Sequence[Sample]) -> bool:
+    """Whether images can be compressed ahead of their questions: one before each, seen ahead."""
+    compresses = is_patched(model) and isinstance(require_patch(model), Compression)
+    return compresses and all(s.features is not None and s.answer for s in samples)
+
+
+def forced_by_image(
+    model: Any, samples: Sequence[Sample], pad_id: int
+) -> Iterator[tuple[bool, Tensor]]:
+    """As :func:`answers.forced`, and of each sample the (layers,) tokens that its image left."""
+    for _, same in groupby(samples, key=lambda sample: sample.example.number):
+        asked = list(same)
+        begun = asked[0]
+        end = int(begun.visual.nonzero().max()) + 1  # the same in all: the question comes behind
+        image = collate([_cut(begun, slice(end))], pad_id, False, False, seen=True).inputs
+        cache = compress(model, image)
+        left = last_trace(model).tokens_per_layer[0]
+        batch = collate([_cut(s, slice(end, None)) for s in asked], pad_id, False, False)
+        question = {name: batch.inputs[name] for name in _TEXT}
+        with torch.inference_mode():
+            found = hits(model, cache.inputs(model, question), batch)
+        yield from ((hit, left) for hit in found)
+
+
+def _cut(sample: Sample, part: slice) -> Sample:
+    """A part of the prompt's tokens; the features stay, the picture does not."""
+    length = sample.inputs["input_ids"].shape
+    tokens = {name: t[:, part] for name, t in sample.inputs.items() if t.shape == length}
+    return replace(sample, inputs=tokens, visual=sample.visual[part])

@@ -1,0 +1,135 @@
+"""What trainings leave: an adapter, and the LoRA that learned beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atp_patch.builtin import builtin_path
+from atp_patch.errors import WeightsError
+from atp_patch.patch import patch_model
+
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PREFIX, _UP, _DOWN = "base_model.model.", ".lora_B.weight", ".lora_A.weight"
+_NOT_PLAIN = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a training's results are.
+
+    Attributes:
+        adapter: folder or Hub id; ``lora``: folder, None where the language model did not learn.
+    """
+
+    adapter: str
+    lora: str | None
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the trained adapters of the built-in model that come with the package."""
+    return tuple(sorted(folder.parent.name for folder in _shipped().glob("*/adapter")))
+
+
+def find_trained(source: str) -> Trained:
+    """From a name of :func:`shipped`, the folder of a training (``adapter`` in it, and ``lora``
+    where that learned), or an adapter's own folder or Hub id.
+    """
+    folder = Path(source)
+    if not folder.exists() and source in shipped():
+        folder = _shipped() / source
+    if not (folder / "adapter").is_dir():
+        return Trained(source, None)
+    lora = folder / "lora"
+    return Trained(str(folder / "adapter"), str(lora) if lora.is_dir() else None)
+
+
+def load_trained(model: Any, source: str) -> Any:
+    """Patch a model with a trained adapter, and add the LoRA beside it to its weights for good.
+
+        model, processor = load_builtin()
+        load_trained(model, "voco8")
+
+    Args:
+        source: as :func:`find_trained` takes it.
+
+    Returns:
+        the same model. Un-patching leaves the LoRA in its weights; :func:`merged` takes it out.
+
+    Raises:
+        WeightsError: where it was made for another model; the model is as before then.
+    """
+    found = find_trained(source)
+    changes = [] if found.lora is None else _changes(model, found.lora)
+    patch_model(model, weights=found.adapter)
+    for weight, delta in changes:
+        with torch.no_grad():
+            weight.add_(delta.to(weight))
+    return model
+
+
+@contextmanager
+def merged(model: Any, lora: str | None) -> Iterator[None]:
+    """The model with the LoRA of a folder added to its weights; exactly as before afterwards.
+
+    Args:
+        lora: what PEFT, or ``save_pretrained`` of a model with LoRA, wrote; None adds nothing.
+
+    Raises:
+        WeightsError: where the folder holds no plain LoRA, or that of another model.
+    """
+    changes = [] if lora is None else _changes(model, lora)
+    before = [weight.detach().clone() for weight, _ in changes]
+    try:
+        with torch.no_grad():
+            for weight, delta in changes:
+                weight.add_(delta.to(weight))
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), kept in zip(changes, before, strict=True):
+                weight.copy_(kept)
+
+
+def _shipped() -> Path:
+    return builtin_path().parent / "adapters"
+
+
+def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
+    """Each weight that LoRA changes, and what it adds."""
+    modules, changes = dict(model.named_modules()), []
+    for name, delta in _deltas(folder).items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != delta.shape:
+            raise WeightsError(f"{folder} was made for another model: it changes {name}.")
+        changes.append((weight, delta))
+    return changes
+
+
+@lru_cache(maxsize=8)
+def _deltas(folder: str) -> dict[str, Tensor]:
+    """Name of a linear layer -> what LoRA adds to its weight."""
+    missing = [name for name in LORA_FILES if not (Path(folder) / name).is_file()]
+    if missing:
+        raise WeightsError(f"{folder} holds no LoRA: {' and '.join(missing)} missing.")
+    config = json.loads((Path(folder) / LORA_FILES[0]).read_text(encoding="utf-8"))
+    if config["peft_type"] != "LORA" or any(config.get(name) for name in _NOT_PLAIN):
+        raise WeightsError(f"{folder} is no plain LoRA; merge it into the model and give --model.")
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    stored = load_file(Path(folder) / LORA_FILES[1])
+    return {
+        name.removeprefix(_PREFIX).removesuffix(_UP): scale
+        * (up.float() @ stored[name.removesuffix(_UP) + _DOWN].float())
+        for name, up in stored.items()
+        if name.endswith(_UP)
+    }
