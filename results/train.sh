@@ -1,6 +1,7 @@
 #!/bin/sh
-# Trains what docs/results.md says of training, three seeds a recipe, and measures it.
-#   results/train.sh [main|tables|measure]...      (default: all of them)
+# Trains what docs/results.md says of training, and measures it: three seeds a recipe, one of methods
+# before the decoder.
+#   results/train.sh [compressed|main|tables|measure]...      (default: all of them)
 # PYTHON is the interpreter, WORK the folder of the trainings, OUT that of the results. A killed run
 # goes on where it was.
 set -eu
@@ -27,6 +28,20 @@ train() {
 quarter() { train "$@" --target-tokens 144; }
 sixth() { train "$@" --target-tokens 86.4; } # 15 %
 
+# compress NAME FLAGS...
+compress() {
+    folder=$WORK/$1
+    shift
+    [ ! -d "$folder/adapter" ] || return 0
+    resume=
+    [ ! -f "$folder/checkpoint.pt" ] || resume=--resume
+    $PYTHON "$HERE/../examples/train_compressed.py" --steps 1000 --save-every 50 --out "$folder" \
+        "$@" $resume
+}
+compressed() {
+    for tokens in 1 2 8 32; do compress voco$tokens --method voco --option num_tokens=$tokens; done
+    compress prumerge+lora --method prumerge+
+}
 main() {
     quarter frozen25
     sixth frozen15
@@ -64,5 +79,5 @@ measure() {
         --questions 500 --seeds 3 --out "$OUT/training"
 }
 
-[ $# -gt 0 ] || set -- main tables measure
+[ $# -gt 0 ] || set -- compressed main tables measure
 for part in "$@"; do "$part"; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -107,7 +108,10 @@ def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = (
     chosen = [layer for number, layer in enumerate(layers) if number not in leave_out]
     inside = {id(m) for layer in chosen for m in layer.modules() if isinstance(m, nn.Linear)}
     targets = [name for name, module in model.named_modules() if id(module) in inside]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    model.add_adapter(config)
+    if Path(config.base_model_name_or_path or "").is_dir():
+        config.base_model_name_or_path = None  # a folder of this machine: nobody else's business
     for name, parameter in model.named_parameters():  # PEFT has frozen all but its own
         if name.startswith(_PREFIX):
             parameter.requires_grad_(True)

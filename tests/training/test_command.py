@@ -148,6 +148,9 @@ def test_lora_learns_beside_the_heads_and_is_saved_beside_them(
         assert not torch.equal(model(**inputs).logits, bare)
     assert "LoRA of rank 2" in (adapter / "README.md").read_text(encoding="utf-8")
     assert "in the folder `lora`" in (adapter / "README.md").read_text(encoding="utf-8")
+    written = [f for f in (tmp_path / "lora").iterdir() if f.suffix in (".json", ".md")]
+    assert written
+    assert not any(str(tmp_path.parent) in f.read_text(encoding="utf-8") for f in written)
 
 
 def test_the_language_model_learns_and_the_vision_tower_does_not(
