@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import atp_patch
 from atp_patch import demo
 from atp_patch.builtin import load_builtin
 from atp_patch.loading import encode
+from atp_patch.training.learn import add_lora
 
 ROOT = Path(__file__).parents[2]
 SCENES = ROOT / "examples" / "scenes"
@@ -95,3 +97,26 @@ def test_quickstart() -> None:
     assert summary.startswith("576 visual tokens, 144 a layer")
     lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 25
+
+
+def test_lora_beside_an_adapter_speaks_in_the_pruned_answer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(demo, "RUNS", 1)
+    model, _ = load_builtin()
+    atp_patch.patch_model(model, [4], "uniform", keep=0.9)
+    add_lora(model, rank=1, alpha=1.0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=9.0)  # it talks nonsense from now on
+    atp_patch.save_pretrained(model, tmp_path / "adapter")
+    atp_patch.unpatch_model(model)
+    model.save_pretrained(tmp_path / "lora")
+    image, true_answer = made()
+    for source, same in ((tmp_path / "adapter", True), (tmp_path, False)):
+        assert demo.main([str(image), QUESTION, "--json", "--weights", str(source)]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["answer_plain"] == true_answer
+        assert (data["answer_pruned"] == true_answer) == same
