@@ -23,19 +23,26 @@ def atp_loss(counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int]) ->
     return torch.stack(shares).sum(0).mean()
 
 
-def target_loss(
-    counts: Sequence[Tensor],
-    totals: Tensor,
-    layers: Sequence[int],
-    num_layers: int,
-    target: float,
-    kind: str,
+def batch_average(
+    counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int], num_layers: int
 ) -> Tensor:
-    """L_target of eq. 13: how far the average over all layers and the batch is from the budget.
+    """``Nbar`` of eq. 13: tokens averaged over all decoder layers and the batch, a scalar.
 
     Args:
         counts, totals, layers: as in :func:`atp_loss`.
-        num_layers: all decoder layers.
+    """
+    ends = [*layers[1:], num_layers]
+    spans = [end - start for start, end in zip(layers, ends, strict=True)]
+    means = (count.float().mean() for count in counts)
+    kept = sum((span * mean for span, mean in zip(spans, means, strict=True)))
+    return (kept + layers[0] * totals.mean()) / num_layers
+
+
+def target_loss(average: Tensor, total: Tensor, target: float, kind: str) -> Tensor:
+    """L_target of eq. 13: how far the average of tokens is from the budget.
+
+    Args:
+        average: ``Nbar``, of :func:`batch_average`; ``total``: tokens before any pruning.
         target: ``N_target``, in tokens.
         kind: "paper": ``|Nbar - N_target|``; "smooth": ``500 ((Nbar - N_target) / Lv)^2``, whose
             gradient vanishes at the target and does not grow with the resolution.
@@ -43,12 +50,6 @@ def target_loss(
     Returns:
         A scalar.
     """
-    means = [count.float().mean() for count in counts]
-    total = totals.mean()
-    ends = [*layers[1:], num_layers]
-    spans = [end - start for start, end in zip(layers, ends, strict=True)]
-    kept = sum((span * mean for span, mean in zip(spans, means, strict=True)), layers[0] * total)
-    average = kept / num_layers
     if kind == "paper":
         return (average - target).abs()
     if kind != "smooth":

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from atp_patch.errors import ConfigError
-from atp_patch.methods.atp import ATP, Fixed
+from atp_patch.methods.atp import ATP
 from atp_patch.methods.base import (
     BeforeDecoder,
     Compressor,
@@ -20,6 +20,7 @@ from atp_patch.methods.base import (
 from atp_patch.methods.baselines import Random, Uniform
 from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
+from atp_patch.methods.fixed import Fixed
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
 from atp_patch.methods.sparsevlm import SparseVLM
 from atp_patch.methods.voco import VoCo

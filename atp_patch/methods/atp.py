@@ -1,4 +1,4 @@
-"""ATP-LLaVA (Ye et al., 2024): adaptive token pruning, and its fixed-ratio control.
+"""ATP-LLaVA (Ye et al., 2024): adaptive token pruning.
 
 Scores of eq. 3-5 come from the post-rotary q and k of the layer before; a token goes on where its
 redundant score or its spatial score reaches the threshold for this layer and instance (eq. 9-11
@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from atp_patch.errors import ConfigError
 from atp_patch.maths import (
     atp_loss,
+    batch_average,
     budget_thresholds,
-    cross_scores,
-    gather_heads,
     gather_tokens,
     hard_keep,
-    redundant_scores,
-    self_scores,
     soft_mask,
     spatial_scores,
     starting_thresholds,
@@ -34,86 +31,20 @@ from atp_patch.maths import (
 )
 from atp_patch.methods.atp_heads import ThresholdHeads, Thresholds
 from atp_patch.methods.base import (
-    Method,
     ModuleSpec,
-    Ranking,
     best_of_each_image,
     choice,
     grid_table,
     least_counts,
-    mask_rows,
 )
+from atp_patch.methods.fixed import Scored
 from atp_patch.types import Decision, View
 
 _NEVER = -1e4  # so far below every threshold that its sigmoid is 0
 
 
 @dataclass(frozen=True)
-class _Scored(Method):
-    """Options of the two attention scores.
-
-    Attributes:
-        score: "mean" of both scores (the paper's), "cross" or "self" alone.
-        score_norm: how scores of different kinds are brought to (0, 1): "rank", "minmax", or "none"
-            (the equations as printed).
-        cross_over: text rows' probabilities as they are ("all"), or renormalised over the visual
-            tokens of each head and row ("visual").
-        causal_self: count only the queries that may see a token in its self-modality score.
-    """
-
-    score: str = "cross"
-    score_norm: str = "rank"
-    cross_over: str = "visual"
-    causal_self: bool = False
-
-    def __post_init__(self) -> None:
-        choice("score", self.score, ("mean", "cross", "self"))
-        choice("score_norm", self.score_norm, ("rank", "minmax", "none"))
-        choice("cross_over", self.cross_over, ("all", "visual"))
-
-    def scores(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        """S_self, S_cross and S_redundant, each (B, V) float32 (eq. 3, eq. 4 and below)."""
-        column = view.slot + view.key_offset
-        s_self = self_scores(
-            gather_heads(view.query, view.slot),
-            gather_heads(view.key, column),
-            view.slot_valid,
-            view.scaling,
-            causal=self.causal_self,
-        )
-        s_cross = cross_scores(
-            gather_heads(view.query, view.text),
-            view.key,
-            view.text_valid,
-            column,
-            view.slot_valid,
-            view.scaling,
-            mask=mask_rows(view.mask, view.text),
-            renormalise=self.cross_over == "visual",
-        )
-        redundant = redundant_scores(
-            s_self, s_cross, view.slot_valid, score=self.score, norm=self.score_norm
-        )
-        return s_self, s_cross, redundant
-
-
-@dataclass(frozen=True)
-class Fixed(Ranking, _Scored):
-    """The ATP score with a fixed share at each layer (Table 2's fixed pruning ratio)."""
-
-    name: ClassVar[str] = "fixed"
-    summary: ClassVar[str] = "ATP's attention scores, fixed share"
-
-    def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Keep the best by redundant score."""
-        s_self, s_cross, redundant = self.scores(view)
-        keep = self.best(view, redundant)
-        scores = {"self": s_self, "cross": s_cross, "redundant": redundant}
-        return Decision(keep, exact=True, scores=scores)
-
-
-@dataclass(frozen=True)
-class ATP(_Scored):
+class ATP(Scored):
     """Adaptive token pruning with spatial augmented pruning.
 
     Attributes:
@@ -133,6 +64,9 @@ class ATP(_Scored):
             so out of the decoder.
         lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13 ("paper"
             or "smooth").
+        target_passes: eq. 13 takes the average of about so many forward passes in training, its
+            gradient that of the present one: with few samples in each, an average of one (1, the
+            paper's) would ask instances to be alike.
         threshold_inputs: what heads see: "scores" (the paper's), or "scores+question", the hidden
             state of the last prompt token too. Answers never count.
         standardise: heads see S_self and log S_cross with mean 0 and variance 1 over an instance's
@@ -156,6 +90,7 @@ class ATP(_Scored):
     lambda_atp: float = 0.05
     lambda_target: float = 0.2
     target_loss: str = "smooth"
+    target_passes: int = 1
     threshold_inputs: str = "scores+question"
     standardise: bool = True
     heads_hidden_size: int = 64
@@ -187,8 +122,10 @@ class ATP(_Scored):
             raise ConfigError("slopes must be positive, lambda_atp and lambda_target not negative.")
         if self.lambda_sample <= 0:
             raise ConfigError(f"lambda_sample={self.lambda_sample} is not positive.")
-        if self.heads_hidden_size < 1 or self.reference_grid < 1:
-            raise ConfigError("heads_hidden_size and reference_grid must be at least 1.")
+        if min(self.heads_hidden_size, self.reference_grid, self.target_passes) < 1:
+            raise ConfigError(
+                "heads_hidden_size, reference_grid and target_passes must be at least 1."
+            )
 
     @property
     def needs_budget(self) -> bool:
@@ -212,6 +149,7 @@ class ATP(_Scored):
             question=self.threshold_inputs == "scores+question",
             standardise=self.standardise,
             anneals=self.slope_end is not None,
+            remembers=self.target_passes > 1,
         )
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
@@ -275,10 +213,17 @@ class ATP(_Scored):
         layers: Sequence[int],
         num_layers: int,
         target: float,
+        module: nn.Module | None,
     ) -> dict[str, tuple[float, Tensor]]:
         """L_atp and L_target of eq. 12-13 with their weights of eq. 14."""
-        to_target = target_loss(counts, totals, layers, num_layers, target, self.target_loss)
+        average = batch_average(counts, totals, layers, num_layers)
+        if self.target_passes > 1:
+            assert isinstance(module, Thresholds)
+            average = module.remembered(average, self.target_passes)
         return {
             "atp": (self.lambda_atp, atp_loss(counts, totals, layers)),
-            "target": (self.lambda_target, to_target),
+            "target": (
+                self.lambda_target,
+                target_loss(average, totals.mean(), target, self.target_loss),
+            ),
         }

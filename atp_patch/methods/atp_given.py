@@ -22,7 +22,7 @@ class GivenThresholds(Thresholds):
     """
 
     def __init__(self, logits: dict[int, Tensor]) -> None:
-        super().__init__(tuple(logits), anneals=False)
+        super().__init__(tuple(logits))
         for layer, table in logits.items():
             self.register_buffer(f"logits_{layer}", table.clone())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import atp_patch
-from atp_patch.maths import atp_loss, target_loss
+from atp_patch.maths import atp_loss, batch_average, target_loss
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
 
@@ -237,12 +237,14 @@ def test_losses_by_hand() -> None:
     expected = ((4 * 126 + 14 * 88 + 24 * 20) / 576 + (4 * 50 + 14 * 25 + 24 * 5) / 100) / 2
     assert float(atp_loss(counts, totals, layers)) == pytest.approx(expected)
     average = (143.875 + (4 * 100 + 10 * 50 + 10 * 25 + 8 * 5) / 32) / 2
-    paper = target_loss(counts, totals, layers, 32, 100.0, "paper")
-    smooth = target_loss(counts, totals, layers, 32, 100.0, "smooth")
+    found = batch_average(counts, totals, layers, 32)
+    assert float(found) == pytest.approx(average)
+    paper = target_loss(found, totals.mean(), 100.0, "paper")
+    smooth = target_loss(found, totals.mean(), 100.0, "smooth")
     assert float(paper) == pytest.approx(abs(average - 100))
     assert float(smooth) == pytest.approx(500 * ((average - 100) / 338) ** 2)
     with pytest.raises(ValueError, match="paper or smooth"):
-        target_loss(counts, totals, layers, 32, 100.0, "cubic")
+        target_loss(found, totals.mean(), 100.0, "cubic")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""ATP-LLaVA's attention scores (eq. 3-4), and its fixed-ratio control, which needs nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from atp_patch.maths import cross_scores, gather_heads, redundant_scores, self_scores
+from atp_patch.methods.base import Method, Ranking, choice, mask_rows
+from atp_patch.types import Decision, View
+
+
+@dataclass(frozen=True)
+class Scored(Method):
+    """Options of the two attention scores.
+
+    Attributes:
+        score: "mean" of both scores (the paper's), "cross" or "self" alone.
+        score_norm: how scores of different kinds are brought to (0, 1): "rank", "minmax", or "none"
+            (the equations as printed).
+        cross_over: text rows' probabilities as they are ("all"), or renormalised over the visual
+            tokens of each head and row ("visual").
+        causal_self: count only the queries that may see a token in its self-modality score.
+    """
+
+    score: str = "cross"
+    score_norm: str = "rank"
+    cross_over: str = "visual"
+    causal_self: bool = False
+
+    def __post_init__(self) -> None:
+        choice("score", self.score, ("mean", "cross", "self"))
+        choice("score_norm", self.score_norm, ("rank", "minmax", "none"))
+        choice("cross_over", self.cross_over, ("all", "visual"))
+
+    def scores(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """S_self, S_cross and S_redundant, each (B, V) float32 (eq. 3, eq. 4 and below)."""
+        column = view.slot + view.key_offset
+        s_self = self_scores(
+            gather_heads(view.query, view.slot),
+            gather_heads(view.key, column),
+            view.slot_valid,
+            view.scaling,
+            causal=self.causal_self,
+        )
+        s_cross = cross_scores(
+            gather_heads(view.query, view.text),
+            view.key,
+            view.text_valid,
+            column,
+            view.slot_valid,
+            view.scaling,
+            mask=mask_rows(view.mask, view.text),
+            renormalise=self.cross_over == "visual",
+        )
+        redundant = redundant_scores(
+            s_self, s_cross, view.slot_valid, score=self.score, norm=self.score_norm
+        )
+        return s_self, s_cross, redundant
+
+
+@dataclass(frozen=True)
+class Fixed(Ranking, Scored):
+    """The ATP score with a fixed share at each layer (Table 2's fixed pruning ratio)."""
+
+    name: ClassVar[str] = "fixed"
+    summary: ClassVar[str] = "ATP's attention scores, fixed share"
+
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Keep the best by redundant score."""
+        s_self, s_cross, redundant = self.scores(view)
+        keep = self.best(view, redundant)
+        scores = {"self": s_self, "cross": s_cross, "redundant": redundant}
+        return Decision(keep, exact=True, scores=scores)
