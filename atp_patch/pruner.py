@@ -194,9 +194,8 @@ class Patch:
         counts = [count[seen] for count in run.soft_counts]
         assert self.method is not None
         assert self.trace is not None
-        depth = self.config.base.num_layers
         terms = self.method.losses(
-            counts, totals.to(counts[0].device), self.layers, depth, target, self.heads
+            counts, totals.to(counts[0].device), self.layers, self.config.base.num_layers, target
         )
         parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
         self.trace = replace(self.trace, losses=parts)

@@ -64,9 +64,6 @@ class ATP(Scored):
             so out of the decoder.
         lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13 ("paper"
             or "smooth").
-        target_passes: eq. 13 takes the average of about so many forward passes in training, its
-            gradient that of the present one: with few samples in each, an average of one (1, the
-            paper's) would ask instances to be alike.
         threshold_inputs: what heads see: "scores" (the paper's), or "scores+question", the hidden
             state of the last prompt token too. Answers never count.
         standardise: heads see S_self and log S_cross with mean 0 and variance 1 over an instance's
@@ -90,7 +87,6 @@ class ATP(Scored):
     lambda_atp: float = 0.05
     lambda_target: float = 0.2
     target_loss: str = "smooth"
-    target_passes: int = 1
     threshold_inputs: str = "scores+question"
     standardise: bool = True
     heads_hidden_size: int = 64
@@ -122,10 +118,8 @@ class ATP(Scored):
             raise ConfigError("slopes must be positive, lambda_atp and lambda_target not negative.")
         if self.lambda_sample <= 0:
             raise ConfigError(f"lambda_sample={self.lambda_sample} is not positive.")
-        if min(self.heads_hidden_size, self.reference_grid, self.target_passes) < 1:
-            raise ConfigError(
-                "heads_hidden_size, reference_grid and target_passes must be at least 1."
-            )
+        if self.heads_hidden_size < 1 or self.reference_grid < 1:
+            raise ConfigError("heads_hidden_size and reference_grid must be at least 1.")
 
     @property
     def needs_budget(self) -> bool:
@@ -149,7 +143,6 @@ class ATP(Scored):
             question=self.threshold_inputs == "scores+question",
             standardise=self.standardise,
             anneals=self.slope_end is not None,
-            remembers=self.target_passes > 1,
         )
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
@@ -213,17 +206,11 @@ class ATP(Scored):
         layers: Sequence[int],
         num_layers: int,
         target: float,
-        module: nn.Module | None,
     ) -> dict[str, tuple[float, Tensor]]:
         """L_atp and L_target of eq. 12-13 with their weights of eq. 14."""
         average = batch_average(counts, totals, layers, num_layers)
-        if self.target_passes > 1:
-            assert isinstance(module, Thresholds)
-            average = module.remembered(average, self.target_passes)
+        to_target = target_loss(average, totals.mean(), target, self.target_loss)
         return {
             "atp": (self.lambda_atp, atp_loss(counts, totals, layers)),
-            "target": (
-                self.lambda_target,
-                target_loss(average, totals.mean(), target, self.target_loss),
-            ),
+            "target": (self.lambda_target, to_target),
         }

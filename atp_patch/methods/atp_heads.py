@@ -20,23 +20,17 @@ class Thresholds(nn.Module):
     """What gives every instance its two thresholds at every pruning layer.
 
     Attributes:
-        passes: forward passes in training so far, where the slope of the backward pass is annealed.
-        average: tokens averaged over the last passes in training, where eq. 13 remembers them; not
-            a number before the first. Both travel with the weights.
+        passes: forward passes in training so far, where the slope of the backward pass is annealed;
+            it travels with the weights.
     """
 
     passes: Tensor
-    average: Tensor
 
-    def __init__(
-        self, layers: tuple[int, ...], *, anneals: bool = False, remembers: bool = False
-    ) -> None:
+    def __init__(self, layers: tuple[int, ...], *, anneals: bool = False) -> None:
         super().__init__()
         self.layers = layers
         if anneals:
             self.register_buffer("passes", torch.zeros((), dtype=torch.long))
-        if remembers:
-            self.register_buffer("average", torch.tensor(float("nan")))
 
     @abstractmethod
     def forward(
@@ -62,14 +56,6 @@ class Thresholds(nn.Module):
             self.passes += 1
         done = ((self.passes - 1) / over).clamp(max=1.0)
         return first * (last / first) ** done
-
-    def remembered(self, now: Tensor, over: int) -> Tensor:
-        """The running average over about ``over`` passes, with the gradient of ``now``."""
-        here = now.detach()
-        old = self.average.to(here)
-        new = torch.where(old.isnan(), here, old + (here - old) / over)
-        self.average.copy_(new)
-        return now + (new - here)
 
 
 class ThresholdHeads(Thresholds):
@@ -99,9 +85,8 @@ class ThresholdHeads(Thresholds):
         question: bool,
         standardise: bool,
         anneals: bool,
-        remembers: bool,
     ) -> None:
-        super().__init__(spec.layers, anneals=anneals, remembers=remembers)
+        super().__init__(spec.layers, anneals=anneals)
         self.grid, self.question, self.standardise = grid, question, standardise
         inputs = 2 * grid * grid + (spec.hidden_size if question else 0)
         names = [str(layer) for layer in spec.layers]

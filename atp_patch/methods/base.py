@@ -84,12 +84,10 @@ class Method(Strategy):
         layers: Sequence[int],
         num_layers: int,
         target: float,
-        module: nn.Module | None,
     ) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the host's loss: name -> its weight and a scalar.
 
         Args:
-            module: what ``build`` made.
             counts: (B,) float with a gradient, tokens left after each pruning layer.
             totals: (B,) float, tokens before any pruning.
             target: visual tokens averaged over all decoder layers that are aimed at.
