@@ -210,6 +210,8 @@ class Decision:
         scores: name -> (B, V) float32.
         thresholds: name -> (B,) float32.
         soft: (B, V) float32, where the view asks for learning: 1 kept, 0 not, with a gradient.
+        counted: the same numbers, with the gradient that losses of their count take; None: that
+            of ``soft``.
         recycled: which kept tokens take in others; None: none does.
     """
 
@@ -218,6 +220,7 @@ class Decision:
     scores: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     soft: Tensor | None = None
+    counted: Tensor | None = None
     recycled: Recycled | None = None
 
 

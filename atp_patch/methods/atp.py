@@ -64,6 +64,9 @@ class ATP(Scored):
             so out of the decoder.
         lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13 ("paper"
             or "smooth").
+        budget_gradient: what eq. 12 and 13 move: all of the heads ("all", the paper's), or only the
+            thresholds' own biases ("biases"), which are the same for every instance: what tells
+            instances apart then learns from the answers alone.
         threshold_inputs: what heads see: "scores" (the paper's), or "scores+question", the hidden
             state of the last prompt token too. Answers never count.
         standardise: heads see S_self and log S_cross with mean 0 and variance 1 over an instance's
@@ -87,6 +90,7 @@ class ATP(Scored):
     lambda_atp: float = 0.05
     lambda_target: float = 0.2
     target_loss: str = "smooth"
+    budget_gradient: str = "all"
     threshold_inputs: str = "scores+question"
     standardise: bool = True
     heads_hidden_size: int = 64
@@ -99,6 +103,7 @@ class ATP(Scored):
         choice("surrogate", self.surrogate, ("straight-through", "literal"))
         choice("threshold_inputs", self.threshold_inputs, ("scores", "scores+question"))
         choice("target_loss", self.target_loss, ("paper", "smooth"))
+        choice("budget_gradient", self.budget_gradient, ("all", "biases"))
         if self.thresholds == "budget" and self.score_norm != "rank":
             raise ConfigError(
                 f"score_norm={self.score_norm!r} cannot be set to a budget, only ranks can; use "
@@ -177,20 +182,25 @@ class ATP(Scored):
         keep = hard_keep(*compared, theta_r, theta_s, view.slot_valid)
         if first is not None:
             keep = keep | first
-        soft = None
+        soft = counted = None
         if view.learning:
-            assert isinstance(module, Thresholds)
+            assert isinstance(module, ThresholdHeads)
             relax = soft_mask if self.surrogate == "literal" else straight_through_mask
             slope = self._slope(view, module)
             soft = relax(*compared, theta_r, theta_s, view.slot_valid, slope)
+            if self.budget_gradient == "biases":
+                moved = module.through_biases(view.layer, theta_r, theta_s)
+                counted = relax(*compared, *moved, view.slot_valid, slope)
             if first is not None:
                 soft = soft.masked_fill(first, 1.0)
+                counted = None if counted is None else counted.masked_fill(first, 1.0)
         return Decision(
             keep,
             exact=module is None,
             scores={"self": s_self, "cross": s_cross, "redundant": redundant, "spatial": spatial},
             thresholds={"redundant": theta_r, "spatial": theta_s},
             soft=soft,
+            counted=counted,
         )
 
     def _slope(self, view: View, module: Thresholds) -> float | Tensor:

@@ -139,6 +139,16 @@ class ThresholdHeads(Thresholds):
         redundant, spatial = (torch.sigmoid(t.float())[:, 0].to(s_self.device) for t in thetas)
         return redundant, spatial
 
+    def through_biases(self, layer: int, *thetas: Tensor) -> list[Tensor]:
+        """Both thresholds (B,) again, with a gradient to their own biases alone."""
+        found = []
+        for theta, heads in zip(thetas, (self.theta_redundant, self.theta_spatial), strict=True):
+            head, value = heads[str(layer)], theta.detach()
+            assert isinstance(head, nn.Linear)
+            bias = head.bias.to(value)
+            found.append(value + value * (1 - value) * (bias - bias.detach()))
+        return found
+
     @torch.no_grad()
     def shift(self, layer: int, by: float) -> None:
         """As :meth:`Thresholds.shift`: the biases of the outputs move."""

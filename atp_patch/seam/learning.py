@@ -26,7 +26,8 @@ class LearningPass(Prefill):
     Attributes:
         weight: (B, L) float32 of the keys of later layers, None before the first pruning: 1 for
             text, the product of the soft masks so far for visual tokens.
-        soft_counts: (B,) float32 tokens left after each pruning layer so far, with a gradient.
+        soft_counts: (B,) float32 tokens left after each pruning layer so far, with the gradient
+            that the budget takes.
     """
 
     gathers = False
@@ -35,6 +36,7 @@ class LearningPass(Prefill):
         super().__init__(*args, **kwargs)
         self.weight: Tensor | None = None
         self.soft_counts: list[Tensor] = []
+        self._counted: Tensor | None = None
         self._alive: Tensor | None = None
 
     def view(
@@ -72,9 +74,15 @@ class LearningPass(Prefill):
         position = self.layout.position.gather(1, self._token)
         spare = torch.where(self._token_valid, position, length)
         text = pad(~self.layout.mask, (0, 1)).float()
-        weight = text.scatter(1, spare, decision.soft.float())[:, :length]
-        self.weight = weight if self.weight is None else self.weight * weight
-        self.soft_counts.append((self.weight * self.layout.mask).sum(1))
+
+        def weighed(soft: Tensor, before: Tensor | None) -> Tensor:
+            weight = text.scatter(1, spare, soft.float())[:, :length]
+            return weight if before is None else before * weight
+
+        counted = decision.soft if decision.counted is None else decision.counted
+        self.weight = weighed(decision.soft, self.weight)
+        self._counted = weighed(counted, self._counted)
+        self.soft_counts.append((self._counted * self.layout.mask).sum(1))
         alive = self.kept(layer) if self._alive is None else self._alive
         gone = torch.where(self._token_valid & ~keep, position, length)
         self._alive = pad(alive, (0, 1)).scatter(1, gone, False)[:, :length]

@@ -117,6 +117,31 @@ def test_every_head_learns_from_the_next_token_alone(kind: str) -> None:
         assert float(parameter.grad.abs().max()) > 0, name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_budget_may_move_biases_alone(kind: str) -> None:
+    """Weights then learn what they learn without a budget, biases what they learn with one."""
+    gradients: dict[tuple[str, float], dict[str, Tensor]] = {}
+    losses = {}
+    for way, weight in (("all", 0.0), ("all", 0.7), ("biases", 0.7)):
+        model = learner(
+            kind, target_tokens=9, lambda_atp=weight, lambda_target=weight, budget_gradient=way
+        ).train()
+        loss = model(**labelled(model)).loss
+        loss.backward()
+        losses[way, weight] = float(loss.detach())
+        heads = model.atp_patch_heads.named_parameters()
+        gradients[way, weight] = {name: p.grad for name, p in heads if p.grad is not None}
+    assert losses["biases", 0.7] == losses["all", 0.7]
+    found = gradients["biases", 0.7]
+    for name, gradient in found.items():
+        bias = name.startswith("theta") and name.endswith("bias")
+        same, other = gradients["all", 0.7][name], gradients["all", 0.0][name]
+        if not bias:
+            same, other = other, same
+        torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-7, msg=name)
+        assert not torch.allclose(gradient, other, rtol=1e-2, atol=1e-7), name
+
+
 def test_scores_stay_out_of_the_decoders_gradient_unless_asked() -> None:
     reached = {}
     for detached in (True, False):
