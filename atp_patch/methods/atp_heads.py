@@ -139,15 +139,21 @@ class ThresholdHeads(Thresholds):
         redundant, spatial = (torch.sigmoid(t.float())[:, 0].to(s_self.device) for t in thetas)
         return redundant, spatial
 
-    def through_biases(self, layer: int, *thetas: Tensor) -> list[Tensor]:
+    def through_biases(
+        self, layer: int, redundant: Tensor, spatial: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Both thresholds (B,) again, with a gradient to their own biases alone."""
-        found = []
-        for theta, heads in zip(thetas, (self.theta_redundant, self.theta_spatial), strict=True):
-            head, value = heads[str(layer)], theta.detach()
+
+        def moved(theta: Tensor, head: nn.Module) -> Tensor:
             assert isinstance(head, nn.Linear)
-            bias = head.bias.to(value)
-            found.append(value + value * (1 - value) * (bias - bias.detach()))
-        return found
+            value, bias = theta.detach(), head.bias.to(theta)
+            return value + value * (1 - value) * (bias - bias.detach())
+
+        name = str(layer)
+        return (
+            moved(redundant, self.theta_redundant[name]),
+            moved(spatial, self.theta_spatial[name]),
+        )
 
     @torch.no_grad()
     def shift(self, layer: int, by: float) -> None:
