@@ -40,7 +40,7 @@ dynamic() {
 # Methods before the decoder that learned, each as it ships with the package.
 compressed() {
     $EVALUATE --methods "prumerge+:0.25,atp@$EARLY,random@$EARLY,uniform@$EARLY,downsample" \
-        --adapters voco1,voco2,voco8,voco32,prumerge+lora --budgets 0.06 --questions 500 --seeds 3 \
+        --adapters voco1,voco2,voco8,voco32,prumerge+lora --budgets 0.06 --questions 300 --seeds 3 \
         --out "$OUT/compressed"
 }
 # What each task would be given if its name were known: an upper reference.
