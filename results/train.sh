@@ -35,12 +35,14 @@ compress() {
     [ ! -d "$folder/adapter" ] || return 0
     resume=
     [ ! -f "$folder/checkpoint.pt" ] || resume=--resume
-    $PYTHON "$HERE/../examples/train_compressed.py" --steps 1000 --save-every 50 --out "$folder" \
+    $PYTHON "$HERE/../examples/train_compressed.py" --save-every 50 --out "$folder" \
         "$@" $resume
 }
 compressed() {
-    for tokens in 1 2 8 32; do compress voco$tokens --method voco --option num_tokens=$tokens; done
-    compress prumerge+lora --method prumerge+
+    for tokens in 1 2 8 32; do
+        compress voco$tokens --method voco --option num_tokens=$tokens --steps 1000
+    done
+    compress prumerge+lora --method prumerge+ --steps 500
 }
 main() {
     quarter frozen25
