@@ -39,7 +39,7 @@ dynamic() {
 }
 # Methods before the decoder that learned, each as it ships with the package.
 compressed() {
-    $EVALUATE --methods "prumerge+:0.25,atp@$EARLY,random@$EARLY,uniform@$EARLY,downsample" \
+    $EVALUATE --methods "prumerge+:0.25,random@$EARLY,uniform@$EARLY" \
         --adapters voco1,voco2,voco8,voco32,prumerge+lora --budgets 0.06 --questions 300 --seeds 3 \
         --out "$OUT/compressed"
 }
