@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import atp_patch
-from atp_patch.maths import atp_loss, batch_average, target_loss
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
 
@@ -115,31 +114,6 @@ def test_every_head_learns_from_the_next_token_alone(kind: str) -> None:
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
         assert float(parameter.grad.abs().max()) > 0, name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_budget_may_move_biases_alone(kind: str) -> None:
-    """Weights then learn what they learn without a budget, biases what they learn with one."""
-    gradients: dict[tuple[str, float], dict[str, Tensor]] = {}
-    losses = {}
-    for way, weight in (("all", 0.0), ("all", 0.7), ("biases", 0.7)):
-        model = learner(
-            kind, target_tokens=9, lambda_atp=weight, lambda_target=weight, budget_gradient=way
-        ).train()
-        loss = model(**labelled(model)).loss
-        loss.backward()
-        losses[way, weight] = float(loss.detach())
-        heads = model.atp_patch_heads.named_parameters()
-        gradients[way, weight] = {name: p.grad for name, p in heads if p.grad is not None}
-    assert losses["biases", 0.7] == losses["all", 0.7]
-    found = gradients["biases", 0.7]
-    for name, gradient in found.items():
-        bias = name.startswith("theta") and name.endswith("bias")
-        same, other = gradients["all", 0.7][name], gradients["all", 0.0][name]
-        if not bias:
-            same, other = other, same
-        torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-7, msg=name)
-        assert not torch.allclose(gradient, other, rtol=1e-2, atol=1e-7), name
 
 
 def test_scores_stay_out_of_the_decoders_gradient_unless_asked() -> None:
@@ -253,23 +227,6 @@ def test_after_training_the_model_runs_plainly_and_on_text() -> None:
         after = model(**inputs).logits
     assert torch.equal(trained_text, plain)
     assert torch.equal(after, before)
-
-
-def test_losses_by_hand() -> None:
-    totals = torch.tensor([576.0, 100.0])
-    counts = [torch.tensor([126.0, 50.0]), torch.tensor([88.0, 25.0]), torch.tensor([20.0, 5.0])]
-    layers = [4, 14, 24]
-    expected = ((4 * 126 + 14 * 88 + 24 * 20) / 576 + (4 * 50 + 14 * 25 + 24 * 5) / 100) / 2
-    assert float(atp_loss(counts, totals, layers)) == pytest.approx(expected)
-    average = (143.875 + (4 * 100 + 10 * 50 + 10 * 25 + 8 * 5) / 32) / 2
-    found = batch_average(counts, totals, layers, 32)
-    assert float(found) == pytest.approx(average)
-    paper = target_loss(found, totals.mean(), 100.0, "paper")
-    smooth = target_loss(found, totals.mean(), 100.0, "smooth")
-    assert float(paper) == pytest.approx(abs(average - 100))
-    assert float(smooth) == pytest.approx(500 * ((average - 100) / 338) ** 2)
-    with pytest.raises(ValueError, match="paper or smooth"):
-        target_loss(found, totals.mean(), 100.0, "cubic")
 
 
 @pytest.mark.parametrize(
