@@ -184,7 +184,7 @@ class ATP(Scored):
             keep = keep | first
         soft = counted = None
         if view.learning:
-            assert isinstance(module, ThresholdHeads)
+            assert isinstance(module, Thresholds)
             relax = soft_mask if self.surrogate == "literal" else straight_through_mask
             slope = self._slope(view, module)
             soft = relax(*compared, theta_r, theta_s, view.slot_valid, slope)

@@ -47,6 +47,16 @@ class Thresholds(nn.Module):
     def shift(self, layer: int, by: float) -> None:
         """Add a number to the logits of both thresholds of a layer, for every instance."""
 
+    def through_biases(
+        self, layer: int, redundant: Tensor, spatial: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both thresholds (B,) again, with a gradient to their own biases alone, if they have any.
+
+        Args:
+            redundant, spatial: (B,) that :meth:`forward` gave for this layer.
+        """
+        return redundant, spatial
+
     def annealed(self, view: View, first: float, last: float, over: int) -> Tensor:
         """The slope of this training pass, geometrically from ``first`` to ``last``.
 
@@ -142,7 +152,7 @@ class ThresholdHeads(Thresholds):
     def through_biases(
         self, layer: int, redundant: Tensor, spatial: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both thresholds (B,) again, with a gradient to their own biases alone."""
+        """As :meth:`Thresholds.through_biases`."""
 
         def moved(theta: Tensor, head: nn.Module) -> Tensor:
             assert isinstance(head, nn.Linear)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import atp_patch
 from atp_patch.maths import atp_loss, batch_average, target_loss
 from tests.core.test_learning import KINDS, labelled, learner
 
@@ -25,6 +26,18 @@ def test_losses_by_hand() -> None:
     assert float(smooth) == pytest.approx(500 * ((average - 100) / 338) ** 2)
     with pytest.raises(ValueError, match="paper or smooth"):
         target_loss(found, totals.mean(), 100.0, "cubic")
+
+
+@pytest.mark.parametrize("way", ["all", "biases"])
+def test_given_thresholds_pass_through_a_model_in_training(way: str) -> None:
+    """A control has nothing to learn, and stands in for heads in training mode too."""
+    model = learner("llava-llama", target_tokens=9, budget_gradient=way)
+    control = atp_patch.threshold_control(model, [labelled(model)], "mean")
+    with atp_patch.controlled(model, control), torch.no_grad():
+        model.eval()(**labelled(model))
+        gathered = atp_patch.last_trace(model).tokens_per_layer
+        model.train()(**labelled(model))
+        assert torch.equal(atp_patch.last_trace(model).tokens_per_layer, gathered)
 
 
 @pytest.mark.parametrize("kind", KINDS)
