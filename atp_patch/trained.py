@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,7 +69,8 @@ def load_trained(model: Any, source: str) -> Any:
         source: as :func:`find_trained` takes it.
 
     Returns:
-        the same model. Un-patching leaves the LoRA in its weights; :func:`merged` takes it out.
+        the same model. Un-patching leaves the LoRA in its weights; :func:`merged` adds one for a
+        while.
 
     Raises:
         WeightsError: where it was made for another model; the model is as before then.
@@ -77,9 +78,7 @@ def load_trained(model: Any, source: str) -> Any:
     found = find_trained(source)
     changes = [] if found.lora is None else _changes(model, found.lora)
     patch_model(model, weights=found.adapter)
-    for weight, delta in changes:
-        with torch.no_grad():
-            weight.add_(delta.to(weight))
+    _add(changes)
     return model
 
 
@@ -96,9 +95,7 @@ def merged(model: Any, lora: str | None) -> Iterator[None]:
     changes = [] if lora is None else _changes(model, lora)
     before = [weight.detach().clone() for weight, _ in changes]
     try:
-        with torch.no_grad():
-            for weight, delta in changes:
-                weight.add_(delta.to(weight))
+        _add(changes)
         yield
     finally:
         with torch.no_grad():
@@ -119,6 +116,12 @@ def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
             raise WeightsError(f"{folder} was made for another model: it changes {name}.")
         changes.append((weight, delta))
     return changes
+
+
+@torch.no_grad()
+def _add(changes: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for weight, delta in changes:
+        weight.add_(delta.to(weight))
 
 
 @lru_cache(maxsize=8)

@@ -35,7 +35,12 @@ def forced(model: Any, batch: Batch) -> list[bool]:
 
 
 def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
-    """The same for inputs with the cache that they go on from."""
+    """The same for inputs with the cache that they go on from.
+
+    Args:
+        inputs: of ``model(...)``, with ``past_key_values``; the attention mask covers the cache.
+        batch: with the true answers.
+    """
     cache, mask = inputs["past_key_values"], inputs["attention_mask"]
     read = model(**inputs, use_cache=True, logits_to_keep=1)
     predicted = [read.logits[:, -1:].argmax(-1)]
