@@ -24,7 +24,7 @@ from atp_patch.maths.indexing import (
     scatter_tokens,
     top_k_mask,
 )
-from atp_patch.maths.losses import atp_loss, batch_average, target_loss
+from atp_patch.maths.losses import atp_loss, layer_averages, target_loss
 from atp_patch.maths.merging import (
     even_counts,
     merge_weights,
@@ -57,7 +57,6 @@ __all__ = [
     "atp_loss",
     "attention_rank",
     "average_tokens",
-    "batch_average",
     "budget_thresholds",
     "cluster_weights",
     "cross_rows",
@@ -71,6 +70,7 @@ __all__ = [
     "insert_slots",
     "keep_counts",
     "kv_bytes",
+    "layer_averages",
     "layer_flops",
     "least_target",
     "local_index",

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from atp_patch.errors import ConfigError
 from atp_patch.maths import (
     atp_loss,
-    batch_average,
     budget_thresholds,
     gather_tokens,
     hard_keep,
+    layer_averages,
     soft_mask,
     spatial_scores,
     starting_thresholds,
@@ -62,8 +62,8 @@ class ATP(Scored):
             accumulated). A counter beside the heads' weights keeps the place; neither: no change.
         detach_scores: keep the thresholds' gradient out of the scores and the question's state, and
             so out of the decoder.
-        lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13 ("paper"
-            or "smooth").
+        lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13
+            ("paper", "smooth" or "unbiased": see ``maths.target_loss``).
         budget_gradient: what eq. 12 and 13 move: all of the heads ("all", the paper's), or only the
             thresholds' own biases ("biases"), which are the same for every instance: what tells
             instances apart then learns from the answers alone.
@@ -102,7 +102,7 @@ class ATP(Scored):
         choice("spatial_order", self.spatial_order, ("progressive", "strided"))
         choice("surrogate", self.surrogate, ("straight-through", "literal"))
         choice("threshold_inputs", self.threshold_inputs, ("scores", "scores+question"))
-        choice("target_loss", self.target_loss, ("paper", "smooth"))
+        choice("target_loss", self.target_loss, ("paper", "smooth", "unbiased"))
         choice("budget_gradient", self.budget_gradient, ("all", "biases"))
         if self.thresholds == "budget" and self.score_norm != "rank":
             raise ConfigError(
@@ -218,8 +218,8 @@ class ATP(Scored):
         target: float,
     ) -> dict[str, tuple[float, Tensor]]:
         """L_atp and L_target of eq. 12-13 with their weights of eq. 14."""
-        average = batch_average(counts, totals, layers, num_layers)
-        to_target = target_loss(average, totals.mean(), target, self.target_loss)
+        averages = layer_averages(counts, totals, layers, num_layers)
+        to_target = target_loss(averages, totals.mean(), target, self.target_loss)
         return {
             "atp": (self.lambda_atp, atp_loss(counts, totals, layers)),
             "target": (self.lambda_target, to_target),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import Tensor
 
 import atp_patch
-from atp_patch.maths import atp_loss, batch_average, target_loss
+from atp_patch.maths import atp_loss, layer_averages, target_loss
 from tests.core.test_learning import KINDS, labelled, learner
 
 
@@ -17,15 +19,39 @@ def test_losses_by_hand() -> None:
     layers = [4, 14, 24]
     expected = ((4 * 126 + 14 * 88 + 24 * 20) / 576 + (4 * 50 + 14 * 25 + 24 * 5) / 100) / 2
     assert float(atp_loss(counts, totals, layers)) == pytest.approx(expected)
-    average = (143.875 + (4 * 100 + 10 * 50 + 10 * 25 + 8 * 5) / 32) / 2
-    found = batch_average(counts, totals, layers, 32)
-    assert float(found) == pytest.approx(average)
+    first, second = 143.875, (4 * 100 + 10 * 50 + 10 * 25 + 8 * 5) / 32
+    average = (first + second) / 2
+    found = layer_averages(counts, totals, layers, 32)
+    assert found.tolist() == pytest.approx([first, second])
     paper = target_loss(found, totals.mean(), 100.0, "paper")
     smooth = target_loss(found, totals.mean(), 100.0, "smooth")
     assert float(paper) == pytest.approx(abs(average - 100))
     assert float(smooth) == pytest.approx(500 * ((average - 100) / 338) ** 2)
-    with pytest.raises(ValueError, match="paper or smooth"):
+    unbiased = target_loss(found, totals.mean(), 100.0, "unbiased")
+    assert float(unbiased) == pytest.approx(500 * (first - 100) * (second - 100) / 338**2)
+    with pytest.raises(ValueError, match="paper, smooth or unbiased"):
         target_loss(found, totals.mean(), 100.0, "cubic")
+
+
+def test_an_unbiased_target_loss_has_the_mean_of_the_square_over_all_data() -> None:
+    """Over all batches of three among five samples; the square itself adds their variance."""
+    samples = torch.tensor([3.0, 9.0, 14.0, 20.0, 35.0], dtype=torch.float64)
+    total, target = torch.tensor(40.0), 11.0
+    off = samples - target
+    pairs = [off[i] * off[j] for i in range(5) for j in range(5) if i != j]
+    whole = 500 * float(torch.stack(pairs).mean()) / 40**2
+    batches = [samples[list(chosen)] for chosen in combinations(range(5), 3)]
+
+    def mean(kind: str) -> float:
+        losses = [target_loss(batch, total, target, kind) for batch in batches]
+        return float(torch.stack(losses).mean())
+
+    assert mean("unbiased") == pytest.approx(whole)
+    assert mean("smooth") == pytest.approx(whole + 500 * float(samples.var()) / 3 / 40**2)
+    alone = samples[:1]
+    assert target_loss(alone, total, target, "unbiased") == target_loss(
+        alone, total, target, "smooth"
+    )
 
 
 @pytest.mark.parametrize("way", ["all", "biases"])

@@ -182,7 +182,7 @@ def test_the_papers_temperature_is_no_soft_mask_but_hardly_learns() -> None:
     assert float(gradient(literal).abs().max()) < 1e-6 < float(gradient(straight).abs().max())
 
 
-@pytest.mark.parametrize("target_loss", ["paper", "smooth"])
+@pytest.mark.parametrize("target_loss", ["paper", "smooth", "unbiased"])
 def test_a_target_loss_pulls_toward_the_budget(target_loss: str) -> None:
     pulls = {}
     for target in (10.0, 35.0):
