@@ -52,7 +52,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def frontier(rows: Sequence[Row]) -> Any:
     """Mean accuracy against average tokens, with 95 % intervals."""
-    figure, ((axes,),) = _figure(1, 1, (7, 5))
+    figure, ((axes,),) = _figure(1, 1, (9, 5))
     for number, (label, points) in enumerate(_curves(rows).items()):
         estimates = [row.mean for row in points if row.mean is not None]
         values = [e.value for e in estimates]
@@ -65,7 +65,7 @@ def frontier(rows: Sequence[Row]) -> Any:
         )
     _references(axes, rows, lambda row: row.mean.value if row.mean else math.nan)
     axes.set_ylabel("accuracy, mean over tasks")
-    axes.legend(fontsize=8)
+    _legend_beside(figure, axes)
     return figure
 
 
@@ -80,7 +80,7 @@ def frontier_by_task(rows: Sequence[Row]) -> Any:
             axes.plot(tokens, values, label=label, marker=_mark(number), ms=4, lw=1)
         _references(axes, rows, lambda row, task=task: row.accuracy[task])
         axes.set_title(task, fontsize=9)
-    places[0].legend(fontsize=6)
+    _legend_beside(figure, places[0])
     return figure
 
 
@@ -108,20 +108,25 @@ def by_depth(rows: Sequence[Row]) -> Any:
 
 
 def kept_by_layer(rows: Sequence[Row]) -> Any:
-    """Visual tokens that enter each pruning layer, a line a task, a panel a setting; or None."""
+    """Visual tokens that enter each pruning layer, a line a task, a panel a setting; or None.
+
+    Where some settings tell tasks apart, those that do not are left out.
+    """
     pruned = [row for row in rows if row.layers and row.setting.name != DROPPED]
     if not pruned:
         return None
-    figure, places = _panels(len(pruned))
+    pruned = [row for row in pruned if _tells_apart(row)] or pruned
+    figure, places = _panels(len(pruned), common_y=True)
     for axes, row in zip(places, pruned, strict=True):
-        for task, counts in row.entering.items():
-            axes.plot(list(counts), list(counts.values()), label=task, marker=".", lw=1)
+        for number, (task, counts) in enumerate(row.entering.items()):
+            layers, means = list(counts), list(counts.values())
+            axes.plot(layers, means, label=task, marker=_mark(number), ms=4, lw=1)
         axes.set_title(_title(row), fontsize=9)
         axes.set_xticks([0, *row.layers])
         axes.set_yscale("log")
         axes.set_xlabel("decoder layer", fontsize=8)
-        axes.set_ylabel("visual tokens", fontsize=8)
-    places[0].legend(fontsize=5)
+    places[0].set_ylabel("visual tokens", fontsize=8)
+    _legend_beside(figure, places[0])
     return figure
 
 
@@ -133,17 +138,26 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
     adaptive = [r for r in rows if r.setting.budget is None and r.setting.name not in given]
     if not adaptive:
         return None
-    figure, places = _panels(len(adaptive))
+    figure, places = _panels(len(adaptive), common_y=True)
     for axes, row in zip(places, adaptive, strict=True):
-        for layer in next(iter(row.strata.values())).entering:
+        for number, layer in enumerate(next(iter(row.strata.values())).entering):
             means = [stratum.entering[layer] for stratum in row.strata.values()]
-            axes.plot(list(row.strata), means, label=f"enter layer {layer}", marker=".", lw=1)
+            axes.plot(list(row.strata), means, label=f"enter layer {layer}", marker=_mark(number))
         axes.set_title(_title(row), fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
         axes.set_xlabel("objects in the picture", fontsize=8)
-        axes.set_ylabel("visual tokens", fontsize=8)
         axes.legend(fontsize=5)
+    places[0].set_ylabel("visual tokens", fontsize=8)
     return figure
+
+
+def _tells_apart(row: Row) -> bool:
+    """Whether tasks differ by more than a twentieth in what enters some layer."""
+    by_layer: dict[int, list[float]] = {}
+    for counts in row.entering.values():
+        for layer, mean in counts.items():
+            by_layer.setdefault(layer, []).append(mean)
+    return any(max(means) > 1.05 * min(means) for means in by_layer.values())
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -160,27 +174,36 @@ def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
     for name, style in ((UNPRUNED, "-"), (BLIND, ":")):
         for row in (row for row in rows if row.setting.name == name):
             axes.axhline(value(row), color="0.5", ls=style, lw=1, label=name)
-    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high > 3 * low:  # else a logarithmic axis has no round numbers to show
+        axes.set_xscale("log")
     axes.set_xlabel("visual tokens, mean over layers", fontsize=8)
     axes.grid(alpha=0.3)
 
 
-def _figure(height: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(
+    height: int, columns: int, inches: tuple[float, float], **shared: bool
+) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     figure = Figure(figsize=inches, layout="constrained")
-    return figure, figure.subplots(height, columns, squeeze=False)
+    return figure, figure.subplots(height, columns, squeeze=False, **shared)
 
 
-def _panels(count: int) -> tuple[Any, list[Axes]]:
+def _panels(count: int, common_y: bool = False) -> tuple[Any, list[Axes]]:
     """A figure with so many panels, the rest of its grid left empty."""
     columns = min(_COLUMNS, count)
     height = math.ceil(count / columns)
-    figure, grid = _figure(height, columns, (3.2 * columns, 2.6 * height))
+    inches = (3.2 * columns + 1.2, 2.6 * height)
+    figure, grid = _figure(height, columns, inches, sharey=common_y)
     places = [axes for line in grid for axes in line]
     for axes in places[count:]:
         axes.set_visible(False)
     return figure, places[:count]
+
+
+def _legend_beside(figure: Any, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
 
 
 def _title(row: Row) -> str:
