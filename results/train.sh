@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains what docs/results.md says of training, and measures it: three seeds a recipe. Tables are of
 # the second built-in model, which trains in half the time.
-#   results/train.sh [compressed|main|measure|tables|measure_tables]...      (default: all of them)
+#   results/train.sh [sixths|quarters|tables|compressed]...      (default: all of them)
 # PYTHON is the interpreter, WORK the folder of the trainings, OUT that of the results. A killed run
 # goes on where it was.
 set -eu
@@ -25,8 +25,7 @@ train() {
             --seed "$seed" --out "$folder" "$@" $resume
     done
 }
-quarter() { train "$@" --layers $EARLY --target-tokens 144; }
-sixth() { train "$@" --layers $EARLY --target-tokens 86.4; } # 15 %
+early() { train "$@" --layers $EARLY; } # of the first model's 576 tokens
 # Of the second model's 183 tokens on average.
 fifth() { train "$@" --model builtin-dynamic --layers 1,4,6 --target-tokens 37; }
 LORA="--lora-rank 16 --lr 1e-3"
@@ -50,23 +49,29 @@ compressed() {
     done
     compress prumerge+lora --method prumerge+ --steps 500
 }
-main() {
-    sixth frozen15
-    sixth lora15 $LORA
-    quarter frozen25
-    quarter lora25 $LORA
-    sixth turned15 $LORA --rope-2d
-}
+# measure NAME BUDGET RECIPES...: beside their controls and what needs no training
 measure() {
-    adapters=$WORK/turned15,
-    for recipe in frozen15 lora15 frozen25 lora25; do
+    name=$1 budget=$2
+    shift 2
+    adapters=
+    for recipe in "$@"; do
         for control in "" ~mean ~shuffled; do adapters=$adapters$WORK/$recipe$control,; done
     done
     layers=$(echo $EARLY | tr , +)
     methods=
-    for name in atp fixed fastv random uniform; do methods=$methods$name@$layers:0.25+0.15,; done
-    $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --adapters "${adapters%,}" \
-        --questions 500 --seeds 3 --out "$OUT/thresholds"
+    for method in atp fixed fastv random uniform; do methods=$methods$method@$layers,; done
+    $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --budgets "$budget" \
+        --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/$name"
+}
+sixths() { # 15 %
+    early frozen15 --target-tokens 86.4
+    early lora15 --target-tokens 86.4 $LORA
+    measure thresholds-15 0.15 frozen15 lora15
+}
+quarters() {
+    early frozen25 --target-tokens 144
+    early lora25 --target-tokens 144 $LORA
+    measure thresholds-25 0.25 frozen25 lora25
 }
 # The paper's tables 2 to 5, and what its equations leave open.
 tables() {
@@ -84,15 +89,17 @@ tables() {
     fifth paper20 --option surrogate=literal --option slope=1e6 --option score=mean \
         --option score_norm=none --option cross_over=all --option threshold_inputs=scores \
         --option standardise=false --option target_loss=paper --option lambda_atp=0.05
-}
-measure_tables() {
     adapters=$WORK/best20,$WORK/best20~mean,$WORK/best20~shuffled
     for recipe in redundant spatial self mean scores literal smooth distance shares lora paper; do
         adapters=$adapters,$WORK/${recipe}20
     done
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
         --budgets 0.2 --adapters "$adapters" --questions 500 --seeds 3 --out "$OUT/tables"
+    # Positions in rows and columns: the first model has none yet.
+    early lora15 --target-tokens 86.4 $LORA
+    early turned15 --target-tokens 86.4 $LORA --rope-2d
+    $PYTHON -m atp_patch.evaluate --methods random,uniform --budgets 0.15 \
+        --adapters "$WORK/lora15,$WORK/turned15" --questions 500 --seeds 3 --out "$OUT/turned"
 }
-
-[ $# -gt 0 ] || set -- compressed main measure tables measure_tables
+[ $# -gt 0 ] || set -- sixths quarters tables compressed
 for part in "$@"; do "$part"; done
