@@ -157,7 +157,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             parts = value.split(",") if isinstance(value, str) else value
             return tuple(convert(name, part, get_args(kind)[0]) for part in parts)
         if get_origin(kind) is dict:
-            return {str(key): _frozen(entry) for key, entry in value.items()}
+            return {str(key): _option(entry) for key, entry in value.items()}
         if kind is bool:
             if not isinstance(value, bool):
                 raise ValueError("true or false")
@@ -174,8 +174,14 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     raise ConfigError(f"{name}: {value!r} is not of the kind {wanted}; mend it.")
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _option(value: Any) -> Any:
+    """An option as YAML reads it, but for lists, and numbers such as 1e6, which it calls words."""
+    if isinstance(value, list):
+        return tuple(value)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

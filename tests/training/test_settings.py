@@ -27,7 +27,7 @@ def test_flags_win_and_options_merge(tmp_path: Path) -> None:
         "options: {slope: 10, score: mean}\n",
         encoding="utf-8",
     )
-    got = read(file, "--steps", 7, "--option", "slope=20", "--option", "causal_self=true")
+    got = read(file, "--steps", 7, "--option", "slope=2e1", "--option", "causal_self=true")
     assert got == Settings(
         lr=1e-3,
         steps=7,

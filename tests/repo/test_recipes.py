@@ -1,0 +1,87 @@
+"""The programs in results/: every command they would run is one that its program takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atp_patch.evaluation.options import method_options
+from atp_patch.evaluation.options import parser as evaluation_parser
+from atp_patch.evaluation.settings import plan
+from atp_patch.methods import METHODS
+from atp_patch.training.options import flags_of
+from atp_patch.training.options import parser as training_parser
+from atp_patch.training.settings import read_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPTH = {"builtin": 32, "builtin-dynamic": 8}
+# Notes what it is told, and leaves what a training leaves.
+STUB = f"""#!{sys.executable}
+import json, pathlib, sys
+argv = sys.argv[1:]
+with open({{log!r}}, "a") as log:
+    log.write(json.dumps(argv) + "\\n")
+if "atp_patch.evaluate" not in argv and "--out" in argv:
+    out = pathlib.Path(argv[argv.index("--out") + 1])
+    (out / "adapter").mkdir(parents=True)
+    (out / "adapter" / "atp_config.json").write_text("{{{{}}}}")
+    (out / "adapter" / "atp_model.safetensors").write_bytes(b"")
+"""
+
+
+@pytest.fixture
+def told(tmp_path: Path, request: pytest.FixtureRequest) -> list[list[str]]:
+    """The arguments of every command of a program, in their order."""
+    log, stub = tmp_path / "log", tmp_path / "python"
+    stub.write_text(STUB.format(log=str(log)), encoding="utf-8")
+    stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    folders = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}
+    (tmp_path / "out").mkdir()
+    program = ROOT / "results" / request.param
+    subprocess.run(
+        ["sh", str(program)], check=True, env={**os.environ, **folders, "PYTHON": str(stub)}
+    )
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("told", ["run.sh", "train.sh"], indirect=True)
+def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> None:
+    assert len(told) >= 5
+    for argv in told:
+        if argv[:2] == ["-m", "atp_patch.evaluate"]:
+            args = evaluation_parser().parse_args(argv[2:])
+            settings = plan(
+                args.methods,
+                args.budgets,
+                args.seeds,
+                method_options(args.option),
+                args.layers,
+                args.adapters,
+                DEPTH[args.model],
+            )
+            assert len(settings) > 4
+        elif argv[:2] == ["-m", "atp_patch.train"]:
+            args = training_parser().parse_args(argv[2:])
+            made = read_settings(args.file, flags_of(args))
+            (atp,) = (method for method in METHODS if method.name == "atp")
+            atp(thresholds="learned", **made.options)
+            assert max(made.layers or ()) < DEPTH[made.model]
+        else:
+            assert (ROOT / "results" / argv[0]).is_file(), argv
+
+
+@pytest.mark.parametrize("told", ["train.sh"], indirect=True)
+def test_a_recipe_has_three_seeds_and_is_trained_once(told: list[list[str]]) -> None:
+    trained = [argv for argv in told if "--out" in argv and "--seed" in argv]
+    seeds: dict[str, list[str]] = {}
+    for argv in trained:
+        recipe = Path(argv[argv.index("--out") + 1]).parent.name
+        seeds.setdefault(recipe, []).append(argv[argv.index("--seed") + 1])
+    assert {"frozen15", "lora15", "frozen25", "lora25", "voco8", "paper20"} <= seeds.keys()
+    assert all(found == ["0", "1", "2"] for found in seeds.values()), seeds
