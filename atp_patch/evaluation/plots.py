@@ -182,12 +182,12 @@ def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
 
 
 def _figure(
-    height: int, columns: int, inches: tuple[float, float], **shared: bool
+    height: int, columns: int, inches: tuple[float, float], common_y: bool = False
 ) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     figure = Figure(figsize=inches, layout="constrained")
-    return figure, figure.subplots(height, columns, squeeze=False, **shared)
+    return figure, figure.subplots(height, columns, squeeze=False, sharey=common_y)
 
 
 def _panels(count: int, common_y: bool = False) -> tuple[Any, list[Axes]]:
@@ -195,7 +195,7 @@ def _panels(count: int, common_y: bool = False) -> tuple[Any, list[Axes]]:
     columns = min(_COLUMNS, count)
     height = math.ceil(count / columns)
     inches = (3.2 * columns + 1.2, 2.6 * height)
-    figure, grid = _figure(height, columns, inches, sharey=common_y)
+    figure, grid = _figure(height, columns, inches, common_y)
     places = [axes for line in grid for axes in line]
     for axes in places[count:]:
         axes.set_visible(False)
