@@ -47,7 +47,7 @@ class Row:
     Attributes:
         accuracy: task -> mean score, 0 to 1; ``questions``: task -> how many.
         mean: of the tasks' accuracies; ``retention``: mean of accuracy over unpruned accuracy.
-        against: name of a setting of the same budget -> difference of mean accuracy to it.
+        against: name of a rival, as :func:`_rivals` says -> difference of mean accuracy to it.
         average_tokens: visual tokens averaged over all decoder layers and questions, as measured;
             ``tokens``: by task.
         entering: task -> layer -> mean visual tokens that enter it, at 0 and each pruning layer.
@@ -147,9 +147,10 @@ def summarize(
             for task in tasks
             if task.group == group and task.stratum is not None
         }
+        members = []
         for m in measured:
             row = Row(m.setting, group, m.layers, m.seeds, unreachable=m.unreachable, run=m.run)
-            rows.append(row)
+            members.append(row)
             if m.unreachable is not None:
                 continue
             scores = pooled[m.setting]
@@ -158,12 +159,13 @@ def summarize(
             row.mean = mean_accuracy(scores, weights)
             row.retention = retention(scores, plain, weights)
             row.by_seed = [float(np.mean(_means(found))) for found in matrices[m.setting]]
-            row.against = {
-                name: difference(scores, other, weights)
-                for name, other in _rivals(m.setting, pooled).items()
-            }
             _count_tokens(row, m, asked, num_layers)
             row.strata = _strata(m, kinds)
+        for row in members:
+            for name, rival in _rivals(row, members).items():
+                other = pooled[rival.setting]
+                row.against[name] = difference(pooled[row.setting], other, weights)
+        rows += members
     return rows
 
 
@@ -181,20 +183,39 @@ def _means(scores: Array) -> list[float]:
     return means
 
 
-def _rivals(setting: Setting, pooled: dict[Setting, Array]) -> dict[str, Array]:
-    """What a setting is compared with: the first method and the baselines, at the same budget, and
-    before the same layers where they were measured so.
+def _rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
+    """What a setting is compared with.
+
+    With a budget: the first method and the baselines at the same budget, and before the same layers
+    where they were measured so. An adapter: its controls, and methods before the same layers that
+    keep as many tokens on average, to a twentieth.
     """
+    setting = row.setting
+    reached = [other for other in rows if other.unreachable is None]
+    if row.unreachable is not None or setting.control is not None:
+        return {}
+    limited = [other for other in reached if other.setting.budget is not None]
+    if setting.adapter is not None:
+        controls = {
+            f"its {other.setting.control}": other
+            for other in reached
+            if other.setting.name == f"{setting.name}~{other.setting.control}"
+        }
+        return controls | {
+            other.setting.name: other
+            for other in limited
+            if other.layers == row.layers
+            and abs(other.average_tokens / row.average_tokens - 1) <= 0.05
+        }
     if setting.budget is None:
         return {}
-    same = [s for s in pooled if s.budget == setting.budget]
-    names = dict.fromkeys([same[0].name, *BASELINES])
+    same = [other for other in limited if other.setting.budget == setting.budget]
     chosen = {}
-    for name in names:
-        named = [s for s in same if s.name == name]
-        alike = [s for s in named if s.layers == setting.layers]
+    for name in dict.fromkeys([same[0].setting.name, *BASELINES]):
+        named = [other for other in same if other.setting.name == name]
+        alike = [other for other in named if other.setting.layers == setting.layers]
         if named and name != setting.name:
-            chosen[name] = pooled[(alike or named)[0]]
+            chosen[name] = (alike or named)[0]
     return chosen
 
 

@@ -132,6 +132,35 @@ def test_compared_before_the_same_layers() -> None:
     assert gaps[5] == {"fastv": -0.25, "random": 0.625, "uniform": 0.5}
 
 
+def test_an_adapter_is_compared_with_its_controls_and_at_its_own_tokens() -> None:
+    """A budget says nothing here: what counts are layers and tokens as they were measured."""
+    layers = (1, 2)
+    adapter = Setting("adapter a", adapter="a")
+    measured = [
+        Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN),
+        Measured(adapter, (file("1111", "10", (40, 9, 2)),), (), layers, run=RUN),
+    ]
+    for name, scores, entering in (
+        ("adapter a~mean", ("1100", "10"), (40, 9, 2)),
+        ("adapter a~shuffled", ("1000", "10"), (40, 9, 2)),
+        ("adapter b~mean", ("0000", "00"), (40, 9, 2)),
+    ):
+        control = name.partition("~")[2]
+        setting = Setting(name, adapter=name[8], control=control)
+        measured.append(Measured(setting, (file(*scores, entering),), (), layers, run=RUN))
+    for name, budget, places, entering in (
+        ("fixed", 0.4, layers, (40, 10, 2)),  # 13.5 tokens of 13.25
+        ("fastv", 0.3, layers, (40, 6, 2)),  # 12.5
+        ("uniform", 0.3, (1, 3), (40, 5, 3)),
+    ):
+        setting = Setting(name, layers=places, budget=budget)
+        measured.append(Measured(setting, (file("1000", "10", entering),), (), places, run=RUN))
+    found = {r.setting: r.against for r in summarize(measured, TASKS, EXAMPLES, LAYERS, "test", 50)}
+    gaps = {name: estimate.value for name, estimate in found[adapter].items()}
+    assert gaps == {"its mean": 0.25, "its shuffled": 0.375, "fixed": 0.375}
+    assert not any(found[m.setting] for m in measured if m.setting.control is not None)
+
+
 def test_the_table_of_a_fixed_result() -> None:
     setting = Setting("atp", (("score", "self"),), (4, 14), 0.25)
     rows = [

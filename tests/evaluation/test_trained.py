@@ -111,7 +111,7 @@ def test_shipped_adapters_fit_the_built_in_model(name: str) -> None:
     card = (Path(found.adapter) / "README.md").read_text(encoding="utf-8")
     assert "`llava` model with 32 decoder layers" in card
     files = [f for part in (found.adapter, found.lora) if part for f in Path(part).iterdir()]
-    assert sum(file.stat().st_size for file in files) < 2e6
+    assert sum(file.stat().st_size for file in files) < 2.5e6
 
 
 def test_lora_is_part_of_the_identity(trained: Path) -> None:
