@@ -142,11 +142,12 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
     for axes, row in zip(places, adaptive, strict=True):
         for number, layer in enumerate(next(iter(row.strata.values())).entering):
             means = [stratum.entering[layer] for stratum in row.strata.values()]
-            axes.plot(list(row.strata), means, label=f"enter layer {layer}", marker=_mark(number))
+            label = f"enter layer {layer}"
+            axes.plot(list(row.strata), means, label=label, marker=_mark(number), ms=3, lw=1)
         axes.set_title(_title(row), fontsize=9)
         axes.set_yscale("log")
         axes.set_xlabel("objects in the picture", fontsize=8)
-        axes.legend(fontsize=5)
+        axes.legend(fontsize=5, loc=(0.65, 0.6))
     places[0].set_ylabel("visual tokens", fontsize=8)
     return figure
 
