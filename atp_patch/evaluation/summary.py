@@ -205,7 +205,7 @@ def _rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
             other.setting.name: other
             for other in limited
             if other.layers == row.layers
-            and abs(other.average_tokens / row.average_tokens - 1) <= 0.05
+            and abs(other.average_tokens - row.average_tokens) <= 0.05 * row.average_tokens
         }
     if setting.budget is None:
         return {}
