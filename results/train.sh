@@ -63,9 +63,11 @@ measure() {
     $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --budgets "$budget" \
         --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/$name"
 }
-sixths() { # 15 %
-    early frozen15 --target-tokens 86.4
-    early lora15 --target-tokens 86.4 $LORA
+sixth() { early "$@" --target-tokens 86.4; } # 15 %
+lora15() { sixth lora15 $LORA; }
+sixths() {
+    sixth frozen15
+    lora15
     measure thresholds-15 0.15 frozen15 lora15
 }
 quarters() {
@@ -96,8 +98,8 @@ tables() {
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
         --budgets 0.2 --adapters "$adapters" --questions 500 --seeds 3 --out "$OUT/tables"
     # Positions in rows and columns: the first model has none yet.
-    early lora15 --target-tokens 86.4 $LORA
-    early turned15 --target-tokens 86.4 $LORA --rope-2d
+    lora15
+    sixth turned15 $LORA --rope-2d
     $PYTHON -m atp_patch.evaluate --methods random,uniform --budgets 0.15 \
         --adapters "$WORK/lora15,$WORK/turned15" --questions 500 --seeds 3 --out "$OUT/turned"
 }

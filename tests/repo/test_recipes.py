@@ -22,32 +22,34 @@ from atp_patch.training.settings import read_settings
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = {"builtin": 32, "builtin-dynamic": 8}
 # Notes what it is told, and leaves what a training leaves.
-STUB = f"""#!{sys.executable}
-import json, pathlib, sys
+STUB = """
+import json, os, pathlib, sys
 argv = sys.argv[1:]
-with open({{log!r}}, "a") as log:
+with open(os.environ["LOG"], "a") as log:
     log.write(json.dumps(argv) + "\\n")
 if "atp_patch.evaluate" not in argv and "--out" in argv:
-    out = pathlib.Path(argv[argv.index("--out") + 1])
-    (out / "adapter").mkdir(parents=True)
-    (out / "adapter" / "atp_config.json").write_text("{{{{}}}}")
-    (out / "adapter" / "atp_model.safetensors").write_bytes(b"")
+    adapter = pathlib.Path(argv[argv.index("--out") + 1]) / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "atp_config.json").write_text("{}")
+    (adapter / "atp_model.safetensors").write_bytes(b"")
 """
 
 
-@pytest.fixture
-def told(tmp_path: Path, request: pytest.FixtureRequest) -> list[list[str]]:
+@pytest.fixture(scope="module")
+def told(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> list[list[str]]:
     """The arguments of every command of a program, in their order."""
-    log, stub = tmp_path / "log", tmp_path / "python"
-    stub.write_text(STUB.format(log=str(log)), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("recipes")
+    stub = folder / "python"
+    stub.write_text(f"#!{sys.executable}\n{STUB}", encoding="utf-8")
     stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
-    folders = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}
-    (tmp_path / "out").mkdir()
+    places = {"PYTHON": stub, "LOG": folder / "log", "OUT": folder / "out", "WORK": folder / "work"}
+    places["OUT"].mkdir()
+    told = {name: str(path) for name, path in places.items()}
     program = ROOT / "results" / request.param
-    subprocess.run(
-        ["sh", str(program)], check=True, env={**os.environ, **folders, "PYTHON": str(stub)}
-    )
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    subprocess.run(["sh", str(program)], check=True, env={**os.environ, **told})
+    return [json.loads(line) for line in places["LOG"].read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("told", ["run.sh", "train.sh"], indirect=True)
