@@ -3,13 +3,13 @@ anew on the way back, so that none is kept.
 
 What is hidden or weighs nothing costs little: a block of rows looks no further than its last
 visible key, and keys of weight 0 come into it on the way back alone, for their weights' gradients.
+Rows that no gradient reaches, as those of pruned tokens, are left out on the way back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -50,8 +50,9 @@ class FusedWeightedAttention(torch.autograd.Function):
         scaled = query * scaling
         own = _own_logits(scaled, key, mask)
         lowest, tiny = (getattr(torch.finfo(torch.float32), name) for name in ("min", "tiny"))
+        every = torch.arange(query.shape[2], device=query.device)
         for b in range(len(query)):
-            keys = _Keys.of(b, weight[b] > 0, key, value, mask)
+            keys = _Keys.of(b, weight[b] > 0, key, value, mask, every)
             for rows, heads, n in keys.blocks():
                 at = (b, heads, rows)
                 seen, k, v = keys.part(rows, heads, n)
@@ -84,43 +85,50 @@ class FusedWeightedAttention(torch.autograd.Function):
         share, slope = (x[..., None].to(value.dtype) for x in (share, slope))
         d_scaled, d_key, d_value = slope * key, slope * scaled, share * grad
         d_weight = torch.zeros_like(weight)
-        for b, counting in product(range(len(query)), (True, False)):
-            if not counting and not ctx.needs_input_grad[3]:
-                continue
-            keys = _Keys.of(b, (weight[b] > 0) == counting, key, value, mask)
-            by_key = weight.new_zeros(len(keys.place))
-            to_key, to_value = torch.zeros_like(keys.key), torch.zeros_like(keys.value)
-            for rows, heads, n in keys.blocks():
-                at = (b, heads, rows)
-                seen, k, v = keys.part(rows, heads, n)
-                logits = keys.biased(scaled[at] @ k.transpose(-1, -2), rows, heads, n)
-                # Keys that do not count may lie above the maximum.
-                logits = torch.minimum(logits, highest[at][..., None])
-                share = logits.sub_(total[at][..., None]).clamp_(min=_NOTHING).exp_().mul_(seen)
-                slope = (grad[at] @ v.transpose(-1, -2)).float()
-                slope.sub_(mean[at][..., None]).mul_(share)
-                by_key[:n] += slope.sum((0, 1))
+        reached = grad.ne(0).any(-1).any(1)
+        for b in range(len(query)):
+            row = reached[b].nonzero()[:, 0]
+            of_rows = (scaled, grad, highest, total, mean)
+            rows = _Rows(*(x[b].index_select(1, row) for x in of_rows))
+            for counting in (True, False):
+                if not counting and not ctx.needs_input_grad[3]:
+                    continue
+                keys = _Keys.of(b, (weight[b] > 0) == counting, key, value, mask, row)
+                wide = weight[b, keys.place] if counting else None
+                to_weight, to_query, to_key, to_value = _way_back(rows, keys, wide)
+                d_weight[b, keys.place] = to_weight
                 if counting:
-                    wide = weight[b, keys.place[:n]]
-                    slope = slope.mul_(wide).to(query.dtype)
-                    d_scaled[at] += slope @ k
-                    to_key[heads, :n] += slope.transpose(-1, -2) @ scaled[at]
-                    to_value[heads, :n] += share.mul_(wide).to(v.dtype).transpose(-1, -2) @ grad[at]
-            d_weight[b, keys.place] = by_key
-            if counting:
-                d_key[b].index_add_(1, keys.place, to_key)
-                d_value[b].index_add_(1, keys.place, to_value)
+                    d_scaled[b].index_add_(1, row, to_query)
+                    d_key[b].index_add_(1, keys.place, to_key)
+                    d_value[b].index_add_(1, keys.place, to_value)
         return d_scaled * ctx.scaling, d_key, d_value, d_weight, None, None
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Those rows of one sample that a gradient reaches.
+
+    Attributes:
+        query: (H, r, d), scaled; ``grad``: (H, r, d) of what attention gave.
+        highest, total, mean: (H, r) of :class:`FusedWeightedAttention`; the mean over the keys of
+            what the gradient says of their values.
+    """
+
+    query: Tensor
+    grad: Tensor
+    highest: Tensor
+    total: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
 class _Keys:
-    """Some keys of one sample, without gaps, as all its rows see them.
+    """Some keys of one sample, without gaps, as some of its rows see them.
 
     Attributes:
         place: (n,) int64, rising; ``key``, ``value``: (H, n, d).
-        seen: (h or 1, L, n) bool, False for a row's own key too.
-        bias: (h or 1, L, n) to add to the logits, or None.
+        seen: (h or 1, r, n) bool, False for a row's own key too.
+        bias: (h or 1, r, n) to add to the logits, or None.
     """
 
     place: Tensor
@@ -130,12 +138,14 @@ class _Keys:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, sample: int, chosen: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> _Keys:
-        """Those of a sample that are chosen (L,)."""
+    def of(
+        cls, sample: int, chosen: Tensor, key: Tensor, value: Tensor, mask: Tensor, row: Tensor
+    ) -> _Keys:
+        """Those of a sample that are chosen (L,), for its rows ``row`` (r,)."""
         place = chosen.nonzero()[:, 0]
-        mine = mask[sample if mask.shape[0] > 1 else 0].index_select(-1, place)
-        seen = visible_keys(mine)
-        seen[:, place, torch.arange(len(place), device=place.device)] = False
+        mine = mask[sample if mask.shape[0] > 1 else 0]
+        mine = mine.index_select(-2, row).index_select(-1, place)
+        seen = visible_keys(mine) & (row[:, None] != place)
         bias = None if mine.dtype == torch.bool else mine
         k, v = (x[sample].index_select(1, place) for x in (key, value))
         return cls(place, k, v, seen, bias)
@@ -143,8 +153,9 @@ class _Keys:
     def blocks(self) -> Iterator[tuple[slice, slice, int]]:
         """Rows, heads and how many keys: none behind those is seen."""
         length, cpu = self.seen.shape[1], self.key.device.type == "cpu"
-        high = _CPU_ROWS if cpu else _GPU_ROWS
-        wide = max(1, (_CPU_NUMBERS if cpu else _GPU_NUMBERS) // (high * length))
+        high = max(1, min(length, _CPU_ROWS if cpu else _GPU_ROWS))
+        numbers = _CPU_NUMBERS if cpu else _GPU_NUMBERS
+        wide = max(1, numbers // (high * max(1, len(self.place))))
         for row in range(0, length, high):
             rows = slice(row, min(row + high, length))
             reached = self.seen[:, rows].flatten(0, 1).any(0).nonzero()
@@ -160,6 +171,33 @@ class _Keys:
         """Logits (h, r, n) in float32, the bias of the mask added."""
         logits = logits.float()
         return logits if self.bias is None else logits.add_(_of(self.bias, rows, heads, n))
+
+
+def _way_back(
+    rows: _Rows, keys: _Keys, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the keys' weights (n,), and of the rows' queries, the keys and the values: these
+    are zero for keys that weigh nothing (``weight`` None).
+    """
+    to_weight = rows.total.new_zeros(len(keys.place))
+    to_query, to_key, to_value = (torch.zeros_like(x) for x in (rows.query, keys.key, keys.value))
+    for row, heads, n in keys.blocks():
+        at = (heads, row)
+        query, grad = rows.query[at], rows.grad[at]
+        seen, key, value = keys.part(row, heads, n)
+        logits = keys.biased(query @ key.transpose(-1, -2), row, heads, n)
+        # Keys that do not count may lie above the maximum.
+        logits = torch.minimum(logits, rows.highest[at][..., None])
+        share = logits.sub_(rows.total[at][..., None]).clamp_(min=_NOTHING).exp_().mul_(seen)
+        slope = (grad @ value.transpose(-1, -2)).float()
+        slope.sub_(rows.mean[at][..., None]).mul_(share)
+        to_weight[:n] += slope.sum((0, 1))
+        if weight is not None:
+            slope = slope.mul_(weight[:n]).to(query.dtype)
+            to_query[at] += slope @ key
+            to_key[heads, :n] += slope.transpose(-1, -2) @ query
+            to_value[heads, :n] += share.mul_(weight[:n]).to(value.dtype).transpose(-1, -2) @ grad
+    return to_weight, to_query, to_key, to_value
 
 
 def _of(table: Tensor, rows: slice, heads: slice, n: int) -> Tensor:

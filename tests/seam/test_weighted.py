@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from atp_patch.seam import fused
 from atp_patch.seam.weighted import weighted_attention
@@ -80,6 +81,7 @@ def test_attention_in_pieces_is_attention_at_once(
     masks = {"none": None, "bool": seen, "float": floats, "padding": two, "heads": any_way}
     mask = masks[mask_kind]
     towards = torch.randn(2, length, 4, 3, generator=generator)
+    towards[0, 1::3] = 0  # no gradient reaches these rows
     found = []
     for probabilities in (True, False):
         given = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -89,3 +91,18 @@ def test_attention_in_pieces_is_attention_at_once(
         found.append([out.detach(), *torch.autograd.grad((out * towards).sum(), given)])
     for at_once, in_pieces in zip(*found, strict=True):
         torch.testing.assert_close(in_pieces, at_once, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_no_gradient_reaches_cost_nothing_on_the_way_back() -> None:
+    """Two of 64 rows: a 32nd of the products."""
+    generator = torch.Generator().manual_seed(0)
+    flops = {}
+    for reached in (2, 64):
+        leaves = [torch.randn(1, 2, 64, 4, generator=generator, requires_grad=True) for _ in "qkv"]
+        weight = torch.ones(1, 64).masked_fill(torch.arange(64) % 2 == 0, 0.0).requires_grad_()
+        seen = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+        out, _ = weighted_attention(*leaves, seen, 0.5, weight, probabilities=False)
+        with FlopCounterMode(display=False) as counter:
+            out[:, -reached:].sum().backward()
+        flops[reached] = counter.get_total_flops()
+    assert 0 < flops[2] == flops[64] / 32
