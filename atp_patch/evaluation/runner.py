@@ -20,7 +20,7 @@ from atp_patch.evaluation.features import can_see_ahead, see, seen_by
 from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.scenes import SETS, scene_image
-from atp_patch.evaluation.settings import BLIND, Setting, applied
+from atp_patch.evaluation.settings import BLIND, CONTROL_QUESTIONS, Setting, applied
 from atp_patch.evaluation.shared import SharedLayers
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
@@ -29,7 +29,6 @@ from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.patch import last_trace, require_patch
 
 CHUNK_IMAGES = 4
-CONTROL_QUESTIONS = 96  # of the split train, over all tasks: what controls are made from
 Chunk = list[Example]
 
 
@@ -72,13 +71,19 @@ class Bench:
         """What the layers before the first pruning made of a batch."""
         return SharedLayers()
 
+    def skipped(self, setting: Setting) -> set[int]:
+        """Decoder layers that add nothing, and whose attention is not scored, in the model as the
+        setting patched it.
+        """
+        places = () if setting.is_reference else require_patch(self.model).config.layers
+        return set(self.silent) - {layer - 1 for layer in places}
+
     @contextmanager
     def shortened(self, setting: Setting) -> Iterator[None]:
         """The model as the setting patched it, without the layers that add nothing, and without
         those that did the same for another setting.
         """
-        places = () if setting.is_reference else require_patch(self.model).config.layers
-        skipped = set(self.silent) - {layer - 1 for layer in places}
+        skipped = self.skipped(setting)
         plain = self.answers == "forced" and setting.lora is None and not setting.is_reference
         again = self.shared.given_again(self.model, skipped) if plain else nullcontext()
         with without(self.model, skipped), again:
@@ -165,7 +170,8 @@ class _Controls:
             return
         model = self.bench.model
         if setting not in self._made:
-            made = threshold_control(model, list(self._batches()), setting.control)
+            with without(model, self.bench.skipped(setting)):
+                made = threshold_control(model, list(self._batches()), setting.control)
             self._made[setting] = made
         with controlled(model, self._made[setting]):
             yield

@@ -18,6 +18,7 @@ from atp_patch.trained import find_trained, merged
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"
+CONTROL_QUESTIONS = 352  # of the split train, over all tasks: what controls are made from
 _NOTHING = 1e-9
 BASELINES = ("random", "uniform")
 
@@ -75,6 +76,8 @@ class Setting:
         del data["adapter"], data["lora"], data["trainings"]
         if self.control is None:
             del data["control"]
+        else:
+            data["control_questions"] = CONTROL_QUESTIONS
         return {"method": data.pop("name"), **data}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def test_the_identity_holds_all_options() -> None:
     assert identity["options"]["score"] == "self"
     assert identity["options"]["score_norm"] == "rank"
     assert identity["method"] == "atp"
+
+
+def test_a_controls_identity_holds_what_it_was_made_from() -> None:
+    own = Setting("adapter heads", adapter="heads", adapter_hash="1234")
+    assert "control_questions" not in own.identity()
+    assert replace(own, control="mean").identity()["control_questions"] == 352
 
 
 def test_an_applied_setting_leaves_nothing_behind(bench: Bench) -> None:
