@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from atp_patch.errors import ATPError
+from atp_patch.errors import ATPError, ConfigError
 
 INTERRUPTED = 130
 Value = TypeVar("Value")
@@ -71,6 +72,25 @@ def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]
 
     parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
     return parse
+
+
+def named_values(given: list[str]) -> dict[str, Any]:
+    """``name=value`` as a mapping; values are JSON where they can be, else words.
+
+    Raises:
+        ConfigError: where there is no "=".
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option {text}: give NAME=VALUE, for example slope=10.")
+        try:
+            parsed = json.loads(value)
+            options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def _one_line(error: ATPError) -> str:

@@ -14,14 +14,13 @@ import torch
 from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
 from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.tokens import word_ids
-from atp_patch.command_line import execute
+from atp_patch.command_line import execute, named_values
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import (
     check,
     drop_layers,
-    method_options,
     parser,
 )
 from atp_patch.evaluation.plots import check_plots, draw_all
@@ -64,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         ATPError: where an argument is wrong.
     """
     tasks = choose_tasks(args.tasks)
-    options = method_options(args.option)
+    options = named_values(args.option)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
 
 from atp_patch.builtin import NAMES, SPLITS
 from atp_patch.command_line import OneLineParser, comma_separated
@@ -140,22 +138,3 @@ def drop_layers(given: list[str], num_layers: int, silent: Container[int] = ()) 
                 f"--drop-from {text}: give layers from 1 to {num_layers - 1}, or all."
             )
     return [int(text) for text in given]
-
-
-def method_options(given: list[str]) -> dict[str, Any]:
-    """``name=value`` as a mapping; values are JSON where they can be, else words.
-
-    Raises:
-        ConfigError: where there is no "=".
-    """
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--option {text}: give NAME=VALUE, for example spatial_share=0.5.")
-        try:
-            parsed = json.loads(value)
-            options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-        except json.JSONDecodeError:
-            options[name] = value
-    return options

@@ -7,8 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from atp_patch.command_line import OneLineParser
-from atp_patch.errors import ConfigError
+from atp_patch.command_line import OneLineParser, named_values
 from atp_patch.training.settings import Settings
 
 PROG = "python -m atp_patch.train"
@@ -48,13 +47,6 @@ def flags_of(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: for an option without "=".
     """
-    import yaml
-
     given = {name: value for name, value in vars(args).items() if name not in _COMMANDS}
-    options = {}
-    for text in given.pop("option", []):
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--option {text}: give NAME=VALUE, for example slope=10.")
-        options[name] = yaml.safe_load(value)
+    options = named_values(given.pop("option", []))
     return {**given, "options": options} if options else given

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atp_patch.evaluation.options import method_options
+from atp_patch.command_line import named_values
 from atp_patch.evaluation.options import parser as evaluation_parser
 from atp_patch.evaluation.settings import plan
 from atp_patch.methods import METHODS
@@ -62,7 +62,7 @@ def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> N
                 args.methods,
                 args.budgets,
                 args.seeds,
-                method_options(args.option),
+                named_values(args.option),
                 args.layers,
                 args.adapters,
                 DEPTH[args.model],
