@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains what docs/results.md says of training, and measures it: three seeds a recipe. Tables are of
 # the second built-in model, which trains in half the time.
-#   results/train.sh [sixths|quarters|tables|compressed]...      (default: all of them)
+#   results/train.sh [sixths|quarters|tables|choices|turned|compressed]...      (default: all of them)
 # PYTHON is the interpreter, WORK the folder of the trainings, OUT that of the results. A killed run
 # goes on where it was.
 set -eu
@@ -75,33 +75,54 @@ quarters() {
     early lora25 --target-tokens 144 $LORA
     measure thresholds-25 0.25 frozen25 lora25
 }
-# The paper's tables 2 to 5, and what its equations leave open.
+# The paper's tables 2 to 5, and whether a longer training tells instances apart.
 tables() {
     fifth best20
     fifth redundant20 --option spatial_share=0
     fifth spatial20 --option spatial_share=1
     fifth self20 --option score=self
     fifth mean20 --option score=mean
+    fifth lora20 $LORA
+    fifth long20 --option reference_grid=6 --steps 900
+    adapters=
+    for recipe in best20 long20; do
+        for control in "" ~mean ~shuffled; do adapters=$adapters$WORK/$recipe$control,; done
+    done
+    for recipe in redundant spatial self mean lora; do adapters=$adapters$WORK/${recipe}20,; done
+    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
+        --budgets 0.2 --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/tables"
+}
+# What the equations leave open, each against `best20`: on development questions, for a choice.
+choices() {
+    fifth best20
+    fifth mean20 --option score=mean
+    fifth all20 --option cross_over=all
+    fifth raw20 --option score_norm=none
+    fifth minmax20 --option score_norm=minmax
+    fifth strided20 --option spatial_order=strided
     fifth scores20 --option threshold_inputs=scores
     fifth literal20 --option surrogate=literal --option slope=1e6
+    fifth annealed20 --option slope=10 --option slope_end=100 --option anneal_passes=300
     fifth smooth20 --option target_loss=smooth
     fifth distance20 --option target_loss=paper
     fifth shares20 --option lambda_atp=0.05
-    fifth lora20 $LORA
     fifth paper20 --option surrogate=literal --option slope=1e6 --option score=mean \
         --option score_norm=none --option cross_over=all --option threshold_inputs=scores \
         --option standardise=false --option target_loss=paper --option lambda_atp=0.05
-    adapters=$WORK/best20,$WORK/best20~mean,$WORK/best20~shuffled
-    for recipe in redundant spatial self mean scores literal smooth distance shares lora paper; do
+    adapters=$WORK/best20
+    for recipe in mean all raw minmax strided scores literal annealed smooth distance shares paper; do
         adapters=$adapters,$WORK/${recipe}20
     done
-    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
-        --budgets 0.2 --adapters "$adapters" --questions 500 --seeds 3 --out "$OUT/tables"
-    # Positions in rows and columns: the first model has none yet.
+    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform \
+        --budgets 0.2 --adapters "$adapters" --split development --questions 200 --seeds 3 \
+        --out "$OUT/choices"
+}
+# Positions in rows and columns: the first model has none yet.
+turned() {
     lora15
     sixth turned15 $LORA --rope-2d
     $PYTHON -m atp_patch.evaluate --methods random,uniform --budgets 0.15 \
         --adapters "$WORK/lora15,$WORK/turned15" --questions 500 --seeds 3 --out "$OUT/turned"
 }
-[ $# -gt 0 ] || set -- sixths quarters tables compressed
+[ $# -gt 0 ] || set -- sixths quarters tables choices turned compressed
 for part in "$@"; do "$part"; done
