@@ -53,12 +53,6 @@ def find_trained(source: str) -> Trained:
     return Trained(str(folder / "adapter"), str(lora) if lora.is_dir() else None)
 
 
-def source_of(adapter: str) -> str:
-    """What :func:`find_trained` was given for a shipped adapter's folder; others as they are."""
-    folder = Path(adapter)
-    return folder.parent.name if folder.parent.parent == _shipped() else adapter
-
-
 def load_trained(model: Any, source: str) -> Any:
     """Patch a model with a trained adapter, and add the LoRA beside it to its weights for good.
 

@@ -35,8 +35,7 @@ class Setting:
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
             method, or an adapter, decides by itself.
         seed: of what a method draws at random, None where it draws nothing.
-        adapter: folder or Hub id, and the hash of its files; ``lora``: folder of what was trained
-            beside it, or None.
+        adapter: as ``find_trained`` takes it, and the hash of its files.
         control: which thresholds stand in for the adapter's own, or None.
         trainings: folder of several trainings of one recipe, of which ``adapter`` is one.
     """
@@ -49,7 +48,6 @@ class Setting:
     adapter: str | None = None
     adapter_hash: str | None = None
     control: str | None = None
-    lora: str | None = None
     trainings: str | None = None
 
     @property
@@ -58,11 +56,16 @@ class Setting:
         return self.name in (UNPRUNED, BLIND)
 
     @property
+    def lora(self) -> str | None:
+        """Folder of what was trained beside the adapter, or None."""
+        return None if self.adapter is None else find_trained(self.adapter).lora
+
+    @property
     def pooled(self) -> Setting:
         """The same without its seed or training: what those of one setting have in common."""
         if self.trainings is None:
             return replace(self, seed=None)
-        return replace(self, adapter=self.trainings, adapter_hash=None, lora=None)
+        return replace(self, adapter=self.trainings, adapter_hash=None)
 
     def identity(self) -> dict[str, Any]:
         """As plain data, for files: options with their defaults, the adapter by its hash alone."""
@@ -73,7 +76,7 @@ class Setting:
                 data["options_before"] = before.options()
             data["options"] = (inside or before).options()  # type: ignore[union-attr]
             data["options"].pop("seed", None)
-        del data["adapter"], data["lora"], data["trainings"]
+        del data["adapter"], data["trainings"]
         if self.control is None:
             del data["control"]
         else:
@@ -93,7 +96,7 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
         yield model
         return
     if setting.adapter is not None:
-        patch_model(model, weights=setting.adapter)
+        patch_model(model, weights=find_trained(setting.adapter).adapter)
     elif setting.name == DROPPED:
         patch_model(model, list(setting.layers), "uniform", keep=_NOTHING, min_tokens=0)
     else:
@@ -210,7 +213,7 @@ def _trained(spec: str, source: str) -> Setting:
         )
     found = find_trained(source)
     made = adapter_hash(found.adapter, found.lora)
-    return Setting("", adapter=found.adapter, adapter_hash=made, lora=found.lora)
+    return Setting("", adapter=source, adapter_hash=made)
 
 
 def _parse(

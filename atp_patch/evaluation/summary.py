@@ -22,7 +22,6 @@ from atp_patch.evaluation.statistics import (
 )
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
-from atp_patch.trained import source_of
 
 DRAWS, DRAW_SEED = 2000, 0
 
@@ -86,7 +85,7 @@ class Row:
             **self.run.get("identity", {}),
             **self.setting.identity(),
             "layers": list(self.layers),
-            "adapter": self.setting.adapter and source_of(self.setting.adapter),
+            "adapter": self.setting.adapter,
             "seeds": list(self.seeds),
             "group": self.group,
             "unreachable": self.unreachable,

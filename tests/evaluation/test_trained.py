@@ -14,7 +14,7 @@ from atp_patch.evaluation.identity import model_hash
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
 from atp_patch.patch import is_patched
-from atp_patch.trained import find_trained, load_trained, merged, shipped, source_of
+from atp_patch.trained import find_trained, load_trained, merged, shipped
 from atp_patch.training.learn import add_lora
 from tests.evaluation.conftest import TOKENS, build
 
@@ -88,8 +88,6 @@ def test_where_a_training_is_found(
     assert find_trained("user/adapter").adapter == "user/adapter"
     name = shipped()[0]
     assert Path(find_trained(name).adapter).is_dir()
-    assert source_of(find_trained(name).adapter) == name
-    assert source_of(found.adapter) == found.adapter
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()  # the user's own folder goes before
     assert find_trained(name).adapter == name
@@ -112,6 +110,12 @@ def test_shipped_adapters_fit_the_built_in_model(name: str) -> None:
     assert "`llava` model with 32 decoder layers" in card
     files = [f for part in (found.adapter, found.lora) if part for f in Path(part).iterdir()]
     assert sum(file.stat().st_size for file in files) < 2.5e6
+
+
+def test_a_setting_says_its_adapter_as_it_was_given(trained: Path) -> None:
+    for source in (str(trained), str(trained / "adapter"), shipped()[0]):
+        (setting,) = settings(source)
+        assert setting.adapter == source
 
 
 def test_lora_is_part_of_the_identity(trained: Path) -> None:
