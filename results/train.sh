@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains what docs/results.md says of training, and measures it: three seeds a recipe. Tables are of
 # the second built-in model, which trains in half the time.
-#   results/train.sh [sixths|quarters|tables|choices|turned|compressed]...      (default: all of them)
+#   results/train.sh [sixths|quarters|tables|longer|choices|turned|compressed]...      (default: all of them)
 # PYTHON is the interpreter, WORK the folder of the trainings, OUT that of the results. A killed run
 # goes on where it was.
 set -eu
@@ -75,7 +75,7 @@ quarters() {
     early lora25 --target-tokens 144 $LORA
     measure thresholds-25 0.25 frozen25 lora25
 }
-# The paper's tables 2 to 5, and whether a longer training tells instances apart.
+# The paper's tables 2 to 5.
 tables() {
     fifth best20
     fifth redundant20 --option spatial_share=0
@@ -83,14 +83,20 @@ tables() {
     fifth self20 --option score=self
     fifth mean20 --option score=mean
     fifth lora20 $LORA
+    measure_fifth tables best20 redundant20 spatial20 self20 mean20 lora20
+}
+# Whether a training three times as long tells instances apart.
+longer() {
     fifth long20 --option reference_grid=6 --steps 900
+    measure_fifth longer long20 long20~mean long20~shuffled
+}
+measure_fifth() {
+    name=$1
+    shift
     adapters=
-    for recipe in best20 long20; do
-        for control in "" ~mean ~shuffled; do adapters=$adapters$WORK/$recipe$control,; done
-    done
-    for recipe in redundant spatial self mean lora; do adapters=$adapters$WORK/${recipe}20,; done
+    for recipe in "$@"; do adapters=$adapters$WORK/$recipe,; done
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
-        --budgets 0.2 --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/tables"
+        --budgets 0.2 --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/$name"
 }
 # What the equations leave open, each against `best20`: on development questions, for a choice.
 choices() {
@@ -124,5 +130,5 @@ turned() {
     $PYTHON -m atp_patch.evaluate --methods random,uniform --budgets 0.15 \
         --adapters "$WORK/lora15,$WORK/turned15" --questions 500 --seeds 3 --out "$OUT/turned"
 }
-[ $# -gt 0 ] || set -- sixths quarters tables choices turned compressed
+[ $# -gt 0 ] || set -- sixths quarters tables longer choices turned compressed
 for part in "$@"; do "$part"; done
