@@ -61,7 +61,7 @@ def frontier(rows: Sequence[Row]) -> Any:
         high = [max(0.0, _or(e.high, e.value) - e.value) for e in estimates]
         tokens = [row.average_tokens for row in points]
         axes.errorbar(
-            tokens, values, yerr=[low, high], label=label, marker=_mark(number), capsize=3, lw=1
+            tokens, values, yerr=[low, high], label=label, **_look(number), capsize=3, lw=1
         )
     _references(axes, rows, lambda row: row.mean.value if row.mean else math.nan)
     axes.set_ylabel("accuracy, mean over tasks")
@@ -77,7 +77,7 @@ def frontier_by_task(rows: Sequence[Row]) -> Any:
         for number, (label, points) in enumerate(_curves(rows).items()):
             tokens = [row.tokens[task] for row in points]
             values = [row.accuracy[task] for row in points]
-            axes.plot(tokens, values, label=label, marker=_mark(number), ms=4, lw=1)
+            axes.plot(tokens, values, label=label, **_look(number), ms=4, lw=1)
         _references(axes, rows, lambda row, task=task: row.accuracy[task])
         axes.set_title(task, fontsize=9)
     _legend_beside(figure, places[0])
@@ -97,7 +97,7 @@ def by_depth(rows: Sequence[Row]) -> Any:
     figure, ((axes,),) = _figure(1, 1, (8, 5))
     for number, task in enumerate(rows[0].accuracy):
         values = [points[layer].accuracy[task] for layer in layers]
-        axes.plot(layers, values, label=task, marker=_mark(number), ms=4, lw=1)
+        axes.plot(layers, values, label=task, **_look(number), ms=4, lw=1)
     means = [points[layer].mean for layer in layers]
     axes.plot(layers, [m.value for m in means if m], color="black", lw=2.5, label="mean")
     axes.set_xlabel("no visual tokens from this decoder layer on")
@@ -120,7 +120,7 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
     for axes, row in zip(places, pruned, strict=True):
         for number, (task, counts) in enumerate(row.entering.items()):
             layers, means = list(counts), list(counts.values())
-            axes.plot(layers, means, label=task, marker=_mark(number), ms=4, lw=1)
+            axes.plot(layers, means, label=task, **_look(number), ms=4, lw=1)
         axes.set_title(_title(row), fontsize=9)
         axes.set_xticks([0, *row.layers])
         axes.set_yscale("log")
@@ -143,7 +143,7 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
         for number, layer in enumerate(next(iter(row.strata.values())).entering):
             means = [stratum.entering[layer] for stratum in row.strata.values()]
             label = f"enter layer {layer}"
-            axes.plot(list(row.strata), means, label=label, marker=_mark(number), ms=3, lw=1)
+            axes.plot(list(row.strata), means, label=label, **_look(number), ms=3, lw=1)
         axes.set_title(_title(row), fontsize=9)
         axes.set_yscale("log")
         axes.set_xlabel("objects in the picture", fontsize=8)
@@ -212,8 +212,12 @@ def _title(row: Row) -> str:
     return f"{row.setting.name}{budget}"
 
 
-def _mark(number: int) -> str:
-    return _MARKS[number % len(_MARKS)]
+def _look(number: int) -> dict[str, Any]:
+    """Colour and marker of a line: the usual ten colours, then their lighter ones."""
+    from matplotlib import colormaps
+
+    color = colormaps["tab20"]((2 * number + number // 10) % 20)
+    return {"color": color, "marker": _MARKS[number % len(_MARKS)]}
 
 
 def _or(value: float, instead: float) -> float:
