@@ -49,19 +49,23 @@ compressed() {
     done
     compress prumerge+lora --method prumerge+ --steps 500
 }
+# trained RECIPES...: their folders, with a comma between them
+trained() {
+    folders=
+    for recipe in "$@"; do folders=$folders$WORK/$recipe,; done
+    echo "${folders%,}"
+}
+# controlled RECIPES...: each with its controls
+controlled() { for recipe in "$@"; do echo "$recipe $recipe~mean $recipe~shuffled"; done; }
 # measure NAME BUDGET RECIPES...: beside their controls and what needs no training
 measure() {
     name=$1 budget=$2
     shift 2
-    adapters=
-    for recipe in "$@"; do
-        for control in "" ~mean ~shuffled; do adapters=$adapters$WORK/$recipe$control,; done
-    done
     layers=$(echo $EARLY | tr , +)
     methods=
     for method in atp fixed fastv random uniform; do methods=$methods$method@$layers,; done
     $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --budgets "$budget" \
-        --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/$name"
+        --adapters "$(trained $(controlled "$@"))" --questions 500 --seeds 3 --out "$OUT/$name"
 }
 sixth() { early "$@" --target-tokens 86.4; } # 15 %
 lora15() { sixth lora15 $LORA; }
@@ -75,33 +79,33 @@ quarters() {
     early lora25 --target-tokens 144 $LORA
     measure thresholds-25 0.25 frozen25 lora25
 }
+best20() { fifth best20; }
+mean20() { fifth mean20 --option score=mean; }
 # The paper's tables 2 to 5.
 tables() {
-    fifth best20
+    best20
     fifth redundant20 --option spatial_share=0
     fifth spatial20 --option spatial_share=1
     fifth self20 --option score=self
-    fifth mean20 --option score=mean
+    mean20
     fifth lora20 $LORA
     measure_fifth tables best20 redundant20 spatial20 self20 mean20 lora20
 }
 # Whether a training three times as long tells instances apart.
 longer() {
     fifth long20 --option reference_grid=6 --steps 900
-    measure_fifth longer long20 long20~mean long20~shuffled
+    measure_fifth longer $(controlled long20)
 }
 measure_fifth() {
     name=$1
     shift
-    adapters=
-    for recipe in "$@"; do adapters=$adapters$WORK/$recipe,; done
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
-        --budgets 0.2 --adapters "${adapters%,}" --questions 500 --seeds 3 --out "$OUT/$name"
+        --budgets 0.2 --adapters "$(trained "$@")" --questions 500 --seeds 3 --out "$OUT/$name"
 }
 # What the equations leave open, each against `best20`: on development questions, for a choice.
 choices() {
-    fifth best20
-    fifth mean20 --option score=mean
+    best20
+    mean20
     fifth all20 --option cross_over=all
     fifth raw20 --option score_norm=none
     fifth minmax20 --option score_norm=minmax
@@ -115,10 +119,8 @@ choices() {
     fifth paper20 --option surrogate=literal --option slope=1e6 --option score=mean \
         --option score_norm=none --option cross_over=all --option threshold_inputs=scores \
         --option standardise=false --option target_loss=paper --option lambda_atp=0.05
-    adapters=$WORK/best20
-    for recipe in mean all raw minmax strided scores literal annealed smooth distance shares paper; do
-        adapters=$adapters,$WORK/${recipe}20
-    done
+    adapters=$(trained best20 mean20 all20 raw20 minmax20 strided20 scores20 literal20 annealed20 \
+        smooth20 distance20 shares20 paper20)
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform \
         --budgets 0.2 --adapters "$adapters" --split development --questions 200 --seeds 3 \
         --out "$OUT/choices"
@@ -128,7 +130,7 @@ turned() {
     lora15
     sixth turned15 $LORA --rope-2d
     $PYTHON -m atp_patch.evaluate --methods random,uniform --budgets 0.15 \
-        --adapters "$WORK/lora15,$WORK/turned15" --questions 500 --seeds 3 --out "$OUT/turned"
+        --adapters "$(trained lora15 turned15)" --questions 500 --seeds 3 --out "$OUT/turned"
 }
 [ $# -gt 0 ] || set -- sixths quarters tables longer choices turned compressed
 for part in "$@"; do "$part"; done

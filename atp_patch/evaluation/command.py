@@ -18,11 +18,7 @@ from atp_patch.command_line import execute, named_values
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
-from atp_patch.evaluation.options import (
-    check,
-    drop_layers,
-    parser,
-)
+from atp_patch.evaluation.options import check, drop_layers, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
