@@ -52,7 +52,7 @@ class FusedWeightedAttention(torch.autograd.Function):
         lowest, tiny = (getattr(torch.finfo(torch.float32), name) for name in ("min", "tiny"))
         every = torch.arange(query.shape[2], device=query.device)
         for b in range(len(query)):
-            keys = _Keys.of(b, weight[b] > 0, key, value, mask, every)
+            keys = _Keys.of(b, weight[b] > 0, key, value, _of_sample(mask, b), every)
             for rows, heads, n in keys.blocks():
                 at = (b, heads, rows)
                 seen, k, v = keys.part(rows, heads, n)
@@ -90,10 +90,11 @@ class FusedWeightedAttention(torch.autograd.Function):
             row = reached[b].nonzero()[:, 0]
             of_rows = (scaled, grad, highest, total, mean)
             rows = _Rows(*(x[b].index_select(1, row) for x in of_rows))
+            seen = _of_sample(mask, b).index_select(-2, row)
             for counting in (True, False):
                 if not counting and not ctx.needs_input_grad[3]:
                     continue
-                keys = _Keys.of(b, (weight[b] > 0) == counting, key, value, mask, row)
+                keys = _Keys.of(b, (weight[b] > 0) == counting, key, value, seen, row)
                 wide = weight[b, keys.place] if counting else None
                 to_weight, to_query, to_key, to_value = _way_back(rows, keys, wide)
                 d_weight[b, keys.place] = to_weight
@@ -141,12 +142,13 @@ class _Keys:
     def of(
         cls, sample: int, chosen: Tensor, key: Tensor, value: Tensor, mask: Tensor, row: Tensor
     ) -> _Keys:
-        """Those of a sample that are chosen (L,), for its rows ``row`` (r,)."""
+        """Those of a sample that are chosen (L,), for its rows ``row`` (r,), whose mask is (h or 1,
+        r, L).
+        """
         place = chosen.nonzero()[:, 0]
-        mine = mask[sample if mask.shape[0] > 1 else 0]
-        mine = mine.index_select(-2, row).index_select(-1, place)
-        seen = visible_keys(mine) & (row[:, None] != place)
-        bias = None if mine.dtype == torch.bool else mine
+        mask = mask.index_select(-1, place)
+        seen = visible_keys(mask) & (row[:, None] != place)
+        bias = None if mask.dtype == torch.bool else mask
         k, v = (x[sample].index_select(1, place) for x in (key, value))
         return cls(place, k, v, seen, bias)
 
@@ -198,6 +200,11 @@ def _way_back(
             to_key[heads, :n] += slope.transpose(-1, -2) @ query
             to_value[heads, :n] += share.mul_(weight[:n]).to(value.dtype).transpose(-1, -2) @ grad
     return to_weight, to_query, to_key, to_value
+
+
+def _of_sample(mask: Tensor, sample: int) -> Tensor:
+    """(H or 1, L, L) of a mask (B or 1, H or 1, L, L)."""
+    return mask[sample if len(mask) > 1 else 0]
 
 
 def _of(table: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
