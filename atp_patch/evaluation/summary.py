@@ -48,7 +48,8 @@ class Row:
         mean: of the tasks' accuracies; ``retention``: mean of accuracy over unpruned accuracy.
         against: name of a rival, as :func:`_rivals` says -> difference of mean accuracy to it.
         average_tokens: visual tokens averaged over all decoder layers and questions, as measured;
-            ``tokens``: by task.
+            ``tokens``: by task; ``spread_tokens``: standard deviation over the questions, averaged
+            over seeds or trainings.
         entering: task -> layer -> mean visual tokens that enter it, at 0 and each pruning layer.
         strata: what ``Task.stratum`` says of the picture -> the questions about such pictures.
         by_seed: mean accuracy of each seed.
@@ -66,6 +67,7 @@ class Row:
     retention: Estimate | None = None
     against: dict[str, Estimate] = field(default_factory=dict)
     average_tokens: float = float("nan")
+    spread_tokens: float = float("nan")
     tokens: dict[str, float] = field(default_factory=dict)
     entering: dict[str, dict[int, float]] = field(default_factory=dict)
     strata: dict[int, Stratum] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Row:
             "group": self.group,
             "unreachable": self.unreachable,
             "average_tokens": None if self.unreachable else self.average_tokens,
+            "spread_tokens": None if self.unreachable else self.spread_tokens,
             "questions": self.questions,
             "accuracy": self.accuracy,
             **{name: e.to_list() for name, e in estimates.items() if e is not None},
@@ -224,15 +227,16 @@ def _count_tokens(
     """Means over questions (and seeds) of what the trace counted."""
     starts = [0, *measured.layers]
     spans = np.diff([*starts, num_layers])
-    totals: list[float] = []
+    totals: list[Array] = []
     for task, numbers in asked.items():
-        found: list[Answer] = [f.answers[task][n] for f in measured.files for n in numbers]
-        counts = np.array([a.entering for a in found], dtype=np.float64)  # (answers, starts)
+        found = [[f.answers[task][n].entering for n in numbers] for f in measured.files]
+        counts = np.array(found, dtype=np.float64)  # (files, questions, starts)
         averages = counts @ spans / num_layers
         row.tokens[task] = float(averages.mean())
-        row.entering[task] = dict(zip(starts, counts.mean(0).tolist(), strict=True))
-        totals += averages.tolist()
-    row.average_tokens = float(np.mean(totals))
+        row.entering[task] = dict(zip(starts, counts.mean((0, 1)).tolist(), strict=True))
+        totals.append(averages)
+    whole = np.concatenate(totals, axis=1)
+    row.average_tokens, row.spread_tokens = float(whole.mean()), float(whole.std(1).mean())
 
 
 def _strata(measured: Measured, kinds: dict[str, list[tuple[int, int]]]) -> dict[int, Stratum]:

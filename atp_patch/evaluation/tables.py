@@ -12,8 +12,9 @@ from atp_patch.evaluation.summary import DRAWS, Row
 
 NOTES = f"""\
 - tokens: visual tokens averaged over all decoder layers and questions, as the trace of each forward
-  pass counted them; layers before the first pruning count in full. The budget is what was asked
-  for, as a share of the unpruned count.
+  pass counted them; layers before the first pruning count in full. "spread" is their standard
+  deviation over questions (and so over sizes of images). The budget is what was asked for, as a
+  share of the unpruned count.
 - Accuracies are percentages. "mean" is over tasks; "retention" is the mean over tasks of accuracy
   relative to the unpruned model's. In brackets: 95 % bootstrap intervals, {DRAWS} draws of images,
   the same draws for every row. "minus NAME": difference of means, paired by question, to the
@@ -47,7 +48,7 @@ def table(rows: Sequence[Row]) -> str:
     tasks = list(dict.fromkeys(task for row in rows for task in row.accuracy))
     rivals = dict.fromkeys(name for row in rows for name in row.against)
     rivals = dict.fromkeys(sorted(rivals, key=BASELINES.__contains__))
-    head = ["method", "layers", "budget", "tokens", "mean", "retention"]
+    head = ["method", "layers", "budget", "tokens", "spread", "mean", "retention"]
     head += [f"minus {name}" for name in rivals] + [task.split("/")[-1] for task in tasks]
     lines = [head, ["---"] * 3 + ["--:"] * (len(head) - 3)]
     for row in rows:
@@ -59,6 +60,7 @@ def table(rows: Sequence[Row]) -> str:
             [
                 *start,
                 f"{row.average_tokens:.1f}",
+                f"{row.spread_tokens:.1f}",
                 percent(row.mean),
                 percent(row.retention),
                 *(percent(row.against.get(name), signed=True) for name in rivals),

@@ -100,6 +100,9 @@ def test_numbers_by_hand(rows: list[Row]) -> None:
     assert fastv.tokens["large"] == (13.5 + (40 + 20 + 2 * 4) / 4) / 2
     assert fastv.average_tokens == pytest.approx((5 * 13.5 + 17) / 6)
     assert fastv.entering["large"] == {0: 40, 1: 15, 2: 3}
+    # Five questions lie 3.5 / 6 below the mean, one 5 * 3.5 / 6 above it.
+    assert fastv.spread_tokens == pytest.approx(3.5 * 5**0.5 / 6)
+    assert (plain.spread_tokens, random.spread_tokens) == (0, 0)
     assert random.accuracy == {"small": 0.5, "large": 0.25}
     assert random.by_seed == [0.5, 0.25]
     assert random.seeds == (0, 1)
@@ -107,6 +110,16 @@ def test_numbers_by_hand(rows: list[Row]) -> None:
     assert fastv.against["random"].value == pytest.approx(0.875 - 0.375)
     assert random.against["fastv"].value == pytest.approx(0.375 - 0.875)
     assert unreachable.mean is None
+
+
+def test_the_spread_of_tokens_is_within_each_training() -> None:
+    """Two trainings that keep 10 and 20 tokens of everything do not tell questions apart."""
+    files = tuple(file("1111", "11", (40, kept, kept)) for kept in (10, 20))
+    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)
+    learned = Measured(Setting("adapter a", adapter="a"), files, (0, 1), (1, 2), run=RUN)
+    row = summarize([plain, learned], TASKS, EXAMPLES, LAYERS, "test", draws=2)[1]
+    assert row.average_tokens == pytest.approx((17.5 + 25) / 2)
+    assert row.spread_tokens == 0
 
 
 def test_compared_before_the_same_layers() -> None:
@@ -172,6 +185,7 @@ def test_the_table_of_a_fixed_result() -> None:
             mean=Estimate(0.725, 0.7, 0.75),
             retention=Estimate(1, 1, 1),
             average_tokens=576,
+            spread_tokens=0,
             run=RUN,
         ),
         Row(
@@ -187,19 +201,20 @@ def test_the_table_of_a_fixed_result() -> None:
                 "fastv": Estimate(-0.1, -0.2, float("nan")),
             },
             average_tokens=143.9375,
+            spread_tokens=12.25,
             run=RUN,
         ),
         Row(setting, "fake", (4, 14), unreachable="least is 73", run=RUN),
     ]
     assert table(rows).splitlines() == [
-        "| method | layers | budget | tokens | mean | retention | minus fastv | minus random "
-        "| small | large |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
-        "| unpruned | - | - | 576.0 | 72.5 [70.0, 75.0] | 100.0 [100.0, 100.0] | - | - "
+        "| method | layers | budget | tokens | spread | mean | retention "
+        "| minus fastv | minus random | small | large |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| unpruned | - | - | 576.0 | 0.0 | 72.5 [70.0, 75.0] | 100.0 [100.0, 100.0] | - | - "
         "| 95.0 | 50.0 |",
-        "| atp (score=self, 3 seeds) | 4+14 | 0.25 | 143.9 | 57.5 [50.0, 65.0] | - "
+        "| atp (score=self, 3 seeds) | 4+14 | 0.25 | 143.9 | 12.2 | 57.5 [50.0, 65.0] | - "
         "| -10.0 [-20.0, +nan] | +3.1 [-1.0, +7.0] | 90.0 | 25.0 |",
-        "| atp (score=self) | 4+14 | 0.25 | unreachable | - | - | - | - | - | - |",
+        "| atp (score=self) | 4+14 | 0.25 | unreachable | - | - | - | - | - | - | - |",
         "",
         "- atp: least is 73",
     ]
