@@ -11,6 +11,7 @@ OUT=${OUT:-$HERE}
 WORK=${WORK:-$HERE/trainings}
 SEEDS=${SEEDS:-0 1 2}
 EARLY=1,4,10 # chosen on development questions (docs/results.md)
+SETTINGS=builtin_frozen # or builtin_paper: the equations as they are printed
 
 # train RECIPE FLAGS...
 train() {
@@ -21,7 +22,7 @@ train() {
         [ ! -d "$folder/adapter" ] || continue
         resume=
         [ ! -d "$folder" ] || [ -z "$(find "$folder" -name 'checkpoint-*')" ] || resume=--resume
-        $PYTHON -m atp_patch.train "$HERE/../examples/builtin_frozen.yaml" \
+        $PYTHON -m atp_patch.train "$HERE/../examples/$SETTINGS.yaml" \
             --seed "$seed" --out "$folder" "$@" $resume
     done
 }
@@ -89,7 +90,7 @@ tables() {
     fifth self20 --option score=self
     mean20
     fifth lora20 $LORA
-    measure_fifth tables best20 redundant20 spatial20 self20 mean20 lora20
+    measure_fifth tables $(controlled best20) redundant20 spatial20 self20 mean20 lora20
 }
 # Whether a training three times as long tells instances apart.
 longer() {
@@ -116,9 +117,9 @@ choices() {
     fifth smooth20 --option target_loss=smooth
     fifth distance20 --option target_loss=paper
     fifth shares20 --option lambda_atp=0.05
-    fifth paper20 --option surrogate=literal --option slope=1e6 --option score=mean \
-        --option score_norm=none --option cross_over=all --option threshold_inputs=scores \
-        --option standardise=false --option target_loss=paper --option lambda_atp=0.05
+    SETTINGS=builtin_paper
+    fifth paper20
+    SETTINGS=builtin_frozen
     adapters=$(trained best20 mean20 all20 raw20 minmax20 strided20 scores20 literal20 annealed20 \
         smooth20 distance20 shares20 paper20)
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform \

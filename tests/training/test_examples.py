@@ -74,8 +74,9 @@ def test_the_papers_recipe_reads_as_it_stands(folder: Path, tmp_path: Path, data
 
 
 @pytest.mark.slow
-def test_the_builtin_example(tmp_path: Path) -> None:
-    file = ROOT / "examples" / "builtin_frozen.yaml"
+@pytest.mark.parametrize("name", ["builtin_frozen", "builtin_paper"])
+def test_the_builtin_example(name: str, tmp_path: Path) -> None:
+    file = ROOT / "examples" / f"{name}.yaml"
     argv = [str(file), "--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
     assert command.main([*argv, "--log-every", "1", "--device", "cpu"]) == 0
     model, _ = load_builtin()
