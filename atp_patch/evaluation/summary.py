@@ -189,8 +189,8 @@ def _rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
     """What a setting is compared with.
 
     With a budget: the first method and the baselines at the same budget, and before the same layers
-    where they were measured so. An adapter: its controls, and methods before the same layers that
-    keep as many tokens on average, to a twentieth.
+    where they were measured so. An adapter: its controls, and the first adapter and methods before
+    the same layers that keep as many tokens on average, to a twentieth.
     """
     setting = row.setting
     reached = [other for other in rows if other.unreachable is None]
@@ -203,10 +203,12 @@ def _rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
             for other in reached
             if other.setting.name == f"{setting.name}~{other.setting.control}"
         }
+        first = [other for other in reached if other.setting.adapter is not None][:1]
         return controls | {
             other.setting.name: other
-            for other in limited
-            if other.layers == row.layers
+            for other in first + limited
+            if other is not row
+            and other.layers == row.layers
             and abs(other.average_tokens - row.average_tokens) <= 0.05 * row.average_tokens
         }
     if setting.budget is None:

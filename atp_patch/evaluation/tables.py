@@ -19,9 +19,9 @@ NOTES = f"""\
   relative to the unpruned model's. In brackets: 95 % bootstrap intervals, {DRAWS} draws of images,
   the same draws for every row. "minus NAME": difference of means, paired by question, to the
   method NAME at the same budget (and before the same layers, where it was measured so), in points.
-  Of adapters: to methods before the same layers that keep as many tokens, to a twentieth, and to
-  their controls ("its mean", "its shuffled": the same with its thresholds' mean, or another
-  question's, at the same average).
+  Of adapters: to the first one and to methods, before the same layers, that keep as many tokens,
+  to a twentieth, and to their controls ("its mean", "its shuffled": the same with its thresholds'
+  mean, or another question's, at the same average).
 - {UNPRUNED}: the plain model. {BLIND}: the plain model without the image; the text keeps the
   position ids that it has behind the image, where the model takes such ids. It shows what can be
   guessed from the question.

@@ -145,7 +145,7 @@ def test_compared_before_the_same_layers() -> None:
     assert gaps[5] == {"fastv": -0.25, "random": 0.625, "uniform": 0.5}
 
 
-def test_an_adapter_is_compared_with_its_controls_and_at_its_own_tokens() -> None:
+def test_adapters_are_compared_with_their_controls_and_at_their_own_tokens() -> None:
     """A budget says nothing here: what counts are layers and tokens as they were measured."""
     layers = (1, 2)
     adapter = Setting("adapter a", adapter="a")
@@ -168,9 +168,15 @@ def test_an_adapter_is_compared_with_its_controls_and_at_its_own_tokens() -> Non
     ):
         setting = Setting(name, layers=places, budget=budget)
         measured.append(Measured(setting, (file("1000", "10", entering),), (), places, run=RUN))
+    second, longer = Setting("adapter b", adapter="b"), Setting("adapter c", adapter="c")
+    for setting, entering in ((second, (40, 9, 2)), (longer, (40, 12, 4))):  # 13.25 and 15
+        measured.append(Measured(setting, (file("1100", "10", entering),), (), layers, run=RUN))
     found = {r.setting: r.against for r in summarize(measured, TASKS, EXAMPLES, LAYERS, "test", 50)}
     gaps = {name: estimate.value for name, estimate in found[adapter].items()}
     assert gaps == {"its mean": 0.25, "its shuffled": 0.375, "fixed": 0.375}
+    gaps = {name: estimate.value for name, estimate in found[second].items()}
+    assert gaps == {"its mean": 0.5, "adapter a": -0.25, "fixed": 0.125}
+    assert not found[longer]
     assert not any(found[m.setting] for m in measured if m.setting.control is not None)
 
 
