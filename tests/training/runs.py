@@ -36,7 +36,8 @@ def run(folder: Path, out: Path, resume: bool = False, **changes: Any) -> Path:
         "calibrate": 0,
         **changes,
     }
-    options = {"reference_grid": 6, "heads_hidden_size": 8, **flags.pop("options", {})}
+    options = {"reference_grid": 6, "heads_hidden_size": 8, "lambda_atp": 0.05}
+    options |= flags.pop("options", {})
     if "adapter" not in flags:
         flags["options"] = options
     return train(read_settings(None, {k: v for k, v in flags.items() if v is not None}), resume)
