@@ -89,8 +89,8 @@ def calibrate(
             module.load_state_dict(start)
         raise ConfigError(
             f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
-            f"{seen.average:.1f}; give more data, or score_norm='rank' and "
-            "spatial_order='progressive', whose scores do not tie."
+            f"{seen.average:.1f}; give more data, or scores that tie less: score_norm='rank', "
+            "spatial_order='progressive', and spatial_share below 1."
         )
     if target_tokens is not None:
         patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))

@@ -130,7 +130,7 @@ choices() {
 turned() {
     lora15
     sixth turned15 $LORA --rope-2d
-    $PYTHON -m atp_patch.evaluate --methods random,uniform --budgets 0.15 \
+    $PYTHON -m atp_patch.evaluate --methods random,uniform --layers $EARLY --budgets 0.15 \
         --adapters "$(trained lora15 turned15)" --questions 500 --seeds 3 --out "$OUT/turned"
 }
 [ $# -gt 0 ] || set -- sixths quarters tables longer choices turned compressed
