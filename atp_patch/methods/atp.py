@@ -63,8 +63,8 @@ class ATP(Scored):
         detach_scores: keep the thresholds' gradient out of the scores and the question's state, and
             so out of the decoder.
         lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13
-            ("paper", "smooth" or "unbiased": see ``maths.target_loss``). The paper takes 0.01 to
-            0.1 of eq. 12; what none of it costs and brings is in docs/results.md.
+            ("paper", "smooth" or "unbiased": see ``maths.target_loss``). The paper's
+            ``lambda_atp`` is 0.01 to 0.1, its kind "paper"; docs/results.md compares them.
         budget_gradient: what eq. 12 and 13 move: all of the heads ("all", the paper's), or only the
             thresholds' own biases ("biases"), which are the same for every instance: what tells
             instances apart then learns from the answers alone.
