@@ -93,6 +93,23 @@ def named_values(given: list[str]) -> dict[str, Any]:
     return options
 
 
+def terminal_bar(label: str) -> Any:
+    """A bar of rich on stderr, with how many are done and the time that is left; None where
+    rich is not installed, or stderr is no terminal.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError:
+        return None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    return Progress(
+        label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
 def _one_line(error: ATPError) -> str:
     text = str(error)
     if "worker process" in text:  # which puts the place where it happened before the message

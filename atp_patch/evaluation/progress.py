@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from atp_patch.command_line import terminal_bar
+
 SECONDS_BETWEEN_LINES = 30.0
 Advance = Callable[[int], None]
 
@@ -18,19 +20,11 @@ def progress(total: int, done: int) -> Iterator[Advance]:
     Args:
         total: answers of all settings; ``done``: of these, answered in an earlier run.
     """
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError:
-        console = None
-    else:
-        console = Console(stderr=True)
-    if console is None or not console.is_terminal:
+    bar = terminal_bar("answers")
+    if bar is None:
         yield _Lines(total, done).advance
         return
-    with Progress(
-        "answers", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
+    with bar:
         task = bar.add_task("answers", total=total, completed=done)
         yield lambda count: bar.advance(task, count)
 

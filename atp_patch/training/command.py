@@ -117,6 +117,8 @@ def train(settings: Settings, resume: bool = False) -> Path:
                 mend = "mend it, or add --skip-bad, and go on with --resume."
                 raise InputError(f"{error} What was learned is in {saved}: {mend}") from error
             raise
+        finally:
+            progress.close()
         trainer.skipped |= set(source.problems)
         calibration = calibrated(trainer)
     return save(trainer, processor, source, calibration)

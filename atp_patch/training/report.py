@@ -1,4 +1,4 @@
-"""Lines of progress, and what the card says of a training."""
+"""How far a training is, and what the card says of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from atp_patch.calibration import Calibration
+from atp_patch.command_line import terminal_bar
 from atp_patch.training.settings import Settings
 
 _PARTS = ("next_token", "atp", "target", "distill")
 
 
 class Progress(TrainerCallback):
-    """One line on stderr for each line of the log.
+    """One line on stderr for each line of the log, and below them a bar where
+    :func:`terminal_bar` gives one.
 
     Attributes:
         step_s: seconds a step since the last line; the first step of a run, which warms up, apart.
@@ -25,11 +27,27 @@ class Progress(TrainerCallback):
     def __init__(self) -> None:
         self.step_s: list[float] = []
         self._mark: tuple[int, float] | None = None
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        self._bar = terminal_bar("steps") if state.is_world_process_zero else None
+        if self._bar is not None:
+            self._bar.add_task("steps", total=state.max_steps, completed=state.global_step)
+            self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock after the first step."""
+        """Move the bar; start the clock after the first step."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
         if self._mark is None:
             self._mark = (state.global_step, time.monotonic())
+
+    def close(self) -> None:
+        """Leave the bar as it is, and the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
@@ -49,7 +67,11 @@ class Progress(TrainerCallback):
             self.step_s.append((time.monotonic() - start) / (state.global_step - step))
             words.append(f"{self.step_s[-1]:.2f} s a step")
         self._mark = (state.global_step, time.monotonic())
-        sys.stderr.write("  ".join(words) + "\n")
+        line = "  ".join(words)
+        if self._bar is None:
+            sys.stderr.write(line + "\n")
+        else:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def card(

@@ -16,10 +16,12 @@ from transformers import AutoProcessor
 
 import atp_patch
 from atp_patch.builtin import DYNAMIC, load_builtin, prompt
+from atp_patch.errors import InputError
 from atp_patch.training.records import Scenes
 from tests.training.conftest import Writer, record
 from tests.training.runs import LAYERS, heads, history, plain, question, run
 
+SHOW_CURSOR = "\x1b[?25h"
 PARTS = ("next_token", "atp", "target", "average_tokens", "token_accuracy", "answer_accuracy")
 
 
@@ -251,3 +253,34 @@ def test_progress_is_a_line_a_step(
         "\n".join(lines),
     )
     assert lines[-1] == f"Saved {tmp_path / 'adapter'}."
+
+
+def test_a_terminal_sees_a_bar_below_the_lines(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    run(folder, tmp_path, steps=2, batch_size=2, layers=None)
+    told = capsys.readouterr().err
+    assert re.search(r"step 2/2  loss \S+  next_token \S+ .* right \S+ / \S+", told)
+    bar = told[told.rindex("steps") :]
+    assert "2/2" in bar
+    assert told.index(SHOW_CURSOR) < told.index("Saved")
+
+
+def test_a_terminal_is_left_as_it_was(
+    folder: Path,
+    tmp_path: Path,
+    data: Writer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    file = data([record(image="broken.png")] * 4)
+    with pytest.raises(InputError):
+        run(folder, tmp_path, data=str(file), samples=None, steps=2)
+    assert capsys.readouterr().err.endswith(SHOW_CURSOR)
