@@ -73,6 +73,18 @@ def test_the_papers_recipe_reads_as_it_stands(folder: Path, tmp_path: Path, data
     assert (adapter.parent / "model" / "config.json").is_file()
 
 
+def test_the_papers_recipe_on_the_builtin_model(tmp_path: Path) -> None:
+    """With its own layers, target and bfloat16: sizes alone are others."""
+    argv = [str(ROOT / "examples" / "llava15_665k.yaml"), "--model", "builtin", "--data", "builtin"]
+    argv += ["--out", str(tmp_path), "--batch-size", "4", "--micro-batch-size", "2", "--steps", "2"]
+    argv += ["--deepspeed", "none", "--workers", "0", "--calibrate", "0", "--log-every", "1"]
+    assert command.main([*argv, "--device", "cpu"]) == 0
+    lines = history(tmp_path)
+    assert [line["visual_tokens"] for line in lines] == [576, 576]
+    assert all(100 < line["average_tokens"] < 160 for line in lines)
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), [("builtin_frozen", LLAVA), ("builtin_paper", DYNAMIC)])
 def test_the_builtin_examples(name: str, model: str, tmp_path: Path) -> None:
