@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=200)
     add("--questions", type=int, default=200, help="a task, asked at the end; 0: none")
     add("--device", default="cpu")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of what starts at random, and of the scenes")
     return parser.parse_args(arguments)
 
 
@@ -73,6 +73,11 @@ def build(asked: argparse.Namespace) -> tuple[Any, Any]:
     if asked.method == "voco":
         model.atp_patch_heads.requires_grad_(True)
     return model.train(), processor
+
+
+def scenes(asked: argparse.Namespace) -> BatchSpec:
+    """What is seen: no scene under two seeds."""
+    return BatchSpec(asked.images, offset=asked.seed * asked.steps * asked.images)
 
 
 def logits_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -148,7 +153,7 @@ def train(asked: argparse.Namespace) -> None:
     elif file.exists():
         raise SystemExit(f"{file} is there already: --resume goes on with it.")
     start, losses = time.time(), []
-    for step, batch in enumerate(batches(BatchSpec(asked.images), first, asked.steps), first + 1):
+    for step, batch in enumerate(batches(scenes(asked), first, asked.steps), first + 1):
         with without(model, silent):
             loss = loss_of(model, batch)
             optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def drawn(asked: BatchSpec, first: int, stop: int, broken_at: int | None = None)
     for number in range(first, stop):
         if number == broken_at:
             raise StopError
-        yield make_batch(BatchSpec(asked.images, questions=2), number)
+        yield make_batch(replace(asked, questions=2), number)
 
 
 def run(example: Any, out: Path, *flags: str) -> dict[str, torch.Tensor]:
@@ -78,6 +79,15 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(
         torch.testing.assert_close(tokens, whole["atp_patch_heads.embedding"])
     logits, _ = example.logits_of(model, make_batch(BatchSpec(1, questions=2), 9))
     assert bool(torch.isfinite(logits).all())
+
+
+def test_seeds_see_other_scenes(example: Any) -> None:
+    seen = []
+    for seed in range(3):
+        spec = example.scenes(example.parse(["--images", "2", "--steps", "5", "--seed", str(seed)]))
+        seen.append({spec.offset + step * spec.images + k for step in range(5) for k in range(2)})
+    assert seen[0] == set(range(10))
+    assert len(set.union(*seen)) == 30
 
 
 def test_what_learns_nothing_is_refused(example: Any, tmp_path: Path) -> None:
