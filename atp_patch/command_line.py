@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
 from atp_patch.errors import ATPError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 INTERRUPTED = 130
 Value = TypeVar("Value")
@@ -93,21 +96,20 @@ def named_values(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def terminal_bar(label: str) -> Any:
-    """A bar of rich on stderr, with how many are done and the time that is left; None where
-    rich is not installed, or stderr is no terminal.
+def terminal_bar(label: str) -> Progress | None:
+    """A bar of rich on stderr, with how many are done and the time that is left; None where rich is
+    not installed, or stderr is no terminal.
     """
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     except ImportError:
         return None
     console = Console(stderr=True)
     if not console.is_terminal:
         return None
-    return Progress(
-        label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
+    counts = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    return progress.Progress(label, *counts, console=console)
 
 
 def _one_line(error: ATPError) -> str:

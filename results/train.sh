@@ -117,9 +117,7 @@ choices() {
     fifth smooth20 --option target_loss=smooth
     fifth distance20 --option target_loss=paper
     fifth shares20 --option lambda_atp=0.05
-    SETTINGS=builtin_paper
-    fifth paper20
-    SETTINGS=builtin_frozen
+    (SETTINGS=builtin_paper && fifth paper20)
     adapters=$(trained best20 mean20 all20 raw20 minmax20 strided20 scores20 literal20 annealed20 \
         smooth20 distance20 shares20 paper20)
     $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform \

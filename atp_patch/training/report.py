@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from atp_patch.calibration import Calibration
 from atp_patch.command_line import terminal_bar
 from atp_patch.training.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _PARTS = ("next_token", "atp", "target", "distill")
 
@@ -27,7 +30,7 @@ class Progress(TrainerCallback):
     def __init__(self) -> None:
         self.step_s: list[float] = []
         self._mark: tuple[int, float] | None = None
-        self._bar: Any = None
+        self._bar: Bar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""

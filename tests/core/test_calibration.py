@@ -131,7 +131,7 @@ def test_scores_that_tie_too_much_are_named() -> None:
                 part[str(layer)].weight.zero_()
                 part[str(layer)].bias.fill_(bias)
     before = {name: value.clone() for name, value in model.atp_patch_heads.state_dict().items()}
-    with pytest.raises(atp_patch.ConfigError, match=r"nearest .* spatial_share"):
+    with pytest.raises(atp_patch.ConfigError, match=r"the nearest .* spatial_share"):
         atp_patch.calibrate(model, batches(model), 13)
     for name, value in model.atp_patch_heads.state_dict().items():
         assert torch.equal(value, before[name])

@@ -255,16 +255,21 @@ def test_progress_is_a_line_a_step(
     assert lines[-1] == f"Saved {tmp_path / 'adapter'}."
 
 
-def test_a_terminal_sees_a_bar_below_the_lines(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> pytest.CaptureFixture[str]:
+    """stderr, taken for a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+    return capsys
+
+
+def test_a_terminal_sees_a_bar_below_the_lines(
+    folder: Path, tmp_path: Path, terminal: pytest.CaptureFixture[str]
+) -> None:
     run(folder, tmp_path, steps=2, batch_size=2, layers=None)
-    told = capsys.readouterr().err
+    told = terminal.readouterr().err
     assert re.search(r"step 2/2  loss \S+  next_token \S+ .* right \S+ / \S+", told)
     bar = told[told.rindex("steps") :]
     assert "2/2" in bar
@@ -272,15 +277,9 @@ def test_a_terminal_sees_a_bar_below_the_lines(
 
 
 def test_a_terminal_is_left_as_it_was(
-    folder: Path,
-    tmp_path: Path,
-    data: Writer,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, tmp_path: Path, data: Writer, terminal: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
     file = data([record(image="broken.png")] * 4)
     with pytest.raises(InputError):
         run(folder, tmp_path, data=str(file), samples=None, steps=2)
-    assert capsys.readouterr().err.endswith(SHOW_CURSOR)
+    assert terminal.readouterr().err.endswith(SHOW_CURSOR)
