@@ -14,14 +14,8 @@ from atp_patch.errors import (
 )
 from atp_patch.families import supported_families
 from atp_patch.methods import Method, available_methods
-from atp_patch.patch import (
-    disabled,
-    last_trace,
-    patch_model,
-    push_to_hub,
-    save_pretrained,
-    unpatch_model,
-)
+from atp_patch.patch import disabled, last_trace, patch_model, unpatch_model
+from atp_patch.saving import push_to_hub, save_pretrained
 from atp_patch.trace import LayerTrace, PruningTrace
 from atp_patch.training.learn import parameter_groups
 from atp_patch.types import Decision, View

@@ -49,6 +49,12 @@ def scaled_layers(num_layers: int) -> list[int]:
     return sorted(layers)
 
 
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """The paper's layers where a decoder is deep enough for them, else scaled ones."""
+    fits = num_layers > max(DEFAULT_LAYERS)
+    return DEFAULT_LAYERS if fits else tuple(scaled_layers(num_layers))
+
+
 @dataclass(frozen=True)
 class PruningConfig:
     """Everything but the weights that says how a model is pruned.

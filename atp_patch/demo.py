@@ -22,6 +22,7 @@ from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.command_line import execute
 from atp_patch.demo_options import check, parser, patch_settings
 from atp_patch.errors import ConfigError
+from atp_patch.families import family_of
 from atp_patch.loading import (
     choose_device,
     choose_dtype,
@@ -80,7 +81,9 @@ def run(args: argparse.Namespace) -> Report:
     torch.manual_seed(args.seed)
 
     def prune(model: Any) -> None:
-        patch_model(model, **patch_settings(args))
+        family_of(model.config)  # which says so where no decoder can be found
+        depth = model.config.get_text_config().num_hidden_layers
+        patch_model(model, **patch_settings(args, depth))
 
     if args.model is None or args.model in NAMES:
         name = NAMES.get(args.model, LLAVA)

@@ -11,9 +11,10 @@ from PIL import Image
 
 from atp_patch.builtin import NAMES
 from atp_patch.command_line import OneLineParser, comma_separated
+from atp_patch.config import default_layers
 from atp_patch.errors import ConfigError, InputError
 from atp_patch.loading import DTYPES, first_line
-from atp_patch.methods import untrained_methods
+from atp_patch.methods import ATP, Method, make_method, untrained_methods
 from atp_patch.trained import find_trained, shipped
 
 PROG = "python -m atp_patch.demo"
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         type=comma_separated(int),
         metavar="I[,J..]",
-        help="prune before these decoder layers (default: 4,14,24)",
+        help="prune before these decoder layers (default: 4,14,24, scaled if need be)",
     )
     add(
         "--target-tokens",
@@ -85,10 +86,14 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--overlay: {first_line(error)}; give another file.") from error
 
 
-def patch_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``patch_model``."""
+def patch_settings(args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+    """The keyword arguments of ``patch_model`` for a decoder of ``num_layers``."""
+    layers = args.layers
+    if layers is None and args.weights is None:
+        inside = isinstance(make_method(args.method or ATP.name, {}), Method)
+        layers = default_layers(num_layers) if inside else None
     settings = {
-        "layers": args.layers,
+        "layers": layers,
         "method": args.method,
         "keep": args.keep[0] if args.keep is not None and len(args.keep) == 1 else args.keep,
         "target_tokens": args.target_tokens,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelHubMixin
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -19,13 +20,24 @@ from atp_patch.methods import Compressor, Method, ModuleSpec, make_method
 CONFIG_FILE = "atp_config.json"
 WEIGHTS_FILE = "atp_model.safetensors"
 CARD_FILE = "README.md"
+Beside = Literal["lora", "model"]  # what learned with an adapter, and a folder's name
 
 
 class Adapter(ModelHubMixin):
-    """A pruning configuration and what was learned for it, as one thing to save, load and push."""
+    """A pruning configuration and what was learned for it, as one thing to save, load and push.
 
-    def __init__(self, pruning: PruningConfig, tensors: dict[str, Tensor]) -> None:
-        self.pruning, self.tensors = pruning, tensors
+    Attributes:
+        pruning: the configuration; ``tensors``: name -> what was learned.
+        beside: what learned with it and lies in the folder of that name beside its own.
+    """
+
+    def __init__(
+        self,
+        pruning: PruningConfig,
+        tensors: dict[str, Tensor],
+        beside: Beside | None = None,
+    ) -> None:
+        self.pruning, self.tensors, self.beside = pruning, tensors, beside
         # The mixin would write the arguments above into a config.json of its own.
         self._hub_mixin_config = None
 
@@ -48,46 +60,82 @@ class Adapter(ModelHubMixin):
 
     def card(self) -> str:
         """A model card that says what the adapter is for and how to load it."""
-        pruning = self.pruning
+        pruning, base = self.pruning, self.pruning.base
+        return (
+            "---\nlibrary_name: atp_patch\ntags:\n- atp_patch\n- visual-token-pruning\n---\n\n"
+            f"# Visual token pruning: {pruning.name}\n\n"
+            f"Made for a `{base.family}` model with {base.num_layers} decoder layers of hidden "
+            f"size {base.hidden_size}. {self._what_it_does()}\n\n"
+            f"```python\n{_LOADED[self.beside]}\n```\n"
+        )
+
+    def _what_it_does(self) -> str:
+        pruning, before = self.pruning, self.pruning.before
+        if before is not None and "num_tokens" in before.options:
+            count = before.options["num_tokens"]
+            return (
+                f"It puts {count} learned token{'s' * (count != 1)} behind each image, and what "
+                "follows sees of the image these alone."
+            )
         budget = "its own learned thresholds"
         if pruning.keep is not None:
             budget = f"keep={list(pruning.keep)}"
         elif pruning.target_tokens is not None:
             budget = f"{pruning.target_tokens:g} visual tokens on average over all decoder layers"
+        elif before is not None and pruning.method is None:
+            budget = "the image decides"
         elif not self.tensors:
             budget = "a quarter of the visual tokens on average over all decoder layers"
-        base, where = pruning.base, f"layers {list(pruning.layers)}"
-        if pruning.before is not None:
+        where = f"layers {list(pruning.layers)}"
+        if before is not None:
             where = "the decoder" + (f" and {where}" if pruning.layers else "")
-            if "num_tokens" in pruning.before.options:
-                budget = f"{pruning.before.options['num_tokens']} learned tokens an image"
-            elif pruning.method is None and pruning.keep is None and pruning.target_tokens is None:
-                budget = "the image decides"
-        return (
-            "---\nlibrary_name: atp_patch\ntags:\n- atp_patch\n- visual-token-pruning\n---\n\n"
-            f"# Visual token pruning: {pruning.name}\n\n"
-            f"Made for a `{base.family}` model with {base.num_layers} decoder layers of hidden "
-            f"size {base.hidden_size}. It prunes before {where}; budget: {budget}.\n\n"
-            "```python\nimport atp_patch\n\n"
-            'atp_patch.patch_model(model, weights="THIS_REPOSITORY_OR_FOLDER")\n```\n'
-        )
+        return f"It prunes before {where}; budget: {budget}."
 
 
-def adapter_of(config: PruningConfig, heads: nn.Module | None) -> Adapter:
+# How an adapter is loaded, by what learned beside it.
+_LOADED = {
+    None: 'import atp_patch\n\natp_patch.patch_model(model, weights="THIS_REPOSITORY_OR_FOLDER")',
+    "lora": "from atp_patch.trained import load_trained\n\n"
+    "# This adapter is in FOLDER/adapter; FOLDER/lora is the LoRA that learned with it.\n"
+    'load_trained(model, "FOLDER")',
+    "model": "import atp_patch\n\n# The model in FOLDER/model learned with this adapter.\n"
+    'atp_patch.patch_model(model, weights="FOLDER/adapter")',
+}
+
+
+def adapter_of(
+    config: PruningConfig,
+    heads: nn.Module | None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    beside: Beside | None = None,
+) -> Adapter:
     """The adapter of a patched model.
 
+    Args:
+        state_dict: of the heads, where this process holds them in parts.
+        beside: as :class:`Adapter` takes it.
+
     Raises:
-        WeightsError: where this process holds a part of what was learned.
+        WeightsError: where this process holds a part of what was learned and no ``state_dict``
+            was given, or one that lacks something.
     """
-    learned = {} if heads is None else heads.state_dict(keep_vars=True)
+    learned: Mapping[str, Tensor] = {} if heads is None else heads.state_dict(keep_vars=True)
+    if state_dict is not None:
+        lacking = sorted(set(learned) - set(state_dict))
+        if lacking:
+            raise WeightsError(
+                f"state_dict lacks {lacking[0]} of the threshold heads; give that of the whole "
+                "model: Accelerator.get_state_dict(model)."
+            )
+        learned = {name: state_dict[name] for name in learned}
     if any(map(_in_parts, learned.values())):
         raise WeightsError(
-            "what was learned is spread over processes. With ZeRO-3 save it inside "
-            "deepspeed.zero.GatheredParameters(list(model.atp_patch_heads.parameters())), which "
-            "all processes enter; with FSDP2 load Accelerator.get_state_dict(model) into a patched "
-            "model of one process and save that."
+            "what was learned is spread over processes; give it whole: in all processes "
+            "state = accelerator.get_state_dict(model), and in the first "
+            "save_pretrained(..., state_dict=state)."
         )
-    return Adapter(config, {name: tensor.detach() for name, tensor in learned.items()})
+    tensors = {name: tensor.detach() for name, tensor in learned.items()}
+    return Adapter(config, tensors, beside)
 
 
 def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, dict[str, Tensor]]:

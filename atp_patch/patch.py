@@ -20,7 +20,7 @@ from atp_patch.config import (
 )
 from atp_patch.errors import ConfigError, NotPatchedError
 from atp_patch.families import family_of
-from atp_patch.hub import adapter_of, load_adapter
+from atp_patch.hub import load_adapter
 from atp_patch.methods import (
     Compressor,
     Method,
@@ -204,26 +204,6 @@ def last_trace(model: nn.Module) -> PruningTrace:
             "or model.generate(...) first."
         )
     return trace
-
-
-def save_pretrained(model: nn.Module, folder: str | Path, **kwargs: Any) -> None:
-    """Write the adapter alone (configuration, learned tensors, card) to a folder.
-
-    Args:
-        kwargs: passed on to ``huggingface_hub.ModelHubMixin.save_pretrained``.
-    """
-    patch = require_patch(model)
-    adapter_of(patch.config, patch.heads).save_pretrained(folder, **kwargs)
-
-
-def push_to_hub(model: nn.Module, repo_id: str, **kwargs: Any) -> str:
-    """Push the adapter alone to the Hub; returns the address of the commit.
-
-    Args:
-        kwargs: passed on to ``huggingface_hub.ModelHubMixin.push_to_hub`` (private, token, ...).
-    """
-    patch = require_patch(model)
-    return adapter_of(patch.config, patch.heads).push_to_hub(repo_id, **kwargs)
 
 
 def is_patched(model: nn.Module) -> bool:

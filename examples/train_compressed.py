@@ -29,9 +29,12 @@ from atp_patch.builtin.losses import answered
 from atp_patch.builtin.score import TaskScore, table
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.builtin.tokens import BOS, IMAGE, PAD, USER, word_ids
+from atp_patch.hub import Beside
+from atp_patch.saving import adapter
 from atp_patch.training.learn import add_lora
 
-LEARNS = ("tokens", "lora", "decoder")
+# What learns, and the folder that it is written to, beside the adapter.
+BESIDE: dict[str, Beside | None] = {"tokens": None, "lora": "lora", "decoder": "model"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--method", default="voco", choices=["voco", "prumerge", "prumerge+", "downsample"])
     add("--option", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
     add("--keep", type=float, help="share of the visual tokens (not voco)")
-    add("--learn", default="lora", choices=LEARNS, help="beside VoCo tokens, which always learn")
+    add("--learn", default="lora", choices=BESIDE, help="beside VoCo tokens, which always learn")
     add("--lora-rank", type=int, default=16)
     add("--lr", type=float, default=1e-3, help="of LoRA or the decoder")
     add("--tokens-lr", type=float, default=1e-2, help="of VoCo tokens")
@@ -177,13 +180,13 @@ def train(asked: argparse.Namespace) -> None:
             file.with_suffix(".new").replace(file)  # a broken-off write leaves the old one
     if asked.questions:
         print(table(score(model, asked.questions, asked.images)))
-    atp_patch.save_pretrained(model, asked.out / "adapter")
+    beside = BESIDE[asked.learn]
+    adapter(model, beside=beside).save_pretrained(asked.out / "adapter")
     atp_patch.unpatch_model(model)
-    if asked.learn == "lora":
-        model.save_pretrained(asked.out / "lora")
-    elif asked.learn == "decoder":  # python -m atp_patch.evaluate --model ... --adapters ...
-        model.save_pretrained(asked.out / "model")
-        processor.save_pretrained(asked.out / "model")
+    if beside is not None:
+        model.save_pretrained(asked.out / beside)
+    if beside == "model":  # python -m atp_patch.evaluate --model ... --adapters ...
+        processor.save_pretrained(asked.out / beside)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Measures everything that docs/results.md reads. A killed run goes on where it was.
-#   results/run.sh [builtin|compressed|shifted|depth|dynamic|allocation]...      (default: all but allocation)
+# Measures what docs/results.md reads of methods that need no training; train.sh measures the
+# others. A killed run goes on where it was.
+#   results/run.sh [builtin|shifted|depth|dynamic|allocation]...      (default: all but allocation)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
 set -eu
 PYTHON=${PYTHON:-python}
@@ -37,12 +38,6 @@ dynamic() {
     $EVALUATE --model builtin-dynamic --methods "$(inside -)$BEFORE" \
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
 }
-# Methods before the decoder that learned, each as it ships with the package.
-compressed() {
-    $EVALUATE --methods "prumerge+:0.25,random@$EARLY,uniform@$EARLY" \
-        --adapters voco1,voco2,voco8,voco32,prumerge+lora --budgets 0.06 --questions 300 --seeds 3 \
-        --out "$OUT/compressed"
-}
 # What each task would be given if its name were known: an upper reference.
 allocation() {
     for split in development test; do
@@ -56,5 +51,5 @@ allocation() {
     done > "$OUT/allocation.md"
 }
 
-[ $# -gt 0 ] || set -- builtin compressed shifted depth dynamic
+[ $# -gt 0 ] || set -- builtin shifted depth dynamic
 for part in "$@"; do "$part"; done

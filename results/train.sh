@@ -11,6 +11,7 @@ OUT=${OUT:-$HERE}
 WORK=${WORK:-$HERE/trainings}
 SEEDS=${SEEDS:-0 1 2}
 EARLY=1,4,10 # chosen on development questions (docs/results.md)
+AT=1+4+10 # the same, behind the name of a method
 SETTINGS=builtin_frozen # or builtin_paper: the equations as they are printed
 
 # train RECIPE FLAGS...
@@ -44,12 +45,6 @@ compress() {
             --out "$folder" "$@" $resume
     done
 }
-compressed() {
-    for tokens in 1 2 8 32; do
-        compress voco$tokens --method voco --option num_tokens=$tokens --steps 1000
-    done
-    compress prumerge+lora --method prumerge+ --steps 500
-}
 # trained RECIPES...: their folders, with a comma between them
 trained() {
     folders=
@@ -62,9 +57,8 @@ controlled() { for recipe in "$@"; do echo "$recipe $recipe~mean $recipe~shuffle
 measure() {
     name=$1 budget=$2
     shift 2
-    layers=$(echo $EARLY | tr , +)
     methods=
-    for method in atp fixed fastv random uniform; do methods=$methods$method@$layers,; done
+    for method in atp fixed fastv random uniform; do methods=$methods$method@$AT,; done
     $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --budgets "$budget" \
         --adapters "$(trained $(controlled "$@"))" --questions 500 --seeds 3 --out "$OUT/$name"
 }
@@ -130,6 +124,16 @@ turned() {
     sixth turned15 $LORA --rope-2d
     $PYTHON -m atp_patch.evaluate --methods random,uniform --layers $EARLY --budgets 0.15 \
         --adapters "$(trained lora15 turned15)" --questions 500 --seeds 3 --out "$OUT/turned"
+}
+# Methods before the decoder that learned, beside tokens at random and on a grid.
+compressed() {
+    for tokens in 1 2 8 32; do
+        compress voco$tokens --method voco --option num_tokens=$tokens --steps 1000
+    done
+    compress prumerge+lora --method prumerge+ --steps 500
+    $PYTHON -m atp_patch.evaluate --methods "prumerge+:0.25,random@$AT,uniform@$AT" \
+        --budgets 0.06 --adapters "$(trained voco1 voco2 voco8 voco32 prumerge+lora)" \
+        --questions 500 --seeds 3 --out "$OUT/compressed"
 }
 [ $# -gt 0 ] || set -- sixths quarters tables longer choices turned compressed
 for part in "$@"; do "$part"; done

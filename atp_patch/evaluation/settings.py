@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_patch.calibration import CONTROLS
-from atp_patch.config import DEFAULT_LAYERS, scaled_layers
+from atp_patch.config import default_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
@@ -148,8 +148,7 @@ def plan(
         ConfigError: for an unknown method, or an option that no chosen method has.
     """
     if layers is None:
-        fits = num_layers > max(DEFAULT_LAYERS)
-        layers = DEFAULT_LAYERS if fits else scaled_layers(num_layers)
+        layers = default_layers(num_layers)
     named = [_parse(spec, layers, budgets) for spec in methods]
     known = {name for name, _, _ in named}
     named += [(name, tuple(layers), tuple(budgets)) for name in BASELINES if name not in known]

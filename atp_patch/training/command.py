@@ -19,12 +19,13 @@ from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.calibration import Calibration, calibrate
 from atp_patch.command_line import execute
-from atp_patch.config import scaled_layers
+from atp_patch.config import default_layers
 from atp_patch.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
-from atp_patch.hub import CARD_FILE, Adapter
+from atp_patch.hub import CARD_FILE, Beside
 from atp_patch.loading import choose_device, load_checkpoint, quiet_transformers
 from atp_patch.patch import HEADS, patch_model, require_patch
+from atp_patch.saving import adapter
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
 from atp_patch.training.learn import add_lora, freeze
@@ -36,7 +37,9 @@ from atp_patch.training.trainer import PruningTrainer, arguments
 from atp_patch.training.zero3 import whole_model
 
 SETTINGS_FILE = "settings.json"
-ADAPTER, MODEL, LORA = "adapter", "model", "lora"
+ADAPTER = "adapter"
+MODEL: Beside = "model"
+LORA: Beside = "lora"
 SCENES = 20_000
 # what may change when a training goes on
 _FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_bad", "calibrate")
@@ -155,19 +158,16 @@ def save(
     trainer.save_state()
     if not trainer.args.should_save:
         return out / ADAPTER
-    prefix = HEADS + "."
-    heads = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    adapter = Adapter(require_patch(model).config, heads)
-    adapter.save_pretrained(out / ADAPTER)
+    beside: Beside | None = None
+    if settings.lora_rank or not settings.freeze_lm:
+        beside = LORA if settings.lora_rank else MODEL
+    saved = adapter(model, state, beside)
+    saved.save_pretrained(out / ADAPTER)
     history, data = trainer.state.log_history, source.name
     section = card(settings, history, len(source), trainer.skipped, data, calibration)
-    beside = f"\nIt belongs to the model in the folder `{MODEL}` beside it.\n"
-    if settings.lora_rank:
-        beside = f"\nIt belongs with the LoRA weights in the folder `{LORA}` beside it.\n"
-    text = adapter.card() + "\n" + section
-    text += beside if settings.lora_rank or not settings.freeze_lm else ""
+    text = saved.card() + "\n" + section
     (out / ADAPTER / CARD_FILE).write_text(text, encoding="utf-8")
-    rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    rest = {k: v for k, v in state.items() if not k.startswith(HEADS + ".")}
     if settings.lora_rank:
         model.save_pretrained(out / LORA, state_dict=rest)
     elif not settings.freeze_lm:
@@ -257,6 +257,6 @@ def _patch(model: Any, settings: Settings) -> None:
     layers = settings.layers
     depth = model.config.get_text_config().num_hidden_layers
     if layers is None:
-        layers = tuple(scaled_layers(depth))
+        layers = default_layers(depth)
     options = {**settings.options, "thresholds": "learned", "rope_2d": settings.rope_2d}
     patch_model(model, layers, "atp", target_tokens=settings.target_tokens, **options)

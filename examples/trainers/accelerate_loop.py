@@ -28,6 +28,6 @@ for step, batch in enumerate(loader, 1):
     optimizer.zero_grad()
     tokens = atp_patch.last_trace(model).average_tokens
     accelerator.print(f"step {step}  loss {loss.item():.4f}  tokens {tokens:.1f}")
-accelerator.wait_for_everyone()
+state = accelerator.get_state_dict(patched)  # of all processes, where each holds a part
 if accelerator.is_main_process:
-    atp_patch.save_pretrained(model, asked.out)
+    atp_patch.save_pretrained(model, asked.out, state_dict=state)

@@ -21,5 +21,8 @@ settings = TrainingArguments(
     remove_unused_columns=False,
     report_to=[],
 )
-Trainer(model, settings, train_dataset=samples, data_collator=collate).train()
-atp_patch.save_pretrained(model, asked.out)
+trainer = Trainer(model, settings, train_dataset=samples, data_collator=collate)
+trainer.train()
+state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes
+if trainer.args.should_save:
+    atp_patch.save_pretrained(model, asked.out, state_dict=state)

@@ -49,5 +49,8 @@ settings = SFTConfig(
     report_to=[],
 )
 rows = Dataset.from_list([row(index) for index in range(asked.steps * asked.batch_size)])
-PruningSFTTrainer(model, settings, train_dataset=rows, processing_class=processor).train()
-atp_patch.save_pretrained(model, asked.out)
+trainer = PruningSFTTrainer(model, settings, train_dataset=rows, processing_class=processor)
+trainer.train()
+state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes
+if trainer.args.should_save:
+    atp_patch.save_pretrained(model, asked.out, state_dict=state)

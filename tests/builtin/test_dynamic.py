@@ -214,12 +214,13 @@ def test_grids_are_read_off_the_positions(loaded: Loaded) -> None:
 def test_the_demo_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
     image = EXAMPLES / "02.png"
     argv = [str(image), "How many red shapes are there?", "--model", "builtin-dynamic", "--json"]
-    assert demo.main([*argv, "--layers", "2,4,6", "--target-tokens", "60"]) == 0
+    assert demo.main([*argv, "--target-tokens", "60"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     data = json.loads(out)
     assert data["visual_tokens"] == 144
     assert data["average_tokens"] == pytest.approx(60, abs=1)
+    assert [layer["layer"] for layer in data["layers"]] == [1, 4, 6]
     assert "generated scenes only" in data["note"]
 
 
