@@ -13,10 +13,12 @@ import torch
 
 from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
 from atp_patch.builtin.dynamic.tokens import token_ids
+from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.command_line import execute, named_values
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
+from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import check, drop_layers, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
@@ -30,7 +32,7 @@ from atp_patch.evaluation.tasks import choose_tasks
 from atp_patch.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
 from atp_patch.patch import require_patch
 
-RUNS, SUMMARY, TABLE = "runs", "summary.jsonl", "table.md"
+RUNS, TABLE = "runs", "table.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,8 @@ def _command(args: argparse.Namespace) -> None:
         check(args)
         if not args.no_plots:
             check_plots()
-        sys.stdout.write(write(evaluate(args), args))
+        rows = evaluate(args) if args.summaries is None else again(args)
+        sys.stdout.write(write(rows, args))
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:
@@ -96,7 +99,19 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     with progress(len(runs) * len(examples), done) as advance:
         run(bench, runs, tasks, args.split, work, advance)
     depth = model.config.get_text_config().num_hidden_layers
-    return summarize(measured, tasks, examples, depth, args.split)
+    return summarize(measured, tasks, examples, depth, args.split, silent=bench.silent)
+
+
+def again(args: argparse.Namespace) -> list[Row]:
+    """Rows of earlier evaluations of a model; nothing is asked.
+
+    Raises:
+        ConfigError: where they do not go together.
+    """
+    model, _ = _load(args.model, torch.device("cpu"), torch.float32, lambda model: None)
+    depth, silent = model.config.get_text_config().num_hidden_layers, silent_layers(model)
+    working = [layer for layer in range(depth) if layer not in silent]
+    return gather(args.summaries, model_hash(model), working)
 
 
 def write(rows: Sequence[Row], args: argparse.Namespace) -> str:
@@ -105,6 +120,7 @@ def write(rows: Sequence[Row], args: argparse.Namespace) -> str:
     text = markdown(rows, title)
     lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / SUMMARY).write_text("".join(lines), encoding="utf-8")
         (args.out / TABLE).write_text(text, encoding="utf-8")
         if not args.no_plots:
@@ -156,7 +172,7 @@ def _open(
         why = reasons[members[0]]
         header = {"identity": shared, **facts}
         if why is not None:
-            found.append(Measured(pooled, (), (), pooled.layers, why, header))
+            found.append(Measured(pooled, (), layers=pooled.layers, unreachable=why, run=header))
             continue
         files = []
         for setting in members:
@@ -171,7 +187,8 @@ def _open(
         drawn = range(len(members)) if pooled.trainings else [s.seed for s in members]
         seeds = tuple(seed for seed in drawn if seed is not None)
         layers = _layers_of(model, members, visual_tokens)
-        found.append(Measured(pooled, tuple(files), seeds, layers, None, header))
+        hashes = tuple(s.adapter_hash for s in members if s.adapter_hash is not None)
+        found.append(Measured(pooled, tuple(files), seeds, layers, run=header, hashes=hashes))
     return found, runs
 
 

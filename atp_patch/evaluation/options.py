@@ -98,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")
+    add(
+        "--summaries",
+        type=comma_separated(Path),
+        metavar="A[,B..]",
+        help="ask nothing: table and plots of what lies in these folders, of one model and the "
+        "same questions",
+    )
     add("--no-plots", action="store_true", help="write no plots (they need matplotlib)")
     return parse
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED
+from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import Row
 
 if TYPE_CHECKING:
@@ -55,14 +57,8 @@ def frontier(rows: Sequence[Row]) -> Any:
     figure, ((axes,),) = _figure(1, 1, (9, 5))
     for number, (label, points) in enumerate(_curves(rows).items()):
         estimates = [row.mean for row in points if row.mean is not None]
-        values = [e.value for e in estimates]
-        # An interval of a few images may leave its own value out by a rounding error.
-        low = [max(0.0, e.value - _or(e.low, e.value)) for e in estimates]
-        high = [max(0.0, _or(e.high, e.value) - e.value) for e in estimates]
         tokens = [row.average_tokens for row in points]
-        axes.errorbar(
-            tokens, values, yerr=[low, high], label=label, **_look(number), capsize=3, lw=1
-        )
+        _with_intervals(axes, tokens, estimates, label, number, capsize=3)
     _references(axes, rows, lambda row: row.mean.value if row.mean else math.nan)
     axes.set_ylabel("accuracy, mean over tasks")
     _legend_beside(figure, axes)
@@ -70,18 +66,38 @@ def frontier(rows: Sequence[Row]) -> Any:
 
 
 def frontier_by_task(rows: Sequence[Row]) -> Any:
-    """The same for each task, without intervals."""
+    """The same for each task."""
     tasks = list(rows[0].accuracy)
     figure, places = _panels(len(tasks))
     for axes, task in zip(places, tasks, strict=True):
         for number, (label, points) in enumerate(_curves(rows).items()):
-            tokens = [row.tokens[task] for row in points]
-            values = [row.accuracy[task] for row in points]
-            axes.plot(tokens, values, label=label, **_look(number), ms=4, lw=1)
+            alone = Estimate(math.nan, math.nan, math.nan)
+            estimates = [
+                replace(row.by_task.get(task, alone), value=row.accuracy[task]) for row in points
+            ]
+            _with_intervals(
+                axes, [row.tokens[task] for row in points], estimates, label, number, ms=4
+            )
         _references(axes, rows, lambda row, task=task: row.accuracy[task])
         axes.set_title(task, fontsize=9)
     _legend_beside(figure, places[0])
     return figure
+
+
+def _with_intervals(
+    axes: Axes,
+    tokens: Sequence[float],
+    estimates: Sequence[Estimate],
+    label: str,
+    number: int,
+    **look: Any,
+) -> None:
+    """A line with the intervals that are known."""
+    values = [e.value for e in estimates]
+    # An interval of a few images may leave its own value out by a rounding error.
+    low = [max(0.0, e.value - _or(e.low, e.value)) for e in estimates]
+    high = [max(0.0, _or(e.high, e.value) - e.value) for e in estimates]
+    axes.errorbar(tokens, values, yerr=[low, high], label=label, **_look(number), lw=1, **look)
 
 
 def by_depth(rows: Sequence[Row]) -> Any:
@@ -94,12 +110,13 @@ def by_depth(rows: Sequence[Row]) -> Any:
     ends = {BLIND: 0, UNPRUNED: max(points) + 1}
     points |= {ends[row.setting.name]: row for row in rows if row.setting.name in ends}
     layers = sorted(points)
+    steps: dict[str, Any] = {"drawstyle": "steps-post"}  # between two layers nothing changes
     figure, ((axes,),) = _figure(1, 1, (8, 5))
     for number, task in enumerate(rows[0].accuracy):
         values = [points[layer].accuracy[task] for layer in layers]
-        axes.plot(layers, values, label=task, **_look(number), ms=4, lw=1)
+        axes.plot(layers, values, label=task, **_look(number), ms=4, lw=1, **steps)
     means = [points[layer].mean for layer in layers]
-    axes.plot(layers, [m.value for m in means if m], color="black", lw=2.5, label="mean")
+    axes.plot(layers, [m.value for m in means if m], color="black", lw=2.5, label="mean", **steps)
     axes.set_xlabel("no visual tokens from this decoder layer on")
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.3)

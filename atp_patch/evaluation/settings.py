@@ -20,7 +20,8 @@ UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"
 CONTROL_QUESTIONS = 352  # of the split train, over all tasks: what controls are made from
 _NOTHING = 1e-9
-BASELINES = ("random", "uniform")
+_LOSSES = ("lambda_atp", "lambda_target", "target_loss")  # of training alone
+BASELINES = ("random", "uniform", "downsample")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def plan(
     num_layers: int,
     drop_from: Sequence[int] = (),
 ) -> list[Setting]:
-    """All settings, references first, then by budget; random and uniform are always among them.
+    """All settings, references first, then by budget; the baselines are always among them.
 
     Args:
         methods: names, or pairs as "prumerge+/atp", each with layers of its own where it says so:
@@ -247,6 +248,17 @@ def _parse(
             f"--methods {spec}: after @ come layers, and after : shares above 0 and at most 1, as "
             f"in {name}@1+13+25:0.5+0.25."
         ) from error
+
+
+def known_options(name: str, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Of a method's options as :meth:`Setting.identity` names them, those that are no defaults and
+    can change an answer.
+    """
+    if not set(_stages(name)) <= set(available_methods()):
+        return tuple(sorted(given.items()))
+    before, inside = make_methods(_stages(name), {})
+    default = (inside or before).options()  # type: ignore[union-attr]
+    return tuple(sorted((k, v) for k, v in given.items() if v != default[k] and k not in _LOSSES))
 
 
 def _share(text: str) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from atp_patch.evaluation.settings import BASELINES, UNPRUNED, Setting
+from atp_patch.evaluation.rivals import rivals
+from atp_patch.evaluation.settings import UNPRUNED, Setting
 from atp_patch.evaluation.statistics import (
     Array,
     Estimate,
@@ -44,15 +45,17 @@ class Row:
     """What a setting reached on a group of tasks.
 
     Attributes:
-        accuracy: task -> mean score, 0 to 1; ``questions``: task -> how many.
+        accuracy: task -> mean score, 0 to 1; ``by_task``: the same with intervals;
+            ``questions``: task -> how many.
         mean: of the tasks' accuracies; ``retention``: mean of accuracy over unpruned accuracy.
-        against: name of a rival, as :func:`_rivals` says -> difference of mean accuracy to it.
+        against: name of a rival, as :func:`rivals` says -> difference of mean accuracy to it.
         average_tokens: visual tokens averaged over all decoder layers and questions, as measured;
             ``tokens``: by task; ``spread_tokens``: standard deviation over the questions, averaged
-            over seeds or trainings.
+            over seeds or trainings. ``working_tokens``: averaged over those layers that change
+            anything, where a model has others.
         entering: task -> layer -> mean visual tokens that enter it, at 0 and each pruning layer.
         strata: what ``Task.stratum`` says of the picture -> the questions about such pictures.
-        by_seed: mean accuracy of each seed.
+        by_seed: mean accuracy of each seed. ``hashes``: of the adapter of each training.
         unreachable: why the budget cannot be met; then nothing else is known.
         run: header of the run, for the record.
     """
@@ -62,16 +65,19 @@ class Row:
     layers: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
     accuracy: dict[str, float] = field(default_factory=dict)
+    by_task: dict[str, Estimate] = field(default_factory=dict)
     questions: dict[str, int] = field(default_factory=dict)
     mean: Estimate | None = None
     retention: Estimate | None = None
     against: dict[str, Estimate] = field(default_factory=dict)
     average_tokens: float = float("nan")
     spread_tokens: float = float("nan")
+    working_tokens: float = float("nan")
     tokens: dict[str, float] = field(default_factory=dict)
     entering: dict[str, dict[int, float]] = field(default_factory=dict)
     strata: dict[int, Stratum] = field(default_factory=dict)
     by_seed: list[float] = field(default_factory=list)
+    hashes: tuple[str, ...] = ()
     unreachable: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
@@ -88,15 +94,18 @@ class Row:
             **self.setting.identity(),
             "layers": list(self.layers),
             "adapter": self.setting.adapter,
+            "adapter_hash": self.hashes[0] if len(self.hashes) == 1 else list(self.hashes) or None,
             "seeds": list(self.seeds),
             "group": self.group,
             "unreachable": self.unreachable,
             "average_tokens": None if self.unreachable else self.average_tokens,
             "spread_tokens": None if self.unreachable else self.spread_tokens,
+            "working_tokens": None if self.unreachable else self.working_tokens,
             "questions": self.questions,
             "accuracy": self.accuracy,
             **{name: e.to_list() for name, e in estimates.items() if e is not None},
             "accuracy_by_seed": self.by_seed,
+            "accuracy_intervals": {task: e.to_list() for task, e in self.by_task.items()},
             "tokens_by_task": self.tokens,
             "tokens_entering": self.entering,
             "strata": {kind: asdict(stratum) for kind, stratum in self.strata.items()},
@@ -114,6 +123,7 @@ class Measured:
     layers: tuple[int, ...] = ()
     unreachable: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    hashes: tuple[str, ...] = ()
 
 
 def summarize(
@@ -123,6 +133,7 @@ def summarize(
     num_layers: int,
     split: str,
     draws: int = DRAWS,
+    silent: Collection[int] = (),
 ) -> list[Row]:
     """Rows of every group of tasks, settings in the order given; the unpruned one is among them.
 
@@ -130,7 +141,9 @@ def summarize(
         examples: the questions that count; files may hold more.
         num_layers: of the decoder.
         split: of the examples.
+        silent: layers of the decoder that change nothing.
     """
+    working = [layer for layer in range(num_layers) if layer not in silent]
     rows: list[Row] = []
     for group in dict.fromkeys(task.group for task in tasks):
         names = [task.name for task in tasks if task.group == group]
@@ -151,20 +164,24 @@ def summarize(
         }
         members = []
         for m in measured:
-            row = Row(m.setting, group, m.layers, m.seeds, unreachable=m.unreachable, run=m.run)
+            row = Row(m.setting, group, m.layers, m.seeds, hashes=m.hashes, run=m.run)
+            row.unreachable = m.unreachable
             members.append(row)
             if m.unreachable is not None:
                 continue
             scores = pooled[m.setting]
             row.accuracy = dict(zip(names, _means(scores), strict=True))
+            row.by_task = {
+                name: mean_accuracy(scores[:, [k]], weights) for k, name in enumerate(names)
+            }
             row.questions = {name: len(numbers) for name, numbers in asked.items()}
             row.mean = mean_accuracy(scores, weights)
             row.retention = retention(scores, plain, weights)
             row.by_seed = [float(np.mean(_means(found))) for found in matrices[m.setting]]
-            _count_tokens(row, m, asked, num_layers)
+            _count_tokens(row, m, asked, num_layers, working)
             row.strata = _strata(m, kinds)
         for row in members:
-            for name, rival in _rivals(row, members).items():
+            for name, rival in rivals(row, members).items():
                 other = pooled[rival.setting]
                 row.against[name] = difference(pooled[row.setting], other, weights)
         rows += members
@@ -185,46 +202,12 @@ def _means(scores: Array) -> list[float]:
     return means
 
 
-def _rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
-    """What a setting is compared with.
-
-    With a budget: the first method and the baselines at the same budget, and before the same layers
-    where they were measured so. An adapter: its controls, and the first adapter and methods before
-    the same layers that keep as many tokens on average, to a twentieth.
-    """
-    setting = row.setting
-    reached = [other for other in rows if other.unreachable is None]
-    if row.unreachable is not None or setting.control is not None:
-        return {}
-    limited = [other for other in reached if other.setting.budget is not None]
-    if setting.adapter is not None:
-        controls = {
-            f"its {other.setting.control}": other
-            for other in reached
-            if other.setting.name == f"{setting.name}~{other.setting.control}"
-        }
-        first = [other for other in reached if other.setting.adapter is not None][:1]
-        return controls | {
-            other.setting.name: other
-            for other in first + limited
-            if other is not row
-            and other.layers == row.layers
-            and abs(other.average_tokens - row.average_tokens) <= 0.05 * row.average_tokens
-        }
-    if setting.budget is None:
-        return {}
-    same = [other for other in limited if other.setting.budget == setting.budget]
-    chosen = {}
-    for name in dict.fromkeys([same[0].setting.name, *BASELINES]):
-        named = [other for other in same if other.setting.name == name]
-        alike = [other for other in named if other.setting.layers == setting.layers]
-        if named and name != setting.name:
-            chosen[name] = (alike or named)[0]
-    return chosen
-
-
 def _count_tokens(
-    row: Row, measured: Measured, asked: dict[str, list[int]], num_layers: int
+    row: Row,
+    measured: Measured,
+    asked: dict[str, list[int]],
+    num_layers: int,
+    working: Sequence[int],
 ) -> None:
     """Means over questions (and seeds) of what the trace counted."""
     starts = [0, *measured.layers]
@@ -239,6 +222,21 @@ def _count_tokens(
         totals.append(averages)
     whole = np.concatenate(totals, axis=1)
     row.average_tokens, row.spread_tokens = float(whole.mean()), float(whole.std(1).mean())
+    row.working_tokens = tokens_in(working, row.entering)
+
+
+def tokens_in(layers: Sequence[int], entering: dict[str, dict[int, float]]) -> float:
+    """Visual tokens averaged over some layers and all tasks.
+
+    Args:
+        entering: as in :class:`Row`; every task has as many questions.
+    """
+    found = [
+        counts[max(start for start in counts if start <= layer)]
+        for counts in entering.values()
+        for layer in layers
+    ]
+    return float(np.mean(found))
 
 
 def _strata(measured: Measured, kinds: dict[str, list[tuple[int, int]]]) -> dict[int, Stratum]:

@@ -14,11 +14,13 @@ NOTES = f"""\
 - tokens: visual tokens averaged over all decoder layers and questions, as the trace of each forward
   pass counted them; layers before the first pruning count in full. "spread" is their standard
   deviation over questions (and so over sizes of images). The budget is what was asked for, as a
-  share of the unpruned count.
+  share of the unpruned count. "working" is their average over those layers alone that change
+  anything, where a model has others: what is left to read from.
 - Accuracies are percentages. "mean" is over tasks; "retention" is the mean over tasks of accuracy
   relative to the unpruned model's. In brackets: 95 % bootstrap intervals, {DRAWS} draws of images,
   the same draws for every row. "minus NAME": difference of means, paired by question, to the
-  method NAME at the same budget (and before the same layers, where it was measured so), in points.
+  method NAME at the same budget (and before the same layers, where it was measured so), in points;
+  of methods that decide by themselves: to baselines that keep as many tokens, to a twentieth.
   Of adapters: to the first one and to methods, before the same layers, that keep as many tokens,
   to a twentieth, and to their controls ("its mean", "its shuffled": the same with its thresholds'
   mean, or another question's, at the same average).
@@ -35,7 +37,8 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     Args:
         title: one line that says what was measured.
     """
-    parts = [f"# {title}", "", _origin(rows[0]), "", NOTES]
+    origins = dict.fromkeys(map(_origin, rows))
+    parts = [f"# {title}", "", "\n".join(origins), "", NOTES]
     for group in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == group]
         about = f": {SETS[group].summary}" if group in SETS else ""
@@ -48,7 +51,9 @@ def table(rows: Sequence[Row]) -> str:
     tasks = list(dict.fromkeys(task for row in rows for task in row.accuracy))
     rivals = dict.fromkeys(name for row in rows for name in row.against)
     rivals = dict.fromkeys(sorted(rivals, key=BASELINES.__contains__))
-    head = ["method", "layers", "budget", "tokens", "spread", "mean", "retention"]
+    head = ["method", "layers", "budget", "tokens", "spread"]
+    silent = any(abs(row.working_tokens - row.average_tokens) > 0.05 for row in rows)
+    head += (["working"] if silent else []) + ["mean", "retention"]
     head += [f"minus {name}" for name in rivals] + [task.split("/")[-1] for task in tasks]
     lines = [head, ["---"] * 3 + ["--:"] * (len(head) - 3)]
     for row in rows:
@@ -59,8 +64,9 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 *start,
-                f"{row.average_tokens:.1f}",
-                f"{row.spread_tokens:.1f}",
+                _count(row.average_tokens),
+                _count(row.spread_tokens),
+                *([_count(row.working_tokens)] if silent else []),
                 percent(row.mean),
                 percent(row.retention),
                 *(percent(row.against.get(name), signed=True) for name in rivals),
@@ -78,6 +84,10 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
         if row.unreachable is not None:
             reasons.setdefault(row.unreachable, []).append(row.setting.name)
     return ["\n".join(f"- {', '.join(n)}: {why}" for why, n in reasons.items())] if reasons else []
+
+
+def _count(tokens: float) -> str:
+    return "-" if math.isnan(tokens) else f"{tokens:.1f}"
 
 
 def percent(estimate: Estimate | None, signed: bool = False) -> str:

@@ -99,11 +99,13 @@ def test_every_row_says_what_it_is_of(whole: dict[str, str]) -> None:
     assert all(keys <= row.keys() for row in rows)
     assert {"torch", "transformers", "atp_patch", "code"} <= rows[0]["versions"].keys()
     assert {row["method"] for row in rows} == {
-        *("unpruned", "no visual tokens", "fastv", "random", "uniform")
+        *("unpruned", "no visual tokens", "fastv", "random", "uniform", "downsample")
     }
     assert {tuple(row["seeds"]) for row in rows if row["method"] == "random"} == {(0, 1), ()}
-    unreachable = [row for row in rows if row["budget"] == 0.03]
+    low = [row for row in rows if row["budget"] == 0.03]
+    unreachable = [row for row in low if row["method"] != "downsample"]
     assert len(unreachable) == 2 * 3
+    assert [row["average_tokens"] for row in low if row not in unreachable] == [1, 1]
     assert all("least possible average" in row["unreachable"] for row in unreachable)
     assert all(row["average_tokens"] is None for row in unreachable)
 

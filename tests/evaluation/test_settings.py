@@ -42,7 +42,8 @@ def planned(methods: list[str], **changes: Any) -> list[Setting]:
 
 def test_references_and_baselines_are_always_there() -> None:
     names = [s.name for s in planned(["atp"])]
-    assert names == [UNPRUNED, BLIND, *(["atp", "random", "random", "uniform"] * 2)]
+    at_a_budget = ["atp", "random", "random", "uniform", "downsample"]
+    assert names == [UNPRUNED, BLIND, *(at_a_budget * 2)]
     assert names.count("random") == sum(s.name == "random" for s in planned(["atp", "random"]))
 
 

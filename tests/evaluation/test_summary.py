@@ -110,6 +110,58 @@ def test_numbers_by_hand(rows: list[Row]) -> None:
     assert fastv.against["random"].value == pytest.approx(0.875 - 0.375)
     assert random.against["fastv"].value == pytest.approx(0.375 - 0.875)
     assert unreachable.mean is None
+    assert {task: e.value for task, e in fastv.by_task.items()} == fastv.accuracy
+    assert 0 <= fastv.by_task["small"].low < 0.75 < fastv.by_task["small"].high <= 1
+
+
+def test_tokens_in_the_layers_that_work() -> None:
+    """Of four layers the first and the last change something: 40 and 2 tokens enter them."""
+    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)
+    fastv = Measured(
+        Setting("fastv", **FAST), (file("1111", "11", (40, 10, 2)),), (), (1, 2), run=RUN
+    )
+    given = TASKS, EXAMPLES, LAYERS, "test", 2
+    rows = summarize([plain, fastv], *given, silent=(1, 2))
+    assert [row.working_tokens for row in rows] == [40, 21]
+    assert [row.average_tokens for row in rows] == [40, 13.5]
+    told = table(rows).splitlines()
+    assert told[0].split(" | ")[4:6] == ["spread", "working"]
+    assert told[3].split(" | ")[5] == "21.0"
+    rows = summarize([plain, fastv], *given)
+    assert [row.working_tokens for row in rows] == [40, 13.5]
+    assert "working" not in table(rows)
+
+
+def test_methods_that_decide_by_themselves_are_compared_at_their_tokens() -> None:
+    """With baselines, whatever their layers, that keep as many to a twentieth; not with others."""
+    measured = [Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)]
+    for name, budget, entering, scores in (
+        ("prumerge", None, (10,), ("1100", "10")),
+        ("downsample", 0.25, (10,), ("1000", "00")),
+        ("uniform", 0.25, (9,), ("0000", "00")),
+        ("fastv", 0.25, (10,), ("0000", "00")),
+    ):
+        setting = Setting(name, budget=budget)
+        measured.append(Measured(setting, (file(*scores, entering),), run=RUN))
+    adapter = Setting("adapter merged", adapter="merged")
+    measured.append(Measured(adapter, (file("1111", "10", (10,)),), run=RUN, hashes=("12",)))
+    found = {
+        r.setting.name: {name: estimate.value for name, estimate in r.against.items()}
+        for r in summarize(measured, TASKS, EXAMPLES, LAYERS, "test", 50)
+    }
+    assert found["prumerge"] == {"downsample": 0.375}
+    assert found["adapter merged"] == {"prumerge": 0.25, "downsample": 0.625, "fastv": 0.75}
+    assert found[UNPRUNED] == {}
+
+
+def test_the_hash_of_every_training_is_told() -> None:
+    files = tuple(file("1111", "11", (40, 10, 2)) for _ in range(2))
+    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)
+    one, two = Setting("adapter a", adapter="a"), Setting("adapter b", adapter="b", trainings="b")
+    single = Measured(one, files[:1], (), (1, 2), run=RUN, hashes=("12",))
+    several = Measured(two, files, (0, 1), (1, 2), run=RUN, hashes=("34", "56"))
+    rows = summarize([plain, single, several], TASKS, EXAMPLES, LAYERS, "test", 2)
+    assert [row.to_json()["adapter_hash"] for row in rows] == [None, "12", ["34", "56"]]
 
 
 def test_the_spread_of_tokens_is_within_each_training() -> None:
