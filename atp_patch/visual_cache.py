@@ -183,11 +183,13 @@ def compress(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of what a cache depends on: the adapter, and a sample of every decoder parameter."""
+    """A hash of what a cache depends on: the adapter, and a sample of every parameter of vision
+    tower, projector and decoder.
+    """
     patch = _compression(model)
     made = hashlib.sha256(json.dumps(asdict(patch.config), sort_keys=True).encode())
     samples = [patch.embedding.detach().flatten()]
-    for name, parameter in patch.parts.decoder.named_parameters():
+    for name, parameter in patch.parts.base.named_parameters():
         made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         samples.append(parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)])
     for sample in samples:

@@ -199,11 +199,17 @@ def test_another_model_or_adapter_is_refused(kind: str, tmp_path: Path) -> None:
     tuned = voco_model(kind)
     with torch.no_grad():
         tuned.model.language_model.layers[5].mlp.up_proj.weight.mul_(1.01)
+    seeing = voco_model(kind)
+    tower = (
+        p for name, p in seeing.named_parameters() if "vision_tower" in name or "visual" in name
+    )
+    with torch.no_grad():
+        next(tower).mul_(1.01)
     adapter = voco_model(kind)
     with torch.no_grad():
         adapter.atp_patch_heads.embedding.mul_(1.01)
     more = atp_patch.patch_model(tiny.tiny_model(kind), method="voco", num_tokens=3)
-    for wrong in (tuned, adapter, more):
+    for wrong in (tuned, seeing, adapter, more):
         with pytest.raises(atp_patch.WeightsError, match="another model"):
             cache.inputs(wrong, QUESTION)
         with pytest.raises(atp_patch.WeightsError, match="another model"):
