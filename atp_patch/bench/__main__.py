@@ -25,8 +25,10 @@ from atp_patch.bench.training import as_data, compare_steps, steps_table
 from atp_patch.command_line import execute
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ConfigError
+from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of
-from atp_patch.methods import Compressor, Method, make_method
+from atp_patch.loading import first_line
+from atp_patch.methods import Compressor, VoCo, make_methods
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +54,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    if args.decode_tokens < 0:
+        raise ConfigError("--decode-tokens must be 0 or more.")
     preset = PRESETS[args.preset]
     images = args.image or [preset.image]
     depth = preset.depth(args.scale)
     settings = {image: _settings(args, preset, image, depth.decoder) for image in images}
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device != "cpu" else "float32"))
-    model: Any = preset.build(args.scale, args.attn, args.device, dtype)
+    try:
+        model: Any = preset.build(args.scale, args.attn, args.device, dtype)
+    except ImportError as error:
+        raise ConfigError(f"--attn {args.attn}: {first_line(error)}") from error
     scaled = "" if args.scale == 1 else f", scaled to {args.scale:g} of its layers"
     report: dict[str, Any] = {
         "atp_patch": __version__,
@@ -66,6 +73,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "machine": _machine(args.device),
         "model": f"{args.preset}{scaled}: {describe(model)}, {str(dtype).removeprefix('torch.')}",
+        "date": today(),
+        "settings": {
+            name: value
+            for name, value in vars(args).items()
+            if name not in ("json", "plot") and value is not None
+        },
         "cases": [],
     }
     sys.stdout.write(
@@ -147,19 +160,24 @@ def _settings(
     found: dict[str, dict[str, Any]] = {}
     for spec in args.methods.split(","):
         name, _, places = spec.partition("@")
-        method = make_method(name, {})
-        given: dict[str, Any] = {"method": name}
-        if isinstance(method, Method):
+        before, inside = make_methods(name.split("/"), {})
+        given: dict[str, Any] = {"method": name.split("/")}
+        if inside is not None:
             given["layers"] = args.layers or scaled_layers(num_layers)
             if places:
                 given["layers"] = _layers(spec, places)
-        if isinstance(method, Compressor):
+        if isinstance(before, Compressor):
             pass  # its number of tokens is its budget
         elif args.schedule is not None:
             given["keep"] = _shares(args.schedule, total, given.get("layers"))
         elif args.keep is not None or args.target_tokens is not None:
             given |= {"keep": args.keep, "target_tokens": args.target_tokens}
         found[spec] = given
+    if args.layers and not any("layers" in given for given in found.values()):
+        raise ConfigError("--layers: none of --methods prunes inside the decoder; leave it out.")
+    budget = (args.keep, args.target_tokens, args.schedule)
+    if all(given["method"] == [VoCo.name] for given in found.values()) and any(budget):
+        raise ConfigError("voco: its number of tokens is its budget; leave out other budgets.")
     return found
 
 

@@ -33,12 +33,12 @@ class Times:
         low, _, high = statistics.quantiles(self.values_ms, n=4, method="inclusive")
         return low, high
 
-    def spread(self) -> dict[str, float] | None:
-        """Median and quartiles as plain data; None where nothing was timed."""
+    def spread(self) -> dict[str, Any] | None:
+        """Median, quartiles and single values as plain data; None where nothing was timed."""
         if not self.values_ms:
             return None
         low, high = self.quartiles_ms
-        return {"median": self.median_ms, "q1": low, "q3": high}
+        return {"median": self.median_ms, "q1": low, "q3": high, "values": self.values_ms}
 
 
 def mark(device: torch.device) -> Any:

@@ -50,7 +50,8 @@ class Measured:
         prefill: forward passes up to the next token's logits (time to first token); of each,
             ``vision`` is the tower's and the projector's part, ``decoder`` the rest.
         decode: one token each, on the cache of such a prefill.
-        overhead: scoring, choosing and gathering of one pruned prefill, timed in runs of its own.
+        overhead: scoring, choosing, merging and gathering of one pruned prefill, timed in runs of
+            its own.
         kv_bytes: measured from the cache.
         trace: of the last pruned pass.
     """
@@ -94,7 +95,9 @@ def compare(
                     steps = _decode(model, inputs, passed, decode_tokens)
                     if contender.prunes:
                         one.trace = last_trace(model)
-                one.peak_bytes, one.kv_bytes = peak_bytes(device), cache_bytes(passed.cache)
+                peak = peak_bytes(device)
+                one.peak_bytes = peak if peak is None else max(peak, one.peak_bytes or 0)
+                one.kv_bytes = cache_bytes(passed.cache)
                 if run:
                     _note(one, passed, steps)
         for contender in (c for c in contenders if c.prunes and with_overhead):
@@ -180,13 +183,14 @@ def _base(model: Any) -> Any:
 
 @contextmanager
 def timed_seam(model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Yields what gives the milliseconds that the patch itself took: everything it does but
-    reading the vision tower's attention, which is part of the vision time.
+    """Yields what gives the milliseconds that the patch itself took. What prunes before the decoder
+    spends them in the vision time: on merging, and on reading the tower's attention once more.
     """
-    seam = require_patch(model).seam
-    names = [name for name in ("begin", "before_layer", "finish") if hasattr(seam, name)]
-    with _timed(seam, names, next(model.parameters()).device) as spent:
-        yield spent
+    seam, device = require_patch(model).seam, next(model.parameters()).device
+    inside = [name for name in ("begin", "before_layer", "finish") if hasattr(seam, name)]
+    merging = [name for name in ("_groups", "_merge_rows") if hasattr(seam.vision, name)]
+    with _timed(seam, inside, device) as spent, _timed(seam.vision, merging, device) as merged:
+        yield lambda: spent() + merged()
 
 
 @contextmanager

@@ -20,6 +20,9 @@ random weights.
 """
 
 
+DECODE_TOKENS = 8
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = OneLineParser(
@@ -30,7 +33,11 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add("--preset", choices=sorted(PRESETS), default="llava-1.5-7b")
     add("--scale", type=float, default=1.0, help="share of the layers that are built")
-    add("--methods", default="atp", help='comma-separated, with layers as in "atp,fastv@2"')
+    add(
+        "--methods",
+        default="atp",
+        help='comma-separated, with layers as in "atp,fastv@2"; prumerge+/atp prunes twice',
+    )
     add(
         "--layers",
         type=comma_separated(int),
@@ -59,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         default=[64],
         help="text tokens, one or more numbers",
     )
-    add("--decode-tokens", type=int, default=8)
+    add("--decode-tokens", type=int, default=DECODE_TOKENS)
     add("--runs", type=int, default=9)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -115,6 +122,7 @@ def check_mode(args: argparse.Namespace) -> None:
         "--layers": args.follow_up and args.layers is not None,
         "--profile": args.profile,
         "--plot": args.plot is not None,
+        "--decode-tokens": args.decode_tokens != DECODE_TOKENS,
     }
     for name, given in others.items():
         if given:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from atp_patch.bench.lengths import SameLengths
 from atp_patch.bench.measure import PLAIN, Measured
 from atp_patch.compression import CompressionTrace
@@ -29,15 +32,15 @@ def entries(found: dict[str, Measured], batch_size: int) -> dict[str, dict[str, 
 
 def _entry(one: Measured, example: PruningTrace, batch_size: int) -> dict[str, Any]:
     trace = one.trace or example
-    tokens = trace.tokens_per_layer[0].tolist()
-    full = [trace.layout.totals[0]] * len(tokens)
+    each = trace.tokens_per_layer.float()  # (samples, layers)
+    full = torch.tensor(trace.layout.totals, dtype=torch.float32)[:, None].expand_as(each)
     if one.trace is None:
-        tokens = full
-    read = full if isinstance(trace, CompressionTrace) else tokens
+        each = full
+    read = full if isinstance(trace, CompressionTrace) else each
     decode = one.decode.spread()
     return {
-        "average_tokens": sum(tokens) / len(tokens),
-        "tokens_per_layer": tokens,
+        "average_tokens": float(each.mean()),
+        "tokens_per_layer": each.mean(0).tolist(),
         "vision_ms": one.vision.spread(),
         "decoder_ms": one.decoder.spread(),
         "prefill_ms": one.prefill.spread(),
@@ -47,14 +50,22 @@ def _entry(one: Measured, example: PruningTrace, batch_size: int) -> dict[str, A
         "kv_bytes": one.kv_bytes,
         "peak_bytes": one.peak_bytes,
         "flops": trace.flops_plain if one.trace is None else trace.flops,
-        "paper_flops": batch_size * _paper_flops(trace, read),
+        "paper_flops": _paper_flops(trace, read),
     }
 
 
-def _paper_flops(trace: PruningTrace, visual: Iterable[int]) -> float:
-    """Eq. 15 as printed, of one sample, summed over layers, text included."""
-    shape, text = trace.shape, trace.text_tokens[0]
-    return sum(paper_layer_flops(n + text, shape.hidden_size, shape.mlp_size) for n in visual)
+def _paper_flops(trace: PruningTrace, visual: Tensor) -> float:
+    """Eq. 15 as printed, summed over samples and layers, text included.
+
+    Args:
+        visual: (B, layers) tokens.
+    """
+    shape = trace.shape
+    return sum(
+        paper_layer_flops(count + text, shape.hidden_size, shape.mlp_size)
+        for counts, text in zip(visual.tolist(), trace.text_tokens, strict=True)
+        for count in counts
+    )
 
 
 def _against(plain: Measured, one: Measured) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def table(case: dict[str, Any]) -> str:
                 ("vision ms", "vision_ms"),
                 ("decoder prefill ms", "decoder_ms"),
                 ("time to first token ms", "prefill_ms"),
-                ("score, choose, gather ms", "overhead_ms"),
+                ("score, choose, merge, gather ms", "overhead_ms"),
                 ("decode ms/token", "decode_ms"),
             )
         ),
@@ -104,6 +115,7 @@ def table(case: dict[str, Any]) -> str:
         ("peak memory GB", [_number(c["peak_bytes"], "{:.2f}", 1e9) for c in columns.values()]),
         ("prefill TFLOPs", [f"{c['flops'] / 1e12:.3f}" for c in columns.values()]),
         ("TFLOPs as in eq. 15", [f"{c['paper_flops'] / 1e12:.3f}" for c in columns.values()]),
+        ("first token's speed-up", [_against_cell(c, "prefill_speedup") for c in columns.values()]),
         ("decoder speed-up", [_against_cell(c, "decoder_speedup") for c in columns.values()]),
         ("FLOPs ratio", [_against_cell(c, "flops_ratio") for c in columns.values()]),
         ("speed-up / FLOPs ratio", [_against_cell(c, "efficiency") for c in columns.values()]),
@@ -144,7 +156,7 @@ def listing(case: dict[str, Any], head: Sequence[str], rows: Iterable[Sequence[s
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
 
 
-def milliseconds(spread: dict[str, float] | None) -> str:
+def milliseconds(spread: dict[str, Any] | None) -> str:
     """Median and quartiles."""
     if spread is None:
         return "-"

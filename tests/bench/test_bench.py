@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 import atp_patch
 from atp_patch.bench.__main__ import main
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
-from atp_patch.bench.measure import PLAIN, Contender, compare, patched
+from atp_patch.bench.measure import PLAIN, Contender, compare, patched, timed_seam
 from atp_patch.bench.presets import PRESETS, Preset
+from atp_patch.bench.report import entries
 from atp_patch.errors import ConfigError
+from atp_patch.patch import require_patch
 
 CPU = torch.device("cpu")
 # Real families in sizes that a test can build: depth and width cut, heads as wide as they are.
@@ -85,7 +88,57 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 assert column["kv_bytes"] == batch * held * a_token
                 assert column["average_tokens"] == pytest.approx(200, abs=2)
                 assert column["overhead_ms"]["median"] > 0
-        assert "| score, choose, gather ms |" in shown
+        assert "| score, choose, merge, gather ms |" in shown
+
+
+def test_samples_that_keep_different_counts_all_count() -> None:
+    """Each picture decides by itself; what is reported is no single one's."""
+    preset, image, _ = SMALL["llava"]
+    torch.manual_seed(0)
+    model = preset.build(1.0, "sdpa", "cpu", torch.float32)
+    inputs = preset.inputs(image, 4, 12, seed=0)
+    contenders = [Contender(PLAIN, prunes=False)]
+    contenders.append(patched(model, "prumerge", {"method": "prumerge"}))
+    found = compare(model, contenders, inputs, runs=1, decode_tokens=0)
+    trace = found["prumerge"].trace
+    assert trace is not None
+    counts = trace.tokens_per_layer[:, 0].tolist()
+    assert len(set(counts)) > 1
+    columns = entries(found, 4)
+    assert columns["prumerge"]["average_tokens"] == pytest.approx(sum(counts) / 4)
+    assert columns[PLAIN]["average_tokens"] == 576
+    wide, mlp = NARROW["hidden_size"], NARROW["mlp_size"]
+    for name, visual in ((PLAIN, [576] * 4), ("prumerge", counts)):
+        lengths = [count + 12 for count in visual]
+        layer = sum(4 * n * wide**2 + 2 * n**2 * wide + 2 * n * wide * mlp for n in lengths)
+        assert columns[name]["paper_flops"] == pytest.approx(NARROW["num_layers"] * layer)
+
+
+def test_merging_counts_as_overhead() -> None:
+    preset, image, _ = SMALL["llava"]
+    torch.manual_seed(0)
+    model = preset.build(1.0, "sdpa", "cpu", torch.float32)
+    inputs = preset.inputs(image, 1, 12, seed=0)
+    calls = []
+    with patched(model, "prumerge+", {"method": "prumerge+"}).applied():
+        hooks = require_patch(model).seam.vision
+        merge = hooks.merge
+        hooks.merge = lambda groups: (time.sleep(0.25), calls.append(1), merge(groups))[-1]
+        with torch.inference_mode(), timed_seam(model) as spent:
+            model(**inputs)
+        assert calls == [1]
+        assert 250 <= spent() < 5000
+
+
+def test_a_pair_prunes_twice(tmp_path: Path) -> None:
+    options = ["--methods", "prumerge+/atp@2+4", "--keep", "0.5", "--decode-tokens", "0"]
+    report = run(tmp_path, *options)
+    column = report["cases"][0]["contenders"]["prumerge+/atp@2+4"]
+    first, *_, last = tokens = column["tokens_per_layer"]
+    assert 576 > first == tokens[1] > tokens[2] == tokens[3] > tokens[4] == last
+    assert report["settings"]["methods"] == "prumerge+/atp@2+4"
+    assert report["settings"]["seed"] == 0
+    assert len(report["date"]) == 10
 
 
 def test_schedule_is_met_to_the_token(tmp_path: Path) -> None:
@@ -164,6 +217,10 @@ def test_full_presets_have_the_published_sizes() -> None:
         (["--methods", "fastest"], ["'fastest'", "fastv"]),
         (["--runs", "0"], ["--runs", "at least 1"]),
         (["--batch-size", "1,0"], ["--batch-size", "at least 1"]),
+        (["--decode-tokens", "-1"], ["--decode-tokens", "0 or more"]),
+        (["--train", "--decode-tokens", "2"], ["--decode-tokens", "--train"]),
+        (["--methods", "prumerge", "--layers", "2"], ["--layers", "leave it out"]),
+        (["--methods", "voco", "--target-tokens", "200"], ["voco", "is its budget"]),
         (["--target-tokens", "20"], ["target_tokens=20", "least possible"]),
     ],
 )
@@ -179,8 +236,9 @@ def test_bad_arguments(
 
 def test_spread_and_marks() -> None:
     assert Times().spread() is None
-    assert Times([4.0]).spread() == {"median": 4.0, "q1": 4.0, "q3": 4.0}
-    assert Times([1.0, 2.0, 3.0, 4.0, 5.0]).spread() == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    assert Times([4.0]).spread() == {"median": 4.0, "q1": 4.0, "q3": 4.0, "values": [4.0]}
+    five = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert Times(five).spread() == {"median": 3.0, "q1": 2.0, "q3": 4.0, "values": five}
     start = mark(CPU)
     assert between_ms(start, mark(CPU)) >= 0
     with pytest.raises(ConfigError):
