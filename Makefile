@@ -27,9 +27,11 @@ test-matrix: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-# Everything in results/, by hours of work; killed, it goes on where it was.
-results: $(VENV)/.installed-eval
+# Everything in results/, by a day of work; killed, it goes on where it was.
+results: $(VENV)/.installed-train $(VENV)/.installed-eval
 	PYTHON=$(BIN)/python results/run.sh
+	PYTHON=$(BIN)/python results/train.sh
+	PYTHON=$(BIN)/python results/run.sh together
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

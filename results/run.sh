@@ -1,7 +1,8 @@
 #!/bin/sh
 # Measures what docs/results.md reads of methods that need no training; train.sh measures the
 # others. A killed run goes on where it was.
-#   results/run.sh [builtin|shifted|depth|dynamic|allocation]...      (default: all but allocation)
+#   results/run.sh [builtin|shifted|depth|dynamic|together|allocation]...
+#   (default: the first four; "together" is one table a model of all that was measured, trained or not)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
 set -eu
 PYTHON=${PYTHON:-python}
@@ -37,6 +38,12 @@ depth() {
 dynamic() {
     $EVALUATE --model builtin-dynamic --methods "$(inside -)$BEFORE" \
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
+}
+together() {
+    $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25,$OUT/compressed" \
+        --out "$OUT/together"
+    $EVALUATE --model builtin-dynamic --summaries "$OUT/dynamic,$OUT/tables,$OUT/longer" \
+        --out "$OUT/together-dynamic"
 }
 # What each task would be given if its name were known: an upper reference.
 allocation() {

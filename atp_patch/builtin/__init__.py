@@ -46,6 +46,7 @@ from atp_patch.builtin.scenes import (
     make_scene,
 )
 from atp_patch.builtin.vocabulary import TASKS
+from atp_patch.errors import ConfigError
 
 __all__ = [
     "DYNAMIC",
@@ -75,7 +76,7 @@ def builtin_path(name: str = LLAVA) -> Path:
     """Folder with the weights, configuration, tokenizer, processor and card.
 
     Raises:
-        ValueError: there is no built-in model of that name.
+        ConfigError: there is no built-in model of that name.
     """
     here = Path(__file__).resolve().parent
     return (here / DYNAMIC if _known(name) == DYNAMIC else here) / "weights"
@@ -102,7 +103,7 @@ def load_builtin(
         device: where the model goes.
 
     Raises:
-        ValueError: there is no built-in model of that name.
+        ConfigError: there is no built-in model of that name.
     """
     folder = builtin_path(name)
     kind: Any = LlavaForConditionalGeneration
@@ -136,5 +137,5 @@ def as_shown(scene: Scene, name: str = LLAVA, config: SceneConfig | None = None)
 
 def _known(name: str) -> str:
     if name not in NAMES.values():
-        raise ValueError(f"no built-in model {name!r}; there are {', '.join(NAMES.values())}")
+        raise ConfigError(f"no built-in model {name!r}; there are {', '.join(NAMES.values())}.")
     return name
