@@ -20,7 +20,7 @@ from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
-from atp_patch.evaluation.options import check, drop_layers, parser
+from atp_patch.evaluation.options import MAX_NEW_TOKENS, check, drop_layers, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
@@ -87,8 +87,11 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
             "another; give --answers generate."
         )
     answers = {"auto": "forced" if speaks else "generate"}.get(args.answers, args.answers)
+    if answers == "forced" and args.max_new_tokens is not None:
+        raise ConfigError("--max-new-tokens goes with --answers generate; here they are forced.")
+    longest = args.max_new_tokens or MAX_NEW_TOKENS
     sized = NAMES.get(args.model) == DYNAMIC
-    bench = Bench(model, processor, speaks, answers, args.batch_size, args.max_new_tokens, sized)
+    bench = Bench(model, processor, speaks, answers, args.batch_size, longest, sized)
     settings = settings_for(model, bench.silent)
     work = chunks(tasks, args.split, args.questions)
     first = next(task for task in tasks if task.name == work[0][0].task)

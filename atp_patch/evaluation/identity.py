@@ -20,12 +20,14 @@ from atp_patch.trained import LORA_FILES
 _PACKAGE = Path(atp_patch.__file__).parent
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
 _CODE = (
-    *("config.py", "patch.py", "pruner.py", "trace.py", "types.py", "hub.py"),
+    *("config.py", "patch.py", "pruner.py", "trace.py", "types.py", "hub.py", "vision.py"),
     *("calibration.py", "compression.py", "trained.py", "visual_cache.py"),
     *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
-    *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "vocabulary")),
+    *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "silent")),
+    "builtin/vocabulary.py",
     "builtin/dynamic/sizes.py",
-    *(f"evaluation/{n}.py" for n in ("answers", "compressed", "features", "prepare", "shared")),
+    *(f"evaluation/{n}.py" for n in ("answers", "compressed", "features", "prepare", "runner")),
+    *(f"evaluation/{n}.py" for n in ("settings", "shared")),
     *(f"evaluation/{n}.py" for n in ("scenes", "shades", "tasks")),
 )
 

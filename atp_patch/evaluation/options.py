@@ -14,6 +14,8 @@ from atp_patch.methods import untrained_methods
 
 PROG = "python -m atp_patch.evaluate"
 
+MAX_NEW_TOKENS = 16
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -93,7 +95,12 @@ def parser() -> argparse.ArgumentParser:
         help="forced: ask for the true answer's tokens, as exact as generating with the built-in "
         "tokenizer and several times as fast (auto: with that tokenizer alone)",
     )
-    add("--max-new-tokens", type=int, default=16, metavar="N", help="where answers are generated")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"where answers are generated (default: {MAX_NEW_TOKENS})",
+    )
     add("--batch-size", type=int, default=16, metavar="N", help="questions a pass (default: 16)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -116,9 +123,10 @@ def check(args: argparse.Namespace) -> None:
         ConfigError: naming the argument and the mend.
     """
     for name in ("questions", "seeds", "batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {getattr(args, name)} must be at least 1.")
+            raise ConfigError(f"{flag} {value} must be at least 1.")
     for budget in args.budgets:
         if not 0 < budget <= 1:
             raise ConfigError(
