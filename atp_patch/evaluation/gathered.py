@@ -80,6 +80,7 @@ def _row(data: dict[str, Any], working: Sequence[int]) -> Row:
     )
     hashes = data["adapter_hash"] or ()
     row = Row(setting, data["group"], layers, seeds, unreachable=data["unreachable"])
+    row.record = {name: value for name, value in data.items() if not name.startswith("minus ")}
     row.hashes = (hashes,) if isinstance(hashes, str) else tuple(hashes)
     row.run = {
         "identity": {name: data[name] for name in _IDENTITY},
@@ -98,7 +99,8 @@ def _row(data: dict[str, Any], working: Sequence[int]) -> Row:
         if name.startswith("minus ")
     }
     row.average_tokens = data["average_tokens"]
-    row.spread_tokens = data.get("spread_tokens", _NAN)
+    spread = data.get("spread_tokens")
+    row.spread_tokens = _NAN if spread is None else spread
     row.tokens = data["tokens_by_task"]
     row.entering = {task: _counts(found) for task, found in data["tokens_entering"].items()}
     row.working_tokens = tokens_in(working, row.entering)

@@ -183,18 +183,23 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.average_tokens):
         if not row.setting.is_reference and row.setting.name != DROPPED:
-            label = f"{row.setting.name} @ {'+'.join(map(str, row.layers))}"
+            places = f" @ {'+'.join(map(str, row.layers))}" if row.layers else ""
+            label = row.setting.name + places
             curves.setdefault(label, []).append(row)
     return curves
 
 
 def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for name, style in ((UNPRUNED, "-"), (BLIND, ":")):
         for row in (row for row in rows if row.setting.name == name):
             axes.axhline(value(row), color="0.5", ls=style, lw=1, label=name)
     low, high = axes.get_xlim()
     if high > 3 * low:  # else a logarithmic axis has no round numbers to show
         axes.set_xscale("log")
+        for show in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            show(LogFormatter(minor_thresholds=(2, 0.5)))  # 40 and not 4 x 10^1
     axes.set_xlabel("visual tokens, mean over layers", fontsize=8)
     axes.grid(alpha=0.3)
 

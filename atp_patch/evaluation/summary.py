@@ -57,7 +57,7 @@ class Row:
         strata: what ``Task.stratum`` says of the picture -> the questions about such pictures.
         by_seed: mean accuracy of each seed. ``hashes``: of the adapter of each training.
         unreachable: why the budget cannot be met; then nothing else is known.
-        run: header of the run, for the record.
+        run: header of the run; ``record``: what an earlier summary said of it, which stays so.
     """
 
     setting: Setting
@@ -80,6 +80,7 @@ class Row:
     hashes: tuple[str, ...] = ()
     unreachable: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; every row names model, method, options, seeds, versions, and so on."""
@@ -98,9 +99,9 @@ class Row:
             "seeds": list(self.seeds),
             "group": self.group,
             "unreachable": self.unreachable,
-            "average_tokens": None if self.unreachable else self.average_tokens,
-            "spread_tokens": None if self.unreachable else self.spread_tokens,
-            "working_tokens": None if self.unreachable else self.working_tokens,
+            "average_tokens": _known(self.average_tokens),
+            "spread_tokens": _known(self.spread_tokens),
+            "working_tokens": _known(self.working_tokens),
             "questions": self.questions,
             "accuracy": self.accuracy,
             **{name: e.to_list() for name, e in estimates.items() if e is not None},
@@ -110,6 +111,7 @@ class Row:
             "tokens_entering": self.entering,
             "strata": {kind: asdict(stratum) for kind, stratum in self.strata.items()},
             "bootstrap": {"draws": DRAWS, "seed": DRAW_SEED, "unit": "image"},
+            **self.record,
         }
 
 
@@ -223,6 +225,10 @@ def _count_tokens(
     whole = np.concatenate(totals, axis=1)
     row.average_tokens, row.spread_tokens = float(whole.mean()), float(whole.std(1).mean())
     row.working_tokens = tokens_in(working, row.entering)
+
+
+def _known(tokens: float) -> float | None:
+    return None if np.isnan(tokens) else tokens
 
 
 def tokens_in(layers: Sequence[int], entering: dict[str, dict[int, float]]) -> float:

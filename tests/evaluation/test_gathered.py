@@ -87,8 +87,11 @@ def test_what_does_not_go_together_is_refused(first: Path, tmp_path: Path) -> No
             gather([first, changed], known, WORKING)
 
 
-@pytest.mark.parametrize("name", ["builtin", "dynamic", "depth", "shifted", "compressed"])
+@pytest.mark.parametrize("name", ["builtin", "dynamic", "depth", "shifted", "thresholds-15"])
 def test_what_the_repository_holds_can_be_read(name: str) -> None:
     rows = rows_in(ROOT / "results" / name)
     found = gather([ROOT / "results" / name], rows[0]["model_hash"], WORKING)
-    assert len(found) == len(rows)
+    told = [json.loads(json.dumps(row.to_json(), allow_nan=False)) for row in found]
+    for before in rows:  # what was recorded stays as it was, whatever defaults are today
+        assert any(before.items() <= after.items() for after in told)
+    assert all(row["working_tokens"] is not None for row in told if row["unreachable"] is None)
