@@ -76,7 +76,7 @@ def calibrate(
     shifts = dict.fromkeys(patch.layers, 0.0)
     with _evaluating(model):
         first = seen = _observe(model, data, None)
-        target = patch.config.goal(first.visual) if target_tokens is None else target_tokens
+        target = patch.config.goal(first.total) if target_tokens is None else target_tokens
         counts = _scaled(first, patch, target)
         for _ in range(_ROUNDS):
             if abs(seen.average - target) <= WITHIN * target:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
+from operator import index
 from typing import Any
 
 from atp_patch.errors import BudgetError, ConfigError, WeightsError
@@ -225,12 +226,14 @@ class PruningConfig:
         if set(data) != known:
             unknown, missing = sorted(set(data) - known), sorted(known - set(data))
             raise WeightsError(f"{source}: unknown keys {unknown}, missing keys {missing}.")
+        if not isinstance(data["options"], dict):
+            raise WeightsError(f"{source}: options={data['options']!r} is no table of options.")
         try:
             base = BaseModel(**data.pop("base"))
             layers, keep, before = (data.pop(name) for name in ("layers", "keep", "before"))
             return cls(
                 base=base,
-                layers=tuple(layers),
+                layers=as_layers(layers),
                 keep=None if keep is None else tuple(keep),
                 before=None if before is None else Stage(**before),
                 **data,
@@ -245,6 +248,27 @@ def as_shares(
     """One share for every pruning layer."""
     if keep is None:
         return None
-    if isinstance(keep, (int, float)):
+    try:
+        if isinstance(keep, Iterable):
+            return tuple(float(share) for share in keep)
         return (float(keep),) * max(len(layers), 1)
-    return tuple(float(share) for share in keep)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"keep={keep!r}: give a number, or one for each layer.") from error
+
+
+def as_tokens(target: float | None) -> float | None:
+    """A number of tokens that JSON can hold."""
+    try:
+        return target if target is None or isinstance(target, int) else float(target)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"target_tokens={target!r} is no number.") from error
+
+
+def as_layers(layers: Iterable[int]) -> tuple[int, ...]:
+    """Whole numbers, of whatever kind."""
+    try:
+        return tuple(index(layer) for layer in layers)
+    except TypeError as error:
+        raise ConfigError(
+            f"layers={layers!r}: give a list of whole numbers, as [4, 14, 24]."
+        ) from error

@@ -15,7 +15,9 @@ from atp_patch.config import (
     BaseModel,
     PruningConfig,
     Stage,
+    as_layers,
     as_shares,
+    as_tokens,
     scaled_layers,
 )
 from atp_patch.errors import ConfigError, NotPatchedError
@@ -88,6 +90,8 @@ def patch_model(
         UnsupportedModelError: where the model cannot be patched.
         WeightsError: where an adapter is missing, broken, or made for another model.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError("the model is compiled: patch it first, then torch.compile it.")
     kind = family_of(getattr(model, "config", None), family)
     parts = locate(model, kind.outer, bare=not kind.model_types)
     shape = decoder_shape(parts.config)
@@ -121,7 +125,7 @@ def patch_model(
             layers=places,
             base=base,
             keep=as_shares(keep, places),
-            target_tokens=target_tokens,
+            target_tokens=as_tokens(target_tokens),
             min_tokens=min_tokens,
             min_tokens_per_image=min_tokens_per_image,
             options={} if inside is None else inside.options(),
@@ -245,7 +249,7 @@ def _places(
             f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of {num_layers} "
             f"layers; in proportion: layers={scaled_layers(num_layers)}."
         )
-    return tuple(DEFAULT_LAYERS if layers is None else layers)
+    return DEFAULT_LAYERS if layers is None else as_layers(layers)
 
 
 def _build_heads(

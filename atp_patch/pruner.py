@@ -182,16 +182,20 @@ class Patch:
             bytes_per_element=run.bytes_per_element,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins without a trace: in training that holds the graph of the last pass."""
+        return {**self.__dict__, "trace": None}
+
     def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss; its parts go into the trace too."""
         if self.rope_2d and not self.frozen_may_turn:
             check_turned(self.family, self.parts)
         # From now on a checkpoint must hold the heads, or training could not be resumed from it.
         self.restore_ignored()
-        seen = [b for b, total in enumerate(run.layout.totals) if total]
-        totals = torch.tensor([run.layout.totals[b] for b in seen], dtype=torch.float32)
+        seen = [b for b, total in enumerate(run.entered) if total]
+        totals = torch.tensor([run.entered[b] for b in seen], dtype=torch.float32)
         target = self.config.goal(float(totals.mean()))
-        counts = [count[seen] for count in run.soft_counts]
+        counts = [count[seen].to(run.soft_counts[0].device) for count in run.soft_counts]
         assert self.method is not None
         assert self.trace is not None
         terms = self.method.losses(

@@ -177,8 +177,13 @@ def compress(
             )
         mask = torch.cat([after.attention_mask.to(mask), mask], dim=1)
         cache, start = after.held.cache(), after.following
-    with torch.no_grad():
-        made, following = patch.seam.compress({**inputs, "attention_mask": mask}, cache, start)
+    training = model.training
+    model.eval()  # gradient checkpointing, which a model in training may do, keeps no cache
+    try:
+        with torch.no_grad():
+            made, following = patch.seam.compress({**inputs, "attention_mask": mask}, cache, start)
+    finally:
+        model.train(training)
     return VisualCache(Held.of(made), mask, following, fingerprint(model))
 
 

@@ -7,6 +7,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from atp_patch.maths import standardise_scores, to_reference_grid
 from atp_patch.methods.base import ModuleSpec
@@ -68,6 +69,19 @@ class Thresholds(nn.Module):
         return first * (last / first) ** done
 
 
+class Affine(nn.Module):
+    """A linear layer that is no ``nn.Linear``: LoRA in "all-linear" layers leaves heads alone."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        made = nn.Linear(inputs, outputs)
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return linear(x, self.weight, self.bias)
+
+
 class ThresholdHeads(Thresholds):
     """``z = Linear(inputs)``, ``theta = sigmoid(Linear(z))`` for both thresholds.
 
@@ -100,16 +114,16 @@ class ThresholdHeads(Thresholds):
         self.grid, self.question, self.standardise = grid, question, standardise
         inputs = 2 * grid * grid + (spec.hidden_size if question else 0)
         names = [str(layer) for layer in spec.layers]
-        self.z = nn.ModuleDict({name: nn.Linear(inputs, hidden_size) for name in names})
-        self.theta_redundant = nn.ModuleDict({name: nn.Linear(hidden_size, 1) for name in names})
-        self.theta_spatial = nn.ModuleDict({name: nn.Linear(hidden_size, 1) for name in names})
+        self.z = nn.ModuleDict({name: Affine(inputs, hidden_size) for name in names})
+        self.theta_redundant = nn.ModuleDict({name: Affine(hidden_size, 1) for name in names})
+        self.theta_spatial = nn.ModuleDict({name: Affine(hidden_size, 1) for name in names})
         for name, (redundant, spatial) in zip(names, start, strict=True):
             self._start(self.theta_redundant[name], redundant)
             self._start(self.theta_spatial[name], spatial)
 
     @staticmethod
     def _start(head: nn.Module, theta: float) -> None:
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, Affine)
         with torch.no_grad():
             head.weight.mul_(0.1)
             head.bias.fill_(logit(theta))
@@ -140,7 +154,7 @@ class ThresholdHeads(Thresholds):
             state = question.float().to(s_self.device)
             inputs.append(state * (state.square().mean(1, keepdim=True) + 1e-6).rsqrt())
         into_z = self.z[layer]
-        assert isinstance(into_z, nn.Linear)
+        assert isinstance(into_z, Affine)
         weight = into_z.weight
         # Weights that accelerate has offloaded are on "meta" until their module is called.
         device = s_self.device if weight.is_meta else weight.device
@@ -155,7 +169,7 @@ class ThresholdHeads(Thresholds):
         """As :meth:`Thresholds.through_biases`."""
 
         def moved(theta: Tensor, head: nn.Module) -> Tensor:
-            assert isinstance(head, nn.Linear)
+            assert isinstance(head, Affine)
             value, bias = theta.detach(), head.bias.to(theta)
             return value + value * (1 - value) * (bias - bias.detach())
 
@@ -170,7 +184,7 @@ class ThresholdHeads(Thresholds):
         """As :meth:`Thresholds.shift`: the biases of the outputs move."""
         for heads in (self.theta_redundant, self.theta_spatial):
             head = heads[str(layer)]
-            assert isinstance(head, nn.Linear)
+            assert isinstance(head, Affine)
             head.bias.add_(by)
 
 

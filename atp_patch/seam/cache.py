@@ -141,7 +141,7 @@ _REPLACEABLE = {
 
 def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
     """The cache's layer if it holds a pruned prompt, else None (a constant-time check)."""
-    if cache is None or layer_idx >= len(cache.layers):
+    if cache is None or not 0 <= layer_idx < len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
     if isinstance(layer, PrunedSlots) and layer.positions is not None:

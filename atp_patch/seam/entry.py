@@ -74,7 +74,8 @@ def begin(
         plain_mask=pruner.causal and call.mask_is_plain,
         sliding_window=partial(sliding_window, parts.config),
     )
-    learning = pruner.learned and parts.top.training
+    # What is generated in training mode, as in reinforcement learning, is generated as ever.
+    learning = pruner.learned and parts.top.training and session is None
     if learning:
         check_checkpointing(parts.layers[0])
         if past:

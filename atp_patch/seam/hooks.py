@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from atp_patch.seam import recorder
 from atp_patch.seam.cache import pruned_layer
@@ -52,6 +53,10 @@ class Pruner(Reader, Protocol):
 
     def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss: name -> its weight and a scalar."""
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class LayerHook:
@@ -176,6 +181,8 @@ class Seam:
         call, self._call = self._call, None
         if call is None or output is None or not isinstance(call.run, LearningPass):
             return None
+        if call.labels is None:  # the loss is made elsewhere, without the thresholds' terms
+            return None
         return call.add_losses(output, self.pruner.losses(call.run))
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -213,15 +220,16 @@ class Seam:
         attention = self.parts.layers[layer].self_attn
         sink = run.record if layer + 1 in layers and self._needs_scores(layer + 1, run) else None
         run.rotary = kwargs.get("position_embeddings")
-        if isinstance(run, LearningPass) and run.weight is not None:
+        weight = run.weight_in(layer) if isinstance(run, LearningPass) else None
+        if weight is not None:
             recorder.arm(attention, sink, weighted=True)
-            kwargs[recorder.KEY_WEIGHT] = run.weight.to(hidden.device)
+            kwargs[recorder.KEY_WEIGHT] = weight.to(hidden.device)
         elif sink is not None:
             recorder.arm(attention, sink)
         return (hidden, *rest)
 
     def _needs_scores(self, layer: int, run: Prefill) -> bool:
-        if run.frozen is not None and layer in run.frozen:
+        if layer in run.records or (run.frozen is not None and layer in run.frozen):
             return False
         counts = self._counts(layer, run)
         return counts is None or counts != run.left
@@ -246,10 +254,14 @@ class Seam:
             with (
                 torch.set_grad_enabled(isinstance(run, LearningPass)),
                 torch.autocast(hidden.device.type, enabled=False),
+                # A checkpoint around the layer counts what its replay saves, and no choice is made
+                # in a replay: what the thresholds learn from is kept beside it.
+                saved_tensors_hooks(_as_it_is, _as_it_is),
             ):
                 view = run.view(layer, step, hidden, counts, **self.pruner.minimum)
                 decision = self.pruner.decide(view)
-        run.apply(layer, decision, counts)
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            run.apply(layer, decision, counts)
 
     def _after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from atp_patch.errors import InputError, UnsupportedModelError
 from atp_patch.seam.locate import Parts
@@ -32,6 +33,7 @@ class Call:
     """The arguments of one forward pass that matter to pruning.
 
     Attributes:
+        padding: (B, L) of a prompt, where ``generate`` was given it and its passes are not.
         alone: the model without its head was called, not the top.
     """
 
@@ -43,6 +45,7 @@ class Call:
     attention_mask: Any = None
     embedding: nn.Module | None = None
     has_images: bool = False
+    padding: Tensor | None = None
     num_items: Any = None
     run: Prefill | None = None
     alone: bool = False
@@ -66,15 +69,17 @@ class Call:
         labels = kwargs.get("labels")
         if labels is not None:
             labels = kwargs["labels"] = labels.clone()
-        length = None
+        length = padding = None
         if session is not None:
-            length = session.prompt_length
+            length, padding = session.prompt_length, session.attention_mask
             grids = session.visual_grids if grids is None else grids
             visual_mask = session.visual_mask if visual_mask is None else visual_mask
         elif visual_mask is None:
             visual_mask = outside.visual("forward", args, kwargs)
         items = kwargs.get("num_items_in_batch")
-        return cls(labels, visual_mask, length, num_items=items, visual_grids=grids)
+        return cls(
+            labels, visual_mask, length, num_items=items, visual_grids=grids, padding=padding
+        )
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Add what the model without its head was given."""
@@ -123,7 +128,8 @@ class Call:
         Where the host divides by the supervised tokens of several batches, so that their gradients
         can be accumulated, this batch's share of them weighs what is added.
         """
-        if self.labels is None or not losses:
+        assert self.labels is not None
+        if not losses:
             return None
         if hasattr(output, "log_probs"):
             raise UnsupportedModelError(
@@ -159,6 +165,8 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     ids = None if call.input_ids is None else call.input_ids.cpu()
     if call.visual_mask is not None:
         visual = call.visual_mask.cpu().bool()[:, -length:]
+        if call.prompt_length is not None:  # what came behind the prompt is text
+            visual = pad(visual, (0, length - visual.shape[1]))
         if call.prompt_length is not None and batch % visual.shape[0] == 0:
             visual = visual.repeat_interleave(batch // visual.shape[0], 0)  # beams, sequences
         if visual.shape != (batch, length):
@@ -173,14 +181,30 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     attended = torch.ones(batch, length, dtype=torch.bool)
     if isinstance(call.attention_mask, Tensor) and call.attention_mask.ndim == 2:
         attended = call.attention_mask[:, -length:].cpu().bool()
+    elif call.padding is not None and not past and call.padding.shape[1] == length:
+        beams = batch // len(call.padding)
+        attended = call.padding.cpu().bool().repeat_interleave(beams, 0)
     scored = torch.ones_like(attended)
     if call.prompt_length is not None:
         scored &= torch.arange(length) + past < call.prompt_length
         visual = visual & scored  # a placeholder's id that was generated is no image
     if call.labels is not None:
-        # What stands after an answer has seen it; a prompt at inference ends before it.
-        scored &= (call.labels.cpu() != IGNORED_LABEL).cumsum(1) == 0
+        supervised = call.labels.cpu() != IGNORED_LABEL
+        scored &= _before_answers(supervised, visual, attended)
     return Prompt(visual & attended, attended, ids, scored)
+
+
+def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Tensor:
+    """(B, L) bool: what a prompt at inference holds, which ends before the answer.
+
+    That is the first one behind the last image; what stands after it has seen it. Where nothing
+    behind the images is unsupervised, labels do not tell an answer from its question: all counts.
+    """
+    place = torch.arange(visual.shape[1])
+    behind = place > torch.where(visual, place, -1).amax(1, keepdim=True)
+    before = (supervised & behind).cumsum(1) == 0
+    asked = (before & behind & attended).any(1, keepdim=True)
+    return before | ~asked
 
 
 def grid_query(

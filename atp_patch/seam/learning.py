@@ -24,8 +24,8 @@ class LearningPass(Prefill):
     """As :class:`Prefill`, with soft masks over keys (METHOD: training attention).
 
     Attributes:
-        weight: (B, L) float32 of the keys of later layers, None before the first pruning: 1 for
-            text, the product of the soft masks so far for visual tokens.
+        weights: pruning layer -> (B, L) float32 of the keys from there on: 1 for text, the product
+            of the soft masks so far for visual tokens.
         soft_counts: (B,) float32 tokens left after each pruning layer so far, with the gradient
             that the budget takes.
     """
@@ -34,10 +34,15 @@ class LearningPass(Prefill):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weight: Tensor | None = None
+        self.weights: dict[int, Tensor] = {}
         self.soft_counts: list[Tensor] = []
         self._counted: Tensor | None = None
         self._alive: Tensor | None = None
+
+    def weight_in(self, layer: int) -> Tensor | None:
+        """Of the keys in a layer, None before the first pruning; the same when it is replayed."""
+        done = [number for number in self.weights if number <= layer]
+        return self.weights[max(done)].to(self.layout.mask.device) if done else None
 
     def view(
         self,
@@ -77,13 +82,14 @@ class LearningPass(Prefill):
 
         def weighed(soft: Tensor, before: Tensor | None) -> Tensor:
             weight = text.scatter(1, spare, soft.float())[:, :length]
-            return weight if before is None else before * weight
+            return weight if before is None else before.to(weight.device) * weight
 
         counted = decision.soft if decision.counted is None else decision.counted
-        self.weight = weighed(decision.soft, self.weight)
+        self.weights[layer] = weighed(decision.soft, self.weight_in(layer))
         self._counted = weighed(counted, self._counted)
-        self.soft_counts.append((self._counted * self.layout.mask).sum(1))
-        alive = self.kept(layer) if self._alive is None else self._alive
+        if layer:  # what enters the decoder is no choice of the thresholds
+            self.soft_counts.append((self._counted * self.layout.mask).sum(1))
+        alive = (self.kept(layer) if self._alive is None else self._alive).to(position.device)
         gone = torch.where(self._token_valid & ~keep, position, length)
         self._alive = pad(alive, (0, 1)).scatter(1, gone, False)[:, :length]
         survivors = Survivors(*pack(self._alive))

@@ -48,9 +48,10 @@ def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
         (B, h, Q, K), or (B, K).
     """
     width = mask.shape[-1]
+    index = index.to(mask.device)  # a model over several devices has its masks on the first
     seen = (index >= 0) & (index < width)
     if valid is not None:
-        seen = seen & valid
+        seen = seen & valid.to(mask.device)
     column = index.clamp(0, width - 1)
     if mask.ndim == 2:
         return mask.gather(1, column) * seen.to(mask.dtype)

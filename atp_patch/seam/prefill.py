@@ -170,7 +170,7 @@ class Prefill:
         """Drop what the decision does not keep; False where everything stays and nothing
         changes.
         """
-        keep = decision.keep & self._token_valid
+        keep = decision.keep.to(self._token_valid.device) & self._token_valid
         kept = list(counts) if decision.exact and counts is not None else keep.sum(1).tolist()
         slot = self._slots(self.layout.position.gather(1, self._token))
         record = LayerRecord(decision, self._token, self._token_valid, slot, tuple(kept), None)

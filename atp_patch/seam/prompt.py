@@ -23,7 +23,7 @@ class Prompt:
         visual: (B, L) bool, every placeholder of an image or video, grid or not.
         attended: (B, L) bool, False at padding.
         ids: (B, L) int64, or None when only embeddings were given.
-        scored: (B, L) bool, tokens that exist at inference too: before the first supervised one,
+        scored: (B, L) bool, tokens that exist at inference too: before the answer that is learned,
             not generated.
     """
 

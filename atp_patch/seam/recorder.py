@@ -161,7 +161,16 @@ def _attend(
         dropout = kwargs.get("dropout", 0.0)
         wanted = armed.__dict__["_atp_host"]._attn_implementation == "eager"
         return weighted_attention(
-            query, key, value, attention_mask, scale, weight, dropout, probabilities=wanted
+            query,
+            key,
+            value,
+            attention_mask,
+            scale,
+            weight,
+            dropout,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            probabilities=wanted,
         )
     module.config = armed.__dict__["_atp_host"]
     try:

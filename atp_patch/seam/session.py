@@ -21,6 +21,7 @@ class Session:
         visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
         visual_grids: of each sample the (frames, height, width) of its images, or None.
         ids: (B, L) of the prompt, or None where it is given as embeddings.
+        attention_mask: (B, L) of the prompt, where one was given: static caches get another.
         choices: layer -> the decision of the first pass, for passes without a cache.
     """
 
@@ -29,6 +30,7 @@ class Session:
     choices: dict[int, Decision] = field(default_factory=dict)
     ids: Tensor | None = None
     visual_grids: Any = None
+    attention_mask: Tensor | None = None
 
     @classmethod
     def of_generate(
@@ -54,4 +56,11 @@ class Session:
         if visual_mask is None:
             visual_mask = outside.visual("generate", args, kwargs)
         ids = tokens if tokens is not None and not tokens.is_floating_point() else None
-        return cls(length, visual_mask, ids=ids, visual_grids=kwargs.get("visual_grids"))
+        mask = given.get("attention_mask")
+        return cls(
+            length,
+            visual_mask,
+            ids=ids,
+            visual_grids=kwargs.get("visual_grids"),
+            attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+        )

@@ -122,7 +122,8 @@ class MergeHooks:
         gone = groups.valid & ~merge.keep
         parity = groups.row + groups.column
         flat = output.reshape(-1, output.shape[-1])
-        return marked(flat, place[gone], parity[gone]).reshape(output.shape)
+        rows, parity = place[gone].to(flat.device), parity[gone].to(flat.device)
+        return marked(flat, rows, parity).reshape(output.shape)
 
     # -- groups -----------------------------------------------------------------------------------
 
@@ -130,10 +131,11 @@ class MergeHooks:
         """Features (..., D) whose kept rows are merged; what goes is marked after the projector."""
         merge = self.merge(groups)
         self._merged = (groups, merge, place)
-        flat = features.reshape(-1, features.shape[-1])
-        made = merge.weight @ flat[place].masked_fill(~groups.valid[..., None], 0).float()
+        flat, home = features.reshape(-1, features.shape[-1]), groups.valid.device
+        given = flat.to(home)[place].masked_fill(~groups.valid[..., None], 0)
+        made = (merge.weight @ given.float())[merge.changed]
         rows = place.gather(1, merge.index)[merge.changed]
-        flat = flat.index_put((rows,), made[merge.changed].to(flat.dtype))
+        flat = flat.index_put((rows.to(flat.device),), made.to(flat))
         return flat.reshape(features.shape)
 
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:
