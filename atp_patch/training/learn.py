@@ -84,8 +84,8 @@ def freeze(model: Any, freeze_lm: bool) -> None:
 def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = ()) -> None:
     """LoRA (Hu et al., 2021) on every linear layer of the decoder; the heads learn beside it.
 
-    It is added inside the model (``model.add_adapter``): PEFT's own wrapper calls ``forward`` past
-    the hooks that prune.
+    It is added inside the model (``model.add_adapter``): wrappers of PEFT before 0.21 may call
+    ``forward`` past the hooks that prune, and all of them freeze the heads.
 
     Args:
         leave_out: decoder layers that get none.

@@ -38,6 +38,29 @@ def test_weighted_attention_by_hand(mask_kind: str, probabilities: bool) -> None
                 torch.testing.assert_close(got[b, i, h], expected)
 
 
+@pytest.mark.parametrize("capped", [True, False])
+@pytest.mark.parametrize("sunk", [True, False])
+def test_a_cap_of_logits_and_sinks_by_hand(capped: bool, sunk: bool) -> None:
+    """What the host's own attention would do to the keys of weight 1 (Gemma 2, gpt-oss)."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = 3 * torch.randn(3, 1, 2, 4, 3, generator=generator)
+    weight = torch.tensor([[1.0, 0.0, 1.0, 0.4]])
+    cap, sinks = 2.0 if capped else None, torch.tensor([0.5, -1.0]) if sunk else None
+    got, _ = weighted_attention(
+        query, key, value, None, 1.0, weight, softcap=cap, sinks=sinks, probabilities=False
+    )
+    for h in range(2):
+        for i in range(4):
+            logits = key[0, h, : i + 1] @ query[0, h, i]
+            logits = cap * torch.tanh(logits / cap) if cap else logits
+            counted = weight[0, : i + 1].clone()
+            counted[i] = 1.0
+            e = logits.exp() * counted
+            total = e.sum() + (sinks[h].exp() if sinks is not None else 0.0)
+            row = (e[:, None] * value[0, h, : i + 1]).sum(0) / total
+            torch.testing.assert_close(got[0, i, h], row)
+
+
 @pytest.mark.parametrize("probabilities", [True, False])
 def test_a_key_of_weight_zero_still_gets_its_gradient(probabilities: bool) -> None:
     """The derivative by a weight is (e_n / sum) (v_n - out), also at 0, also far above the
