@@ -248,20 +248,24 @@ class Seam:
         decision = run.frozen_decision(layer)
         if decision is None and run.recording is None:
             return  # the budget keeps everything: nothing was recorded, nothing changes
-        if decision is None:
-            step = self.pruner.layers.index(layer)
-            # Scores are compared with each other: no autocast rounds them.
-            with (
-                torch.set_grad_enabled(isinstance(run, LearningPass)),
-                torch.autocast(hidden.device.type, enabled=False),
-                # A checkpoint around the layer counts what its replay saves, and no choice is made
-                # in a replay: what the thresholds learn from is kept beside it.
-                saved_tensors_hooks(_as_it_is, _as_it_is),
-            ):
-                view = run.view(layer, step, hidden, counts, **self.pruner.minimum)
-                decision = self.pruner.decide(view)
+        # A checkpoint around the layer counts what its replay saves, and no choice is made in a
+        # replay: what the thresholds learn from is kept beside it.
         with saved_tensors_hooks(_as_it_is, _as_it_is):
+            if decision is None:
+                decision = self._decide(layer, run, hidden, counts)
             run.apply(layer, decision, counts)
+
+    def _decide(
+        self, layer: int, run: Prefill, hidden: Tensor, counts: tuple[int, ...] | None
+    ) -> Decision:
+        step = self.pruner.layers.index(layer)
+        # Scores are compared with each other: no autocast rounds them.
+        with (
+            torch.set_grad_enabled(isinstance(run, LearningPass)),
+            torch.autocast(hidden.device.type, enabled=False),
+        ):
+            view = run.view(layer, step, hidden, counts, **self.pruner.minimum)
+            return self.pruner.decide(view)
 
     def _after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any

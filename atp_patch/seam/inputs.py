@@ -182,8 +182,8 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     if isinstance(call.attention_mask, Tensor) and call.attention_mask.ndim == 2:
         attended = call.attention_mask[:, -length:].cpu().bool()
     elif call.padding is not None and not past and call.padding.shape[1] == length:
-        beams = batch // len(call.padding)
-        attended = call.padding.cpu().bool().repeat_interleave(beams, 0)
+        repeats = batch // len(call.padding)  # beams, sequences
+        attended = call.padding.cpu().bool().repeat_interleave(repeats, 0)
     scored = torch.ones_like(attended)
     if call.prompt_length is not None:
         scored &= torch.arange(length) + past < call.prompt_length
