@@ -84,7 +84,7 @@ def main(kind: str, learns: str, out: str) -> None:
     if kind in ("fsdp2", "zero3"):
         with pytest.raises(WeightsError, match="over processes"):
             atp_patch.save_pretrained(inner, f"{out}.adapter")
-    state = whole(kind, model, accelerator)
+    state = whole_state(kind, model, accelerator)
     if rank == 0:
         torch.save({"losses": losses, "learned": learned}, out)
         atp_patch.save_pretrained(inner, f"{out}.adapter", state_dict=state)
@@ -93,7 +93,7 @@ def main(kind: str, learns: str, out: str) -> None:
         dist.destroy_process_group()
 
 
-def whole(kind: str, model: Any, accelerator: Any) -> Any:
+def whole_state(kind: str, model: Any, accelerator: Any) -> Any:
     """The state dict of all processes, as Accelerate makes it."""
     if kind == "fsdp2":  # where Accelerate would call this itself
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
