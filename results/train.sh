@@ -125,13 +125,15 @@ turned() {
     $PYTHON -m atp_patch.evaluate --methods random,uniform --layers $EARLY --budgets 0.15 \
         --adapters "$(trained lora15 turned15)" --questions 500 --seeds 3 --out "$OUT/turned"
 }
-# Methods before the decoder that learned, beside tokens at random and on a grid.
+# Methods before the decoder that learned, beside tokens at random and on a grid, and pictures shrunk
+# to about as many tokens.
 compressed() {
     for tokens in 1 2 8 32; do
         compress voco$tokens --method voco --option num_tokens=$tokens --steps 1000
     done
     compress prumerge+lora --method prumerge+ --steps 500
-    $PYTHON -m atp_patch.evaluate --methods "prumerge+:0.25,random@$AT,uniform@$AT" \
+    shrunk=downsample:0.222+0.0626+0.0157+0.0018 # to 121, 36, 9 and 1
+    $PYTHON -m atp_patch.evaluate --methods "prumerge+:0.25,random@$AT,uniform@$AT,$shrunk" \
         --budgets 0.06 --adapters "$(trained voco1 voco2 voco8 voco32 prumerge+lora)" \
         --questions 500 --seeds 3 --out "$OUT/compressed"
 }
