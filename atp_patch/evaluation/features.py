@@ -48,10 +48,12 @@ def seen_by(model: Any, samples: list[Sample], pad_id: int, positions: bool) -> 
     """Samples with the features that the model as patched now would find, or without any.
 
     Args:
-        samples: with the plain model's features, which are those of methods inside the decoder.
+        samples: with the plain model's features, which are those of methods inside the decoder
+            and of VoCo tokens.
     """
-    if not is_patched(model) or require_patch(model).config.before is None:
+    before = require_patch(model).before if is_patched(model) else None
+    if before is None:
         return samples
-    if isinstance(require_patch(model).before, Merger):
+    if isinstance(before, Merger):
         return see(model, samples, pad_id, positions)
     return [replace(sample, features=None) for sample in samples]

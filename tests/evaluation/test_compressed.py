@@ -95,3 +95,19 @@ def test_the_runner_counts_voco_tokens(bench: Bench, trained: Setting, tmp_path:
     answers = files[1][1].answers
     assert {len(of_task) for of_task in answers.values()} == {3}
     assert {answer.entering for t in answers.values() for answer in t.values()} == {(3,)}
+
+
+def test_the_runner_reads_an_image_once(bench: Bench, trained: Setting, tmp_path: Path) -> None:
+    tasks, read = choose_tasks(TASKS), []
+    work = chunks(tasks, "development", 3)
+    file = RunFile.open(tmp_path, "voco", {"setting": trained.name}, {})
+    layer = bench.model.get_decoder().layers[0]
+    note = layer.register_forward_pre_hook(
+        lambda _m, args: read.append(len(args[0])) if args[0].shape[1] > TOKENS else None
+    )
+    run(bench, [(trained, file)], tasks, "development", work, lambda _n: None)
+    note.remove()
+    images = {example.number for chunk in work for example in chunk}
+    asked = sum(map(len, work))
+    assert set(read) == {1}
+    assert len(images) <= len(read) <= len(images) + asked // bench.batch_size < asked
