@@ -175,8 +175,9 @@ def test_layers_are_checked_before_weights_are_read(
     config = json.loads((checkpoint / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 20
     (tmp_path / "config.json").write_text(json.dumps(config))  # there are no weights
-    error = complaint(capsys, scene, QUESTION, "--model", tmp_path)
-    assert "decoder of 20 layers" in error
+    given = ("--model", tmp_path, "--layers", "4,14,24")
+    error = complaint(capsys, scene, QUESTION, *given)
+    assert "layers 1 to 19" in error
     assert "layers=[2, 9, 15]" in error
 
 

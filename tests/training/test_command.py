@@ -149,7 +149,7 @@ def test_lora_learns_beside_the_heads_and_is_saved_beside_them(
     with torch.no_grad(), atp_patch.disabled(model):
         assert not torch.equal(model(**inputs).logits, bare)
     assert "LoRA of rank 2" in (adapter / "README.md").read_text(encoding="utf-8")
-    assert "in the folder `lora`" in (adapter / "README.md").read_text(encoding="utf-8")
+    assert "FOLDER/lora is the LoRA" in (adapter / "README.md").read_text(encoding="utf-8")
     written = [f for f in (tmp_path / "lora").iterdir() if f.suffix in (".json", ".md")]
     assert written
     assert not any(str(tmp_path.parent) in f.read_text(encoding="utf-8") for f in written)
