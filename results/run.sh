@@ -40,7 +40,7 @@ dynamic() {
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
 }
 together() {
-    $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25,$OUT/compressed" \
+    $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25" \
         --out "$OUT/together"
     $EVALUATE --model builtin-dynamic --summaries "$OUT/dynamic,$OUT/tables,$OUT/longer" \
         --out "$OUT/together-dynamic"

@@ -132,10 +132,10 @@ compressed() {
         compress voco$tokens --method voco --option num_tokens=$tokens --steps 1000
     done
     compress prumerge+lora --method prumerge+ --steps 500
-    shrunk=downsample:0.222+0.0626+0.0157+0.0018 # to 121, 36, 9 and 1
+    shrunk=downsample:0.222+0.0626+0.0157+0.0018 # to 132, 36, 9 and 1
     $PYTHON -m atp_patch.evaluate --methods "prumerge+:0.25,random@$AT,uniform@$AT,$shrunk" \
         --budgets 0.06 --adapters "$(trained voco1 voco2 voco8 voco32 prumerge+lora)" \
-        --questions 500 --seeds 3 --out "$OUT/compressed"
+        --questions 300 --seeds 3 --out "$OUT/compressed"
 }
 [ $# -gt 0 ] || set -- sixths quarters tables longer choices turned compressed
 for part in "$@"; do "$part"; done
