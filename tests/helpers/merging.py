@@ -65,8 +65,12 @@ def sampled(group: Group, taken: set[int], count: int) -> set[int]:
     height = 1 + max(row for row, _ in group.places)
     width = 1 + max(column for _, column in group.places)
     every = [(row, column) for row in range(height) for column in range(width)]
+    number = {place: n for n, place in enumerate(group.places)}
     walk = [(height // 2, width // 2)]
-    while len(walk) < len(every):
+    while True:
+        free = [number[place] for place in walk if number[place] not in taken]
+        if len(free) >= count or len(walk) == len(every):
+            return set(free[:count])
         # Whole squared distances compare exactly; crowding only parts equals.
         ranked = [
             (min(_squared(p, q) for q in walk), -sum(1 / max(_squared(p, q), 1) for q in walk), -n)
@@ -76,9 +80,6 @@ def sampled(group: Group, taken: set[int], count: int) -> set[int]:
         crowd = max(rank[1] for rank in ranked if rank[0] == best)
         chosen = next(n for n, r in enumerate(ranked) if r[0] == best and r[1] >= crowd - 1e-9)
         walk.append(every[chosen])
-    number = {place: n for n, place in enumerate(group.places)}
-    free = [number[place] for place in walk if number[place] not in taken]
-    return set(free[:count])
 
 
 def _squared(p: tuple[int, int], q: tuple[int, int]) -> int:

@@ -229,10 +229,10 @@ def groups(case: Case, one: Read) -> tuple[list[Group], list[list[int]]]:
     return found, rows
 
 
-def expected(
+def merged_features(
     case: Case, plain: Any, inputs: Inputs, plus: bool, share: float | None
-) -> tuple[Tensor, Tensor]:
-    """(B, L) bool what is kept, and the masked plain model's logits with merged features."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(B, L) bool what is kept, and for each call of the projector its features, merged."""
     kept = real_mask(inputs).clone()
     features = []
     traced = rows_in_sequence(plain, case.projector, inputs)
@@ -247,5 +247,13 @@ def expected(
             gone |= {row for i, row in enumerate(rows) if i not in stays}
         features.append(torch.from_numpy(new).to(one.features).reshape(one.features.shape))
         kept &= ~torch.isin(where, torch.tensor(sorted(gone)))
+    return kept, features
+
+
+def expected(
+    case: Case, plain: Any, inputs: Inputs, plus: bool, share: float | None
+) -> tuple[Tensor, Tensor]:
+    """(B, L) bool what is kept, and the masked plain model's logits with merged features."""
+    kept, features = merged_features(case, plain, inputs, plus, share)
     with replaced(plain, case.projector, features, inputs=case.inputs_merged) as twin:
         return kept, masked_logits(twin, inputs, {0: kept})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import pytest
 import torch
 
 import atp_patch
-from atp_patch.builtin import load_builtin, make_scene, prompt
 from tests.families.kinds import VIDEOS, make
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
-from tests.helpers.merging import chosen
 from tests.helpers.run import Session, forward, generate, kept_of, words
-from tests.seam.before import CASES, KINDS, NEIGHBOURS, SMALL, Case, expected, groups, read
+from tests.seam.before import CASES, KINDS, NEIGHBOURS, SMALL, Case, expected
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 both = pytest.mark.parametrize("method", ["prumerge", "prumerge+"])
@@ -259,26 +256,3 @@ def test_tiles_take_no_target_and_embeddings_none() -> None:
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
     with pytest.raises(atp_patch.InputError, match="pass input_ids"):
         forward(model, {**inputs, "inputs_embeds": embeds})
-
-
-def test_real_features_of_the_built_in_model() -> None:
-    plain, processor = load_builtin()
-    case = replace(LLAVA, build=lambda: plain, attentions=(f"{BLOCKS}.3.self_attn",))
-    scenes = [make_scene("test", number) for number in range(2)]
-    questions = ["what colour is the sign ?", "how many stars are there ?"]
-    inputs = processor(
-        images=[scene.image for scene in scenes],
-        text=[prompt(question) for question in questions],
-        return_tensors="pt",
-        padding=True,
-    )
-    (tower,) = read(case, plain, inputs)
-    stays = [chosen(group, plus=False, count=None) for group in groups(case, tower)[0]]
-    assert len({len(kept) for kept in stays}) == 2, "both images keep as many"
-    wanted, reference = expected(case, plain, inputs, False, None)
-    model = atp_patch.patch_model(plain, method="prumerge", neighbours=NEIGHBOURS)
-    logits, kept = forward(model, inputs).logits, kept_of(model)[0]
-    assert torch.equal(kept, wanted)
-    visual = inputs["input_ids"] == plain.config.image_token_id
-    assert (kept & visual).sum(1).tolist() == [len(kept) for kept in stays]
-    assert_close(logits, reference, kept, tolerance=1e-4)
