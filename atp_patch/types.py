@@ -126,7 +126,8 @@ class View:
         query, key: (B, H, L', d) and (B, Hk, K, d), after rotary embedding; ``L'`` tokens are left.
         mask: what the attention of ``layer - 1`` masked with, broadcastable to (B, H, L', K): bool
             (True = visible) or float (added to the logits).
-        scaling: factor of the attention logits.
+        scaling: factor of the attention logits; ``softcap`` and ``sinks`` (H,) as of
+            :func:`atp_patch.maths.cross_scores`, where the host has them.
         hidden: (B, L', D), the hidden states that would enter ``layer``.
         slot, slot_valid: (B, V) places of the surviving visual tokens among the ``L'``; their place
             among the ``K`` keys is ``slot + key_offset``.
@@ -167,6 +168,8 @@ class View:
     min_per_image: int = 0
     learning: bool = False
     embeds: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
     unrotated: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property

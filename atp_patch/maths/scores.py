@@ -19,7 +19,8 @@ def self_scores(
 ) -> Tensor:
     """S_self of eq. 3: the mean attention logit that a visual token gets from visual queries.
 
-    The logits are linear in the queries, so their mean is the logit of the mean query: O(V d).
+    The logits are linear in the queries, so their mean is the logit of the mean query: O(V d). They
+    are taken before any softcap, which would make it O(V^2 d).
 
     Args:
         query: (B, H, V, d) of the visual tokens; ``key``: (B, Hk, V, d).
@@ -54,6 +55,8 @@ def cross_scores(
     scaling: float,
     *,
     mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     renormalise: bool = False,
     chunk_rows: int = 64,
 ) -> Tensor:
@@ -66,6 +69,8 @@ def cross_scores(
         scaling: factor of the logits.
         mask: broadcastable to (B, H, T, K): as :func:`visible_keys` reads it; a float one is added
             to the logits.
+        softcap: logits are brought below it by a tanh (Gemma 2).
+        sinks: (H,) a logit of each head that takes part in its rows' sums alone (gpt-oss).
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
         chunk_rows: rows whose probabilities are held at a time.
 
@@ -88,6 +93,8 @@ def cross_scores(
             visual_valid,
             scaling,
             mask=here,
+            softcap=softcap,
+            sinks=sinks,
             renormalise=renormalise,
         ).sum(1)
     return total / row_valid.sum(1, keepdim=True).clamp(min=1)
@@ -102,6 +109,8 @@ def cross_rows(
     scaling: float,
     *,
     mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     renormalise: bool = False,
 ) -> Tensor:
     """(B, T, V) float32 attention that each text row pays each visual token, averaged over heads.
@@ -114,6 +123,8 @@ def cross_rows(
     grouped = rearrange(query.float() * scaling, "b (k g) t d -> b k (g t) d", g=groups)
     logits = grouped @ key.float().transpose(-1, -2)
     logits = rearrange(logits, "b k (g t) n -> b (k g) t n", g=groups)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     lowest = torch.finfo(torch.float32).min
     if mask is not None:
         if mask.dtype != torch.bool:
@@ -121,9 +132,15 @@ def cross_rows(
         logits = logits.masked_fill(~visible_keys(mask), lowest)
     columns = visual_index[:, None, None, :].expand(batch, heads, rows, -1)
     visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
-    # Renormalised is a softmax over the visual tokens alone: a quotient of probabilities would
-    # be 0 / 0 where the text draws all attention.
-    seen = visual.softmax(-1) if renormalise else logits.softmax(-1).gather(3, columns)
+    if renormalise:
+        # A softmax over the visual tokens alone: a quotient of probabilities would be 0 / 0 where
+        # the text draws all attention.
+        seen = visual.softmax(-1)
+    else:
+        if sinks is not None:
+            sink = sinks.to(logits)[None, :, None, None].expand(batch, -1, rows, 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        seen = logits.softmax(-1).gather(3, columns)
     seen = seen.masked_fill(visual == lowest, 0.0).mean(1)
     return seen.masked_fill(~row_valid[..., None], 0.0)
 

@@ -51,6 +51,8 @@ class FastV(Ranking):
             view.slot_valid,
             view.scaling,
             mask=mask,
+            softcap=view.softcap,
+            sinks=view.sinks,
         )
         keep = self.best(view, scores)
         return Decision(keep, exact=True, scores={"last": scores})

@@ -53,6 +53,8 @@ class Scored(Method):
             view.slot_valid,
             view.scaling,
             mask=mask_rows(view.mask, view.text),
+            softcap=view.softcap,
+            sinks=view.sinks,
             renormalise=self.cross_over == "visual",
         )
         redundant = redundant_scores(

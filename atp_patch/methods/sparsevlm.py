@@ -86,6 +86,8 @@ class SparseVLM(Ranking):
             view.slot_valid,
             view.scaling,
             mask=mask_rows(view.mask, view.text),
+            softcap=view.softcap,
+            sinks=view.sinks,
         )
         scores = rows.sum(1) / rater.sum(1, keepdim=True).clamp(min=1)
         kept, clusters = self._counts(view, rater, rows)

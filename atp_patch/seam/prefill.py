@@ -121,6 +121,8 @@ class Prefill:
             key=recording.key[:, :, :keys],
             mask=scoring_mask(recording.mask, query.shape[2], keys, query.device),
             scaling=recording.scaling,
+            softcap=recording.softcap,
+            sinks=recording.sinks,
             hidden=hidden,
             slot=self._slots(self.layout.position.gather(1, self._token)),
             slot_valid=self._token_valid,

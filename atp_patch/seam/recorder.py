@@ -29,7 +29,8 @@ KEY_WEIGHT = "atp_patch_key_weight"
 class Recording:
     """q, k and mask of one attention call: (B, H, Q, d), (B, Hk, K, d) and a host mask or None.
 
-    ``module`` is the attention; ``rotary`` the tables (cos, sin) that its layer was handed.
+    ``module`` is the attention; ``rotary`` the tables (cos, sin) that its layer was handed;
+    ``softcap`` and ``sinks`` what else its softmax takes (Gemma 2, gpt-oss).
     """
 
     query: Tensor
@@ -38,6 +39,8 @@ class Recording:
     scaling: float
     module: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
         """Q and k of this pass's own tokens before rotary embedding, by turning them back.
@@ -154,8 +157,10 @@ def _attend(
     sink = armed.__dict__["_atp_sink"]
     if not armed.__dict__["_atp_every"]:
         armed.__dict__["_atp_sink"] = None  # a replay must not record again
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if sink is not None:
-        sink(Recording(query, key, attention_mask, scale, module))
+        found = Recording(query, key, attention_mask, scale, module, softcap=softcap, sinks=sinks)
+        sink(found)
     weight = kwargs.pop(KEY_WEIGHT, None)
     if weight is not None:
         dropout = kwargs.get("dropout", 0.0)
@@ -168,8 +173,8 @@ def _attend(
             scale,
             weight,
             dropout,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
+            softcap=softcap,
+            sinks=sinks,
             probabilities=wanted,
         )
     module.config = armed.__dict__["_atp_host"]
