@@ -28,7 +28,7 @@ from atp_patch.errors import ConfigError
 from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of
 from atp_patch.loading import first_line
-from atp_patch.methods import Compressor, VoCo, make_methods
+from atp_patch.methods import Compressor, make_methods
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,6 +158,7 @@ def _settings(
     """Each method as it was named, with the arguments of ``patch_model``."""
     total = preset.visual_tokens(image)
     found: dict[str, dict[str, Any]] = {}
+    budgeted = False
     for spec in args.methods.split(","):
         name, _, places = spec.partition("@")
         before, inside = make_methods(name.split("/"), {})
@@ -166,17 +167,17 @@ def _settings(
             given["layers"] = args.layers or scaled_layers(num_layers)
             if places:
                 given["layers"] = _layers(spec, places)
-        if isinstance(before, Compressor):
-            pass  # its number of tokens is its budget
-        elif args.schedule is not None:
-            given["keep"] = _shares(args.schedule, total, given.get("layers"))
-        elif args.keep is not None or args.target_tokens is not None:
-            given |= {"keep": args.keep, "target_tokens": args.target_tokens}
+        if not isinstance(before, Compressor):  # its number of tokens is its budget
+            budgeted = True
+            if args.schedule is not None:
+                given["keep"] = _shares(args.schedule, total, given.get("layers"))
+            elif args.keep is not None or args.target_tokens is not None:
+                given |= {"keep": args.keep, "target_tokens": args.target_tokens}
         found[spec] = given
     if args.layers and not any("layers" in given for given in found.values()):
         raise ConfigError("--layers: none of --methods prunes inside the decoder; leave it out.")
     budget = (args.keep, args.target_tokens, args.schedule)
-    if all(given["method"] == [VoCo.name] for given in found.values()) and any(budget):
+    if any(budget) and not budgeted:
         raise ConfigError("voco: its number of tokens is its budget; leave out other budgets.")
     return found
 

@@ -11,7 +11,6 @@ from atp_patch.builtin.architecture import (
     GAZING_ORIGINALS,
     HOLDS_ORIGINAL,
     NOUN_ORIGINAL,
-    ORIGINALS,
     SIDE_ORIGINAL,
 )
 from atp_patch.builtin.batches import Batch
@@ -90,12 +89,7 @@ def decoder_loss(
     places = places.expand(len(features), -1)
     features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
     ids = torch.as_tensor(batch["ids"])
-    at = ORIGINALS if stage.kind == "deep" else range(len(ORIGINALS))
-    notes = Notes(
-        probes=(at[NOUN_ORIGINAL], at[SIDE_ORIGINAL], at[HOLDS_ORIGINAL]),
-        gaze_layers=tuple(at[k] for k in GAZING_ORIGINALS),
-        back_layer=at[SIDE_ORIGINAL],
-    )
+    notes = Notes((NOUN_ORIGINAL, SIDE_ORIGINAL, HOLDS_ORIGINAL), GAZING_ORIGINALS, SIDE_ORIGINAL)
     logits = decoder_forward(learner.model, features, places, ids, notes)
     loss, shares = answers(logits, batch, stage)
     if stage.patch_weight > 0:

@@ -14,7 +14,7 @@ class Stage:
     """One stage of training."""
 
     name: str
-    kind: Literal["tower", "shallow", "deep", "distil"]
+    kind: Literal["tower", "shallow", "distil"]
     steps: int
     batch: BatchSpec
     muon_rate: float

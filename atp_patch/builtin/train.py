@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from atp_patch.builtin.architecture import ORIGINALS, build, grow, recentre
+from atp_patch.builtin.architecture import ORIGINALS, build, recentre
 from atp_patch.builtin.batches import Batch, batches, make_batch
 from atp_patch.builtin.forward import to_pixel_values, tower_forward
 from atp_patch.builtin.learner import (
@@ -107,8 +107,6 @@ def main(arguments: list[str] | None = None) -> None:
         learner = Learner(model, heads, [])
         if before is not None:
             load_checkpoint(before, learner, with_optimizers=False)
-        if stage.kind == "deep" and len(model.model.language_model.layers) == len(ORIGINALS):
-            model = grow(model)
         if stage.recentre and not path.exists():
             pixels = make_batch(replace(stage.batch, images=16), 0)["pixels"]
             recentre(model, tower_forward(model, to_pixel_values(pixels)))

@@ -20,7 +20,6 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 both = pytest.mark.parametrize("method", ["prumerge", "prumerge+"])
 LLAVA = CASES[0]
 WHOLE = [case for case in CASES if "next" not in case.name and "onevision" not in case.name]
-BLOCKS = "vision_tower.encoder.layers"
 
 
 def patched(case: Case, method: str = "prumerge+", **options: Any) -> Any:
