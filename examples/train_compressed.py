@@ -47,9 +47,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--option", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
     add("--keep", type=float, help="share of the visual tokens (not voco)")
     add("--learn", default="lora", choices=BESIDE, help="beside VoCo tokens, which always learn")
-    add("--lora-rank", type=int, default=16)
-    add("--lr", type=float, default=1e-3, help="of LoRA or the decoder")
-    add("--tokens-lr", type=float, default=1e-2, help="of VoCo tokens")
+    add("--lora-rank", type=int, help="16 if not given")
+    add("--lr", type=float, help="of LoRA or the decoder, 1e-3 if not given")
+    add("--tokens-lr", type=float, help="of VoCo tokens, 1e-2 if not given")
     add("--steps", type=int, default=3000)
     add("--images", type=int, default=8, help="in a step, each with 12 questions")
     add("--out", type=Path, default=Path("compressed"))
@@ -58,7 +58,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--questions", type=int, default=200, help="a task, asked at the end; 0: none")
     add("--device", default="cpu")
     add("--seed", type=int, default=0, help="of what starts at random, and of the scenes")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    _settle(parser, asked, "lora_rank", 16, asked.learn == "lora", "--learn lora")
+    _settle(parser, asked, "lr", 1e-3, asked.learn != "tokens", "--learn lora or decoder")
+    _settle(parser, asked, "tokens_lr", 1e-2, asked.method == "voco", "--method voco")
+    return asked
+
+
+def _settle(
+    parser: argparse.ArgumentParser,
+    asked: argparse.Namespace,
+    name: str,
+    default: float,
+    applies: bool,
+    where: str,
+) -> None:
+    """Give an option its default, or refuse it where it would do nothing."""
+    if getattr(asked, name) is None:
+        setattr(asked, name, default)
+    elif not applies:
+        parser.error(f"--{name.replace('_', '-')} goes with {where}.")
 
 
 def build(asked: argparse.Namespace) -> tuple[Any, Any]:

@@ -91,5 +91,22 @@ def test_seeds_see_other_scenes(example: Any) -> None:
 
 
 def test_what_learns_nothing_is_refused(example: Any, tmp_path: Path) -> None:
+    asked = example.parse(["--method", "prumerge", "--learn", "tokens", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="--learn lora"):
-        run(example, tmp_path, "--method", "prumerge", "--learn", "tokens")
+        example.train(asked)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--learn", "decoder", "--lora-rank", "8"], "--lora-rank goes with --learn lora"),
+        (["--learn", "tokens", "--lr", "0.1"], "--lr goes with --learn lora or decoder"),
+        (["--method", "prumerge", "--tokens-lr", "0.1"], "--tokens-lr goes with --method voco"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    example: Any, capsys: pytest.CaptureFixture[str], flags: list[str], why: str
+) -> None:
+    with pytest.raises(SystemExit):
+        example.parse(flags)
+    assert why in capsys.readouterr().err
