@@ -1,8 +1,9 @@
 #!/bin/sh
 # Measures what docs/results.md reads of methods that need no training; train.sh measures the
 # others. A killed run goes on where it was.
-#   results/run.sh [builtin|shifted|depth|dynamic|together|allocation]...
-#   (default: the first four; "together" is one table a model of all that was measured, trained or not)
+#   results/run.sh [builtin|shifted|depth|dynamic|together|allocation|bench]...
+#   (default: the first four; "together" is one table a model of all that was measured, trained or not;
+#   "bench" measures time, so that nothing else may run beside it)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
 set -eu
 PYTHON=${PYTHON:-python}
@@ -56,6 +57,25 @@ allocation() {
         $PYTHON "$(dirname "$0")/allocation.py" "$OUT/allocation-development/summary.jsonl" \
             "$OUT/allocation-test/summary.jsonl" --target-tokens $tokens
     done > "$OUT/allocation.md"
+}
+# Half an hour and 17 GB of memory: the full depth of LLaVA-1.5-7B, then parts of it and of others.
+bench() {
+    mkdir -p "$OUT/bench"
+    timed table6 --preset llava-1.5-7b --layers 4,14,24 --methods atp,fastv@2 \
+        --target-tokens 144 --runs 5 --decode-tokens 4
+    timed batches --preset llava-1.5-7b --scale 0.125 --methods atp --target-tokens 250 \
+        --batch-size 1,2,4,8,16,32 --runs 3
+    timed qwen2-vl --preset qwen2-vl-7b --scale 0.25 --methods atp,fastv@1 --keep 0.5 \
+        --image 448x448,896x672,1344x1008 --runs 3 --decode-tokens 4
+    timed internvl --preset internvl-8b --scale 0.25 --methods atp,fastv@1 --keep 0.5 \
+        --runs 3 --decode-tokens 4
+}
+timed() {
+    name=$1
+    shift
+    $PYTHON -m atp_patch.bench "$@" --device cpu --dtype bfloat16 \
+        --json "$OUT/bench/$name.json" --plot "$OUT/bench/$name.png" > "$OUT/bench/$name.md"
+    cat "$OUT/bench/$name.md"
 }
 
 [ $# -gt 0 ] || set -- builtin shifted depth dynamic

@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "cases": [],
     }
     sys.stdout.write(
-        f"{report['model']}\n{report['machine']}; atp_patch {__version__}, torch "
-        f"{report['torch']}, transformers {report['transformers']}\n"
+        f"{report['model']}\n{report['machine']}, {report['date']}; atp_patch {__version__}, "
+        f"torch {report['torch']}, transformers {report['transformers']}\n"
     )
     for image, batch_size, prompt in product(images, args.batch_size, args.prompt_tokens):
         inputs = _to(preset.inputs(image, batch_size, prompt, args.seed), args.device, dtype)
