@@ -74,24 +74,27 @@ def calibrate(
     with _whole(module):
         start = {name: value.clone() for name, value in module.state_dict().items()}
     shifts = dict.fromkeys(patch.layers, 0.0)
-    with _evaluating(model):
-        first = seen = _observe(model, data, None)
-        target = patch.config.goal(first.total) if target_tokens is None else target_tokens
-        counts = _scaled(first, patch, target)
-        for _ in range(_ROUNDS):
-            if abs(seen.average - target) <= WITHIN * target:
-                break
-            for layer, wanted in counts.items():
-                shifts[layer] += _meet(model, data, module, layer, wanted)
-            seen = _observe(model, data, None)
-    if abs(seen.average - target) > WITHIN * target:
+    try:
+        with _evaluating(model):
+            first = seen = _observe(model, data, None)
+            target = patch.config.goal(first.total) if target_tokens is None else target_tokens
+            counts = _scaled(first, patch, target)
+            for _ in range(_ROUNDS):
+                if abs(seen.average - target) <= WITHIN * target:
+                    break
+                for layer, wanted in counts.items():
+                    shifts[layer] += _meet(model, data, module, layer, wanted)
+                seen = _observe(model, data, None)
+        if abs(seen.average - target) > WITHIN * target:
+            raise ConfigError(
+                f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
+                f"{seen.average:.1f}; give more data, or scores that tie less: score_norm='rank', "
+                "spatial_order='progressive', and spatial_share below 1."
+            )
+    except BaseException:  # also Ctrl-C: thresholds that are half shifted are nobody's
         with _whole(module):
             module.load_state_dict(start)
-        raise ConfigError(
-            f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
-            f"{seen.average:.1f}; give more data, or scores that tie less: score_norm='rank', "
-            "spatial_order='progressive', and spatial_share below 1."
-        )
+        raise
     if target_tokens is not None:
         patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
     return Calibration(float(target), first.average, seen.average, shifts, seen.samples)

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atp_patch.config import BaseModel, PruningConfig
-from atp_patch.errors import WeightsError
+from atp_patch.errors import ConfigError, WeightsError
 from atp_patch.methods import Compressor, Method, ModuleSpec, make_method
 
 CONFIG_FILE = "atp_config.json"
 WEIGHTS_FILE = "atp_model.safetensors"
 CARD_FILE = "README.md"
+_MODELS_FILES = ("config.json", "adapter_config.json", CARD_FILE)
 Beside = Literal["lora", "model"]  # what learned with an adapter, and a folder's name
 
 
@@ -40,6 +41,22 @@ class Adapter(ModelHubMixin):
         self.pruning, self.tensors, self.beside = pruning, tensors, beside
         # The mixin would write the arguments above into a config.json of its own.
         self._hub_mixin_config = None
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """As the mixin's, which takes a folder for its own: it removes any config.json there.
+
+        Raises:
+            ConfigError: where the folder holds something else.
+        """
+        folder = Path(save_directory)
+        own = {CARD_FILE} if (folder / CONFIG_FILE).exists() else set()
+        foreign = [name for name in _MODELS_FILES if name not in own and (folder / name).exists()]
+        if foreign:
+            raise ConfigError(
+                f"{folder} holds {foreign[0]} of something else; save the adapter to a folder of "
+                "its own."
+            )
+        return super().save_pretrained(folder, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(self.pruning.to_json(), encoding="utf-8")

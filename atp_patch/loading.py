@@ -100,7 +100,9 @@ def load_checkpoint(
     _check_layout(name, config.architectures)
     family_of(config)
     with torch.device("meta"):
-        check(AutoModelForImageTextToText.from_config(config, dtype=dtype))
+        with _explained(name, "cannot be built", "install what its configuration asks for"):
+            empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        check(empty)
     with _explained(name, "has no processor", "add the files its save_pretrained writes"):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if getattr(processor, "chat_template", None) is None:

@@ -145,7 +145,7 @@ def layer_rows(trace: PruningTrace, sample: int = 0) -> list[LayerRow]:
     return [
         LayerRow(
             layer=layer,
-            tokens_in=counts[layer - 1],
+            tokens_in=counts[layer - 1] if layer else trace.layout.totals[sample],
             tokens_kept=counts[layer],
             thresholds={name: float(value[sample]) for name, value in record.thresholds.items()},
         )

@@ -24,9 +24,11 @@ def save_pretrained(
     Args:
         state_dict: of the whole model, where processes hold it in parts (FSDP, ZeRO-3):
             ``accelerator.get_state_dict(model)``, which all of them call.
+        folder: of its own: one that holds a model is refused.
         kwargs: passed on to ``huggingface_hub.ModelHubMixin.save_pretrained``.
 
     Raises:
+        ConfigError: where the folder holds something else.
         WeightsError: where this process holds a part of what was learned, or ``state_dict`` does.
     """
     adapter(model, state_dict).save_pretrained(folder, **kwargs)
@@ -39,7 +41,7 @@ def push_to_hub(
     state_dict: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> str:
-    """Push the adapter alone to the Hub; returns the address of the commit.
+    """Push the adapter alone to a repository of its own; returns the address of the commit.
 
     Args:
         state_dict: as :func:`save_pretrained` takes it.

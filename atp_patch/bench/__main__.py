@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ConfigError(f"--{name} {path}: give a file in a folder that is there.")
     report = run(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         draw(report["cases"], report["model"], args.plot)
 
@@ -89,6 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         inputs = _to(preset.inputs(image, batch_size, prompt, args.seed), args.device, dtype)
         if args.train or args.follow_up:
             report["cases"].append(_special_case(args, model, preset, image, inputs))
+            _write(report, args.json)
             continue
         contenders = [patched(model, name, given) for name, given in settings[image].items()]
         case = _case(args, model, contenders, inputs)
@@ -96,7 +100,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report["cases"].append(case)
         sys.stdout.write("\n" + table(case))
         sys.stdout.flush()
+        _write(report, args.json)
     return report
+
+
+def _write(report: dict[str, Any], file: Path | None) -> None:
+    """After every case: memory may not suffice for the next."""
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _special_case(
@@ -162,6 +173,8 @@ def _settings(
     for spec in args.methods.split(","):
         name, _, places = spec.partition("@")
         before, inside = make_methods(name.split("/"), {})
+        if args.profile and isinstance(before, Compressor):
+            raise ConfigError(f"--profile: {name} reads every token once; leave it out.")
         given: dict[str, Any] = {"method": name.split("/")}
         if inside is not None:
             given["layers"] = args.layers or scaled_layers(num_layers)

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from atp_patch.bench.clock import Times, between_ms, mark
-from atp_patch.bench.measure import Contender, Inputs, cache_bytes, last_positions, patched
+from atp_patch.bench.measure import (
+    Contender,
+    Inputs,
+    cache_bytes,
+    last_positions,
+    patched,
+    turned,
+)
 from atp_patch.bench.report import listing, milliseconds
 from atp_patch.visual_cache import compress
 
@@ -67,7 +74,7 @@ def compare_questions(
     found = {way.name: Questions() for way, _ in ways}
     with torch.inference_mode():
         for run in range(runs + 1):
-            for way, ask in ways:
+            for way, ask in turned(ways, run):
                 with way.applied():
                     first_ms, second_ms, found[way.name].kept_bytes = ask(model, prompt)
                 if run:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from atp_patch.bench.clock import Times
-from atp_patch.bench.measure import Contender, Inputs, time_prefill
+from atp_patch.bench.measure import Contender, Inputs, time_prefill, turned
 from atp_patch.trace import PruningTrace
 
 
@@ -59,11 +59,14 @@ def time_same_lengths(
     pruned = Times()
     with torch.inference_mode():
         for run in range(runs + 1):
-            keep = run > 0
-            with contender.applied():
-                _note(pruned, time_prefill(model, inputs), keep)
-            for length, times in plain.items():
-                _note(times, time_prefill(model, _text(inputs, length)), keep)
+            for length in turned([None, *plain], run):
+                if length is None:
+                    with contender.applied():
+                        times, spent_ms = pruned, time_prefill(model, inputs)
+                else:
+                    times, spent_ms = plain[length], time_prefill(model, _text(inputs, length))
+                if run:
+                    times.values_ms.append(spent_ms)
     return SameLengths(lengths, plain, pruned)
 
 
@@ -77,8 +80,3 @@ def _text(inputs: Inputs, length: int) -> dict[str, Any]:
     batch = inputs["input_ids"].shape[0]
     ids = torch.full((batch, length), 3, device=inputs["input_ids"].device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _note(times: Times, value_ms: float, keep: bool) -> None:
-    if keep:
-        times.values_ms.append(value_ms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from atp_patch.patch import last_trace, patch_model, require_patch, unpatch_mode
 from atp_patch.trace import PruningTrace
 
 Inputs = dict[str, Tensor]
+Way = TypeVar("Way")
 PLAIN = "plain"
 
 
@@ -87,7 +88,7 @@ def compare(
     device = inputs["input_ids"].device
     with torch.inference_mode():
         for run in range(runs + 1):
-            for contender in contenders:
+            for contender in turned(contenders, run):
                 one = found[contender.name]
                 reset_peak(device)
                 with contender.applied():
@@ -100,12 +101,21 @@ def compare(
                 one.kv_bytes = cache_bytes(passed.cache)
                 if run:
                     _note(one, passed, steps)
+                del passed  # or its cache would count in the next one's peak
         for contender in (c for c in contenders if c.prunes and with_overhead):
             for _ in range(runs):
                 with contender.applied(), timed_seam(model) as spent:
                     _prefill(model, inputs)
                     found[contender.name].overhead.values_ms.append(spent())
     return found
+
+
+def turned(ways: Sequence[Way], run: int) -> list[Way]:
+    """The ways of a round in their order, another one first in every round: what a run leaves
+    behind, warm or slow, meets each of them alike.
+    """
+    first = run % len(ways)
+    return [*ways[first:], *ways[:first]]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.bench.measure import turned
 from atp_patch.bench.report import listing
 from atp_patch.patch import HEADS, patch_model, unpatch_model
 
@@ -63,7 +64,7 @@ def compare_steps(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for run in range(runs + 1):
-        for way in WAYS:
+        for way in turned(WAYS, run):
             one = found[way.name]
             if way.patched:
                 patch_model(model, layers, "atp", thresholds="learned")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def write(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
         if out.exists():
             out.rmdir()
         scratch.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise ConfigError(f"{out} cannot be written ({first_line(error)}).") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

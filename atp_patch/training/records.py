@@ -201,11 +201,12 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 def _read(file: Path) -> Sequence[Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some programs write a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); check --data.") from error
     if file.suffix == ".jsonl":
-        return [_line(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines(): strings may hold line separators that are no line ends in JSON.
+        return [_line(line) for line in text.split("\n") if line.strip()]
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:

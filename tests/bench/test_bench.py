@@ -222,6 +222,9 @@ def test_full_presets_have_the_published_sizes() -> None:
         (["--methods", "prumerge", "--layers", "2"], ["--layers", "leave it out"]),
         (["--methods", "voco", "--target-tokens", "200"], ["voco", "is its budget"]),
         (["--target-tokens", "20"], ["target_tokens=20", "least possible"]),
+        (["--methods", "voco", "--profile"], ["--profile", "voco"]),
+        (["--json", "nowhere/report.json"], ["--json nowhere/report.json", "folder"]),
+        (["--plot", "."], ["--plot .", "folder"]),
     ],
 )
 def test_bad_arguments(
