@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atp_patch.errors import BudgetError, ConfigError, InputError
 from atp_patch.maths import average_tokens
+from atp_patch.methods.atp import ATP
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.methods.atp_heads import Thresholds
 from atp_patch.patch import last_trace, require_patch
@@ -177,6 +178,8 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
     thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
     spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
     device = next(model.parameters()).device
+    method = require_patch(model).method
+    assert isinstance(method, ATP)  # as _thresholds has made sure
     for batch in data:
         if not any(name.startswith("pixel_values") for name in batch):
             continue
@@ -192,7 +195,7 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
             pair = (record.thresholds["redundant"], record.thresholds["spatial"])
             thetas[i].append(torch.stack(pair, 1)[seen].double().cpu())
         if layer is not None:
-            spare.append(_spare(trace.layers[layer]))
+            spare.append(_spare(trace.layers[layer], method.compared))
     if not visual:
         raise InputError("no batch has images; thresholds are set on samples with images.")
     entering = torch.cat(rows)
@@ -208,14 +211,14 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
     )
 
 
-def _spare(record: Any) -> Tensor:
+def _spare(record: Any, compared: Sequence[str]) -> Tensor:
     decision = record.decision
     margins = []
-    for name in ("redundant", "spatial"):
+    for name in compared:
         score = decision.scores[name].double().clamp(0, 1).logit()
         theta = decision.thresholds[name].double().logit(eps=1e-6)
         margins.append(score - theta[:, None])
-    spare = torch.maximum(*margins)
+    spare = torch.stack(margins).amax(0)
     anyhow = decision.keep & (spare < -1e-5)
     return spare.masked_fill(anyhow, torch.inf)[record.token_valid].cpu()
 

@@ -218,6 +218,19 @@ def _check_tensors(
         )
 
 
+def adapter_files(source: str | Path) -> Path:
+    """The folder in which an adapter's files lie, fetched from the Hub where it is there.
+
+    Raises:
+        WeightsError: where there is none.
+    """
+    file = _fetch(source, CONFIG_FILE)
+    config = PruningConfig.from_json(file.read_text(encoding="utf-8"), f"{source}/{CONFIG_FILE}")
+    if _module(config) is not None:
+        _fetch(source, WEIGHTS_FILE)
+    return file.parent
+
+
 def _fetch(source: str | Path, name: str) -> Path:
     """A file of an adapter: from a folder where there is one, else from the Hub."""
     folder = Path(source)

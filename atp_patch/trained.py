@@ -20,6 +20,7 @@ from atp_patch.patch import patch_model
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX, _UP, _DOWN = "base_model.model.", ".lora_B.weight", ".lora_A.weight"
+_ADDED = "_atp_patch_lora"  # attribute of a model: what load_trained added to its weights
 _NOT_PLAIN = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 
 
@@ -28,7 +29,7 @@ class Trained:
     """Where a training's results are.
 
     Attributes:
-        adapter: folder or Hub id; ``lora``: folder, None where the language model did not learn.
+        adapter: folder or Hub id; ``lora``: folder, None where no LoRA learned beside it.
     """
 
     adapter: str
@@ -43,14 +44,27 @@ def shipped() -> tuple[str, ...]:
 def find_trained(source: str) -> Trained:
     """From a name of :func:`shipped`, the folder of a training (``adapter`` in it, and ``lora``
     where that learned), or an adapter's own folder or Hub id.
+
+    Raises:
+        WeightsError: for the folder of a training whose whole model learned.
     """
     folder = Path(source)
     if not folder.exists() and source in shipped():
         folder = _shipped() / source
     if not (folder / "adapter").is_dir():
-        return Trained(source, None)
-    lora = folder / "lora"
-    return Trained(str(folder / "adapter"), str(lora) if lora.is_dir() else None)
+        inside = folder.name == "adapter" and folder.is_dir()
+        return Trained(source, _lora(folder.parent) if inside else None)
+    if (folder / "model").is_dir():
+        raise WeightsError(
+            f"in {source} the model learned too: load {folder / 'model'}, and with it the adapter "
+            f"{folder / 'adapter'}."
+        )
+    return Trained(str(folder / "adapter"), _lora(folder))
+
+
+def _lora(training: Path) -> str | None:
+    """The LoRA of a training's folder, or None."""
+    return str(training / "lora") if (training / "lora").is_dir() else None
 
 
 def load_trained(model: Any, source: str) -> Any:
@@ -67,11 +81,20 @@ def load_trained(model: Any, source: str) -> Any:
         while.
 
     Raises:
-        WeightsError: where it was made for another model; the model is as before then.
+        WeightsError: where it was made for another model, or a LoRA was added before; the model is
+            as before then.
     """
     found = find_trained(source)
     changes = [] if found.lora is None else _changes(model, found.lora)
+    earlier = getattr(model, _ADDED, None)
+    if changes and earlier is not None:
+        raise WeightsError(
+            f"the LoRA of {earlier} is in this model's weights already; load the model anew, then "
+            f"{source}."
+        )
     patch_model(model, weights=found.adapter)
+    if changes:
+        setattr(model, _ADDED, source)
     _add(changes)
     return model
 
@@ -97,6 +120,15 @@ def merged(model: Any, lora: str | None) -> Iterator[None]:
                 weight.copy_(kept)
 
 
+def changes_features(model: Any, lora: str) -> bool:
+    """Whether a LoRA changes a layer outside the decoder: of the tower or the projector."""
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    changed = [modules[name] for name in _deltas(lora, _written(lora))]
+    return any(id(module) not in decoder and module is not head for module in changed)
+
+
 def _shipped() -> Path:
     return builtin_path().parent / "adapters"
 
@@ -104,10 +136,15 @@ def _shipped() -> Path:
 def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
     """Each weight that LoRA changes, and what it adds."""
     modules, changes = dict(model.named_modules()), []
-    for name, delta in _deltas(folder).items():
+    for name, delta in _deltas(folder, _written(folder)).items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != delta.shape:
             raise WeightsError(f"{folder} was made for another model: it changes {name}.")
+        if weight.is_meta:
+            raise WeightsError(
+                f"the weights of {name} are not in memory (offloaded), so {folder} cannot be added "
+                "to them; load the model without offloading."
+            )
         changes.append((weight, delta))
     return changes
 
@@ -118,12 +155,20 @@ def _add(changes: Iterable[tuple[Tensor, Tensor]]) -> None:
         weight.add_(delta.to(weight))
 
 
-@lru_cache(maxsize=8)
-def _deltas(folder: str) -> dict[str, Tensor]:
-    """Name of a linear layer -> what LoRA adds to its weight."""
-    missing = [name for name in LORA_FILES if not (Path(folder) / name).is_file()]
+def _written(folder: str) -> tuple[tuple[str, int], ...]:
+    """The files of a LoRA, and when each was written."""
+    files = [Path(folder, name).resolve() for name in LORA_FILES]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise WeightsError(f"{folder} holds no LoRA: {' and '.join(missing)} missing.")
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=8)
+def _deltas(folder: str, written: tuple[tuple[str, int], ...]) -> dict[str, Tensor]:
+    """Name of a linear layer -> what LoRA adds to its weight; ``written`` tells files of one name
+    apart.
+    """
     config = json.loads((Path(folder) / LORA_FILES[0]).read_text(encoding="utf-8"))
     if config["peft_type"] != "LORA" or any(config.get(name) for name in _NOT_PLAIN):
         raise WeightsError(f"{folder} is no plain LoRA; merge it into the model and give --model.")

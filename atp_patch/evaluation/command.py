@@ -28,7 +28,7 @@ from atp_patch.evaluation.settings import Setting, applied, plan, unreachable
 from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.summary import Measured, Row, summarize
 from atp_patch.evaluation.tables import markdown
-from atp_patch.evaluation.tasks import choose_tasks
+from atp_patch.evaluation.tasks import Task, choose_tasks
 from atp_patch.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
 from atp_patch.patch import require_patch
 
@@ -96,7 +96,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     work = chunks(tasks, args.split, args.questions)
     first = next(task for task in tasks if task.name == work[0][0].task)
     visual_tokens = prepared(bench, first, args.split, work[0][0]).visual_tokens
-    measured, runs = _open(args, bench, settings, visual_tokens)
+    measured, runs = _open(args, bench, settings, tasks, visual_tokens)
     examples = [example for chunk in work for example in chunk]
     done = sum(file.has(e.task, e.number) for _, file in runs for e in examples)
     with progress(len(runs) * len(examples), done) as advance:
@@ -146,7 +146,11 @@ def _load(name: str, device: torch.device, dtype: torch.dtype, check: Any) -> tu
 
 
 def _open(
-    args: argparse.Namespace, bench: Bench, settings: Sequence[Setting], visual_tokens: int
+    args: argparse.Namespace,
+    bench: Bench,
+    settings: Sequence[Setting],
+    tasks: Sequence[Task],
+    visual_tokens: int,
 ) -> tuple[list[Measured], list[tuple[Setting, RunFile]]]:
     """All settings, those that differ in seed or training alone together; and the file of each."""
     model = bench.model
@@ -180,6 +184,8 @@ def _open(
         files = []
         for setting in members:
             identity = shared | {"setting": setting.identity()}
+            if setting.control is not None:  # which was made from questions of all tasks
+                identity["control_tasks"] = sorted(task.name for task in tasks)
             name = "-".join(
                 str(part)
                 for part in (setting.name, setting.budget, setting.seed)

@@ -13,6 +13,7 @@ import torch
 from atp_patch.evaluation.prepare import ENCODED, PICTURE, Sample, collate
 from atp_patch.methods import Merger
 from atp_patch.patch import is_patched, require_patch
+from atp_patch.trained import changes_features
 
 _GRID = "image_grid_thw"
 _READ = {"input_ids", "attention_mask", "mm_token_type_ids", PICTURE, _GRID}
@@ -44,16 +45,20 @@ def see(model: Any, samples: Sequence[Sample], pad_id: int, positions: bool) -> 
     return [replace(s, features=features[s.example.number]) for s in samples]
 
 
-def seen_by(model: Any, samples: list[Sample], pad_id: int, positions: bool) -> list[Sample]:
+def seen_by(
+    model: Any, samples: list[Sample], pad_id: int, positions: bool, lora: str | None = None
+) -> list[Sample]:
     """Samples with the features that the model as patched now would find, or without any.
 
     Args:
         samples: with the plain model's features, which are those of methods inside the decoder
             and of VoCo tokens.
+        lora: folder of the one that is in the model's weights now.
     """
     before = require_patch(model).before if is_patched(model) else None
-    if before is None:
+    same = lora is None or not changes_features(model, lora)
+    if before is None and same:
         return samples
-    if isinstance(before, Merger):
+    if before is None or isinstance(before, Merger):
         return see(model, samples, pad_id, positions)
     return [replace(sample, features=None) for sample in samples]

@@ -81,6 +81,8 @@ def _row(data: dict[str, Any], working: Sequence[int]) -> Row:
     hashes = data["adapter_hash"] or ()
     row = Row(setting, data["group"], layers, seeds, unreachable=data["unreachable"])
     row.record = {name: value for name, value in data.items() if not name.startswith("minus ")}
+    if setting.control is not None:  # not what a control would be made from today
+        row.record.setdefault("control_questions", None)
     row.hashes = (hashes,) if isinstance(hashes, str) else tuple(hashes)
     row.run = {
         "identity": {name: data[name] for name in _IDENTITY},

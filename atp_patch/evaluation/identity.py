@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import atp_patch
+from atp_patch.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from atp_patch.trained import LORA_FILES
 
 _PACKAGE = Path(atp_patch.__file__).parent
@@ -78,13 +79,12 @@ def processor_hash(processor: Any) -> str:
 
 
 def adapter_hash(source: str, lora: str | None = None) -> str:
-    """Of an adapter's files, and of those of the LoRA beside it; of its name where it is not a
-    folder.
+    """Of an adapter's files, and of those of the LoRA beside it.
+
+    Raises:
+        WeightsError: where there is no such folder, nor such an adapter on the Hub.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        return short_hash([source.encode()])
-    found = folder_hash(folder, ["atp_config.json", "atp_model.safetensors"])
+    found = folder_hash(adapter_files(source), [CONFIG_FILE, WEIGHTS_FILE])
     if lora is None:
         return found
     return short_hash([found.encode(), folder_hash(Path(lora), LORA_FILES).encode()])

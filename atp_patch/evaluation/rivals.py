@@ -50,6 +50,7 @@ def _controls(row: Row, others: Iterable[Row]) -> dict[str, Row]:
         f"its {other.setting.control}": other
         for other in others
         if other.setting.name == f"{row.setting.name}~{other.setting.control}"
+        and other.setting.adapter == row.setting.adapter
     }
 
 

@@ -147,7 +147,8 @@ def run(
                     bench.shortened(setting),
                 ):
                     if ahead:
-                        alike = seen_by(bench.model, alike, bench.pad_id, bench.flat_positions)
+                        pad_id, positions = bench.pad_id, bench.flat_positions
+                        alike = seen_by(bench.model, alike, pad_id, positions, setting.lora)
                     for sample, answer in answered(bench, setting, registry, alike):
                         example = sample.example
                         results.setdefault(example.task, {})[example.number] = answer

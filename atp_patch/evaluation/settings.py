@@ -170,14 +170,16 @@ def plan(
             free += drawn_each
         if method.takes_budget:
             limited += [(setting, shares) for setting in drawn_each]
-    settings += [setting for spec in adapters for setting in _adapters(spec)]
+    short = [Path(spec).name for spec in adapters]
+    for spec, name in zip(adapters, short, strict=True):
+        settings += _adapters(spec, spec if short.count(name) > 1 else name)
     settings += free
     for budget in sorted({share for _, shares in limited for share in shares}, reverse=True):
         settings += [replace(s, budget=budget) for s, shares in limited if budget in shares]
     return list(dict.fromkeys(settings))
 
 
-def _adapters(spec: str) -> list[Setting]:
+def _adapters(spec: str, name: str) -> list[Setting]:
     """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls. What comes
     before the tilde is as ``find_trained`` takes it; or a folder of such folders, trainings of one
     recipe whose answers are pooled as seeds are.
@@ -193,11 +195,10 @@ def _adapters(spec: str) -> list[Setting]:
     folder = Path(source)
     single = (folder / "adapter").is_dir() or not folder.is_dir()
     several = [] if single else sorted(p for p in folder.iterdir() if (p / "adapter").is_dir())
-    name = f"adapter {Path(spec).name}"
     return [
         replace(
-            _trained(spec, member),
-            name=name,
+            _trained(member),
+            name=f"adapter {name}",
             control=control or None,
             trainings=source if several else None,
         )
@@ -205,12 +206,7 @@ def _adapters(spec: str) -> list[Setting]:
     ]
 
 
-def _trained(spec: str, source: str) -> Setting:
-    if (Path(source) / "adapter").is_dir() and (Path(source) / "model").is_dir():
-        raise ConfigError(
-            f"--adapters {spec}: its model learned too; give --model {source}/model --adapters "
-            f"{source}/adapter."
-        )
+def _trained(source: str) -> Setting:
     found = find_trained(source)
     made = adapter_hash(found.adapter, found.lora)
     return Setting("", adapter=source, adapter_hash=made)

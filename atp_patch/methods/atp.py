@@ -128,6 +128,12 @@ class ATP(Scored):
             raise ConfigError("heads_hidden_size and reference_grid must be at least 1.")
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """Scores that learned thresholds are compared with: both, or the one that has it all."""
+        left_out = {0.0: "spatial", 1.0: "redundant"}.get(self.spatial_share)
+        return tuple(name for name in ("redundant", "spatial") if name != left_out)
+
+    @property
     def needs_budget(self) -> bool:
         """Learned thresholds decide how many tokens stay by themselves."""
         return self.thresholds == "budget"
@@ -163,16 +169,17 @@ class ATP(Scored):
         )
         spatial = view.of_token(grid_table(view.layout, score_of_grid))
         first = best_of_each_image(view, redundant)
+        scores = {"redundant": redundant, "spatial": spatial}
         compared = redundant, spatial
         if isinstance(module, Thresholds):
             theta_r, theta_s = module(view, s_self, s_cross, question)
-            leading = spatial if self.spatial_share == 1 else redundant
-            best = top_k_mask(leading, view.slot_valid, least_counts(view))
+            best = top_k_mask(scores[self.compared[0]], view.slot_valid, least_counts(view))
             first = best if first is None else first | best
-            if self.spatial_share == 1:
-                compared = torch.full_like(redundant, _NEVER), spatial
-            elif self.spatial_share == 0:
-                compared = redundant, torch.full_like(spatial, _NEVER)
+            redundant_or_never, spatial_or_never = (
+                score if name in self.compared else torch.full_like(score, _NEVER)
+                for name, score in scores.items()
+            )
+            compared = redundant_or_never, spatial_or_never
         else:
             free, counts = view.slot_valid, view.counts_tensor()
             if first is not None:  # these stay anyway; the budget is spread over the others
@@ -198,7 +205,7 @@ class ATP(Scored):
         return Decision(
             keep,
             exact=module is None,
-            scores={"self": s_self, "cross": s_cross, "redundant": redundant, "spatial": spatial},
+            scores={"self": s_self, "cross": s_cross, **scores},
             thresholds={"redundant": theta_r, "spatial": theta_s},
             soft=soft,
             counted=counted,

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
@@ -78,6 +79,11 @@ def train(settings: Settings, resume: bool = False) -> Path:
         sys.stderr.write(f"{len(source.problems)} samples of {source.name} are bad: left out.\n")
     device = choose_device(settings.device)
     args = arguments(settings, device)
+    if settings.text_only and args.world_size > 1:
+        raise ConfigError(
+            "text_only: processes would wait for each other where one alone has an image; leave "
+            "it out, or train in one process."
+        )
     set_seed(settings.seed)
     with whole_model(args):
         model, processor = _load(settings)
@@ -115,7 +121,9 @@ def train(settings: Settings, resume: bool = False) -> Path:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except (ATPError, KeyboardInterrupt) as error:
-            saved = trainer.save_now()
+            # After a loss that is no number the weights may be none either.
+            sound = isinstance(error, (InputError, KeyboardInterrupt))
+            saved = trainer.save_now() if sound else None
             if saved is not None and isinstance(error, InputError):
                 mend = "mend it, or add --skip-bad, and go on with --resume."
                 raise InputError(f"{error} What was learned is in {saved}: {mend}") from error
@@ -173,7 +181,8 @@ def save(
     elif not settings.freeze_lm:
         model.save_pretrained(out / MODEL, state_dict=rest)
         processor.save_pretrained(out / MODEL)
-    sys.stderr.write(f"Saved {out / ADAPTER}.\n")
+    also = "" if beside is None else f" and {out / beside}, which goes with it"
+    sys.stderr.write(f"Saved {out / ADAPTER}{also}.\n")
     return out / ADAPTER
 
 
@@ -191,8 +200,13 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out: {out} is a file; give a folder.")
-    newest = get_last_checkpoint(str(out)) if out.is_dir() else None
+    newest = _newest_checkpoint(out)
     if not resume:
+        earlier = [name for name in (ADAPTER, LORA, MODEL) if (out / name).exists()]
+        if newest is None and earlier:
+            raise ConfigError(
+                f"{out} holds the {earlier[0]} of an earlier training; give another --out."
+            )
         if newest is not None:
             raise ConfigError(
                 f"{out} holds {Path(newest).name} of an earlier training; --resume goes on with "
@@ -220,6 +234,13 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
             "or train anew in another out."
         )
     return newest
+
+
+def _newest_checkpoint(out: Path) -> str | None:
+    """The newest one that was written to its end."""
+    states = out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    folders = [state.parent for state in states if state.parent.name.split("-")[-1].isdecimal()]
+    return str(max(folders, key=lambda f: int(f.name.split("-")[-1]))) if folders else None
 
 
 def _source(settings: Settings) -> Source:

@@ -90,6 +90,8 @@ def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = (
     Args:
         leave_out: decoder layers that get none.
 
+    What learns is float32, whatever the model's weights are: in bfloat16 small steps would be lost.
+
     Raises:
         ConfigError: where PEFT is not installed.
         UnsupportedModelError: where the model cannot carry adapters.
@@ -115,3 +117,5 @@ def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = (
     for name, parameter in model.named_parameters():  # PEFT has frozen all but its own
         if name.startswith(_PREFIX):
             parameter.requires_grad_(True)
+        elif parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from atp_patch.errors import ATPError, ConfigError, WeightsError
 from atp_patch.patch import HEADS, disabled, last_trace
@@ -140,8 +141,8 @@ class PruningTrainer(Trainer):
             loss = loss + self.settings.distill * ranks * (divergence / count).to(loss)
         if not bool(torch.isfinite(loss.detach())):
             raise ATPError(
-                f"the loss of step {self.state.global_step + 1} is {float(loss.detach())}; lower "
-                "lr or atp_lr, and go on from the newest checkpoint."
+                f"the loss of step {self.state.global_step + 1} is {float(loss.detach())}; train "
+                "anew with a lower lr or atp_lr, in another out."
             )
         self.meter.add(log_prob.detach(), target, answer, trace, divergence)
         return (loss, outputs) if return_outputs else loss
@@ -200,6 +201,6 @@ class PruningTrainer(Trainer):
         if not step or self.optimizer is None or self.args.world_size > 1:
             return None
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not folder.is_dir():
+        if not (folder / TRAINER_STATE_NAME).is_file():  # which is written last
             self._save_checkpoint(self.model, trial=None)
         return folder

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import atp_patch
+from atp_patch import calibration
 from tests.core.test_learning import LAYERS, learner
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
@@ -66,6 +67,34 @@ def test_the_average_meets_the_target(kind: str, target: int, tmp_path: Path) ->
     assert measured(again, data)[0] == after
     assert atp_patch.patch.require_patch(again).config.target_tokens == target
     assert f"{target} visual tokens" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_score_that_was_left_out_spares_nothing(share: int) -> None:
+    """Whatever its thresholds say: low ones here, which would keep much."""
+    model = learner("llava-llama", spatial_share=share, lambda_sample=1.0)
+    for parameter in model.atp_patch_heads.parameters():
+        if parameter.dim() == 1 and parameter.numel() == 1:
+            torch.nn.init.constant_(parameter, -1.0)
+    data = batches(model)
+    atp_patch.calibrate(model, data, 14)
+    assert measured(model, data)[0] == pytest.approx(14, rel=0.01)
+
+
+def test_a_calibration_that_is_broken_off_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learner("llava-llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data, meet = batches(model), calibration._meet
+
+    def broken(*args: Any) -> float:
+        meet(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "_meet", broken)
+    with pytest.raises(KeyboardInterrupt):
+        atp_patch.calibrate(model, data, 14)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_untrained_heads_too_and_training_goes_on_as_before() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import atp_patch
 from atp_patch.builtin import load_builtin, make_scene, prompt
-from atp_patch.errors import ConfigError, WeightsError
+from atp_patch.errors import WeightsError
 from atp_patch.evaluation.identity import model_hash
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
 from atp_patch.patch import is_patched
-from atp_patch.trained import find_trained, load_trained, merged, shipped
+from atp_patch.trained import changes_features, find_trained, load_trained, merged, shipped
 from atp_patch.training.learn import add_lora
 from tests.evaluation.conftest import TOKENS, build
 
@@ -69,6 +71,51 @@ def test_what_a_training_left_is_loaded_for_good(trained: Path) -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_second_lora_is_not_added_to_the_first(trained: Path) -> None:
+    model, _ = build()
+    load_trained(model, str(trained))
+    before = model_hash(model)
+    with pytest.raises(WeightsError, match="already; load the model anew"):
+        load_trained(model, str(trained))
+    assert model_hash(model) == before
+
+
+def test_a_training_written_again_is_read_again(trained: Path) -> None:
+    model, _ = build()
+    with merged(model, str(trained / "lora")):
+        first = model_hash(model)
+    file = trained / "lora" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    with merged(model, str(trained / "lora")):
+        assert model_hash(model) != first
+
+
+def test_weights_that_are_not_in_memory_are_refused(trained: Path) -> None:
+    model, _ = build()
+    with pytest.raises(WeightsError, match="without offloading"):
+        load_trained(model.to("meta"), str(trained))
+
+
+def test_a_training_of_the_whole_model_names_it(trained: Path) -> None:
+    (trained / "model").mkdir()
+    with pytest.raises(WeightsError, match=r"the model learned too: load .*model"):
+        find_trained(str(trained))
+
+
+def test_a_lora_outside_the_decoder_changes_the_features(trained: Path) -> None:
+    model, _ = build()
+    folder = str(trained / "lora")
+    assert not changes_features(model, folder)
+    file = trained / "lora" / "adapter_model.safetensors"
+    stored = load_file(file)
+    name = "base_model.model.model.multi_modal_projector.linear_1.lora_{}.weight"
+    rows, columns = model.model.multi_modal_projector.linear_1.weight.shape
+    rank = next(iter(t for n, t in stored.items() if "lora_A" in n)).shape[0]
+    made = {"A": torch.ones(rank, columns), "B": torch.ones(rows, rank)}
+    save_file(stored | {name.format(part): tensor for part, tensor in made.items()}, file)
+    assert changes_features(model, folder)
+
+
 def test_a_model_that_it_was_not_made_for_stays_as_it_is(trained: Path) -> None:
     model, _ = build()
     model.get_decoder().layers[7].mlp.down_proj = torch.nn.Linear(2, 3)
@@ -84,7 +131,7 @@ def test_where_a_training_is_found(
 ) -> None:
     found = find_trained(str(trained))
     assert (found.adapter, found.lora) == (str(trained / "adapter"), str(trained / "lora"))
-    assert find_trained(str(trained / "adapter")).lora is None
+    assert find_trained(str(trained / "adapter")) == found  # which is useless without its LoRA
     assert find_trained("user/adapter").adapter == "user/adapter"
     name = shipped()[0]
     assert Path(find_trained(name).adapter).is_dir()
@@ -120,7 +167,8 @@ def test_a_setting_says_its_adapter_as_it_was_given(trained: Path) -> None:
 
 def test_lora_is_part_of_the_identity(trained: Path) -> None:
     (with_lora,) = settings(str(trained))
-    (alone,) = settings(str(trained / "adapter"))
+    alone_folder = shutil.copytree(trained / "adapter", trained / "alone")
+    (alone,) = settings(str(alone_folder))
     assert with_lora.lora is not None
     assert alone.lora is None
     assert with_lora.identity() != alone.identity()
@@ -141,5 +189,5 @@ def test_what_cannot_be_merged_is_named(bench: Bench, trained: Path) -> None:
     layer.down_proj = kept
     assert model_hash(bench.model) == before
     (trained / "model").mkdir()
-    with pytest.raises(ConfigError, match="give --model"):
+    with pytest.raises(WeightsError, match="the model learned too"):
         settings(str(trained))
