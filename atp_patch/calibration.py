@@ -17,6 +17,7 @@ from atp_patch.maths import average_tokens
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.methods.atp_heads import Thresholds
+from atp_patch.modes import evaluating
 from atp_patch.patch import last_trace, require_patch
 from atp_patch.pruner import Patch
 
@@ -76,7 +77,7 @@ def calibrate(
         start = {name: value.clone() for name, value in module.state_dict().items()}
     shifts = dict.fromkeys(patch.layers, 0.0)
     try:
-        with _evaluating(model):
+        with evaluating(model):
             first = seen = _observe(model, data, None)
             target = patch.config.goal(first.total) if target_tokens is None else target_tokens
             counts = _scaled(first, patch, target)
@@ -120,7 +121,7 @@ def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> 
         raise ConfigError(f"kind={kind!r} is not one of {', '.join(CONTROLS)}.")
     patch, data = require_patch(model), list(batches)
     _thresholds(patch)
-    with _evaluating(model):
+    with evaluating(model):
         own = _observe(model, data, None)
         tables = own.thetas
         if kind == "mean":
@@ -278,14 +279,3 @@ def _thresholds(patch: Patch) -> Thresholds:
             'method="atp", thresholds="learned", or with an adapter that brings them.'
         )
     return patch.heads
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -58,6 +58,7 @@ class Compression(Patch):
     @property
     def embedding(self) -> Tensor:
         """(V, D) of the VoCo tokens."""
+        self.check_heads()
         heads: Any = self.heads
         return heads.embedding
 

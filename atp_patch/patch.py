@@ -31,12 +31,11 @@ from atp_patch.methods import (
     make_method,
     make_methods,
 )
-from atp_patch.pruner import IGNORED, Patch, check_turned, follows_budget, tower_of
+from atp_patch.pruner import HEADS, IGNORED, Patch, check_turned, follows_budget, tower_of
 from atp_patch.seam import Parts, decoder_shape, locate
 from atp_patch.trace import PruningTrace
 
 STATE = "_atp_patch"
-HEADS = "atp_patch_heads"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 

@@ -29,6 +29,7 @@ from atp_patch.trace import LayerTrace, PruningTrace
 from atp_patch.types import Decision, GridQuery, View, VisualGrid
 from atp_patch.vision import Tower
 
+HEADS = "atp_patch_heads"  # name of what learns, in the model
 IGNORED = "_keys_to_ignore_on_save"
 
 
@@ -150,9 +151,18 @@ class Patch:
             for grids, total, remaining in samples
         )
 
+    def check_heads(self) -> None:
+        """Raise ConfigError where other heads than these would learn."""
+        if hasattr(getattr(self.parts.model, HEADS, None), "modules_to_save"):
+            raise ConfigError(
+                f"PEFT's modules_to_save trains a copy of {HEADS} that nothing uses; leave it out, "
+                f"and call model.{HEADS}.requires_grad_(True)."
+            )
+
     def decide(self, view: View) -> Decision:
         """The method's choice."""
         assert self.method is not None
+        self.check_heads()
         return self.method.decide(view, self.heads if self.control is None else self.control)
 
     def finished(self, run: Prefill) -> None:

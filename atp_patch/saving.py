@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from atp_patch.hub import Adapter, Beside, adapter_of
-from atp_patch.patch import HEADS, require_patch
+from atp_patch.patch import require_patch
+from atp_patch.pruner import HEADS
 
 
 def save_pretrained(
@@ -61,6 +62,7 @@ def adapter(
         state_dict: as that takes it; ``beside`` as :class:`~atp_patch.hub.Adapter` does.
     """
     patch, prefix = require_patch(model), HEADS + "."
+    patch.check_heads()
     if state_dict is not None:
         state_dict = {
             name.removeprefix(prefix): tensor

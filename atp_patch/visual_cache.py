@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atp_patch.compression import Compression
 from atp_patch.errors import ConfigError, InputError, WeightsError
+from atp_patch.modes import evaluating
 from atp_patch.patch import require_patch
 from atp_patch.seam import Held, for_model
 
@@ -177,13 +178,9 @@ def compress(
             )
         mask = torch.cat([after.attention_mask.to(mask), mask], dim=1)
         cache, start = after.held.cache(), after.following
-    training = model.training
-    model.eval()  # gradient checkpointing, which a model in training may do, keeps no cache
-    try:
-        with torch.no_grad():
-            made, following = patch.seam.compress({**inputs, "attention_mask": mask}, cache, start)
-    finally:
-        model.train(training)
+    # Gradient checkpointing, which a model in training may do, keeps no cache.
+    with evaluating(model), torch.no_grad():
+        made, following = patch.seam.compress({**inputs, "attention_mask": mask}, cache, start)
     return VisualCache(Held.of(made), mask, following, fingerprint(model))
 
 

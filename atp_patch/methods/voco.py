@@ -30,7 +30,8 @@ class VoCo(Compressor):
 
     Attributes:
         num_tokens: VoCo tokens of each segment, ``V``. A segment is what stands in a row without
-            text between: an image with all its tiles, or a video.
+            text between: an image with all its tiles, or a video. Where a model's own text tokens
+            stand within an image, it is a tile (Idefics 3, SmolVLM) or a row (Mistral 3, Pixtral).
         segment_frames: frames of a video that make a segment; None: all of them.
     """
 

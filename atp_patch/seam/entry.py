@@ -132,12 +132,13 @@ def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
             "for conversations with several images."
         )
     windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
-    narrowest = min((window for window in windows if window is not None), default=total)
-    if total > narrowest:
+    narrowest = min((window for window in windows if window is not None), default=None)
+    # A full window has let its oldest key go already.
+    if narrowest is not None and total >= narrowest:
         raise CacheError(
             f"an image in a later turn cannot be pruned once the conversation ({total} tokens) "
-            f"is longer than the sliding window of {narrowest}; put the image into the first "
-            "turn, or use atp_patch.disabled(model) for this turn."
+            f"fills the sliding window of {narrowest}; put the image into the first turn, or use "
+            "atp_patch.disabled(model) for this turn."
         )
 
 

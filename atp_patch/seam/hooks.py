@@ -20,13 +20,14 @@ from atp_patch.seam import recorder
 from atp_patch.seam.cache import pruned_layer
 from atp_patch.seam.decode import Decode
 from atp_patch.seam.entry import Reader, begin
-from atp_patch.seam.inputs import Call
+from atp_patch.seam.inputs import Call, refuse_replica
 from atp_patch.seam.learning import LearningPass
 from atp_patch.seam.locate import Parts
 from atp_patch.seam.marks import wiped
 from atp_patch.seam.narrow import check_implementation, is_flash
 from atp_patch.seam.outside import Outside
 from atp_patch.seam.prefill import Prefill
+from atp_patch.seam.replaced import Replaced
 from atp_patch.seam.session import Session
 from atp_patch.seam.tower import VisionHooks
 from atp_patch.types import Decision, View
@@ -87,6 +88,7 @@ class Seam:
         self.vision = pruner.vision_hooks(self._in_pass)
         self._call: Call | None = None
         self._handles: list[Any] = []
+        self._generate: Replaced | None = None
 
     def install(self) -> None:
         """Register the hooks, and a ``generate`` that knows where the prompt ends."""
@@ -106,7 +108,7 @@ class Seam:
             self.vision.install(add)
         self.outside.install()
         if hasattr(parts.top, "generate"):
-            parts.top.generate = self.generate
+            self._generate = Replaced(parts.top, "generate", self.generate)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A patched model that is unpickled needs its attention function known in that process."""
@@ -118,7 +120,8 @@ class Seam:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.parts.top.__dict__.pop("generate", None)
+        if self._generate is not None:
+            self._generate.restore()
         self.outside.remove()
         if self.vision is not None:
             self.vision.remove()
@@ -127,13 +130,16 @@ class Seam:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The host's ``generate``; it tells the forward passes within where the prompt ends."""
-        top = self.parts.top
         outer = self.session
-        self.session = Session.of_generate(self.outside, args, kwargs)
+        if outer is not None:
+            outer.check_thread()
+        if self.enabled:
+            self.session = Session.of_generate(self.outside, args, kwargs)
         for name in ("visual_mask", "visual_grids"):
             kwargs.pop(name, None)
+        assert self._generate is not None
         try:
-            return type(top).generate(top, *args, **kwargs)
+            return self._generate.original(*args, **kwargs)
         finally:
             self.session = outer
 
@@ -162,11 +168,14 @@ class Seam:
     # -- hooks ------------------------------------------------------------------------------------
 
     def _before_top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        refuse_replica(module)
         self._call = Call.begin(self.outside, args, kwargs, self.session)
         return args, kwargs
 
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._call is None:
+        refuse_replica(module)
+        # One that has been here before was broken off: Ctrl-C runs no hook after it.
+        if self._call is None or self._call.entered:
             self._call = Call.begin(self.outside, args, kwargs, self.session)
             self._call.alone = module is not self.parts.top
         self._call.with_base(module, args, kwargs)

@@ -76,6 +76,7 @@ class HostPass:
                 else survivors.once(id(positions), positions, lambda: gather(positions, 2))
             )
         mask = kwargs.get("attention_mask")
+        self._check_window(layer)
         # Layers that hold different earlier turns need different columns.
         held = None if self.cache is None or not self.past else self.cache.layers[layer]
         held = getattr(held, "positions", None)
@@ -87,16 +88,21 @@ class HostPass:
             keys, valid = self._key_positions(layer, survivors)
             adopt(cache, layer).prune(keys, valid, self.total)
 
-    def _mask(self, layer: int, survivors: Survivors, mask: Tensor | None) -> Tensor | None:
-        """The survivors' mask; None where causality is all that is needed."""
+    def _slides(self, layer: int) -> bool:
         window = self.sliding_window(layer)
-        slides = window is not None and self.total > window
-        if slides and self.flash:
+        return window is not None and self.total > window
+
+    def _check_window(self, layer: int) -> None:
+        if self.flash and self._slides(layer):
+            window = self.sliding_window(layer)
             raise CacheError(
                 f"{self.total} tokens do not fit the sliding window of {window} under flash "
                 f"attention, which measures it in stored keys; call "
                 "model.set_attn_implementation('sdpa')."
             )
+
+    def _mask(self, layer: int, survivors: Survivors, mask: Tensor | None) -> Tensor | None:
+        """The survivors' mask; None where causality is all that is needed."""
         if mask is None:
             return None
         keys, valid = self._key_positions(layer, survivors)
@@ -113,7 +119,9 @@ class HostPass:
             keys.to(device),
             None if valid is None else valid.to(device),
             total=self.total,
-            causal_suffices=self.plain_mask and causal_by_itself and not self.past and not slides,
+            causal_suffices=(
+                self.plain_mask and causal_by_itself and not self.past and not self._slides(layer)
+            ),
         )
 
     def _is_static(self, layer: int) -> bool:

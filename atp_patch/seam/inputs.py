@@ -35,6 +35,7 @@ class Call:
     Attributes:
         padding: (B, L) of a prompt, where ``generate`` was given it and its passes are not.
         alone: the model without its head was called, not the top.
+        entered: the model without its head has begun.
     """
 
     labels: Tensor | None
@@ -49,6 +50,7 @@ class Call:
     num_items: Any = None
     run: Prefill | None = None
     alone: bool = False
+    entered: bool = False
     visual_grids: Any = None
 
     @classmethod
@@ -83,7 +85,7 @@ class Call:
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Add what the model without its head was given."""
-        given = kwargs
+        given, self.entered = kwargs, True
         if args:
             names = list(inspect.signature(type(base).forward).parameters)[1:]
             given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -144,6 +146,15 @@ class Call:
             return (output[0] + extra.to(output[0]), *output[1:])
         output.loss = output.loss + extra.to(output.loss)
         return output
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise in a copy that ``nn.DataParallel`` made: its layers are not those that are watched."""
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            "nn.DataParallel would prune nothing; start one process for each GPU (torchrun), or "
+            "show the program a single GPU."
+        )
 
 
 def _present(value: Any) -> bool:

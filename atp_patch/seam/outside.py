@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atp_patch.errors import InputError
 from atp_patch.seam.locate import Parts
+from atp_patch.seam.replaced import Replaced
 
 IGNORED_LABEL = -100
 _OWN_LABEL = -1  # stands for the caller's own -100 while the embedding method runs
@@ -26,18 +27,18 @@ class Outside:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._embedded: Tensor | None = None
+        self._embed: Replaced | None = None
 
     def install(self) -> None:
         """Watch the model's embedding method, if visual positions are learnt from it."""
         outer = self.parts.outer
         if outer is not None and outer.embed is not None:
-            setattr(self.parts.model, outer.embed, self.embed)
+            self._embed = Replaced(self.parts.model, outer.embed, self.embed)
 
     def remove(self) -> None:
         """Take that back."""
-        outer = self.parts.outer
-        if outer is not None and outer.embed is not None:
-            self.parts.model.__dict__.pop(outer.embed, None)
+        if self._embed is not None:
+            self._embed.restore()
 
     @property
     def generation_config(self) -> Any:
@@ -92,11 +93,9 @@ class Outside:
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own embedding method, with labels that show where visual features went."""
-        outer, model = self.parts.outer, self.parts.model
-        assert outer is not None
-        assert outer.embed is not None
-        original = getattr(type(model), outer.embed)
-        bound = inspect.signature(original).bind(model, *args, **kwargs)
+        assert self._embed is not None
+        original = self._embed.original
+        bound = inspect.signature(original).bind(*args, **kwargs)
         labels, ids = bound.arguments.get("labels"), bound.arguments["input_ids"]
         bound.arguments["labels"] = (
             torch.zeros_like(ids)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.seam.outside import Outside
 from atp_patch.types import Decision
 
@@ -17,12 +18,14 @@ class Session:
     """One call of ``generate``.
 
     Attributes:
-        prompt_length: tokens of the prompt; later ones are generated or guessed, and never score.
+        prompt_length: tokens of the prompt, those in the cache included; later ones are generated
+            or guessed, and never score.
         visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
         visual_grids: of each sample the (frames, height, width) of its images, or None.
         ids: (B, L) of the prompt, or None where it is given as embeddings.
         attention_mask: (B, L) of the prompt, where one was given: static caches get another.
         choices: layer -> the decision of the first pass, for passes without a cache.
+        thread: in which it runs.
     """
 
     prompt_length: int | None
@@ -31,6 +34,7 @@ class Session:
     ids: Tensor | None = None
     visual_grids: Any = None
     attention_mask: Tensor | None = None
+    thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
     def of_generate(
@@ -57,10 +61,21 @@ class Session:
             visual_mask = outside.visual("generate", args, kwargs)
         ids = tokens if tokens is not None and not tokens.is_floating_point() else None
         mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if length is not None and mask is not None:
+            length = max(length, mask.shape[1])  # ids of a later turn may be its own alone
         return cls(
             length,
             visual_mask,
             ids=ids,
             visual_grids=kwargs.get("visual_grids"),
-            attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            attention_mask=mask,
         )
+
+    def check_thread(self) -> None:
+        """Raise ConfigError in another thread than its own."""
+        if self.thread != threading.get_ident():
+            raise ConfigError(
+                "another thread is in this model's generate: a patched model serves one at a time. "
+                "Guard it with a lock, or give each thread a model of its own."
+            )

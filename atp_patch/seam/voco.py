@@ -233,7 +233,8 @@ def _past(
     batch, n = slots.place.shape
     windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
     narrowest = min((window for window in windows if window is not None), default=None)
-    if narrowest is not None and past_length + n > narrowest:
+    # A full window has let its oldest key go already.
+    if narrowest is not None and past_length + n >= narrowest:
         raise CacheError(
             f"{past_length + n} tokens do not fit the sliding window of {narrowest}: text could "
             "not see the VoCo tokens. Give shorter prompts."

@@ -25,7 +25,8 @@ from atp_patch.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.hub import CARD_FILE, Beside
 from atp_patch.loading import choose_device, load_checkpoint, quiet_transformers
-from atp_patch.patch import HEADS, patch_model, require_patch
+from atp_patch.patch import patch_model, require_patch
+from atp_patch.pruner import HEADS
 from atp_patch.saving import adapter
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder

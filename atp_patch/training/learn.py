@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from atp_patch.errors import ConfigError, UnsupportedModelError
-from atp_patch.patch import HEADS, require_patch
+from atp_patch.patch import require_patch
+from atp_patch.pruner import HEADS
 
 _PREFIX = HEADS + "."
 

@@ -16,7 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from atp_patch.errors import ATPError, ConfigError, WeightsError
-from atp_patch.patch import HEADS, disabled, last_trace
+from atp_patch.patch import disabled, last_trace
+from atp_patch.pruner import HEADS
 from atp_patch.training.dataset import SKIPPED
 from atp_patch.training.encode import IGNORED
 from atp_patch.training.learn import parameter_groups
