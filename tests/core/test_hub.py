@@ -37,6 +37,22 @@ def test_an_adapter_reproduces_the_patched_model(kind: str, method: str, tmp_pat
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "README.md"])
+def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("precious")
+    model = atp_patch.patch_model(tiny_model("llava-llama"), LAYERS, "fastv", keep=0.6)
+    with pytest.raises(atp_patch.ConfigError, match=f"holds {name} of something else"):
+        atp_patch.save_pretrained(model, tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "precious"}
+
+
+def test_an_adapters_own_folder_is_written_again(tmp_path: Path) -> None:
+    for keep in (0.6, 0.3):
+        model = atp_patch.patch_model(tiny_model("llava-llama"), LAYERS, "fastv", keep=keep)
+        atp_patch.save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "atp_config.json").read_text())["keep"] == [0.3] * 3
+
+
 def learned(kind: str = "llava-llama") -> Any:
     torch.manual_seed(3)
     model = tiny_model(kind)

@@ -111,6 +111,16 @@ def test_an_adapter_brings_its_settings(
     assert data["layers"] == [{"layer": 5, "tokens_in": 576, "tokens_kept": 288, "thresholds": {}}]
 
 
+@pytest.mark.parametrize("method", ["prumerge+", "downsample"])
+def test_before_the_decoder_all_tokens_come_in(
+    method: str, scene: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    data = found(capsys, scene, QUESTION, "--method", method, "--keep", "0.25")
+    (row,) = data["layers"]
+    assert (row["layer"], row["tokens_in"]) == (0, 576)
+    assert row["tokens_kept"] == data["tokens_per_layer"][0] == 144
+
+
 def test_people_get_tables(
     scene: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,9 @@ def test_resuming_is_refused_where_it_would_be_another_training(
         run(folder, whole, resume=True, seed=1)
     with pytest.raises(atp_patch.ConfigError, match="no checkpoint"):
         run(folder, tmp_path, resume=True)
+    shutil.copytree(whole / "adapter", tmp_path / "done" / "adapter")
+    with pytest.raises(atp_patch.ConfigError, match="holds the adapter of an earlier training"):
+        run(folder, tmp_path / "done")
     shutil.copytree(whole, tmp_path / "torn")
     (tmp_path / "torn" / "checkpoint-4" / "learned.safetensors").unlink()
     with pytest.raises(atp_patch.WeightsError, match="does not hold what this training learns"):

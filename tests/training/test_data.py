@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_lines_of_json(data: Writer) -> None:
     assert len(found) == 3
     assert "not JSON" in found.problems[1]
     assert len(source(data([record()] * 5), samples=2)) == 2
+
+
+@pytest.mark.parametrize("name", ["mix.json", "mix.jsonl"])
+def test_separators_within_strings_and_a_mark_before_the_text(name: str, data: Writer) -> None:
+    """What ``str.splitlines`` takes for line ends is none in JSON; some programs write a mark."""
+    answer = "one\u2028two\u2029three\x85four"
+    one = record()
+    one["conversations"][-1]["value"] = answer
+    file = data([one, record()], name)
+    records = [one, record()]
+    dumped = [json.dumps(r, ensure_ascii=False) for r in records]
+    text = "\r\n".join(dumped) if name.endswith("l") else f"[{', '.join(dumped)}]"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = source(file)
+    assert len(found) == 2
+    assert not found.problems
 
 
 @pytest.mark.parametrize(
