@@ -143,16 +143,16 @@ def calibrated(trainer: PruningTrainer) -> Calibration | None:
     settings, samples = trainer.settings, trainer.train_dataset
     if not settings.calibrate:
         return None
-    chosen = [samples[i] for i in range(min(settings.calibrate, len(samples)))]
-    chosen = [sample for sample in chosen if any(k.startswith("pixel_values") for k in sample)]
     size = trainer.args.per_device_train_batch_size
     batches = []
-    for start in range(0, len(chosen), size):
-        batch = trainer.data_collator(chosen[start : start + size])
-        batches.append({name: value for name, value in batch.items() if name != SKIPPED})
     try:
+        chosen = [samples[i] for i in range(min(settings.calibrate, len(samples)))]
+        chosen = [sample for sample in chosen if any(k.startswith("pixel_values") for k in sample)]
+        for start in range(0, len(chosen), size):
+            batch = trainer.data_collator(chosen[start : start + size])
+            batches.append({name: value for name, value in batch.items() if name != SKIPPED})
         return calibrate(trainer.model, batches)
-    except ConfigError as error:  # what was learned is saved all the same
+    except (ConfigError, InputError) as error:  # what was learned is saved all the same
         sys.stderr.write(f"Not calibrated: {error}\n")
         return None
 

@@ -107,6 +107,10 @@ class Settings:
                 "text_only: heads learn nothing from text alone; leave it out, or set "
                 "freeze_lm: false."
             )
+        for name in ("layers", "target_tokens", "rope_2d", "method", "weights", "model"):
+            if name in self.options:
+                own = "is a setting of its own" if hasattr(self, name) else "is not for a training"
+                raise ConfigError(f"options: {name} {own}; take it out of options.")
         if self.adapter is not None and (
             self.layers or self.options or self.target_tokens or self.rope_2d
         ):

@@ -230,6 +230,18 @@ def test_a_target_out_of_reach_is_told_and_the_adapter_saved(
     assert "calibrated on" not in (adapter / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_bad_sample_among_those_to_calibrate_on_is_told_and_the_adapter_saved(
+    folder: Path, tmp_path: Path, data: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The one step draws another sample.
+    file = data([record(image="broken.png")] + [record() for _ in range(5)])
+    adapter = run(
+        folder, tmp_path / "out", steps=1, batch_size=1, calibrate=6, data=str(file), samples=None
+    )
+    assert "Not calibrated: sample 0" in capsys.readouterr().err
+    assert (adapter / "README.md").is_file()
+
+
 def test_the_second_built_in_model_learns(tmp_path: Path) -> None:
     adapter = run(Path("builtin-dynamic"), tmp_path, steps=1, target_tokens=40, batch_size=2)
     model, processor = load_builtin(DYNAMIC)

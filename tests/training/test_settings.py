@@ -65,6 +65,8 @@ def test_flags_win_and_options_merge(tmp_path: Path) -> None:
         ({"text_only": True}, ["text_only", "freeze_lm: false"]),
         ({"rope_2d": True}, ["rope_2d", "freeze_lm: false"]),
         ({"adapter": "a", "layers": [2]}, ["adapter", "layers"]),
+        ({"options": {"target_tokens": 9}}, ["target_tokens is a setting of its own"]),
+        ({"options": {"method": "fastv"}}, ["method is not for a training"]),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], parts: list[str]) -> None:
