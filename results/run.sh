@@ -58,23 +58,26 @@ allocation() {
             "$OUT/allocation-test/summary.jsonl" --target-tokens $tokens
     done > "$OUT/allocation.md"
 }
-# Half an hour and 17 GB of memory: the full depth of LLaVA-1.5-7B, then parts of it and of others.
+# The full depth of LLaVA-1.5-7B (17 GB of memory), then parts of it and of others.
 bench() {
     mkdir -p "$OUT/bench"
-    timed table6 --preset llava-1.5-7b --layers 4,14,24 --methods atp,fastv@2 \
+    drawn table6 --preset llava-1.5-7b --layers 4,14,24 --methods atp,fastv@2 \
         --target-tokens 144 --runs 5 --decode-tokens 4
-    timed batches --preset llava-1.5-7b --scale 0.125 --methods atp --target-tokens 250 \
+    drawn batches --preset llava-1.5-7b --scale 0.125 --target-tokens 250 \
         --batch-size 1,2,4,8,16,32 --runs 3
-    timed qwen2-vl --preset qwen2-vl-7b --scale 0.25 --methods atp,fastv@1 --keep 0.5 \
+    drawn qwen2-vl --preset qwen2-vl-7b --scale 0.25 --methods atp,fastv@1 --keep 0.5 \
         --image 448x448,896x672,1344x1008 --runs 3 --decode-tokens 4
-    timed internvl --preset internvl-8b --scale 0.25 --methods atp,fastv@1 --keep 0.5 \
+    drawn internvl --preset internvl-8b --scale 0.25 --methods atp,fastv@1 --keep 0.5 \
         --runs 3 --decode-tokens 4
+    timed training --train --preset llava-1.5-7b --scale 0.125 --runs 5
+    timed follow-up --follow-up 1,2,8,32 --preset llava-1.5-7b --scale 0.125 --runs 5
 }
+drawn() { timed "$@" --plot "$OUT/bench/$1.png"; }
 timed() {
     name=$1
     shift
-    $PYTHON -m atp_patch.bench "$@" --device cpu --dtype bfloat16 \
-        --json "$OUT/bench/$name.json" --plot "$OUT/bench/$name.png" > "$OUT/bench/$name.md"
+    $PYTHON -m atp_patch.bench "$@" --dtype bfloat16 --json "$OUT/bench/$name.json" \
+        > "$OUT/bench/$name.md"
     cat "$OUT/bench/$name.md"
 }
 
