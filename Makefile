@@ -27,11 +27,11 @@ test-matrix: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-# Everything in results/, by a day of work; killed, it goes on where it was.
+# Everything in results/, by a day of work; killed, it goes on where it was. Times last, alone.
 results: $(VENV)/.installed-train $(VENV)/.installed-eval
 	PYTHON=$(BIN)/python results/run.sh
 	PYTHON=$(BIN)/python results/train.sh
-	PYTHON=$(BIN)/python results/run.sh together
+	PYTHON=$(BIN)/python results/run.sh together bench
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
