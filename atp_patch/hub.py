@@ -225,9 +225,10 @@ def adapter_files(source: str | Path) -> Path:
         WeightsError: where there is none.
     """
     file = _fetch(source, CONFIG_FILE)
-    config = PruningConfig.from_json(file.read_text(encoding="utf-8"), f"{source}/{CONFIG_FILE}")
-    if _module(config) is not None:
-        _fetch(source, WEIGHTS_FILE)
+    if not Path(source).is_dir():
+        text = file.read_text(encoding="utf-8")
+        if _module(PruningConfig.from_json(text, f"{source}/{CONFIG_FILE}")) is not None:
+            _fetch(source, WEIGHTS_FILE)
     return file.parent
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_lora_beside_an_adapter_speaks_in_the_pruned_answer_alone(
     atp_patch.unpatch_model(model)
     model.save_pretrained(tmp_path / "lora")
     image, true_answer = made()
-    for source, same in ((tmp_path / "adapter", True), (tmp_path, False)):
+    alone = shutil.copytree(tmp_path / "adapter", tmp_path / "alone")
+    for source, same in ((alone, True), (tmp_path / "adapter", False), (tmp_path, False)):
         assert demo.main([str(image), QUESTION, "--json", "--weights", str(source)]) == 0
         data = json.loads(capsys.readouterr().out)
         assert data["answer_plain"] == true_answer

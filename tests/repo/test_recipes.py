@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from atp_patch.bench.options import check_mode
+from atp_patch.bench.options import parser as bench_parser
 from atp_patch.command_line import named_values
 from atp_patch.evaluation.options import parser as evaluation_parser
 from atp_patch.evaluation.settings import plan
@@ -47,12 +49,14 @@ def told(
     places = {"PYTHON": stub, "LOG": folder / "log", "OUT": folder / "out", "WORK": folder / "work"}
     places["OUT"].mkdir()
     told = {name: str(path) for name, path in places.items()}
-    program = ROOT / "results" / request.param
-    subprocess.run(["sh", str(program)], check=True, env={**os.environ, **told})
+    program, *parts = request.param.split()
+    subprocess.run(
+        ["sh", str(ROOT / "results" / program), *parts], check=True, env={**os.environ, **told}
+    )
     return [json.loads(line) for line in places["LOG"].read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("told", ["run.sh", "train.sh"], indirect=True)
+@pytest.mark.parametrize("told", ["run.sh", "run.sh bench", "train.sh"], indirect=True)
 def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> None:
     assert len(told) >= 4
     for argv in told:
@@ -74,6 +78,8 @@ def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> N
             (atp,) = (method for method in METHODS if method.name == "atp")
             atp(thresholds="learned", **made.options)
             assert max(made.layers or ()) < DEPTH[made.model]
+        elif argv[:2] == ["-m", "atp_patch.bench"]:
+            check_mode(bench_parser().parse_args(argv[2:]))
         else:
             assert (ROOT / "results" / argv[0]).is_file(), argv
 
