@@ -23,9 +23,9 @@ def save_pretrained(
     """Write the adapter alone (configuration, learned tensors, card) to a folder.
 
     Args:
+        folder: of its own: one that holds a model is refused.
         state_dict: of the whole model, where processes hold it in parts (FSDP, ZeRO-3):
             ``accelerator.get_state_dict(model)``, which all of them call.
-        folder: of its own: one that holds a model is refused.
         kwargs: passed on to ``huggingface_hub.ModelHubMixin.save_pretrained``.
 
     Raises:

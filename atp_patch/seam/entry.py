@@ -131,15 +131,22 @@ def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
             "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache "
             "for conversations with several images."
         )
-    windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
-    narrowest = min((window for window in windows if window is not None), default=None)
-    # A full window has let its oldest key go already.
-    if narrowest is not None and total >= narrowest:
+    narrowest = filled_window(parts, total)
+    if narrowest is not None:
         raise CacheError(
             f"an image in a later turn cannot be pruned once the conversation ({total} tokens) "
             f"fills the sliding window of {narrowest}; put the image into the first turn, or use "
             "atp_patch.disabled(model) for this turn."
         )
+
+
+def filled_window(parts: Parts, tokens: int) -> int | None:
+    """The narrowest sliding window of the decoder where so many tokens fill it, else None.
+
+    A full window has let its oldest key go already.
+    """
+    windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
+    return min((w for w in windows if w is not None and tokens >= w), default=None)
 
 
 def sliding_window(config: Any, layer: int) -> int | None:

@@ -28,7 +28,7 @@ from atp_patch.maths import (
     voco_visible,
 )
 from atp_patch.seam.cache import adopt, check_cache, stored_positions
-from atp_patch.seam.entry import Reader, sliding_window
+from atp_patch.seam.entry import Reader, filled_window
 from atp_patch.seam.inputs import Call, grid_query, read_prompt
 from atp_patch.seam.locate import Parts
 from atp_patch.types import Layout, Span, VisualGrid
@@ -231,10 +231,8 @@ def _past(
 ) -> Past | None:
     """What the cache holds already."""
     batch, n = slots.place.shape
-    windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
-    narrowest = min((window for window in windows if window is not None), default=None)
-    # A full window has let its oldest key go already.
-    if narrowest is not None and past_length + n >= narrowest:
+    narrowest = filled_window(parts, past_length + n)
+    if narrowest is not None:
         raise CacheError(
             f"{past_length + n} tokens do not fit the sliding window of {narrowest}: text could "
             "not see the VoCo tokens. Give shorter prompts."

@@ -86,12 +86,11 @@ def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = (
     """LoRA (Hu et al., 2021) on every linear layer of the decoder; the heads learn beside it.
 
     It is added inside the model (``model.add_adapter``): wrappers of PEFT before 0.21 may call
-    ``forward`` past the hooks that prune, and all of them freeze the heads.
+    ``forward`` past the hooks that prune, and all of them freeze the heads. What learns is float32,
+    whatever the model's weights are: in bfloat16 small steps would be lost.
 
     Args:
         leave_out: decoder layers that get none.
-
-    What learns is float32, whatever the model's weights are: in bfloat16 small steps would be lost.
 
     Raises:
         ConfigError: where PEFT is not installed.
