@@ -1,7 +1,8 @@
-"""Teach the built-in model to see through what a method leaves of an image.
+"""Teach a built-in model to see through what a method leaves of an image.
 
     python examples/train_compressed.py --method voco --option num_tokens=8 --out runs/voco8
     python examples/train_compressed.py --method prumerge+ --keep 0.1 --out runs/prumerge
+    python examples/train_compressed.py --model builtin-dynamic --method voco --out runs/dynamic
 
 These methods do not ask what the question is, so an image is read once in each step and all its
 questions are asked on the small cache that is left; gradients go back through it. The forward is
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,13 @@ import torch
 from torch import Tensor
 
 import atp_patch
-from atp_patch.builtin import TASKS, load_builtin
+from atp_patch.builtin import DYNAMIC, NAMES, TASKS, load_builtin
 from atp_patch.builtin.batches import Batch, BatchSpec, batches, make_batch
-from atp_patch.builtin.forward import to_pixel_values
+from atp_patch.builtin.dynamic.batches import SizedSpec, sized_batch
 from atp_patch.builtin.labels import IGNORE
 from atp_patch.builtin.losses import answered
 from atp_patch.builtin.score import TaskScore, table
 from atp_patch.builtin.silent import silent_layers, without
-from atp_patch.builtin.tokens import BOS, IMAGE, PAD, USER, word_ids
 from atp_patch.hub import Beside
 from atp_patch.saving import adapter
 from atp_patch.training.learn import add_lora
@@ -43,6 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--model", default="builtin", choices=NAMES)
     add("--method", default="voco", choices=["voco", "prumerge", "prumerge+", "downsample"])
     add("--option", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
     add("--keep", type=float, help="share of the visual tokens (not voco)")
@@ -83,7 +85,7 @@ def _settle(
 def build(asked: argparse.Namespace) -> tuple[Any, Any]:
     """The patched model, with requires_grad where it is to learn, and its processor."""
     torch.manual_seed(asked.seed)
-    model, processor = load_builtin(device=asked.device)
+    model, processor = load_builtin(NAMES[asked.model], device=asked.device)
     options = {name: int(value) for name, value in (text.split("=") for text in asked.option)}
     atp_patch.patch_model(model, method=asked.method, keep=asked.keep, **options)
     model.requires_grad_(False)
@@ -97,55 +99,55 @@ def build(asked: argparse.Namespace) -> tuple[Any, Any]:
     return model.train(), processor
 
 
-def scenes(asked: argparse.Namespace) -> BatchSpec:
-    """What is seen: no scene under two seeds."""
-    return BatchSpec(asked.images, offset=asked.seed * asked.steps * asked.images)
+def scenes(asked: argparse.Namespace, **fields: Any) -> tuple[BatchSpec, Callable[..., Batch]]:
+    """What is seen, and what draws it: in a batch of the second model's, pictures of one size."""
+    if NAMES[asked.model] == DYNAMIC:
+        return SizedSpec(asked.images, **fields), sized_batch
+    return BatchSpec(asked.images, **fields), make_batch
 
 
-def logits_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def logits_of(model: Any, processor: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """(images * questions, tokens, vocabulary) logits and the targets: each image is read once."""
     ids, targets = (
         torch.tensor(batch[name]).flatten(0, 1).to(model.device) for name in ("ids", "targets")
     )
-    images, questions = batch["ids"].shape[:2]
-    words = word_ids()
-    patches = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    read = torch.tensor([words[BOS], words[USER], *[words[IMAGE]] * patches**2])
-    read = read.expand(images, -1).to(model.device)
-    pixels = to_pixel_values(batch["pixels"], model.device)
-    cache = model(input_ids=read, pixel_values=pixels, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(questions)
-    seen = torch.cat([ids.new_ones(len(ids), read.shape[1]), (ids != words[PAD]).long()], dim=1)
-    out = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True)
+    pictures = list(batch.get("shown", batch["pixels"]))
+    begun = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
+    text = [processor.apply_chat_template(begun)] * len(pictures)
+    read = processor(images=pictures, text=text, return_tensors="pt").to(model.device)
+    cache = model(**read, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(ids) // len(pictures))
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True)  # padding comes last: unseen
     return out.logits, targets
 
 
-def loss_of(model: Any, batch: Batch) -> Tensor:
+def loss_of(model: Any, processor: Any, batch: Batch) -> Tensor:
     """Mean next-token loss of the answers."""
-    logits, targets = logits_of(model, batch)
+    logits, targets = logits_of(model, processor, batch)
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
     )
 
 
 @torch.no_grad()
-def score(model: Any, questions: int, images: int) -> list[TaskScore]:
+def score(model: Any, processor: Any, asked: argparse.Namespace) -> list[TaskScore]:
     """Exact answers by task on development scenes, as the built-in model's own score counts."""
     model.eval()
     silent = silent_layers(model)
-    spec = BatchSpec(images, tasks=TASKS, split="development")
-    right, asked = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0)
+    spec, draw = scenes(asked, tasks=TASKS, split="development")
+    right, total = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0)
     number = 0
-    while min(asked.values()) < questions:
-        batch = make_batch(spec, number)
+    while min(total.values()) < asked.questions:
+        batch = draw(spec, number)
         number += 1
         with without(model, silent):
-            hits = answered(*logits_of(model, batch))
+            hits = answered(*logits_of(model, processor, batch))
         for k, name in enumerate(TASKS):
-            found = hits[torch.tensor(batch["task"]).flatten() == k][: questions - asked[name]]
+            found = hits[torch.tensor(batch["task"]).flatten() == k]
+            found = found[: asked.questions - total[name]]
             right[name] += int(found.sum())
-            asked[name] += len(found)
-    return [TaskScore(name, right[name], asked[name]) for name in TASKS]
+            total[name] += len(found)
+    return [TaskScore(name, right[name], total[name]) for name in TASKS]
 
 
 def train(asked: argparse.Namespace) -> None:
@@ -175,9 +177,11 @@ def train(asked: argparse.Namespace) -> None:
     elif file.exists():
         raise SystemExit(f"{file} is there already: --resume goes on with it.")
     start, losses = time.time(), []
-    for step, batch in enumerate(batches(scenes(asked), first, asked.steps), first + 1):
+    # No scene under two seeds.
+    spec, draw = scenes(asked, offset=asked.seed * asked.steps * asked.images)
+    for step, batch in enumerate(batches(spec, first, asked.steps, draw), first + 1):
         with without(model, silent):
-            loss = loss_of(model, batch)
+            loss = loss_of(model, processor, batch)
             optimizer.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
@@ -198,7 +202,7 @@ def train(asked: argparse.Namespace) -> None:
             torch.save(state, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)  # a broken-off write leaves the old one
     if asked.questions:
-        print(table(score(model, asked.questions, asked.images)))
+        print(table(score(model, processor, asked)))
     beside = BESIDE[asked.learn]
     adapter(model, beside=beside).save_pretrained(asked.out / "adapter")
     atp_patch.unpatch_model(model)

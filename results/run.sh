@@ -41,10 +41,10 @@ dynamic() {
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
 }
 together() {
-    $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25" \
+    $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25,$OUT/compressed" \
         --out "$OUT/together"
-    $EVALUATE --model builtin-dynamic --summaries "$OUT/dynamic,$OUT/tables,$OUT/longer" \
-        --out "$OUT/together-dynamic"
+    $EVALUATE --model builtin-dynamic --out "$OUT/together-dynamic" \
+        --summaries "$OUT/dynamic,$OUT/tables,$OUT/longer,$OUT/compressed-dynamic"
 }
 # What each task would be given if its name were known: an upper reference.
 allocation() {

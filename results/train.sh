@@ -1,6 +1,6 @@
 #!/bin/sh
-# Trains what docs/results.md says of training, and measures it: three seeds a recipe. Tables are of
-# the second built-in model, which trains in half the time.
+# Trains what docs/results.md says of training, and measures it: three seeds a recipe. Where nothing
+# else is said it is the second built-in model, which trains in half the time.
 #   results/train.sh [sixths|quarters|tables|longer|choices|turned|compressed]...      (default: all of them)
 # PYTHON is the interpreter, WORK the folder of the trainings, OUT that of the results. A killed run
 # goes on where it was.
@@ -59,7 +59,7 @@ measure() {
     shift 2
     methods=
     for method in atp fixed fastv random uniform; do methods=$methods$method@$AT,; done
-    $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --budgets "$budget" \
+    $PYTHON -m atp_patch.evaluate --methods "${methods}downsample" --budgets "$budget" \
         --adapters "$(trained $(controlled "$@"))" --questions 500 --seeds 3 --out "$OUT/$name"
 }
 sixth() { early "$@" --target-tokens 86.4; } # 15 %
@@ -94,8 +94,9 @@ longer() {
 measure_fifth() {
     name=$1
     shift
-    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
-        --budgets 0.2 --adapters "$(trained "$@")" --questions 500 --seeds 3 --out "$OUT/$name"
+    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --budgets 0.2 \
+        --methods atp,fixed,fastv,random,uniform,downsample --adapters "$(trained "$@")" \
+        --questions 500 --seeds 3 --out "$OUT/$name"
 }
 # What the equations leave open, each against `best20`: on development questions, for a choice.
 choices() {
@@ -114,7 +115,7 @@ choices() {
     (SETTINGS=builtin_paper && fifth paper20)
     adapters=$(trained best20 mean20 all20 raw20 minmax20 strided20 scores20 literal20 annealed20 \
         smooth20 distance20 shares20 paper20)
-    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform \
+    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform,downsample \
         --budgets 0.2 --adapters "$adapters" --split development --questions 200 --seeds 3 \
         --out "$OUT/choices"
 }
@@ -122,20 +123,28 @@ choices() {
 turned() {
     lora15
     sixth turned15 $LORA --rope-2d
-    $PYTHON -m atp_patch.evaluate --methods random,uniform --layers $EARLY --budgets 0.15 \
+    $PYTHON -m atp_patch.evaluate --methods "random@$AT,uniform@$AT,downsample" --budgets 0.15 \
         --adapters "$(trained lora15 turned15)" --questions 500 --seeds 3 --out "$OUT/turned"
 }
-# Methods before the decoder that learned, beside tokens at random and on a grid, and pictures shrunk
-# to about as many tokens.
+# Methods before the decoder that learned, of both models, beside tokens at random and on a grid, and
+# pictures shrunk to about as many tokens: to 132, 36, 9 and 1, and to 31, 22, 8, 2 and 1.
 compressed() {
+    before builtin compressed "random@$AT:0.06,uniform@$AT:0.06" 0.222+0.0626+0.0157+0.0018
+    before builtin-dynamic compressed-dynamic random:0.175,uniform:0.175 \
+        0.175+0.122+0.044+0.01+0.006
+}
+# before MODEL NAME METHODS SHRUNK
+before() {
+    model=$1 name=$2 methods=$3 shrunk=$4
     for tokens in 1 2 8 32; do
-        compress voco$tokens --method voco --option num_tokens=$tokens --steps 1000
+        compress "$name/voco$tokens" --model "$model" --method voco --option num_tokens=$tokens \
+            --steps 1000
     done
-    compress prumerge+lora --method prumerge+ --steps 500
-    shrunk=downsample:0.222+0.0626+0.0157+0.0018 # to 132, 36, 9 and 1
-    $PYTHON -m atp_patch.evaluate --methods "prumerge+:0.25,random@$AT,uniform@$AT,$shrunk" \
-        --budgets 0.06 --adapters "$(trained voco1 voco2 voco8 voco32 prumerge+lora)" \
-        --questions 300 --seeds 3 --out "$OUT/compressed"
+    compress "$name/prumerge+lora" --model "$model" --method prumerge+ --steps 500
+    $PYTHON -m atp_patch.evaluate --model "$model" \
+        --methods "prumerge+:0.25,$methods,downsample:$shrunk" --budgets 0.25 --adapters \
+        "$(trained "$name/voco1" "$name/voco2" "$name/voco8" "$name/voco32" "$name/prumerge+lora")" \
+        --questions 500 --seeds 3 --out "$OUT/$name"
 }
 [ $# -gt 0 ] || set -- sixths quarters tables longer choices turned compressed
 for part in "$@"; do "$part"; done

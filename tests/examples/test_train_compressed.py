@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import atp_patch
-from atp_patch.builtin import load_builtin
-from atp_patch.builtin.batches import Batch, BatchSpec, make_batch
+from atp_patch.builtin import NAMES, load_builtin, prompt
+from atp_patch.builtin.batches import Batch, BatchSpec
+from atp_patch.builtin.tokens import PAD, word_ids
+from tests.helpers.compare import assert_close
 
 pytest.importorskip("peft")
 FILE = Path(__file__).parents[2] / "examples" / "train_compressed.py"
@@ -36,11 +39,17 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def drawn(asked: BatchSpec, first: int, stop: int, broken_at: int | None = None) -> Iterator[Batch]:
+def drawn(
+    asked: BatchSpec,
+    first: int,
+    stop: int,
+    make: Callable[[BatchSpec, int], Batch],
+    broken_at: int | None = None,
+) -> Iterator[Batch]:
     for number in range(first, stop):
         if number == broken_at:
             raise StopError
-        yield make_batch(replace(asked, questions=2), number)
+        yield make(replace(asked, questions=2), number)
 
 
 def run(example: Any, out: Path, *flags: str) -> dict[str, torch.Tensor]:
@@ -54,38 +63,79 @@ METHODS = {"voco": ["--option", "num_tokens=2"], "prumerge+": ["--keep", "0.05"]
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_training_goes_on_as_if_it_had_not(
-    method: str, example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--method", method, *METHODS[method]]
+    flags = ["--model", name, "--method", method, *METHODS[method]]
     whole = run(example, tmp_path / "whole", *flags)
     assert any("lora_B" in name and bool(p.abs().sum() > 0) for name, p in whole.items())
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(example, "batches", lambda spec, a, b: drawn(spec, a, b, broken_at=1))
+        patch.setattr(example, "batches", lambda *args: drawn(*args, broken_at=1))
         with pytest.raises(StopError):
             run(example, stopped, *flags)
     with pytest.raises(SystemExit, match="--resume"):
         run(example, stopped, *flags)
     resumed = run(example, stopped, *flags, "--resume")
     assert resumed.keys() == whole.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor)
-    model, _ = load_builtin()
+    for parameter, tensor in whole.items():
+        torch.testing.assert_close(resumed[parameter], tensor)
+    model, processor = load_builtin(NAMES[name])
     model.load_adapter(str(stopped / "lora"))
     atp_patch.patch_model(model, weights=stopped / "adapter")
     if method == "voco":
         tokens = load_file(stopped / "adapter" / "atp_model.safetensors")["embedding"]
         torch.testing.assert_close(tokens, whole["atp_patch_heads.embedding"])
-    logits, _ = example.logits_of(model, make_batch(BatchSpec(1, questions=2), 9))
+    spec, draw = example.scenes(example.parse(["--model", name, "--images", "1"]), questions=2)
+    logits, _ = example.logits_of(model, processor, draw(spec, 9))
     assert bool(torch.isfinite(logits).all())
 
 
-def test_seeds_see_other_scenes(example: Any) -> None:
-    seen = []
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_questions_on_the_cache_are_answered_as_in_one_pass(
+    name: str, method: str, example: Any
+) -> None:
+    asked = example.parse(["--model", name, "--method", method, *METHODS[method], "--images", "2"])
+    model, processor = example.build(asked)
+    spec, draw = example.scenes(asked, questions=3)
+    batch = draw(spec, 1)
+    model.eval()
+    with torch.no_grad():
+        logits, targets = example.logits_of(model, processor, batch)
+        for row, ids in enumerate(batch["ids"].reshape(6, -1)):
+            picture = batch.get("shown", batch["pixels"])[row // 3]
+            inputs = processor(images=picture, text=prompt("", NAMES[name]), return_tensors="pt")
+            asked_ids = torch.tensor(ids[ids != word_ids()[PAD]])
+            begun = inputs["input_ids"][0, :-1]  # but for "ASSISTANT:"
+            inputs["input_ids"] = torch.cat([begun, asked_ids])[None]
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "mm_token_type_ids" in inputs:
+                kinds = inputs["mm_token_type_ids"][0, :-1]
+                inputs["mm_token_type_ids"] = torch.cat([kinds, 0 * asked_ids])[None]
+            whole = model(**inputs).logits[0, -len(asked_ids) :]
+            assert_close(logits[row, : len(asked_ids)], whole, tolerance=1e-4)
+            np.testing.assert_array_equal(targets[row], batch["targets"].reshape(6, -1)[row])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seeds_see_other_scenes(
+    name: str, example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+
+    def noted(spec: BatchSpec, first: int, stop: int, make: Any) -> Iterator[Batch]:
+        scenes = {spec.offset + step * spec.images + k for step in range(5) for k in range(2)}
+        seen.append(scenes)
+        assert (first, stop) == (0, 5)
+        raise StopError
+
+    monkeypatch.setattr(example, "batches", noted)
     for seed in range(3):
-        spec = example.scenes(example.parse(["--images", "2", "--steps", "5", "--seed", str(seed)]))
-        seen.append({spec.offset + step * spec.images + k for step in range(5) for k in range(2)})
+        flags = ["--model", name, "--images", "2", "--steps", "5", "--seed", str(seed)]
+        with pytest.raises(StopError):
+            example.train(example.parse([*flags, "--out", str(tmp_path / str(seed))]))
     assert seen[0] == set(range(10))
     assert len(set.union(*seen)) == 30
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -80,6 +81,8 @@ def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> N
             assert max(made.layers or ()) < DEPTH[made.model]
         elif argv[:2] == ["-m", "atp_patch.bench"]:
             check_mode(bench_parser().parse_args(argv[2:]))
+        elif Path(argv[0]).name == "train_compressed.py":
+            run_path(argv[0])["parse"](argv[1:])
         else:
             assert (ROOT / "results" / argv[0]).is_file(), argv
 
@@ -89,7 +92,9 @@ def test_a_recipe_has_three_seeds_and_is_trained_once(told: list[list[str]]) -> 
     trained = [argv for argv in told if "--out" in argv and "--seed" in argv]
     seeds: dict[str, list[str]] = {}
     for argv in trained:
-        recipe = Path(argv[argv.index("--out") + 1]).parent.name
-        seeds.setdefault(recipe, []).append(argv[argv.index("--seed") + 1])
-    assert {"frozen15", "lora15", "frozen25", "lora25", "voco8", "paper20"} <= seeds.keys()
+        *_, kind, recipe, _ = Path(argv[argv.index("--out") + 1]).parts
+        name = f"{kind}/{recipe}" if kind.startswith("compressed") else recipe
+        seeds.setdefault(name, []).append(argv[argv.index("--seed") + 1])
+    assert {"frozen15", "lora15", "frozen25", "lora25", "paper20"} <= seeds.keys()
+    assert {"compressed/voco8", "compressed-dynamic/voco8"} <= seeds.keys()
     assert all(found == ["0", "1", "2"] for found in seeds.values()), seeds
