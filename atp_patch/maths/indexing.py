@@ -35,16 +35,15 @@ def pack(keep: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of a sequence: (B or 1, L, *) and (B, n) -> (B, n, *)."""
-    batch, n = index.shape
-    rest = x.shape[2:]
-    wide = x.expand(batch, *x.shape[1:])
-    return wide.gather(1, index.reshape(batch, n, *(1 for _ in rest)).expand(batch, n, *rest))
+    # Whole rows are copied at once, which `gather` does number by number.
+    if x.shape[0] > 1:
+        index = index + x.shape[1] * torch.arange(x.shape[0], device=index.device)[:, None]
+    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def gather_heads(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each head's sequence: (B, H, L, d) and (B, n) -> (B, H, n, d)."""
-    batch, heads, _, size = x.shape
-    return x.gather(2, index[:, None, :, None].expand(batch, heads, index.shape[1], size))
+    return gather_tokens(x.transpose(1, 2), index).transpose(1, 2)
 
 
 def scatter_tokens(

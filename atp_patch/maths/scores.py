@@ -7,11 +7,24 @@ No attention map over all tokens is ever built.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from atp_patch.maths.indexing import descending_rank
+
+_HELD_ON_CPU, _HELD = 2**22, 2**28
+"""Elements of the largest tensor made on the way. Larger ones leave a CPU's caches, and their
+memory is mapped anew each time; elsewhere it is many small steps that cost."""
+
+
+def _few(like: Tensor, elements: int) -> Iterator[slice]:
+    """Samples to be taken together, each of which makes a tensor of so many elements."""
+    held = _HELD_ON_CPU if like.device.type == "cpu" else _HELD
+    count = max(held // max(elements, 1), 1)
+    return (slice(start, start + count) for start in range(0, like.shape[0], count))
 
 
 def self_scores(
@@ -31,19 +44,24 @@ def self_scores(
     Returns:
         (B, V) float32, 0 in invalid slots.
     """
-    groups = query.shape[1] // key.shape[1]
-    # Heads that share a key head can be summed before the product.
-    queries = rearrange(query.float(), "b (k g) v d -> b k g v d", g=groups).sum(2)
-    queries = queries.masked_fill(~valid[:, None, :, None], 0.0)
-    if causal:
-        total = queries.flip(2).cumsum(2).flip(2)
-        seen_by = valid.flip(1).cumsum(1).flip(1)
-        logits = (total * key.float()).sum((1, 3)) / seen_by.clamp(min=1)
-    else:
-        total = queries.sum(2)
-        logits = torch.einsum("bkd,bkvd->bv", total, key.float())
-        logits = logits / valid.sum(1, keepdim=True).clamp(min=1)
+    parts = _few(query, query[0].numel())
+    sums = [_summed_logits(query[b], key[b], valid[b], causal) for b in parts]
+    seen_by = valid.flip(1).cumsum(1).flip(1) if causal else valid.sum(1, keepdim=True)
+    logits = torch.cat(sums) / seen_by.clamp(min=1)
     return (logits * (scaling / query.shape[1])).masked_fill(~valid, 0.0)
+
+
+def _summed_logits(query: Tensor, key: Tensor, valid: Tensor, causal: bool) -> Tensor:
+    """(B, V) the sum over visual queries and heads of q k."""
+    groups = query.shape[1] // key.shape[1]
+    queries = query.masked_fill(~valid[:, None, :, None], 0.0)
+    # Heads that share a key head can be summed before the product.
+    if causal:
+        queries = rearrange(queries.float(), "b (k g) v d -> b k g v d", g=groups).sum(2)
+        return (queries.flip(2).cumsum(2).flip(2) * key.float()).sum((1, 3))
+    total = queries.sum(2, dtype=torch.float32)
+    total = rearrange(total, "b (k g) d -> b k g d", g=groups).sum(2)
+    return (key.float() @ total[..., None]).sum(1)[..., 0]
 
 
 def cross_scores(
@@ -78,26 +96,27 @@ def cross_scores(
         (B, V) float32, 0 in invalid slots; zeros for a sample without a row that counts. A row
         that sees no key adds 0.
     """
-    total = torch.zeros(visual_index.shape, dtype=torch.float32, device=query.device)
-    for start in range(0, query.shape[2], chunk_rows):
-        part = slice(start, start + chunk_rows)
-        here = mask
-        if mask is not None:
-            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-            here = mask if mask.shape[2] == 1 else mask[:, :, part]
-        total += cross_rows(
-            query[:, :, part],
-            key,
-            row_valid[:, part],
-            visual_index,
-            visual_valid,
-            scaling,
-            mask=here,
-            softcap=softcap,
-            sinks=sinks,
-            renormalise=renormalise,
-        ).sum(1)
-    return total / row_valid.sum(1, keepdim=True).clamp(min=1)
+    _, heads, rows, _ = query.shape
+    per_row = heads * key.shape[2]
+    totals = []
+    for b in _few(query, max(key[0].numel(), per_row * min(rows, chunk_rows))):
+        keys, total = key[b].float(), query.new_zeros(visual_index[b].shape, dtype=torch.float32)
+        for start in range(0, rows, chunk_rows):
+            part = slice(start, start + chunk_rows)
+            total = total + _rows(
+                query[b, :, part],
+                keys,
+                row_valid[b, part],
+                visual_index[b],
+                visual_valid[b],
+                scaling,
+                mask=_of_mask(mask, b, part),
+                softcap=softcap,
+                sinks=sinks,
+                renormalise=renormalise,
+            ).sum(1)
+        totals.append(total)
+    return torch.cat(totals) / row_valid.sum(1, keepdim=True).clamp(min=1)
 
 
 def cross_rows(
@@ -117,6 +136,47 @@ def cross_rows(
 
     Arguments as of :func:`cross_scores`; 0 for invalid rows and in invalid slots.
     """
+    found = [
+        _rows(
+            query[b],
+            key[b],
+            row_valid[b],
+            visual_index[b],
+            visual_valid[b],
+            scaling,
+            mask=_of_mask(mask, b, slice(None)),
+            softcap=softcap,
+            sinks=sinks,
+            renormalise=renormalise,
+        )
+        for b in _few(query, max(key[0].numel(), query.shape[1] * query.shape[2] * key.shape[2]))
+    ]
+    return torch.cat(found)
+
+
+def _of_mask(mask: Tensor | None, samples: slice, rows: slice) -> Tensor | None:
+    """The mask (B or 1, H or 1, T or 1, K) of some samples and rows."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    mask = mask if mask.shape[0] == 1 else mask[samples]
+    return mask if mask.shape[2] == 1 else mask[:, :, rows]
+
+
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    row_valid: Tensor,
+    visual_index: Tensor,
+    visual_valid: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    renormalise: bool,
+) -> Tensor:
+    """:func:`cross_rows` of samples that are taken together."""
     batch, heads, rows, _ = query.shape
     groups = heads // key.shape[1]
     # Float32 products too: float16 overflows before scaling, bfloat16 rounds logits to 1/16 at 16.
@@ -129,7 +189,7 @@ def cross_rows(
     if mask is not None:
         if mask.dtype != torch.bool:
             logits = logits + mask
-        logits = logits.masked_fill(~visible_keys(mask), lowest)
+        logits = logits.masked_fill_(~visible_keys(mask), lowest)
     columns = visual_index[:, None, None, :].expand(batch, heads, rows, -1)
     visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
     if renormalise:

@@ -8,9 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atp_patch.maths import cross_scores, normalise_scores, redundant_scores, self_scores
+from atp_patch.maths import (
+    cross_rows,
+    cross_scores,
+    normalise_scores,
+    redundant_scores,
+    scores,
+    self_scores,
+)
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
+
+
+@pytest.fixture(params=[False, True], ids=["together", "one by one"], autouse=True)
+def _held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples scored together, and each alone, as large ones are."""
+    if request.param:
+        monkeypatch.setattr(scores, "_HELD_ON_CPU", 1)
 
 
 def attention_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -80,6 +94,17 @@ def test_cross_scores_are_mean_probabilities(
         renormalise=renormalise,
         chunk_rows=chunk_rows,
     )
+    rows = cross_rows(
+        query,
+        key,
+        row_valid,
+        index,
+        valid,
+        0.5,
+        mask=masks[mask_kind],
+        renormalise=renormalise,
+    )
+    torch.testing.assert_close(got, rows.sum(1) / row_valid.sum(1, keepdim=True))
     logits = attention_logits(query, key, 0.5).masked_fill(~seen_all, -torch.inf)
     probability = logits.softmax(-1)
     for b in range(2):
