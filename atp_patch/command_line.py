@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 INTERRUPTED = 130
+_PROCESSORS = Path("/proc/cpuinfo")
 Value = TypeVar("Value")
 
 
@@ -25,6 +28,17 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def machine(device: torch.device) -> str:
+    """What computes, for the record: a GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = _PROCESSORS.read_text("utf-8").splitlines() if _PROCESSORS.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = named[0] if named else platform.processor()
+    known = ", ".join(part for part in (name, platform.machine()) if part)
+    return f"{known}, {torch.get_num_threads()} threads"
 
 
 def execute(

@@ -59,7 +59,7 @@ measure() {
     shift 2
     methods=
     for method in atp fixed fastv random uniform; do methods=$methods$method@$AT,; done
-    $PYTHON -m atp_patch.evaluate --methods "${methods}downsample" --budgets "$budget" \
+    $PYTHON -m atp_patch.evaluate --methods "${methods%,}" --budgets "$budget" \
         --adapters "$(trained $(controlled "$@"))" --questions 500 --seeds 3 --out "$OUT/$name"
 }
 sixth() { early "$@" --target-tokens 86.4; } # 15 %
@@ -94,9 +94,8 @@ longer() {
 measure_fifth() {
     name=$1
     shift
-    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --budgets 0.2 \
-        --methods atp,fixed,fastv,random,uniform,downsample --adapters "$(trained "$@")" \
-        --questions 500 --seeds 3 --out "$OUT/$name"
+    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,fixed,fastv,random,uniform \
+        --budgets 0.2 --adapters "$(trained "$@")" --questions 500 --seeds 3 --out "$OUT/$name"
 }
 # What the equations leave open, each against `best20`: on development questions, for a choice.
 choices() {
@@ -115,7 +114,7 @@ choices() {
     (SETTINGS=builtin_paper && fifth paper20)
     adapters=$(trained best20 mean20 all20 raw20 minmax20 strided20 scores20 literal20 annealed20 \
         smooth20 distance20 shares20 paper20)
-    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform,downsample \
+    $PYTHON -m atp_patch.evaluate --model builtin-dynamic --methods atp,random,uniform \
         --budgets 0.2 --adapters "$adapters" --split development --questions 200 --seeds 3 \
         --out "$OUT/choices"
 }
@@ -123,7 +122,7 @@ choices() {
 turned() {
     lora15
     sixth turned15 $LORA --rope-2d
-    $PYTHON -m atp_patch.evaluate --methods "random@$AT,uniform@$AT,downsample" --budgets 0.15 \
+    $PYTHON -m atp_patch.evaluate --methods random,uniform --layers $EARLY --budgets 0.15 \
         --adapters "$(trained lora15 turned15)" --questions 500 --seeds 3 --out "$OUT/turned"
 }
 # Methods before the decoder that learned, of both models, beside tokens at random and on a grid, and

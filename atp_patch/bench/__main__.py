@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -23,12 +22,13 @@ from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.report import entries, same_lengths, table
 from atp_patch.bench.training import as_data, compare_steps, steps_table
-from atp_patch.command_line import execute
+from atp_patch.command_line import execute, machine
 from atp_patch.config import scaled_layers
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of
 from atp_patch.loading import first_line
+from atp_patch.maths import average_tokens
 from atp_patch.methods import Compressor, make_methods
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "atp_patch": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": _machine(args.device),
+        "machine": machine(torch.device(args.device)),
         "model": f"{args.preset}{scaled}: {describe(model)}, {str(dtype).removeprefix('torch.')}",
         "date": today(),
         "settings": {
@@ -182,7 +182,11 @@ def _settings(
                 given["layers"] = _layers(spec, places)
         if not isinstance(before, Compressor):  # its number of tokens is its budget
             budgeted = True
-            if args.schedule is not None:
+            if args.schedule is not None and places:  # as many on average, before its own layers
+                at = args.layers or scaled_layers(num_layers)
+                _shares(args.schedule, total, at)
+                given["target_tokens"] = average_tokens(total, args.schedule, at, num_layers)
+            elif args.schedule is not None:
                 given["keep"] = _shares(args.schedule, total, given.get("layers"))
             elif args.keep is not None or args.target_tokens is not None:
                 given |= {"keep": args.keep, "target_tokens": args.target_tokens}
@@ -218,12 +222,6 @@ def _shares(schedule: Sequence[int], total: int, layers: Sequence[int] | None) -
 def _to(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
     moved = {name: tensor.to(device) for name, tensor in inputs.items()}
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in moved.items()}
-
-
-def _machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--schedule",
         type=comma_separated(int),
-        help="visual tokens left at each of --layers, e.g. 126,88,20",
+        help="visual tokens left at each of --layers, e.g. 126,88,20; methods with layers of their "
+        "own keep as many on average",
     )
     add(
         "--image", type=comma_separated(size), help="width x height in pixels, e.g. 448x448,896x896"

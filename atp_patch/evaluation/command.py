@@ -15,11 +15,11 @@ from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
 from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
-from atp_patch.command_line import execute, named_values
+from atp_patch.command_line import execute, machine, named_values
 from atp_patch.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.gathered import SUMMARY, gather
-from atp_patch.evaluation.identity import machine, model_hash, processor_hash, today, versions
+from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import MAX_NEW_TOKENS, check, drop_layers, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
@@ -177,8 +177,8 @@ def _open(
     for pooled in dict.fromkeys(setting.pooled for setting in settings):
         members = [setting for setting in settings if setting.pooled == pooled]
         why = reasons[members[0]]
-        header = {"identity": shared, **facts}
-        if why is not None:
+        if why is not None:  # beside the unpruned model, which comes first
+            header = found[0].run
             found.append(Measured(pooled, (), layers=pooled.layers, unreachable=why, run=header))
             continue
         files = []
@@ -197,6 +197,8 @@ def _open(
         seeds = tuple(seed for seed in drawn if seed is not None)
         layers = _layers_of(model, members, visual_tokens)
         hashes = tuple(s.adapter_hash for s in members if s.adapter_hash is not None)
+        begun = {name: files[0].header[name] for name in facts}
+        header = {"identity": shared, **begun}
         found.append(Measured(pooled, tuple(files), seeds, layers, run=header, hashes=hashes))
     return found, runs
 

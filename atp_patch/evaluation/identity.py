@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from functools import cache
@@ -22,11 +21,11 @@ _PACKAGE = Path(atp_patch.__file__).parent
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
 _CODE = (
     *("config.py", "patch.py", "pruner.py", "trace.py", "types.py", "hub.py", "vision.py"),
-    *("calibration.py", "compression.py", "trained.py", "visual_cache.py"),
+    *("calibration.py", "compression.py", "loading.py", "trained.py", "visual_cache.py"),
     *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "silent")),
-    "builtin/vocabulary.py",
-    "builtin/dynamic/sizes.py",
+    *(f"builtin/{n}.py" for n in ("processing", "tokens", "vocabulary")),
+    *(f"builtin/dynamic/{n}.py" for n in ("processing", "sizes", "tokens")),
     *(f"evaluation/{n}.py" for n in ("answers", "compressed", "features", "prepare", "runner")),
     *(f"evaluation/{n}.py" for n in ("settings", "shared")),
     *(f"evaluation/{n}.py" for n in ("scenes", "shades", "tasks")),
@@ -98,13 +97,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def machine(device: torch.device) -> str:
-    """What it ran on, for the record: it does not decide which run a result belongs to."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def today() -> str:

@@ -73,10 +73,10 @@ def parser() -> argparse.ArgumentParser:
         type=comma_separated(str),
         default=[],
         metavar="A[,B..]",
-        help="saved adapters, those of the built-in model by name, what a training left (adapter "
-        "and LoRA), or folders of several trainings, pooled as seeds are; A~mean and A~shuffled "
-        "are their controls: learned thresholds' mean, or those of another question, at the same "
-        "average on questions of the split train",
+        help="saved adapters, those of the built-in model by name (shipped: all of them), what a "
+        "training left (adapter and LoRA), folders of several trainings, pooled as seeds are, or a "
+        "folder of such folders; A~mean and A~shuffled are their controls: learned thresholds' "
+        "mean, or those of another question, at the same average on questions of the split train",
     )
     add(
         "--tasks",

@@ -14,7 +14,7 @@ from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
 from atp_patch.patch import patch_model, require_patch, unpatch_model
-from atp_patch.trained import find_trained, merged
+from atp_patch.trained import find_trained, merged, shipped
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"
@@ -22,6 +22,7 @@ CONTROL_QUESTIONS = 352  # of the split train, over all tasks: what controls are
 _NOTHING = 1e-9
 _LOSSES = ("lambda_atp", "lambda_target", "target_loss")  # of training alone
 BASELINES = ("random", "uniform", "downsample")
+SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def plan(
             free += drawn_each
         if method.takes_budget:
             limited += [(setting, shares) for setting in drawn_each]
+    adapters = [found for spec in adapters for found in _recipes(spec)]
     short = [Path(spec).name for spec in adapters]
     for spec, name in zip(adapters, short, strict=True):
         settings += _adapters(spec, spec if short.count(name) > 1 else name)
@@ -177,6 +179,16 @@ def plan(
     for budget in sorted({share for _, shares in limited for share in shares}, reverse=True):
         settings += [replace(s, budget=budget) for s, shares in limited if budget in shares]
     return list(dict.fromkeys(settings))
+
+
+def _recipes(spec: str) -> list[str]:
+    """Each of what ships for "shipped"; of a folder of recipes, each recipe; else the one."""
+    folder = Path(spec)
+    if not folder.exists() and spec == SHIPPED:
+        return list(shipped())
+    if any(folder.glob("adapter")) or any(folder.glob("*/adapter")):
+        return [spec]
+    return sorted({str(found.parents[1]) for found in folder.glob("*/*/adapter")}) or [spec]
 
 
 def _adapters(spec: str, name: str) -> list[Setting]:

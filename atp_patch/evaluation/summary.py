@@ -182,7 +182,9 @@ def summarize(
             row.by_seed = [float(np.mean(_means(found))) for found in matrices[m.setting]]
             _count_tokens(row, m, asked, num_layers, working)
             row.strata = _strata(m, kinds)
-        for row in members:
+        unpruned = next(row for row in members if row.setting.name == UNPRUNED)
+        for row in members:  # pictures may differ in size, of which a run's header knows one
+            row.run = {**row.run, "visual_tokens": unpruned.average_tokens}
             for name, rival in rivals(row, members).items():
                 other = pooled[rival.setting]
                 row.against[name] = difference(pooled[row.setting], other, weights)

@@ -147,6 +147,12 @@ def test_schedule_is_met_to_the_token(tmp_path: Path) -> None:
     columns = report["cases"][0]["contenders"]
     for name in ("atp", "random"):
         assert columns[name]["tokens_per_layer"] == [576, 126, 126, 88, 88, 88, 20, 20]
+    own = run(tmp_path, "--methods", "atp,fastv@1", *options[2:], "--decode-tokens", "0")
+    columns |= own["cases"][0]["contenders"]
+    assert columns["fastv@1"]["tokens_per_layer"][:2] != [576, 126]
+    assert columns["fastv@1"]["average_tokens"] == pytest.approx(
+        columns["atp"]["average_tokens"], abs=0.5
+    )
     assert columns["atp"]["decode_ms"] is None
     assert columns["atp"]["tokens_per_second"] is None
 
@@ -211,6 +217,7 @@ def test_full_presets_have_the_published_sizes() -> None:
         (["--preset", "internvl-8b", "--image", "500x448"], ["500x448", "448"]),
         (["--schedule", "126,88"], ["2 counts", "--layers"]),
         (["--layers", "2,4", "--schedule", "88,126"], ["[88, 126]", "fall from 576"]),
+        (["--methods", "fastv@2", "--schedule", "88,126"], ["2 counts", "--layers"]),
         (["--methods", "prumerge+", "--schedule", "88"], ["inside the decoder"]),
         (["--methods", "fastv@two"], ["fastv@two", "fastv@2+4"]),
         (["--image", "336"], ["invalid comma-separated size list value: '336'"]),

@@ -70,6 +70,8 @@ def test_a_finished_run_answers_nothing_again(
         raise AssertionError("answered again")
 
     monkeypatch.setattr("atp_patch.evaluation.runner.answered", never)
+    monkeypatch.setattr("atp_patch.evaluation.command.today", lambda: "another day")
+    monkeypatch.setattr("atp_patch.evaluation.command.machine", lambda _: "another machine")
     evaluate(folder, tmp_path)
     assert files(tmp_path) == whole
 

@@ -41,8 +41,8 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(spec: str) -> list[Setting]:
-    planned = plan([], [0.5], 1, {}, [2], [spec], 8)
+def settings(*specs: str) -> list[Setting]:
+    planned = plan([], [0.5], 1, {}, [2], specs, 8)
     return [s for s in planned if s.adapter is not None]
 
 
@@ -157,6 +157,31 @@ def test_shipped_adapters_fit_the_built_in_model(name: str) -> None:
     assert "`llava` model with 32 decoder layers" in card
     files = [f for part in (found.adapter, found.lora) if part for f in Path(part).iterdir()]
     assert sum(file.stat().st_size for file in files) < 2.5e6
+
+
+def test_all_that_ship_need_not_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = settings(*shipped())
+    assert len(named) == len(shipped()) > 5
+    assert settings("shipped") == named
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(find_trained(shipped()[0]).adapter, tmp_path / "shipped" / "adapter")
+    (own,) = settings("shipped")  # the user's own folder goes before
+    assert own.adapter == "shipped"
+
+
+def test_recipes_in_a_folder_need_not_be_named(
+    trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("recipes")
+    for recipe in ("one", "two"):
+        for seed in range(2):
+            shutil.copytree(trained, folder / recipe / str(seed))
+    (folder / "log").write_text("", encoding="utf-8")
+    found = settings(str(folder))
+    assert found == settings(*(str(folder / recipe) for recipe in ("one", "two")))
+    names = ["adapter one", "adapter one", "adapter two", "adapter two"]
+    assert [setting.name for setting in found] == names
+    assert len({setting.pooled for setting in found}) == 2
 
 
 def test_a_setting_says_its_adapter_as_it_was_given(trained: Path) -> None:
