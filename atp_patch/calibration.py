@@ -18,7 +18,7 @@ from atp_patch.methods.atp import ATP
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.methods.atp_heads import Thresholds
 from atp_patch.modes import evaluating
-from atp_patch.patch import last_trace, require_patch
+from atp_patch.patch import require_patch
 from atp_patch.pruner import Patch
 
 CONTROLS = ("mean", "shuffled")
@@ -175,18 +175,21 @@ class _Seen:
 def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _Seen:
     visual: list[int] = []
     rows: list[Tensor] = []  # tokens that enter each decoder layer
-    kept: dict[int, list[int]] = {i: [] for i in require_patch(model).layers}
+    patch = require_patch(model)
+    kept: dict[int, list[int]] = {i: [] for i in patch.layers}
     thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
     spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
-    device = next(model.parameters()).device
-    method = require_patch(model).method
+    # Offloaded weights are nowhere; accelerate's hooks then move what is given.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    method = patch.method
     assert isinstance(method, ATP)  # as _thresholds has made sure
     for batch in data:
-        if not any(name.startswith("pixel_values") for name in batch):
-            continue
+        patch.trace = None
         with torch.no_grad():
             model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        trace = last_trace(model)
+        if patch.trace is None:  # text alone
+            continue
+        trace = patch.trace
         seen = [b for b, total in enumerate(trace.layout.totals) if total]
         visual += [trace.layout.totals[b] for b in seen]
         rows.append(trace.tokens_per_layer[seen].double())
@@ -277,5 +280,13 @@ def _thresholds(patch: Patch) -> Thresholds:
         raise ConfigError(
             "this patch has no learned thresholds: budgets are met without them. Patch with "
             'method="atp", thresholds="learned", or with an adapter that brings them.'
+        )
+    if not patch.seam.enabled:
+        raise ConfigError(
+            "nothing is pruned within atp_patch.disabled(model); call this outside it."
+        )
+    if any(parameter.is_meta for parameter in patch.heads.parameters()):
+        raise ConfigError(
+            "the threshold heads were offloaded with the model; offload it first, then patch it."
         )
     return patch.heads

@@ -60,6 +60,10 @@ class Compression(Patch):
         """(V, D) of the VoCo tokens."""
         self.check_heads()
         heads: Any = self.heads
+        if heads.embedding.is_meta:
+            raise ConfigError(
+                "the VoCo tokens were offloaded with the model; offload it first, then patch it."
+            )
         return heads.embedding
 
     def compressed(self, run: VoCoPass) -> None:

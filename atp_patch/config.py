@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
-from operator import index
 from typing import Any
 
+from atp_patch.arguments import as_layers
 from atp_patch.errors import BudgetError, ConfigError, WeightsError
 from atp_patch.maths import average_tokens, keep_counts, least_target, target_counts
 
@@ -132,6 +131,11 @@ class PruningConfig:
         if list(self.layers) != sorted(set(self.layers)):
             raise ConfigError(f"layers={list(self.layers)} must rise from one to the next.")
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether one was given."""
+        return self.keep is not None or self.target_tokens is not None
+
     def counts(self, total: int, images: int = 1) -> tuple[int, ...]:
         """Visual tokens left after each pruning layer, of ``total`` in ``images`` images.
 
@@ -148,6 +152,7 @@ class PruningConfig:
             return keep_counts(total, self.keep, minimum)
         num_layers = self.base.num_layers
         target = DEFAULT_SHARE * total if self.target_tokens is None else self.target_tokens
+        minimum = max(minimum, 1)
         least = least_target(total, self.layers, num_layers, minimum)
         if self.before is not None and self.target_tokens is None:
             target = max(target, least)  # how few tokens are left here is not the user's choice
@@ -162,8 +167,7 @@ class PruningConfig:
                 f"{num_layers} layers run on all {total} visual tokens before the first pruning. "
                 f"Give target_tokens of at least that, keep=, or an earlier first layer."
             )
-        counts = target_counts(total, self.layers, num_layers, target)
-        return tuple(max(count, minimum) for count in counts)
+        return target_counts(total, self.layers, num_layers, target, minimum=minimum)
 
     def goal(self, total: float) -> float:
         """The budget of learned thresholds: tokens averaged over all layers, of ``total``."""
@@ -240,35 +244,3 @@ class PruningConfig:
             )
         except (TypeError, ConfigError) as error:
             raise WeightsError(f"{source}: {error}") from error
-
-
-def as_shares(
-    keep: float | Sequence[float] | None, layers: Sequence[int]
-) -> tuple[float, ...] | None:
-    """One share for every pruning layer."""
-    if keep is None:
-        return None
-    try:
-        if isinstance(keep, Iterable):
-            return tuple(float(share) for share in keep)
-        return (float(keep),) * max(len(layers), 1)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"keep={keep!r}: give a number, or one for each layer.") from error
-
-
-def as_tokens(target: float | None) -> float | None:
-    """A number of tokens that JSON can hold."""
-    try:
-        return target if target is None or isinstance(target, int) else float(target)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"target_tokens={target!r} is no number.") from error
-
-
-def as_layers(layers: Iterable[int]) -> tuple[int, ...]:
-    """Whole numbers, of whatever kind."""
-    try:
-        return tuple(index(layer) for layer in layers)
-    except TypeError as error:
-        raise ConfigError(
-            f"layers={layers!r}: give a list of whole numbers, as [4, 14, 24]."
-        ) from error

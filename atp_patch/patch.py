@@ -9,15 +9,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from atp_patch.arguments import as_kind, as_layers, as_shares, as_tokens
 from atp_patch.compression import Compression, check_alone, check_compressible, voco_module
 from atp_patch.config import (
     DEFAULT_LAYERS,
     BaseModel,
     PruningConfig,
     Stage,
-    as_layers,
-    as_shares,
-    as_tokens,
     scaled_layers,
 )
 from atp_patch.errors import ConfigError, NotPatchedError
@@ -32,7 +30,7 @@ from atp_patch.methods import (
     make_methods,
 )
 from atp_patch.pruner import HEADS, IGNORED, Patch, check_turned, follows_budget, tower_of
-from atp_patch.seam import Parts, decoder_shape, locate
+from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
 from atp_patch.trace import PruningTrace
 
 STATE = "_atp_patch"
@@ -89,10 +87,9 @@ def patch_model(
         UnsupportedModelError: where the model cannot be patched.
         WeightsError: where an adapter is missing, broken, or made for another model.
     """
-    if hasattr(model, "_orig_mod"):
-        raise ConfigError("the model is compiled: patch it first, then torch.compile it.")
     kind = family_of(getattr(model, "config", None), family)
     parts = locate(model, kind.outer, bare=not kind.model_types)
+    check_uncompiled(parts)
     shape = decoder_shape(parts.config)
     base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
@@ -125,8 +122,8 @@ def patch_model(
             base=base,
             keep=as_shares(keep, places),
             target_tokens=as_tokens(target_tokens),
-            min_tokens=min_tokens,
-            min_tokens_per_image=min_tokens_per_image,
+            min_tokens=as_kind("min_tokens", min_tokens, "int"),
+            min_tokens_per_image=as_kind("min_tokens_per_image", min_tokens_per_image, "int"),
             options={} if inside is None else inside.options(),
             before=None if before is None else Stage(before.name, before.options()),
             rope_2d=bool(rope_2d),

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp_patch.config import DEFAULT_SHARE, PruningConfig
-from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.config import PruningConfig
+from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
 from atp_patch.families.marks import with_marks
-from atp_patch.maths import even_counts
 from atp_patch.methods import BeforeDecoder, Method, Shrinker
 from atp_patch.seam import (
     LearningPass,
@@ -25,6 +24,7 @@ from atp_patch.seam import (
     VisionHooks,
     decoder_shape,
 )
+from atp_patch.sharing import group_counts, least_of_group
 from atp_patch.trace import LayerTrace, PruningTrace
 from atp_patch.types import Decision, GridQuery, View, VisualGrid
 from atp_patch.vision import Tower
@@ -83,14 +83,10 @@ class Patch:
         """What prunes before the decoder, on the vision tower."""
         if self.before is None or self.tower is None:
             return None
-        base, counts, least = self.parts.base, self.group_counts, self._least_of_group
+        base, counts, least = self.parts.base, self.group_counts, least_of_group(self.config)
         if isinstance(self.before, Shrinker):
             return ShrinkHooks(base, self.tower, self.before.grid, counts, least, active)
         return MergeHooks(base, self.tower, self.before.merge, counts, least, active)
-
-    @property
-    def _least_of_group(self) -> int:
-        return max(self.config.min_tokens, self.config.min_tokens_per_image)
 
     def group_counts(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
         """How many tokens each group keeps before the decoder; None: as many as it needs.
@@ -98,47 +94,16 @@ class Patch:
         Args:
             tokens: prunable tokens of each image, tile or frame; ``places``: its placeholders.
         """
-        config, least = self.config, self._least_of_group
-        if config.method is not None:  # the budget is that of the method inside the decoder
+        if self.config.method is not None:  # the budget is that of the method inside the decoder
             return None
-        if config.keep is not None:
-            (share,) = config.keep
-            return tuple(max(min(least, n), round(share * n)) for n in tokens)
-        if config.target_tokens is None and not needs_budget(self.before):
+        if not self.config.has_budget and not needs_budget(self.before):
             return None
-        totals, here = self._placeholders(sum(places))
-        counts: list[int] = []
-        at = 0
-        for total, placed in zip(totals, here, strict=True):
-            stop, filled = at, 0
-            while filled < placed and stop < len(places):
-                filled += places[stop]
-                stop += 1
-            if filled != placed:
-                raise InputError(
-                    "images and placeholders do not match sample by sample, so target_tokens "
-                    "cannot be shared out; give keep=."
-                )
-            sizes, at = list(tokens[at:stop]), stop
-            if sizes:
-                goal = DEFAULT_SHARE * sum(sizes)
-                if config.target_tokens is not None:
-                    goal = config.target_tokens * placed / total
-                counts += even_counts(round(goal), sizes, least)
-        return tuple(counts)
-
-    def _placeholders(self, places: int) -> tuple[list[int], list[int]]:
-        """Of each sample, all placeholders, and those of the images that are being read."""
         ids = self.seam.prompt_ids
+        kinds: list[list[int]] = []  # the likeliest first: those of images come before videos'
         if ids is not None:
-            here = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
-            totals = [sum(sample) for sample in zip(*here, strict=True)]
-            for counts in here:
-                if sum(counts) == places:
-                    return totals, counts
-        raise InputError(
-            "target_tokens is shared out by the placeholders in input_ids, which are not those of "
-            "these images; pass input_ids and pixel values of the same prompts, or give keep=."
+            kinds = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
+        return group_counts(
+            self.config, tokens, places, kinds[::-1] if self.seam.reading_videos else kinds
         )
 
     def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
@@ -220,8 +185,7 @@ def follows_budget(method: Method | None, config: PruningConfig) -> bool:
     """Whether a method inside the decoder keeps the budget's counts, rather than its own."""
     if method is None:
         return False
-    given = config.keep is not None or config.target_tokens is not None
-    return method.needs_budget or (method.takes_budget and given)
+    return method.needs_budget or (method.takes_budget and config.has_budget)
 
 
 def needs_budget(method: BeforeDecoder | None) -> bool:

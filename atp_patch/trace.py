@@ -153,7 +153,7 @@ class PruningTrace:
         return prefill_flops(
             tokens_per_layer,
             hidden_size=shape.hidden_size,
-            mlp_size=shape.mlp_size,
+            mlp_sizes=shape.mlp_sizes,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,

@@ -175,9 +175,15 @@ def _deltas(folder: str, written: tuple[tuple[str, int], ...]) -> dict[str, Tens
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     stored = load_file(Path(folder) / LORA_FILES[1])
+    changed = [name.removesuffix(_UP) for name in stored if name.endswith(_UP)]
+    more = sorted(stored.keys() - {name + part for name in changed for part in (_UP, _DOWN)})
+    if more:  # modules_to_save, biases, embeddings
+        raise WeightsError(
+            f"{folder} holds more than LoRA of linear layers ({more[0]}); load it with PEFT, merge "
+            "it into the model, and give that model."
+        )
     return {
-        name.removeprefix(_PREFIX).removesuffix(_UP): scale
-        * (up.float() @ stored[name.removesuffix(_UP) + _DOWN].float())
-        for name, up in stored.items()
-        if name.endswith(_UP)
+        name.removeprefix(_PREFIX): scale
+        * (stored[name + _UP].float() @ stored[name + _DOWN].float())
+        for name in changed
     }

@@ -288,11 +288,15 @@ class Outer:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the language decoder, for costs."""
+    """Sizes of the language decoder, for costs.
+
+    Attributes:
+        mlp_sizes: of each layer; of a mixture, the experts together that a token visits.
+    """
 
     num_layers: int
     hidden_size: int
-    mlp_size: int
+    mlp_sizes: tuple[int, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int

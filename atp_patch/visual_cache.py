@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,8 @@ def compress(
         WeightsError: where another model made ``after``.
     """
     patch = _compression(model)
+    if not patch.seam.enabled:
+        raise ConfigError("nothing is compressed within atp_patch.disabled(model); leave it first.")
     inputs = dict(image_inputs)
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
@@ -191,12 +193,24 @@ def fingerprint(model: nn.Module) -> str:
     patch = _compression(model)
     made = hashlib.sha256(json.dumps(asdict(patch.config), sort_keys=True).encode())
     samples = [patch.embedding.detach().flatten()]
-    for name, parameter in patch.parts.base.named_parameters():
+    for name, parameter in _parameters(patch.parts.base):
         made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         samples.append(parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)])
     for sample in samples:
         made.update(sample.float().cpu().numpy().tobytes())
     return made.hexdigest()
+
+
+def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters by name; those that accelerate has offloaded are fetched, module by module."""
+    if not any(parameter.is_meta for parameter in base.parameters()):
+        yield from base.named_parameters()
+        return
+    from accelerate.utils import align_module_device
+
+    for prefix, module in base.named_modules():
+        with align_module_device(module):
+            yield from module.named_parameters(prefix, recurse=False)
 
 
 def _check_model(model: nn.Module, made_with: str, what: str) -> None:

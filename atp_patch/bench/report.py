@@ -62,9 +62,9 @@ def _paper_flops(trace: PruningTrace, visual: Tensor) -> float:
     """
     shape = trace.shape
     return sum(
-        paper_layer_flops(count + text, shape.hidden_size, shape.mlp_size)
+        paper_layer_flops(count + text, shape.hidden_size, mlp_size)
         for counts, text in zip(visual.tolist(), trace.text_tokens, strict=True)
-        for count in counts
+        for count, mlp_size in zip(counts, shape.mlp_sizes, strict=True)
     )
 
 

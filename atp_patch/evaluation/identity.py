@@ -20,7 +20,8 @@ from atp_patch.trained import LORA_FILES
 _PACKAGE = Path(atp_patch.__file__).parent
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
 _CODE = (
-    *("config.py", "patch.py", "pruner.py", "trace.py", "types.py", "hub.py", "vision.py"),
+    *("arguments.py", "config.py", "hub.py", "patch.py", "pruner.py", "sharing.py", "trace.py"),
+    *("types.py", "vision.py"),
     *("calibration.py", "compression.py", "loading.py", "trained.py", "visual_cache.py"),
     *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "silent")),

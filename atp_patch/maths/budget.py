@@ -48,16 +48,18 @@ def target_counts(
     num_layers: int,
     target: float,
     proportions: Sequence[float] | None = None,
+    minimum: int = 1,
 ) -> tuple[int, ...]:
     """Counts after each pruning layer whose average over all layers is ``target``.
 
     Args:
         total: visual tokens before pruning.
         proportions: of the counts to each other, on any scale; the paper's by default.
+        minimum: of each count.
 
     Returns:
-        Integers from 1 to ``total`` that never rise, with an average within half a token of the
-        target; all ``total`` if the target is no less.
+        Integers from ``minimum`` to ``total`` that never rise, with an average within half a token
+        of the target; all ``total`` if the target is no less.
 
     Raises:
         ValueError: where the target is below :func:`least_target`, or the proportions are not one
@@ -72,14 +74,14 @@ def target_counts(
     shares = [share / max(shares) for share in shares]
     if target >= total:
         return (total,) * len(layers)
-    least = least_target(total, layers, num_layers)
+    least = least_target(total, layers, num_layers, minimum)
     if target < least:
         raise ValueError(f"target {target:g} is below the least possible average of {least:.1f}")
 
     def counts(scale: float) -> tuple[int, ...]:
         kept: list[int] = []
         for share in shares:
-            kept.append(min(max(round(scale * share), 1), kept[-1] if kept else total))
+            kept.append(min(max(round(scale * share), minimum), kept[-1] if kept else total))
         return tuple(kept)
 
     def average(scale: float) -> float:

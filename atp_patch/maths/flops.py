@@ -59,7 +59,7 @@ def prefill_flops(
     tokens_per_layer: Sequence[float],
     *,
     hidden_size: int,
-    mlp_size: int,
+    mlp_sizes: Sequence[int],
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -70,10 +70,12 @@ def prefill_flops(
 
     Args:
         tokens_per_layer: tokens that enter each decoder layer, text included.
+        mlp_sizes: of each layer; of a mixture, the experts together that a token visits. What
+            chooses them is left out.
     """
     layers = sum(
         layer_flops(n, n, hidden_size, mlp_size, num_heads, num_kv_heads, head_dim)
-        for n in tokens_per_layer
+        for n, mlp_size in zip(tokens_per_layer, mlp_sizes, strict=True)
     )
     return layers + 2 * logits_rows * hidden_size * vocab_size
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from atp_patch.arguments import as_kind
 from atp_patch.errors import ConfigError
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.base import (
@@ -62,17 +63,32 @@ def make_method(method: str | Strategy, options: dict[str, Any]) -> Strategy:
                 f"brings its options along."
             )
         return method
-    for cls in METHODS:
-        if cls.name == method:
-            known = [field.name for field in fields(cls)]
-            unknown = sorted(set(options) - set(known))
-            if unknown:
-                raise ConfigError(
-                    f"method {method!r} has no option {', '.join(unknown)}; it has: "
-                    f"{', '.join(known) or 'none'}."
-                )
-            return cls(**options)
-    raise ConfigError(f"unknown method {method!r}; known are: {', '.join(available_methods())}.")
+    cls = _class_of(method)
+    kinds = {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(cls)}
+    unknown = sorted(set(options) - set(kinds))
+    if unknown:
+        raise ConfigError(
+            f"method {method!r} has no option {', '.join(unknown)}; it has: "
+            f"{', '.join(kinds) or 'none'}."
+        )
+    return cls(**{name: as_kind(name, value, kinds[name]) for name, value in options.items()})
+
+
+def _class_of(name: str) -> type[Strategy]:
+    """One of this package's, or of the user's own that are defined by now."""
+    own: list[type[Strategy]] = []
+    waiting: list[type[Strategy]] = [Strategy]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        own += [cls] if vars(cls).get("name") == name and cls not in METHODS else []
+    found = [cls for cls in METHODS if cls.name == name] or own[-1:]
+    if not found:
+        raise ConfigError(
+            f"unknown method {name!r}; known are: {', '.join(available_methods())}. A method of "
+            "your own must be defined first."
+        )
+    return found[0]
 
 
 def make_methods(

@@ -89,6 +89,8 @@ class Seam:
         self._call: Call | None = None
         self._handles: list[Any] = []
         self._generate: Replaced | None = None
+        self._videos: Replaced | None = None
+        self.reading_videos = False
 
     def install(self) -> None:
         """Register the hooks, and a ``generate`` that knows where the prompt ends."""
@@ -106,6 +108,8 @@ class Seam:
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if self.vision is not None:
             self.vision.install(add)
+            if hasattr(parts.base, "get_video_features"):
+                self._videos = Replaced(parts.base, "get_video_features", self.read_videos)
         self.outside.install()
         if hasattr(parts.top, "generate"):
             self._generate = Replaced(parts.top, "generate", self.generate)
@@ -122,11 +126,22 @@ class Seam:
         self._handles.clear()
         if self._generate is not None:
             self._generate.restore()
+        if self._videos is not None:
+            self._videos.restore()
         self.outside.remove()
         if self.vision is not None:
             self.vision.remove()
         for layer in self.parts.layers:
             recorder.release(layer.self_attn)
+
+    def read_videos(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's ``get_video_features``: the tower does not see what it is given."""
+        assert self._videos is not None
+        self.reading_videos = True
+        try:
+            return self._videos.original(*args, **kwargs)
+        finally:
+            self.reading_videos = False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The host's ``generate``; it tells the forward passes within where the prompt ends."""

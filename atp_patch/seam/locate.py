@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.errors import ConfigError, UnsupportedModelError
 from atp_patch.types import DecoderShape, Outer
 
 
@@ -44,12 +44,31 @@ def decoder_shape(config: Any) -> DecoderShape:
     return DecoderShape(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        mlp_size=config.intermediate_size,
+        mlp_sizes=_mlp_sizes(config),
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
     )
+
+
+def _mlp_sizes(config: Any) -> tuple[int, ...]:
+    """As mixtures of experts say them: Qwen's and GLM's, with shared experts and dense layers."""
+
+    def said(name: str) -> Any:
+        return getattr(config, name, None)
+
+    dense = config.intermediate_size
+    layers = range(config.num_hidden_layers)
+    visited = said("num_experts_per_tok") or 0
+    if not visited:
+        return (dense,) * len(layers)
+    size = said("moe_intermediate_size") or dense
+    sparse = (visited + (said("n_shared_experts") or 0)) * size
+    sparse += said("shared_expert_intermediate_size") or 0
+    first, step = said("first_k_dense_replace") or 0, said("decoder_sparse_step") or 1
+    alone = said("mlp_only_layers") or ()
+    return tuple(dense if k < first or k in alone or (k + 1) % step else sparse for k in layers)
 
 
 def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Parts:
@@ -80,6 +99,21 @@ def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Par
         )
     _check_layers(name, layers)
     return Parts(model, model, base, decoder, layers)
+
+
+def check_uncompiled(parts: Parts) -> None:
+    """Raise ConfigError where a part is compiled: what was traced before knows nothing of hooks."""
+    modules = (parts.model, parts.top, parts.base, parts.decoder, *parts.layers)
+    for module in modules:
+        forward = vars(module).get("forward")
+        if (
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        ):
+            raise ConfigError(
+                f"{type(module).__name__} is compiled: patch the model first, then compile it."
+            )
 
 
 def _inside(model: Any, name: str, outer: Outer) -> Parts:

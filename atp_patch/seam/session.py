@@ -46,13 +46,12 @@ class Session:
             UnsupportedModelError: for a prefill in chunks, which would choose from a part of the
                 text.
         """
-        config = kwargs.get("generation_config") or outside.generation_config
-        if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
+        given = outside.named("generate", args, kwargs)
+        if _chunk_size(given, outside.generation_config) is not None:
             raise UnsupportedModelError(
                 "prefill_chunk_size would choose visual tokens before the whole question is "
                 "read; set it to None, or generate within atp_patch.disabled(model)."
             )
-        given = outside.named("generate", args, kwargs)
         named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         tokens = next((tensor for tensor in named if tensor is not None), None)
         length = None if tokens is None else int(tokens.shape[1])
@@ -79,3 +78,13 @@ class Session:
                 "another thread is in this model's generate: a patched model serves one at a time. "
                 "Guard it with a lock, or give each thread a model of its own."
             )
+
+
+def _chunk_size(given: dict[str, Any], own: Any) -> int | None:
+    """As ``generate`` settles it: an argument, a configuration given, the model's ``own``."""
+    name = "prefill_chunk_size"
+    if name in given:
+        size: int | None = given[name]
+        return size
+    chosen = getattr(given.get("generation_config"), name, None)
+    return getattr(own, name, None) if chosen is None else chosen

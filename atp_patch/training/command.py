@@ -28,6 +28,7 @@ from atp_patch.loading import choose_device, load_checkpoint, quiet_transformers
 from atp_patch.patch import patch_model, require_patch
 from atp_patch.pruner import HEADS
 from atp_patch.saving import adapter
+from atp_patch.trained import find_trained
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
 from atp_patch.training.learn import add_lora, freeze
@@ -270,7 +271,14 @@ def _load(settings: Settings) -> tuple[Any, Any]:
 
 def _patch(model: Any, settings: Settings) -> None:
     if settings.adapter is not None:
-        patch_model(model, weights=settings.adapter)
+        found = find_trained(settings.adapter)
+        if found.lora is not None:
+            raise ConfigError(
+                f"adapter: LoRA learned beside {settings.adapter} and would be left out. Add it to "
+                "a model's weights (load_trained), unpatch and save that; give its folder as model "
+                f"and a copy of {found.adapter} as adapter."
+            )
+        patch_model(model, weights=found.adapter)
         if require_patch(model).heads is None:
             raise ConfigError(f"adapter: {settings.adapter} has no learned thresholds to train.")
         return

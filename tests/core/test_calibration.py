@@ -43,6 +43,35 @@ def measured(model: Any, data: list[dict[str, Tensor]]) -> tuple[float, dict[int
     return float(torch.cat(rows).mean()), {i: torch.cat(found) for i, found in thetas.items()}
 
 
+def test_batches_of_embeddings_are_seen_too() -> None:
+    model = tiny_model("llava-llama")
+    inputs = made.batch(model, made.SINGLE)
+    mask = made.visual_mask(inputs)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        found = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    embeds = embeds.masked_scatter(mask[..., None], torch.cat(tuple(found)))
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    options = {"thresholds": "learned", "reference_grid": 6}
+    atp_patch.patch_model(model, [2, 4], family="generic", target_tokens=20, **options)
+    batch = {**given, "visual_mask": mask}
+    with torch.no_grad():
+        model(**batch)
+    own = atp_patch.last_trace(model).average_tokens
+    found = atp_patch.calibrate(model, [batch], own)
+    assert (found.samples, found.after) == (1, own)
+
+
+def test_nothing_is_done_while_nothing_is_pruned() -> None:
+    model = learner("llava-llama")
+    with atp_patch.disabled(model), pytest.raises(atp_patch.ConfigError, match="outside it"):
+        atp_patch.calibrate(model, batches(model, 2), 20)
+    atp_patch.patch_model(tiny := tiny_model("llava-llama"), method="voco")
+    inputs = made.batch(tiny, made.SINGLE)
+    with atp_patch.disabled(tiny), pytest.raises(atp_patch.ConfigError, match="leave it first"):
+        atp_patch.compress(tiny, inputs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", [14, 30])
 def test_the_average_meets_the_target(kind: str, target: int, tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_without_a_budget_a_quarter_is_kept() -> None:
     assert average(576, config().counts(576), (4, 14, 24), 32) == pytest.approx(144, abs=1)
 
 
+@pytest.mark.parametrize(("target", "minimum"), [(160, 64), (144, 40), (200, 100)])
+def test_a_minimum_costs_no_token_more(target: float, minimum: int) -> None:
+    counts = config(target_tokens=target, min_tokens=minimum).counts(576)
+    assert min(counts) >= minimum
+    assert average(576, counts, (4, 14, 24), 32) == pytest.approx(target, abs=0.5)
+
+
 def test_minimum_of_each_image_wins_over_the_budget() -> None:
     counts = config(keep=(0.01,) * 3, min_tokens_per_image=5).counts(100, images=4)
     assert counts == (20, 20, 20)

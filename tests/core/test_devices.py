@@ -11,6 +11,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
 
 import atp_patch
+from tests.core.test_calibration import batches
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
 
@@ -44,6 +45,41 @@ def test_learned_heads_follow_the_model(tmp_path: Path) -> None:
     expected = logits(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+def test_thresholds_of_an_offloaded_model_are_calibrated() -> None:
+    model = tiny_model("llava-llama")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    atp_patch.patch_model(model, LAYERS, thresholds="learned", reference_grid=6)
+    found = atp_patch.calibrate(model, batches(model), 24)
+    assert found.after == pytest.approx(24, rel=0.01)
+
+
+def test_images_are_compressed_by_an_offloaded_model() -> None:
+    kept = atp_patch.patch_model(tiny_model("llava-llama"), method="voco", num_tokens=2)
+    tokens = kept.atp_patch_heads.state_dict()
+    model = tiny_model("llava-llama")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    atp_patch.patch_model(model, method="voco", num_tokens=2)
+    model.atp_patch_heads.load_state_dict(tokens)
+    inputs = made.batch(model, made.SINGLE)
+    cache = atp_patch.compress(model, inputs)
+    expected = atp_patch.compress(kept, inputs)
+    assert cache.model == expected.model  # so that the one may be read with the other
+    assert torch.equal(cache.held.keys[0], expected.held.keys[0])
+
+
+@pytest.mark.parametrize("method", ["atp", "voco"])
+def test_what_learns_and_was_offloaded_too_is_refused(method: str) -> None:
+    model = tiny_model("llava-llama")
+    learned = {"layers": LAYERS, "thresholds": "learned", "reference_grid": 6}
+    atp_patch.patch_model(model, method=method, **(learned if method == "atp" else {}))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    inputs = made.batch(model, made.SINGLE)
+    use = {"atp": lambda: atp_patch.calibrate(model, [inputs], 16)}
+    use["voco"] = lambda: atp_patch.compress(model, inputs)
+    with pytest.raises(atp_patch.ConfigError, match="offload it first, then patch it"):
+        use[method]()
 
 
 def test_a_half_precision_model_keeps_what_it_should() -> None:

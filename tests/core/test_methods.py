@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import atp_patch
 from atp_patch.methods import METHODS, make_method
+from atp_patch.methods.base import keep_best
 from tests.helpers import inputs as made
-from tests.helpers.run import INSIDE
+from tests.helpers.run import INSIDE, forward
 from tests.helpers.tiny import tiny_model
 
 LAYERS = [2, 4, 6]
@@ -148,19 +153,37 @@ def test_wrong_methods_and_options_name_the_known(
         make_method(method, options)
 
 
+@dataclass(frozen=True)
+class Last(atp_patch.Method):
+    """The user's own."""
+
+    name = "last"
+    summary = "the last tokens"
+    first: int = 0
+
+    def decide(self, view: atp_patch.View, module: object) -> atp_patch.Decision:
+        return atp_patch.Decision(keep_best(view, view.token.float()), exact=True)
+
+
+def test_a_method_of_ones_own_comes_back_from_its_folder(tmp_path: Path) -> None:
+    model = atp_patch.patch_model(tiny_model("llava-llama"), [2], Last(first=3), keep=0.5)
+    atp_patch.save_pretrained(model, tmp_path)
+    again = atp_patch.patch_model(tiny_model("llava-llama"), weights=tmp_path)
+    assert make_method("last", {"first": 3}) == Last(first=3)
+    logits = [forward(one, made.batch(one, made.SINGLE)).logits for one in (model, again)]
+    assert torch.equal(*logits)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    given = {"min_tokens": np.int64(3), "seed": np.int64(2), "keep": np.float32(0.5)}
+    model = atp_patch.patch_model(tiny_model("llava-llama"), [2], "random", **given)
+    atp_patch.save_pretrained(model, tmp_path)
+    written = json.loads((tmp_path / "atp_config.json").read_text(encoding="utf-8"))
+    found = written["min_tokens"], written["options"]["seed"], written["keep"]
+    assert found == (3, 2, [0.5])
+
+
 def test_a_method_of_ones_own_needs_no_registration() -> None:
-    from dataclasses import dataclass
-
-    from atp_patch.methods.base import keep_best
-
-    @dataclass(frozen=True)
-    class Last(atp_patch.Method):
-        name = "last"
-        summary = "the last tokens"
-
-        def decide(self, view: atp_patch.View, module: object) -> atp_patch.Decision:
-            return atp_patch.Decision(keep_best(view, view.token.float()), exact=True)
-
     trace = run("llava-llama", made.SINGLE, method=Last(), keep=0.5)
     kept = trace.layers[2].kept[0][trace.visual[0]]
     assert kept.tolist() == [False] * 18 + [True] * 18

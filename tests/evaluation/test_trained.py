@@ -216,3 +216,21 @@ def test_what_cannot_be_merged_is_named(bench: Bench, trained: Path) -> None:
     (trained / "model").mkdir()
     with pytest.raises(WeightsError, match="the model learned too"):
         settings(str(trained))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.multi_modal_projector.linear_1.weight",  # modules_to_save
+        "model.language_model.layers.0.self_attn.q_proj.lora_B.bias",
+        "model.language_model.embed_tokens.lora_embedding_B",
+    ],
+)
+def test_what_is_more_than_lora_is_not_left_out(trained: Path, name: str) -> None:
+    model, _ = build()
+    before = model_hash(model)
+    file = trained / "lora" / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{name}": torch.ones(2, 2)}, file)
+    with pytest.raises(WeightsError, match=r"more than LoRA .*load it with PEFT"):
+        load_trained(model, str(trained))
+    assert model_hash(model) == before

@@ -64,6 +64,23 @@ def test_target_counts_are_the_budget(
     assert abs(average - min(target, total)) <= 0.5
 
 
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(layer_sets, st.integers(1, 3000), st.floats(0.001, 1.2), st.floats(0, 1))
+def test_a_minimum_is_part_of_the_budget(
+    depth_and_layers: tuple[int, list[int]], total: int, share: float, least_share: float
+) -> None:
+    depth, layers = depth_and_layers
+    target, minimum = share * total, max(round(least_share * total), 1)
+    if target < least_target(total, layers, depth, minimum):
+        with pytest.raises(ValueError, match="least possible"):
+            target_counts(total, layers, depth, target, minimum=minimum)
+        return
+    counts = target_counts(total, layers, depth, target, minimum=minimum)
+    assert list(counts) == sorted(counts, reverse=True)
+    assert counts[-1] >= minimum
+    assert abs(average_tokens(total, counts, layers, depth) - min(target, total)) <= 0.5
+
+
 def test_target_counts_are_the_papers() -> None:
     counts = target_counts(576, [4, 14, 24], 32, 143.9)
     assert counts == pytest.approx((126, 88, 20), abs=1)
@@ -155,7 +172,7 @@ def test_flops_by_hand() -> None:
 def test_prefill_flops_of_llava_7b() -> None:
     sizes = {
         "hidden_size": 4096,
-        "mlp_size": 11008,
+        "mlp_sizes": [11008] * 32,
         "num_heads": 32,
         "num_kv_heads": 32,
         "head_dim": 128,

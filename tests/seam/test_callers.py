@@ -121,13 +121,32 @@ def test_images_are_compressed_in_training_too() -> None:
 
 
 def test_a_compiled_model_is_refused() -> None:
-    with pytest.raises(atp_patch.ConfigError, match="patch it first"):
+    with pytest.raises(atp_patch.ConfigError, match="patch the model first"):
         atp_patch.patch_model(torch.compile(tiny.tiny_model("llava-llama")), [2], keep=0.5)
+
+
+@pytest.mark.parametrize("part", ["model", "forward", "decoder", "layer"])
+def test_what_was_compiled_in_place_is_refused(part: str) -> None:
+    model = tiny.tiny_model("llava-llama")
+    decoder = model.get_decoder()
+    if part == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        compiled = {"model": model, "decoder": decoder, "layer": decoder.layers[3]}[part]
+        compiled.compile(backend="eager")
+    with pytest.raises(atp_patch.ConfigError, match="patch the model first"):
+        atp_patch.patch_model(model, [2], keep=0.5)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"layers": [2], "min_tokens": 2.5}, "min_tokens=2.5: give a whole number"),
+        ({"layers": [2], "spatial_share": "0.5"}, "spatial_share='0.5': give a number"),
+        ({"layers": [2], "thresholds": "learned", "reference_grid": 6.0}, "reference_grid=6.0"),
+        ({"layers": [2], "standardise": 1}, "standardise=1: give True or False"),
+        ({"layers": [2], "score": 1}, "score=1: give a word"),
+        ({"method": "voco", "num_tokens": 2.0}, "num_tokens=2.0: give a whole number"),
         ({"layers": 2}, "layers=2: give a list"),
         ({"layers": [2.0]}, r"layers=\[2.0\]: give a list"),
         ({"layers": [2], "keep": "0.5"}, "keep='0.5': give a number"),

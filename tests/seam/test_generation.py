@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import atp_patch
 from tests.helpers import inputs as prompts
@@ -183,6 +184,21 @@ def test_chunked_prefill_is_refused(kind: str) -> None:
     model = patched(kind)
     with pytest.raises(atp_patch.ATPError, match="prefill_chunk_size"):
         generate(model, batch(model, prompts.SINGLE), prefill_chunk_size=16)
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword", "the model's, behind another"])
+def test_chunked_prefill_is_refused_however_it_is_said(how: str) -> None:
+    model = patched("llava-llama")
+    inputs = batch(model, prompts.SINGLE)
+    ids, given = inputs.pop("input_ids"), GenerationConfig(max_new_tokens=2)
+    (model.generation_config if how.startswith("the model's") else given).prefill_chunk_size = 16
+    args = (ids, given) if how == "positional" else (ids,)
+    named = {} if how == "positional" else {"generation_config": given}
+    with pytest.raises(atp_patch.ATPError, match="prefill_chunk_size"):
+        model.generate(*args, **named, **inputs)
+    model.generation_config.prefill_chunk_size = 16
+    out = model.generate(ids, **inputs, max_new_tokens=2, prefill_chunk_size=None)
+    assert out.shape[1] == ids.shape[1] + 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a second device")

@@ -152,6 +152,8 @@ def test_lora_learns_beside_the_heads_and_is_saved_beside_them(
     with torch.no_grad(), atp_patch.disabled(model):
         assert not torch.equal(model(**inputs).logits, bare)
     assert "LoRA of rank 2" in (adapter / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(atp_patch.ConfigError, match="LoRA learned beside"):
+        run(folder, tmp_path / "again", adapter=str(adapter), layers=None, target_tokens=None)
     assert "FOLDER/lora is the LoRA" in (adapter / "README.md").read_text(encoding="utf-8")
     written = [f for f in (tmp_path / "lora").iterdir() if f.suffix in (".json", ".md")]
     assert written

@@ -1,0 +1,38 @@
+"""FLOPs that a trace counts, against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import atp_patch
+from tests.families import mrope
+from tests.families.kinds import SINGLE, Kind, make
+
+NAMES = ("glm4v", "glm4v_moe", "qwen3_vl-flat", "qwen3_vl_moe")
+CHOSEN = [kind for kind in mrope.KINDS if kind.name in NAMES]
+
+
+def test_none_is_left_out() -> None:
+    assert {kind.name for kind in CHOSEN} == set(NAMES)
+
+
+@pytest.mark.parametrize("kind", CHOSEN, ids=lambda kind: kind.name)
+def test_flops_are_those_of_the_experts_that_a_token_visits(kind: Kind) -> None:
+    model, inputs = kind.build(), make(kind, SINGLE).inputs
+    model.set_attn_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    atp_patch.patch_model(model, [3, 5], "uniform", keep=1.0)
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        model(**inputs, logits_to_keep=1)
+    text = model.config.text_config
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    parts = ("model.language_model", "lm_head")
+    counted = sum(n for name, n in counts.items() if name.endswith(parts))
+    experts = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", 0)
+    mixtures = text.num_hidden_layers - getattr(text, "first_k_dense_replace", 0)
+    tokens = inputs["input_ids"].shape[1]
+    choosing = 2 * tokens * text.hidden_size * experts * (mixtures if experts else 0)
+    assert atp_patch.last_trace(model).flops_plain == counted - choosing
