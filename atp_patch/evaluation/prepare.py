@@ -123,7 +123,7 @@ def collate(
         )
     if not blind:
         for name in samples[0].inputs.keys() - set(sized) - ({PICTURE} if seen else set()):
-            inputs[name] = torch.cat([s.inputs[name] for s in samples])
+            inputs[name] = _together([s.inputs[name] for s in samples])
         if seen:
             inputs[ENCODED] = {
                 "image": Features(tuple(s.features for s in samples if s.features is not None))
@@ -143,6 +143,17 @@ def end_ids(model: Any) -> tuple[int, ...]:
     if ends is None:
         ends = model.config.get_text_config().eos_token_id
     return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor of all; of pictures cut into tiles, (1, tiles, 3, H, W), those with fewer tiles
+    get empty ones, as from their processor.
+    """
+    if len({part.shape[1:] for part in parts}) > 1 and all(part.ndim == 5 for part in parts):
+        most = max(part.shape[1] for part in parts)
+        rest = (0,) * 6
+        parts = [torch.nn.functional.pad(p, (*rest, 0, most - p.shape[1])) for p in parts]
+    return torch.cat(list(parts))
 
 
 def _padded(row: Tensor, length: int, value: int) -> Tensor:

@@ -13,7 +13,7 @@ from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.prepare import Batch, Sample, collate
 from atp_patch.evaluation.runner import Bench, answered, prepared
 from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied
-from atp_patch.evaluation.tasks import choose_tasks, exact_match
+from atp_patch.evaluation.tasks import Example, choose_tasks, exact_match
 from atp_patch.methods import untrained_methods
 from tests.evaluation.conftest import LAYERS, TOKENS
 from tests.helpers.run import INSIDE
@@ -40,6 +40,20 @@ def samples(bench: Bench) -> list[Sample]:
 
 def batch_of(samples: Sequence[Sample], setting: Setting) -> Batch:
     return collate(samples, 0, setting.name == BLIND, positions=True)
+
+
+def test_pictures_of_fewer_tiles_get_empty_ones() -> None:
+    def sample(tiles: int) -> Sample:
+        ids = torch.arange(4)[None]
+        pictures = torch.full((1, tiles, 3, 2, 2), float(tiles))
+        inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "pixel_values": pictures}
+        return Sample(Example("exist", tiles, "?", "yes"), inputs, ids[0] > 2)
+
+    pictures = collate([sample(3), sample(5)], 0, False, False).inputs["pixel_values"]
+    assert pictures.shape == (2, 5, 3, 2, 2)
+    assert bool((pictures[0, :3] == 3).all())
+    assert bool((pictures[0, 3:] == 0).all())
+    assert bool((pictures[1] == 5).all())
 
 
 def claiming(bench: Bench, samples: Sequence[Sample], answer: str) -> list[Sample]:
