@@ -51,12 +51,14 @@ def as_kind(name: str, value: Any, kind: str) -> Any:
     if value is None and kind.endswith("| None"):
         return None
     wanted = kind.removesuffix(" | None")
-    truth = isinstance(value, bool)
+    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
     if wanted == "int" and isinstance(value, Integral) and not truth:
         return index(value)
     if wanted == "float" and isinstance(value, Real) and not truth:
         return value if isinstance(value, int) else float(value)
-    if (wanted == "bool" and truth) or (wanted == "str" and isinstance(value, str)):
+    if wanted == "bool" and truth:
+        return bool(value)
+    if wanted == "str" and isinstance(value, str):
         return value
     said = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a word"}
     if wanted in said:

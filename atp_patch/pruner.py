@@ -24,10 +24,10 @@ from atp_patch.seam import (
     VisionHooks,
     decoder_shape,
 )
-from atp_patch.sharing import group_counts, least_of_group
+from atp_patch.sharing import least_of_group, quotas
 from atp_patch.trace import LayerTrace, PruningTrace
 from atp_patch.types import Decision, GridQuery, View, VisualGrid
-from atp_patch.vision import Tower
+from atp_patch.vision import Quota, Tower
 
 HEADS = "atp_patch_heads"  # name of what learns, in the model
 IGNORED = "_keys_to_ignore_on_save"
@@ -83,12 +83,12 @@ class Patch:
         """What prunes before the decoder, on the vision tower."""
         if self.before is None or self.tower is None:
             return None
-        base, counts, least = self.parts.base, self.group_counts, least_of_group(self.config)
+        base, shares, least = self.parts.base, self.quotas, least_of_group(self.config)
         if isinstance(self.before, Shrinker):
-            return ShrinkHooks(base, self.tower, self.before.grid, counts, least, active)
-        return MergeHooks(base, self.tower, self.before.merge, counts, least, active)
+            return ShrinkHooks(base, self.tower, self.before.grid, shares, active)
+        return MergeHooks(base, self.tower, self.before.merge, shares, least, active)
 
-    def group_counts(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
+    def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
         """How many tokens each group keeps before the decoder; None: as many as it needs.
 
         Args:
@@ -102,9 +102,8 @@ class Patch:
         kinds: list[list[int]] = []  # the likeliest first: those of images come before videos'
         if ids is not None:
             kinds = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
-        return group_counts(
-            self.config, tokens, places, kinds[::-1] if self.seam.reading_videos else kinds
-        )
+        kinds = kinds[::-1] if self.seam.videos.being_read else kinds
+        return quotas(self.config, tokens, places, kinds)
 
     def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
         """How many visual tokens the budget leaves each sample at a pruning layer."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 from atp_patch.config import DEFAULT_SHARE, PruningConfig
 from atp_patch.errors import InputError
 from atp_patch.maths import even_counts
+from atp_patch.vision import Quota
 
 
-def group_counts(
+def quotas(
     config: PruningConfig,
     tokens: Sequence[int],
     places: Sequence[int],
     kinds: Sequence[Sequence[int]],
-) -> tuple[int, ...]:
+) -> tuple[Quota, ...]:
     """How many tokens each group keeps: a share of its own, or of its sample's ``target_tokens``.
 
     Args:
@@ -26,8 +28,9 @@ def group_counts(
     """
     if config.keep is not None:
         (share,) = config.keep
-        least = least_of_group(config)
-        return tuple(max(min(least, n), round(share * n)) for n in tokens)
+        leasts = [min(least_of_group(config), n) for n in tokens]
+        shares = [round(share * n) for n in tokens]
+        return tuple(Quota(max(pair), pair[1]) for pair in zip(shares, leasts, strict=True))
     if not any(sum(placed) == sum(places) for placed in kinds):
         raise InputError(
             "target_tokens is shared out by the placeholders in input_ids, which are not those of "
@@ -45,14 +48,8 @@ def group_counts(
 
 
 def least_of_group(config: PruningConfig) -> int:
-    """Tokens that each group keeps at least.
-
-    ``min_tokens`` are a sample's, and shared out with ``target_tokens``. Otherwise nothing says
-    which groups are one sample's, and each group keeps them.
-    """
-    shared = config.target_tokens is not None
-    least = min(config.min_tokens, 1) if shared else config.min_tokens
-    return max(least, config.min_tokens_per_image)
+    """Tokens that each group keeps at least, where nothing says which groups are one sample's."""
+    return max(config.min_tokens, config.min_tokens_per_image)
 
 
 def _split(places: Sequence[int], placed: Sequence[int]) -> list[slice] | None:
@@ -76,15 +73,19 @@ def _shared_out(
     places: Sequence[int],
     totals: Sequence[int],
     split: Sequence[slice],
-) -> tuple[int, ...]:
-    counts: list[int] = []
+) -> tuple[Quota, ...]:
+    """``target_tokens``, and ``min_tokens`` with it, by size among a sample's groups."""
+    found: list[Quota] = []
     for total, groups in zip(totals, split, strict=True):
         sizes = list(tokens[groups])
         if not sizes:
             continue
+        here = sum(places[groups]) / total
+        each = max(config.min_tokens_per_image, min(config.min_tokens, 1))
+        leasts = even_counts(ceil(config.min_tokens * here), sizes, each)
         goal = DEFAULT_SHARE * sum(sizes)
         if config.target_tokens is not None:
-            target = max(config.target_tokens, config.min_tokens)
-            goal = target * sum(places[groups]) / total
-        counts += even_counts(round(goal), sizes, least_of_group(config))
-    return tuple(counts)
+            goal = config.target_tokens * here
+        counts = even_counts(max(round(goal), sum(leasts)), sizes, each)
+        found += [Quota(max(pair), pair[1]) for pair in zip(counts, leasts, strict=True)]
+    return tuple(found)

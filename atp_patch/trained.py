@@ -21,6 +21,7 @@ from atp_patch.patch import patch_model
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX, _UP, _DOWN = "base_model.model.", ".lora_B.weight", ".lora_A.weight"
 _ADDED = "_atp_patch_lora"  # attribute of a model: what load_trained added to its weights
+_BASE = ".base_layer.weight"  # of an output layer, as it was
 _NOT_PLAIN = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 
 
@@ -136,7 +137,7 @@ def _shipped() -> Path:
 def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
     """Each weight that LoRA changes, and what it adds."""
     modules, changes = dict(model.named_modules()), []
-    for name, delta in _deltas(folder, _written(folder)).items():
+    for name, (delta, base) in _deltas(folder, _written(folder)).items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != delta.shape:
             raise WeightsError(f"{folder} was made for another model: it changes {name}.")
@@ -145,6 +146,8 @@ def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
                 f"the weights of {name} are not in memory (offloaded), so {folder} cannot be added "
                 "to them; load the model without offloading."
             )
+        if base is not None and not torch.equal(base.to(weight), weight):
+            raise WeightsError(f"{folder} was made for another model: {name} is not as it was.")
         changes.append((weight, delta))
     return changes
 
@@ -165,9 +168,11 @@ def _written(folder: str) -> tuple[tuple[str, int], ...]:
 
 
 @lru_cache(maxsize=8)
-def _deltas(folder: str, written: tuple[tuple[str, int], ...]) -> dict[str, Tensor]:
-    """Name of a linear layer -> what LoRA adds to its weight; ``written`` tells files of one name
-    apart.
+def _deltas(
+    folder: str, written: tuple[tuple[str, int], ...]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Name of a linear layer -> what LoRA adds to its weight, and that weight where PEFT wrote it
+    too; ``written`` tells files of one name apart.
     """
     config = json.loads((Path(folder) / LORA_FILES[0]).read_text(encoding="utf-8"))
     if config["peft_type"] != "LORA" or any(config.get(name) for name in _NOT_PLAIN):
@@ -176,14 +181,17 @@ def _deltas(folder: str, written: tuple[tuple[str, int], ...]) -> dict[str, Tens
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     stored = load_file(Path(folder) / LORA_FILES[1])
     changed = [name.removesuffix(_UP) for name in stored if name.endswith(_UP)]
-    more = sorted(stored.keys() - {name + part for name in changed for part in (_UP, _DOWN)})
+    known = {name + part for name in changed for part in (_UP, _DOWN, _BASE)}
+    more = sorted(stored.keys() - known)
     if more:  # modules_to_save, biases, embeddings
         raise WeightsError(
             f"{folder} holds more than LoRA of linear layers ({more[0]}); load it with PEFT, merge "
             "it into the model, and give that model."
         )
     return {
-        name.removeprefix(_PREFIX): scale
-        * (stored[name + _UP].float() @ stored[name + _DOWN].float())
+        name.removeprefix(_PREFIX): (
+            scale * (stored[name + _UP].float() @ stored[name + _DOWN].float()),
+            stored.get(name + _BASE),
+        )
         for name in changed
     }

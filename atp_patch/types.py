@@ -288,11 +288,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the language decoder, for costs.
-
-    Attributes:
-        mlp_sizes: of each layer; of a mixture, the experts together that a token visits.
-    """
+    """Sizes of the language decoder, for costs: of an MLP of experts, those that a token visits."""
 
     num_layers: int
     hidden_size: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -51,6 +52,13 @@ class Tower:
     square: bool = False
     lead: tuple[int, ...] = (0,)
     resized: str = ""
+
+
+class Quota(NamedTuple):
+    """Tokens that a group is to keep, and those that it keeps at least."""
+
+    tokens: int
+    least: int
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def fingerprint(model: nn.Module) -> str:
     samples = [patch.embedding.detach().flatten()]
     for name, parameter in _parameters(patch.parts.base):
         made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        samples.append(parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)])
+        samples.append(parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].clone())
     for sample in samples:
         made.update(sample.float().cpu().numpy().tobytes())
     return made.hexdigest()
@@ -203,14 +203,17 @@ def fingerprint(model: nn.Module) -> str:
 
 def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters by name; those that accelerate has offloaded are fetched, module by module."""
-    if not any(parameter.is_meta for parameter in base.parameters()):
-        yield from base.named_parameters()
+    known = dict(base.named_parameters())
+    if not any(parameter.is_meta for parameter in known.values()):
+        yield from known.items()
         return
     from accelerate.utils import align_module_device
 
     for prefix, module in base.named_modules():
         with align_module_device(module):
-            yield from module.named_parameters(prefix, recurse=False)
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if name in known:  # else it is tied to one that was
+                    yield name, parameter
 
 
 def _check_model(model: nn.Module, made_with: str, what: str) -> None:

@@ -28,7 +28,7 @@ _CODE = (
     *(f"builtin/{n}.py" for n in ("processing", "tokens", "vocabulary")),
     *(f"builtin/dynamic/{n}.py" for n in ("processing", "sizes", "tokens")),
     *(f"evaluation/{n}.py" for n in ("answers", "compressed", "features", "prepare", "runner")),
-    *(f"evaluation/{n}.py" for n in ("settings", "shared")),
+    *(f"evaluation/{n}.py" for n in ("adapters", "settings", "shared")),
     *(f"evaluation/{n}.py" for n in ("scenes", "shades", "tasks")),
 )
 

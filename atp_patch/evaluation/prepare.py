@@ -146,12 +146,11 @@ def end_ids(model: Any) -> tuple[int, ...]:
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:
-    """One tensor of all; of pictures cut into tiles, (1, tiles, 3, H, W), those with fewer tiles
-    get empty ones, as from their processor.
+    """One tensor of all; of pictures cut into tiles, (1, tiles, ...), those with fewer tiles get
+    empty ones, as from their processor.
     """
-    if len({part.shape[1:] for part in parts}) > 1 and all(part.ndim == 5 for part in parts):
-        most = max(part.shape[1] for part in parts)
-        rest = (0,) * 6
+    if len({part.shape[2:] for part in parts}) == 1 and parts[0].ndim > 3:
+        most, rest = max(part.shape[1] for part in parts), (0, 0) * (parts[0].ndim - 2)
         parts = [torch.nn.functional.pad(p, (*rest, 0, most - p.shape[1])) for p in parts]
     return torch.cat(list(parts))
 

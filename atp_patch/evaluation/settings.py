@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-from atp_patch.calibration import CONTROLS
 from atp_patch.config import default_layers
 from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
+from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
 from atp_patch.patch import patch_model, require_patch, unpatch_model
-from atp_patch.trained import find_trained, merged, shipped
+from atp_patch.trained import find_trained, merged
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"
@@ -22,7 +21,6 @@ CONTROL_QUESTIONS = 352  # of the split train, over all tasks: what controls are
 _NOTHING = 1e-9
 _LOSSES = ("lambda_atp", "lambda_target", "target_loss")  # of training alone
 BASELINES = ("random", "uniform", "downsample")
-SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
@@ -171,57 +169,22 @@ def plan(
             free += drawn_each
         if method.takes_budget:
             limited += [(setting, shares) for setting in drawn_each]
-    adapters = [found for spec in adapters for found in _recipes(spec)]
-    short = [Path(spec).name for spec in adapters]
-    for spec, name in zip(adapters, short, strict=True):
-        settings += _adapters(spec, spec if short.count(name) > 1 else name)
+    settings += [_trained(recipe, one) for recipe in recipes(adapters) for one in recipe.trainings]
     settings += free
     for budget in sorted({share for _, shares in limited for share in shares}, reverse=True):
         settings += [replace(s, budget=budget) for s, shares in limited if budget in shares]
     return list(dict.fromkeys(settings))
 
 
-def _recipes(spec: str) -> list[str]:
-    """Each of what ships for "shipped"; of a folder of recipes, each recipe; else the one."""
-    folder = Path(spec)
-    if not folder.exists() and spec == SHIPPED:
-        return list(shipped())
-    if any(folder.glob("adapter")) or any(folder.glob("*/adapter")):
-        return [spec]
-    return sorted({str(found.parents[1]) for found in folder.glob("*/*/adapter")}) or [spec]
-
-
-def _adapters(spec: str, name: str) -> list[Setting]:
-    """From "FOLDER", or "FOLDER~mean" and "FOLDER~shuffled" for its controls. What comes
-    before the tilde is as ``find_trained`` takes it; or a folder of such folders, trainings of one
-    recipe whose answers are pooled as seeds are.
-    """
-    source, tilde, control = spec.rpartition("~")
-    if not tilde or Path(spec).is_dir():
-        source, control = spec, ""
-    elif control not in CONTROLS:
-        raise ConfigError(
-            f"--adapters {spec}: after ~ comes one of {', '.join(CONTROLS)}, as in "
-            f"{source}~{CONTROLS[0]}."
-        )
-    folder = Path(source)
-    single = (folder / "adapter").is_dir() or not folder.is_dir()
-    several = [] if single else sorted(p for p in folder.iterdir() if (p / "adapter").is_dir())
-    return [
-        replace(
-            _trained(member),
-            name=f"adapter {name}",
-            control=control or None,
-            trainings=source if several else None,
-        )
-        for member in [str(folder) for folder in several] or [source]
-    ]
-
-
-def _trained(source: str) -> Setting:
+def _trained(recipe: Recipe, source: str) -> Setting:
     found = find_trained(source)
-    made = adapter_hash(found.adapter, found.lora)
-    return Setting("", adapter=source, adapter_hash=made)
+    return Setting(
+        f"adapter {recipe.name}",
+        adapter=source,
+        adapter_hash=adapter_hash(found.adapter, found.lora),
+        control=recipe.control,
+        trainings=recipe.source if recipe.pooled else None,
+    )
 
 
 def _parse(

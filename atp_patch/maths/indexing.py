@@ -43,7 +43,12 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_heads(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each head's sequence: (B, H, L, d) and (B, n) -> (B, H, n, d)."""
-    return gather_tokens(x.transpose(1, 2), index).transpose(1, 2)
+    rows = x.transpose(1, 2)
+    if rows.is_contiguous():  # as queries and keys are before they are cached
+        return gather_tokens(rows, index).transpose(1, 2)
+    heads = x.shape[1]
+    each = index.repeat_interleave(heads, 0)
+    return gather_tokens(x.flatten(0, 1), each).unflatten(0, (-1, heads))
 
 
 def scatter_tokens(

@@ -75,14 +75,14 @@ def make_method(method: str | Strategy, options: dict[str, Any]) -> Strategy:
 
 
 def _class_of(name: str) -> type[Strategy]:
-    """One of this package's, or of the user's own that are defined by now."""
+    """One of this package's, or the user's own that was defined last."""
     own: list[type[Strategy]] = []
     waiting: list[type[Strategy]] = [Strategy]
     while waiting:
-        cls = waiting.pop()
+        cls = waiting.pop()  # the youngest first
         waiting += cls.__subclasses__()
         own += [cls] if vars(cls).get("name") == name and cls not in METHODS else []
-    found = [cls for cls in METHODS if cls.name == name] or own[-1:]
+    found = [cls for cls in METHODS if cls.name == name] or own
     if not found:
         raise ConfigError(
             f"unknown method {name!r}; known are: {', '.join(available_methods())}. A method of "

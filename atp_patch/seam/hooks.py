@@ -30,6 +30,7 @@ from atp_patch.seam.prefill import Prefill
 from atp_patch.seam.replaced import Replaced
 from atp_patch.seam.session import Session
 from atp_patch.seam.tower import VisionHooks
+from atp_patch.seam.videos import Videos
 from atp_patch.types import Decision, View
 
 RUN = "atp_patch_run"
@@ -89,8 +90,7 @@ class Seam:
         self._call: Call | None = None
         self._handles: list[Any] = []
         self._generate: Replaced | None = None
-        self._videos: Replaced | None = None
-        self.reading_videos = False
+        self.videos = Videos(parts.base)
 
     def install(self) -> None:
         """Register the hooks, and a ``generate`` that knows where the prompt ends."""
@@ -108,8 +108,7 @@ class Seam:
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if self.vision is not None:
             self.vision.install(add)
-            if hasattr(parts.base, "get_video_features"):
-                self._videos = Replaced(parts.base, "get_video_features", self.read_videos)
+            self.videos.install()
         self.outside.install()
         if hasattr(parts.top, "generate"):
             self._generate = Replaced(parts.top, "generate", self.generate)
@@ -126,22 +125,12 @@ class Seam:
         self._handles.clear()
         if self._generate is not None:
             self._generate.restore()
-        if self._videos is not None:
-            self._videos.restore()
+        self.videos.remove()
         self.outside.remove()
         if self.vision is not None:
             self.vision.remove()
         for layer in self.parts.layers:
             recorder.release(layer.self_attn)
-
-    def read_videos(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's ``get_video_features``: the tower does not see what it is given."""
-        assert self._videos is not None
-        self.reading_videos = True
-        try:
-            return self._videos.original(*args, **kwargs)
-        finally:
-            self.reading_videos = False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The host's ``generate``; it tells the forward passes within where the prompt ends."""
@@ -288,8 +277,7 @@ class Seam:
             torch.set_grad_enabled(isinstance(run, LearningPass)),
             torch.autocast(hidden.device.type, enabled=False),
         ):
-            view = run.view(layer, step, hidden, counts, **self.pruner.minimum)
-            return self.pruner.decide(view)
+            return self.pruner.decide(run.view(layer, step, hidden, counts, **self.pruner.minimum))
 
     def _after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -300,8 +288,7 @@ class Seam:
     def finish(self, run: Prefill, output: Any) -> Any:
         """Note what a pass did, and give its output the public length; None leaves it as it is."""
         self.pruner.finished(run)
-        learning = isinstance(run, LearningPass)
-        if self._call is not None and (learning or run.survivors is not None):
+        if self._call is not None and (isinstance(run, LearningPass) or run.survivors is not None):
             self._call.unsupervise(run)
             self._call.run = run
         if run.survivors is None:

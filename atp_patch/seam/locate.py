@@ -53,21 +53,24 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def _mlp_sizes(config: Any) -> tuple[int, ...]:
-    """As mixtures of experts say them: Qwen's and GLM's, with shared experts and dense layers."""
+    """Of each layer, under the names that mixtures of experts have for theirs; a cost, no more."""
 
-    def said(name: str) -> Any:
-        return getattr(config, name, None)
+    def option(*names: str) -> Any:
+        found = (getattr(config, name, None) for name in names)
+        value = next((value for value in found if value is not None), 0)
+        return value[0] if isinstance(value, (list, tuple)) and value else value
 
-    dense = config.intermediate_size
     layers = range(config.num_hidden_layers)
-    visited = said("num_experts_per_tok") or 0
+    dense = option("intermediate_size_mlp", "intermediate_size")
+    visited = option("num_experts_per_tok", "moe_topk", "moe_k")
     if not visited:
-        return (dense,) * len(layers)
-    size = said("moe_intermediate_size") or dense
-    sparse = (visited + (said("n_shared_experts") or 0)) * size
-    sparse += said("shared_expert_intermediate_size") or 0
-    first, step = said("first_k_dense_replace") or 0, said("decoder_sparse_step") or 1
-    alone = said("mlp_only_layers") or ()
+        return (option("intermediate_size"),) * len(layers)
+    size = option("moe_intermediate_size", "intermediate_size")
+    shared = option("n_shared_experts", "moe_num_shared_experts")
+    sparse = (visited + shared) * size + option("shared_expert_intermediate_size")
+    first = option("first_k_dense_replace", "moe_layer_start_index")
+    step = option("decoder_sparse_step", "moe_layer_interval") or 1
+    alone = getattr(config, "mlp_only_layers", None) or ()
     return tuple(dense if k < first or k in alone or (k + 1) % step else sparse for k in layers)
 
 
@@ -106,10 +109,11 @@ def check_uncompiled(parts: Parts) -> None:
     modules = (parts.model, parts.top, parts.base, parts.decoder, *parts.layers)
     for module in modules:
         forward = vars(module).get("forward")
+        wrapped = hasattr(forward, "_torchdynamo_orig_callable")
         if (
             hasattr(module, "_orig_mod")
             or getattr(module, "_compiled_call_impl", None) is not None
-            or hasattr(forward, "_torchdynamo_orig_callable")
+            or (wrapped and not getattr(forward, "_torchdynamo_disable", False))
         ):
             raise ConfigError(
                 f"{type(module).__name__} is compiled: patch the model first, then compile it."

@@ -11,8 +11,8 @@ from torch.nn.functional import interpolate
 
 from atp_patch.errors import InputError
 from atp_patch.seam.marks import marked
-from atp_patch.seam.tower import Counter
-from atp_patch.vision import Tower
+from atp_patch.seam.tower import Sharer
+from atp_patch.vision import Quota, Tower
 
 Size = tuple[int, int]
 
@@ -30,7 +30,7 @@ class ShrinkHooks:
     Args:
         base: the model without its head.
         tower: where things are.
-        grid: the method; ``counts``: the budget; ``least``: tokens that an image keeps at least.
+        grid: the method; ``quotas``: the budget.
         active: whether this call of the tower is part of a pass that may be pruned.
     """
 
@@ -39,12 +39,11 @@ class ShrinkHooks:
         base: Any,
         tower: Tower,
         grid: GridChooser,
-        counts: Counter,
-        least: int,
+        quotas: Sharer,
         active: Callable[[], bool],
     ) -> None:
-        self.base, self.tower, self.grid, self.counts = base, tower, grid, counts
-        self.least, self.active = least, active
+        self.base, self.tower, self.grid, self.quotas = base, tower, grid, quotas
+        self.active = active
         self._sizes: list[tuple[Size, Size]] = []  # of each grid, before and after
         self._lead = 0
 
@@ -72,13 +71,14 @@ class ShrinkHooks:
         step = self.tower.patch * self.tower.cell
         number, height, width = pixels.shape[0], pixels.shape[2] // step, pixels.shape[3] // step
         tokens = height * width
-        counts = self._counts([tokens] * number, [tokens + lead] * number)
-        if len(set(counts)) > 1:
+        found = self._quotas([tokens] * number, [tokens + lead] * number)
+        if len(set(found)) > 1:
+            counts = sorted({quota.tokens for quota in found})
             raise InputError(
-                f"the images of one batch would get {sorted(set(counts))} tokens, but the tower "
+                f"the images of one batch would get {counts} tokens, but the tower "
                 "takes pictures of one size at a time; give keep=, or samples with as many images."
             )
-        small = self.grid(height, width, counts[0], self.least, square=self.tower.square)
+        small = self.grid(height, width, *found[0], square=self.tower.square)
         if small == (height, width):
             return pixels
         self._sizes = [((height, width), small)] * number
@@ -105,10 +105,9 @@ class ShrinkHooks:
         cell = self.tower.cell
         films = [(t, h // cell, w // cell) for t, h, w in grids.tolist()]
         tokens = [t * h * w for t, h, w in films]
-        counts = self._counts(tokens, tokens)
         small = [
-            self.grid(h, w, max(round(count / t), 1), -(-self.least // t), square=False)
-            for (t, h, w), count in zip(films, counts, strict=True)
+            self.grid(h, w, max(round(count / t), 1), -(-least // t), square=False)
+            for (t, h, w), (count, least) in zip(films, self._quotas(tokens, tokens), strict=True)
         ]
         if all(size == film[1:] for size, film in zip(small, films, strict=True)):
             return None
@@ -140,10 +139,10 @@ class ShrinkHooks:
         output.pooler_output = _spread(output.pooler_output, sizes)
         return output
 
-    def _counts(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
-        counts = self.counts(tokens, places)
-        assert counts is not None, "a method that shrinks pictures has a budget"
-        return counts
+    def _quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...]:
+        quotas = self.quotas(tokens, places)
+        assert quotas is not None, "a method that shrinks pictures has a budget"
+        return quotas
 
 
 class _Before:

@@ -18,13 +18,13 @@ from atp_patch.maths import cross_scores
 from atp_patch.seam import recorder
 from atp_patch.seam.marks import marked
 from atp_patch.seam.recorder import Recording
-from atp_patch.vision import Merge, TokenGroups, Tower
+from atp_patch.vision import Merge, Quota, TokenGroups, Tower
 
 
-class Counter(Protocol):
+class Sharer(Protocol):
     """How many tokens to keep of each group, given each group's tokens and its placeholders."""
 
-    def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
+    def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
         """None: the method decides."""
 
 
@@ -44,7 +44,7 @@ class MergeHooks:
     Args:
         base: the model without its head.
         tower: where things are.
-        merge: the method; ``counts``: the budget; ``minimum``: tokens of a group at least.
+        merge: the method; ``quotas``: the budget; ``minimum``: tokens of a group at least.
         active: whether this call of the tower is part of a pass that may be pruned.
     """
 
@@ -53,11 +53,11 @@ class MergeHooks:
         base: Any,
         tower: Tower,
         merge: Callable[[TokenGroups], Merge],
-        counts: Counter,
+        quotas: Sharer,
         minimum: int,
         active: Callable[[], bool],
     ) -> None:
-        self.base, self.tower, self.merge, self.counts = base, tower, merge, counts
+        self.base, self.tower, self.merge, self.quotas = base, tower, merge, quotas
         self.minimum, self.active = minimum, active
         self._recorded: list[Recording] = []
         self._grids: list[tuple[int, int, int]] = []
@@ -138,6 +138,10 @@ class MergeHooks:
         flat = flat.index_put((rows.to(flat.device),), made.to(flat))
         return flat.reshape(features.shape)
 
+    def _counts(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
+        quotas = self.quotas(tokens, places)
+        return None if quotas is None else tuple(quota.tokens for quota in quotas)
+
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:
         """The groups of tokens, and the row of ``features`` in which each token stands (G, n)."""
         recorded, self._recorded = self._recorded, []
@@ -176,7 +180,7 @@ class MergeHooks:
             column=token % small,
             heights=[small] * number,
             widths=[small] * number,
-            counts=self.counts(tokens, [rows] * number),
+            counts=self._counts(tokens, [rows] * number),
             minimum=self.minimum,
         )
         return groups, place
@@ -207,7 +211,7 @@ class MergeHooks:
             start += count
         valid = torch.arange(longest, device=device) < torch.tensor(tokens, device=device)[:, None]
         heights, widths = zip(*frames, strict=True)
-        counts = self.counts(tokens, tokens)
+        counts = self._counts(tokens, tokens)
         groups = TokenGroups(
             attention, keys, valid, row, column, heights, widths, counts, self.minimum
         )

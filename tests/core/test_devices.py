@@ -11,6 +11,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
 
 import atp_patch
+from atp_patch.visual_cache import fingerprint
 from tests.core.test_calibration import batches
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
@@ -66,6 +67,15 @@ def test_images_are_compressed_by_an_offloaded_model() -> None:
     cache = atp_patch.compress(model, inputs)
     expected = atp_patch.compress(kept, inputs)
     assert cache.model == expected.model  # so that the one may be read with the other
+    layers = kept.get_decoder().layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    tied = tiny_model("llava-llama")
+    layers = tied.get_decoder().layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    cpu_offload(tied, execution_device=torch.device("cpu"))
+    atp_patch.patch_model(tied, method="voco", num_tokens=2)
+    tied.atp_patch_heads.load_state_dict(tokens)
+    assert fingerprint(tied) == fingerprint(kept)
     assert torch.equal(cache.held.keys[0], expected.held.keys[0])
 
 

@@ -174,6 +174,14 @@ def test_a_method_of_ones_own_comes_back_from_its_folder(tmp_path: Path) -> None
     assert torch.equal(*logits)
 
 
+def test_of_ones_own_the_last_definition_counts() -> None:
+    for first in (5, 7):  # as a notebook's cell that is run again
+        fields = {"name": "again", "first": first, "__annotations__": {"first": "int"}}
+        kind = dataclass(frozen=True)(type("Again", (Last,), fields))
+    assert type(make_method("again", {})) is kind
+    assert make_method("again", {}).options() == {"first": 7}
+
+
 def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
     given = {"min_tokens": np.int64(3), "seed": np.int64(2), "keep": np.float32(0.5)}
     model = atp_patch.patch_model(tiny_model("llava-llama"), [2], "random", **given)

@@ -47,10 +47,13 @@ def test_pictures_of_fewer_tiles_get_empty_ones() -> None:
         ids = torch.arange(4)[None]
         pictures = torch.full((1, tiles, 3, 2, 2), float(tiles))
         inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "pixel_values": pictures}
+        inputs["pixel_attention_mask"] = torch.ones(1, tiles, 2, 2)
         return Sample(Example("exist", tiles, "?", "yes"), inputs, ids[0] > 2)
 
-    pictures = collate([sample(3), sample(5)], 0, False, False).inputs["pixel_values"]
+    inputs = collate([sample(3), sample(5)], 0, False, False).inputs
+    pictures = inputs["pixel_values"]
     assert pictures.shape == (2, 5, 3, 2, 2)
+    assert inputs["pixel_attention_mask"].sum((2, 3)).tolist() == [[4, 4, 4, 0, 0], [4] * 5]
     assert bool((pictures[0, :3] == 3).all())
     assert bool((pictures[0, 3:] == 0).all())
     assert bool((pictures[1] == 5).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import atp_patch
 from atp_patch.builtin import load_builtin, make_scene, prompt
-from atp_patch.errors import WeightsError
+from atp_patch.errors import ConfigError, WeightsError
 from atp_patch.evaluation.identity import model_hash
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
@@ -182,6 +183,37 @@ def test_recipes_in_a_folder_need_not_be_named(
     names = ["adapter one", "adapter one", "adapter two", "adapter two"]
     assert [setting.name for setting in found] == names
     assert len({setting.pooled for setting in found}) == 2
+
+
+def test_controls_of_all_in_a_folder(
+    trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("recipes")
+    shutil.copytree(trained, folder / "one" / "0")
+    (found,) = settings(f"{folder}~mean")
+    assert (found.name, found.control) == ("adapter one~mean", "mean")
+    assert len(settings("shipped~mean")) == len(shipped())
+    shutil.copytree(trained, folder / "alone")
+    with pytest.raises(ConfigError, match="name each"):
+        settings(str(folder))
+
+
+def test_lora_of_the_head_is_added_too(trained: Path) -> None:
+    model, _ = build()
+    folder = trained / "lora"
+    file, weight = folder / "adapter_model.safetensors", model.lm_head.weight.detach().clone()
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    made = {"A": torch.ones(rank, weight.shape[1]), "B": torch.ones(weight.shape[0], rank)}
+    name = "base_model.model.lm_head"
+    added = {f"{name}.lora_{part}.weight": tensor for part, tensor in made.items()}
+    stored = load_file(file) | added
+    save_file(stored | {f"{name}.base_layer.weight": weight}, file)  # as PEFT does
+    with merged(model, str(folder)):
+        assert not torch.equal(model.lm_head.weight, weight)
+    assert torch.equal(model.lm_head.weight, weight)
+    save_file(stored | {f"{name}.base_layer.weight": weight + 1}, file)
+    with pytest.raises(WeightsError, match="lm_head is not as it was"), merged(model, str(folder)):
+        pass
 
 
 def test_a_setting_says_its_adapter_as_it_was_given(trained: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 import atp_patch
+from atp_patch.seam import decoder_shape
 from tests.families import mrope
 from tests.families.kinds import SINGLE, Kind, make
 
@@ -16,6 +18,47 @@ CHOSEN = [kind for kind in mrope.KINDS if kind.name in NAMES]
 
 def test_none_is_left_out() -> None:
     assert {kind.name for kind in CHOSEN} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("said", "sizes"),
+    [
+        ({}, [10] * 6),
+        ({"num_experts_per_tok": 2}, [20] * 6),  # gpt-oss, Mixtral
+        ({"num_experts_per_tok": 2, "moe_intermediate_size": 3}, [6] * 6),
+        (
+            {
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 3,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [1],
+                "shared_expert_intermediate_size": 7,
+            },
+            [10, 10, 10, 13, 10, 13],
+        ),
+        (
+            {
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 3,
+                "n_shared_experts": 1,
+                "first_k_dense_replace": 2,
+            },
+            [10, 10, 9, 9, 9, 9],
+        ),
+        (  # ERNIE-4.5-VL: the text's experts and the picture's
+            {"moe_k": 2, "moe_intermediate_size": [3, 1], "moe_num_shared_experts": 2},
+            [12] * 6,
+        ),
+        ({"intermediate_size": [10] * 6}, [10] * 6),
+    ],
+)
+def test_sizes_of_mixtures_are_as_their_configurations_say(
+    said: dict[str, object], sizes: list[int]
+) -> None:
+    config = LlamaConfig(num_hidden_layers=6)
+    for name, value in ({"intermediate_size": 10} | said).items():
+        setattr(config, name, value)
+    assert list(decoder_shape(config).mlp_sizes) == sizes
 
 
 @pytest.mark.parametrize("kind", CHOSEN, ids=lambda kind: kind.name)

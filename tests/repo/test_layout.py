@@ -20,10 +20,12 @@ ALLOWED = {
     "types": set(),
     "vision": set(),
     "maths": set(),
+    "arguments": {"errors"},
     "families": {"errors", "types", "vision"},
-    "methods": {"errors", "types", "vision", "maths"},
+    "methods": {"arguments", "errors", "types", "vision", "maths"},
     "seam": {"errors", "types", "vision", "maths"},
-    "config": {"errors", "maths"},
+    "config": {"arguments", "errors", "maths"},
+    "sharing": {"errors", "config", "maths", "vision"},
     "trace": {"types", "maths"},
     "hub": {"errors", "config", "methods"},
     "pruner": {
@@ -36,9 +38,11 @@ ALLOWED = {
         "families",
         "methods",
         "seam",
+        "sharing",
     },
     "compression": {"errors", "config", "trace", "families", "methods", "seam", "pruner"},
     "patch": {
+        "arguments",
         "errors",
         "compression",
         "config",
@@ -51,6 +55,7 @@ ALLOWED = {
     },
 }
 WITHOUT_TRANSFORMERS = {
+    "arguments",
     "errors",
     "types",
     "vision",
@@ -58,6 +63,7 @@ WITHOUT_TRANSFORMERS = {
     "families",
     "methods",
     "config",
+    "sharing",
     "trace",
 }
 

@@ -125,6 +125,12 @@ def test_a_compiled_model_is_refused() -> None:
         atp_patch.patch_model(torch.compile(tiny.tiny_model("llava-llama")), [2], keep=0.5)
 
 
+def test_what_is_kept_from_being_compiled_is_not_refused() -> None:
+    model = tiny.tiny_model("llava-llama")
+    model.forward = torch.compiler.disable(model.forward)
+    assert atp_patch.patch_model(model, [2], keep=0.5) is model
+
+
 @pytest.mark.parametrize("part", ["model", "forward", "decoder", "layer"])
 def test_what_was_compiled_in_place_is_refused(part: str) -> None:
     model = tiny.tiny_model("llava-llama")

@@ -140,8 +140,7 @@ def test_lora_learns_beside_the_heads_and_is_saved_beside_them(
 ) -> None:
     adapter = run(folder, tmp_path, lora_rank=2, lora_alpha=8, lr=1e-2, save_every=9)
     before = plain(folder).state_dict()
-    model = plain(folder)
-    inputs = question(folder)
+    model, inputs = plain(folder), question(folder)
     with torch.no_grad():
         bare = model(**inputs).logits
     model.load_adapter(tmp_path / "lora")
@@ -153,7 +152,7 @@ def test_lora_learns_beside_the_heads_and_is_saved_beside_them(
         assert not torch.equal(model(**inputs).logits, bare)
     assert "LoRA of rank 2" in (adapter / "README.md").read_text(encoding="utf-8")
     with pytest.raises(atp_patch.ConfigError, match="LoRA learned beside"):
-        run(folder, tmp_path / "again", adapter=str(adapter), layers=None, target_tokens=None)
+        run(folder, tmp_path / "a", adapter=str(adapter), layers=None, target_tokens=None)
     assert "FOLDER/lora is the LoRA" in (adapter / "README.md").read_text(encoding="utf-8")
     written = [f for f in (tmp_path / "lora").iterdir() if f.suffix in (".json", ".md")]
     assert written
@@ -288,8 +287,7 @@ def test_a_terminal_sees_a_bar_below_the_lines(
     run(folder, tmp_path, steps=2, batch_size=2, layers=None)
     told = terminal.readouterr().err
     assert re.search(r"step 2/2  loss \S+  next_token \S+ .* right \S+ / \S+", told)
-    bar = told[told.rindex("steps") :]
-    assert "2/2" in bar
+    assert "2/2" in told[told.rindex("steps") :]
     assert told.index(SHOW_CURSOR) < told.index("Saved")
 
 

@@ -1,0 +1,85 @@
+"""What ``--adapters`` names: single ones, trainings of one recipe, folders of recipes, controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atp_patch.calibration import CONTROLS
+from atp_patch.errors import ConfigError
+from atp_patch.trained import shipped
+
+SHIPPED = "shipped"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An adapter, or several trainings of one recipe, whose answers are pooled as seeds are.
+
+    Attributes:
+        name: in tables; ``source``: as it was given, without its control.
+        control: which thresholds stand in for the adapters' own, or None.
+        trainings: each as ``find_trained`` takes it; ``pooled``: whether there may be several.
+    """
+
+    name: str
+    source: str
+    control: str | None
+    trainings: tuple[str, ...]
+    pooled: bool
+
+
+def recipes(specs: Sequence[str]) -> list[Recipe]:
+    """All that is named: by "A", or "A~mean" and "A~shuffled" for controls.
+
+    ``A`` is "shipped" for all that come with the package; an adapter as ``find_trained`` takes it;
+    a folder of such adapters, trainings of one recipe; or a folder of such folders.
+
+    Raises:
+        ConfigError: for another control, or a folder that holds both kinds.
+    """
+    specs = [one for spec in specs for one in _each(spec)]
+    short = [Path(spec).name for spec in specs]
+    made = []
+    for spec, name in zip(specs, short, strict=True):
+        source, control = _controlled(spec)
+        folder = Path(source)
+        trainings = [] if (folder / "adapter").is_dir() else sorted(folder.glob("*/adapter"))
+        made.append(
+            Recipe(
+                name=spec if short.count(name) > 1 else name,
+                source=source,
+                control=control,
+                trainings=tuple(str(found.parent) for found in trainings) or (source,),
+                pooled=bool(trainings),
+            )
+        )
+    return made
+
+
+def _each(spec: str) -> list[str]:
+    """Of what ships, or of a folder of recipes, each one; else the one."""
+    source, control = _controlled(spec)
+    folder = Path(source)
+    found = list(shipped()) if source == SHIPPED and not folder.exists() else []
+    if not (folder / "adapter").is_dir():
+        found += sorted({str(adapter.parents[1]) for adapter in folder.glob("*/*/adapter")})
+    if not found:
+        return [spec]
+    if any(folder.glob("*/adapter")):
+        raise ConfigError(f"--adapters {spec} holds trainings and folders of them; name each.")
+    return [recipe if control is None else f"{recipe}~{control}" for recipe in found]
+
+
+def _controlled(spec: str) -> tuple[str, str | None]:
+    """What comes before a tilde, and the control behind it, if there is one."""
+    source, tilde, control = spec.rpartition("~")
+    if not tilde or Path(spec).is_dir():
+        return spec, None
+    if control not in CONTROLS:
+        raise ConfigError(
+            f"--adapters {spec}: after ~ comes one of {', '.join(CONTROLS)}, as in "
+            f"{source}~{CONTROLS[0]}."
+        )
+    return source, control
