@@ -33,7 +33,10 @@ def forced_by_image(
         asked = list(same)
         begun = asked[0]
         end = int(begun.visual.nonzero().max()) + 1  # the same in all: the question comes behind
-        image = collate([_cut(begun, slice(end))], pad_id, False, False, seen=True).inputs
+        grids = {n: t for n, t in begun.inputs.items() if t.shape != begun.inputs[_TEXT[0]].shape}
+        begun = _cut(begun, slice(end))
+        begun = replace(begun, inputs=begun.inputs | grids)
+        image = collate([begun], pad_id, False, False, seen=True).inputs
         cache = compress(model, image)
         left = last_trace(model).tokens_per_layer[0]
         batch = collate([_cut(s, slice(end, None)) for s in asked], pad_id, False, False)
@@ -44,7 +47,7 @@ def forced_by_image(
 
 
 def _cut(sample: Sample, part: slice) -> Sample:
-    """A part of the prompt's tokens; the features stay, the picture does not."""
+    """A part of the prompt's tokens; the features stay, what else is said of the picture not."""
     length = sample.inputs["input_ids"].shape
     tokens = {name: t[:, part] for name, t in sample.inputs.items() if t.shape == length}
     return replace(sample, inputs=tokens, visual=sample.visual[part])

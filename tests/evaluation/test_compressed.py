@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import atp_patch
+from atp_patch.builtin import load_builtin
 from atp_patch.evaluation.answers import forced
 from atp_patch.evaluation.compressed import can_compress, forced_by_image
 from atp_patch.evaluation.features import see
@@ -60,6 +61,29 @@ def test_a_compressed_image_answers_as_one_pass_does(bench: Bench, trained: Sett
     assert torch.equal(torch.stack([left for _, left in found]), counts)
     asked = torch.cat([logits[:, -1] for logits in outputs[::2]])  # a prompt's, then an answer's
     torch.testing.assert_close(asked, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_images_of_several_sizes_with_2d_positions() -> None:
+    bench = Bench(*load_builtin("dynamic"), speaks=True, answers="forced", sized=True)
+    tasks = {task.name: task for task in choose_tasks(TASKS)}
+    chunk = chunks(list(tasks.values()), "development", 4)[0]
+    samples = [prepared(bench, tasks[e.task], "development", e) for e in chunk]
+    samples = see(bench.model, samples, bench.pad_id, bench.flat_positions)
+    assert len({s.visual_tokens for s in samples}) > 1
+    torch.manual_seed(0)
+    atp_patch.patch_model(bench.model, method="voco", num_tokens=16)
+    assert can_compress(bench.model, samples)
+    outputs: list[torch.Tensor] = []
+    bench.model.register_forward_hook(lambda _m, _i, out: outputs.append(out.logits))
+    expected = []
+    for sample in samples:
+        expected += forced(bench.model, collate([sample], bench.pad_id, False, False, seen=True))
+    plain = torch.cat([logits[:, -1] for logits in outputs[::2]])
+    outputs.clear()
+    found = list(forced_by_image(bench.model, samples, bench.pad_id))
+    assert [hit for hit, _ in found] == expected
+    asked = torch.cat([logits[:, -1] for logits in outputs[::2]])
+    torch.testing.assert_close(asked, plain, atol=1e-3, rtol=1e-4)
 
 
 def test_the_tokens_read_an_image_once(bench: Bench, trained: Setting) -> None:
