@@ -202,18 +202,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters by name; those that accelerate has offloaded are fetched, module by module."""
-    known = dict(base.named_parameters())
-    if not any(parameter.is_meta for parameter in known.values()):
-        yield from known.items()
+    """All parameters by all of their names, for offloading forgets which are tied; what accelerate
+    has offloaded is fetched, module by module.
+    """
+    if not any(parameter.is_meta for parameter in base.parameters()):
+        yield from base.named_parameters(remove_duplicate=False)
         return
     from accelerate.utils import align_module_device
 
-    for prefix, module in base.named_modules():
+    for prefix, module in base.named_modules(remove_duplicate=False):
         with align_module_device(module):
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                if name in known:  # else it is tied to one that was
-                    yield name, parameter
+            yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
 
 
 def _check_model(model: nn.Module, made_with: str, what: str) -> None:

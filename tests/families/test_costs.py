@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
 
 import atp_patch
 from atp_patch.seam import decoder_shape
@@ -55,9 +56,8 @@ def test_none_is_left_out() -> None:
 def test_sizes_of_mixtures_are_as_their_configurations_say(
     said: dict[str, object], sizes: list[int]
 ) -> None:
-    config = LlamaConfig(num_hidden_layers=6)
-    for name, value in ({"intermediate_size": 10} | said).items():
-        setattr(config, name, value)
+    common = {"num_hidden_layers": 6, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+    config = SimpleNamespace(**common, **({"intermediate_size": 10} | said))
     assert list(decoder_shape(config).mlp_sizes) == sizes
 
 
