@@ -27,7 +27,7 @@ test-matrix: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-# Everything in results/, by a day of work; killed, it goes on where it was. Times last, alone.
+# Everything in results/, by some 27 hours of one core; killed, it goes on where it was. Times last, alone.
 results: $(VENV)/.installed-train $(VENV)/.installed-eval
 	PYTHON=$(BIN)/python results/run.sh
 	PYTHON=$(BIN)/python results/train.sh
