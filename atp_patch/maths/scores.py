@@ -15,12 +15,12 @@ from torch import Tensor
 
 from atp_patch.maths.indexing import descending_rank
 
+# Elements of the largest tensor made on the way. Larger ones leave a CPU's caches, and their memory
+# is mapped anew each time; elsewhere it is many small steps that cost.
 _HELD_ON_CPU, _HELD = 2**22, 2**28
-"""Elements of the largest tensor made on the way. Larger ones leave a CPU's caches, and their
-memory is mapped anew each time; elsewhere it is many small steps that cost."""
 
 
-def _few(like: Tensor, elements: int) -> Iterator[slice]:
+def _sample_slices(like: Tensor, elements: int) -> Iterator[slice]:
     """Samples to be taken together, each of which makes a tensor of so many elements."""
     held = _HELD_ON_CPU if like.device.type == "cpu" else _HELD
     count = max(held // max(elements, 1), 1)
@@ -44,7 +44,7 @@ def self_scores(
     Returns:
         (B, V) float32, 0 in invalid slots.
     """
-    parts = _few(query, query[0].numel())
+    parts = _sample_slices(query, query[0].numel())
     sums = [_summed_logits(query[b], key[b], valid[b], causal) for b in parts]
     seen_by = valid.flip(1).cumsum(1).flip(1) if causal else valid.sum(1, keepdim=True)
     logits = torch.cat(sums) / seen_by.clamp(min=1)
@@ -99,7 +99,7 @@ def cross_scores(
     _, heads, rows, _ = query.shape
     per_row = heads * key.shape[2]
     totals = []
-    for b in _few(query, max(key[0].numel(), per_row * min(rows, chunk_rows))):
+    for b in _sample_slices(query, max(key[0].numel(), per_row * min(rows, chunk_rows))):
         keys, total = key[b].float(), query.new_zeros(visual_index[b].shape, dtype=torch.float32)
         for start in range(0, rows, chunk_rows):
             part = slice(start, start + chunk_rows)
@@ -110,7 +110,7 @@ def cross_scores(
                 visual_index[b],
                 visual_valid[b],
                 scaling,
-                mask=_of_mask(mask, b, part),
+                mask=_mask_of(mask, b, part),
                 softcap=softcap,
                 sinks=sinks,
                 renormalise=renormalise,
@@ -144,17 +144,19 @@ def cross_rows(
             visual_index[b],
             visual_valid[b],
             scaling,
-            mask=_of_mask(mask, b, slice(None)),
+            mask=_mask_of(mask, b, slice(None)),
             softcap=softcap,
             sinks=sinks,
             renormalise=renormalise,
         )
-        for b in _few(query, max(key[0].numel(), query.shape[1] * query.shape[2] * key.shape[2]))
+        for b in _sample_slices(
+            query, max(key[0].numel(), query.shape[1] * query.shape[2] * key.shape[2])
+        )
     ]
     return torch.cat(found)
 
 
-def _of_mask(mask: Tensor | None, samples: slice, rows: slice) -> Tensor | None:
+def _mask_of(mask: Tensor | None, samples: slice, rows: slice) -> Tensor | None:
     """The mask (B or 1, H or 1, T or 1, K) of some samples and rows."""
     if mask is None:
         return None
