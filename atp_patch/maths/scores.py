@@ -8,6 +8,8 @@ No attention map over all tokens is ever built.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -96,26 +98,11 @@ def cross_scores(
         (B, V) float32, 0 in invalid slots; zeros for a sample without a row that counts. A row
         that sees no key adds 0.
     """
-    _, heads, rows, _ = query.shape
-    per_row = heads * key.shape[2]
-    totals = []
-    for b in _sample_slices(query, max(key[0].numel(), per_row * min(rows, chunk_rows))):
-        keys, total = key[b].float(), query.new_zeros(visual_index[b].shape, dtype=torch.float32)
-        for start in range(0, rows, chunk_rows):
-            part = slice(start, start + chunk_rows)
-            total = total + _rows(
-                query[b, :, part],
-                keys,
-                row_valid[b, part],
-                visual_index[b],
-                visual_valid[b],
-                scaling,
-                mask=_mask_of(mask, b, part),
-                softcap=softcap,
-                sinks=sinks,
-                renormalise=renormalise,
-            ).sum(1)
-        totals.append(total)
+    how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise}
+    parts = _in_parts(
+        query, key, row_valid, visual_index, visual_valid, scaling, mask, chunk_rows, how
+    )
+    totals = [reduce(torch.add, (part.sum(1) for part in of_samples)) for of_samples in parts]
     return torch.cat(totals) / row_valid.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -136,24 +123,44 @@ def cross_rows(
 
     Arguments as of :func:`cross_scores`; 0 for invalid rows and in invalid slots.
     """
-    found = [
-        _rows(
-            query[b],
-            key[b],
-            row_valid[b],
-            visual_index[b],
-            visual_valid[b],
-            scaling,
-            mask=_mask_of(mask, b, slice(None)),
-            softcap=softcap,
-            sinks=sinks,
-            renormalise=renormalise,
-        )
-        for b in _sample_slices(
-            query, max(key[0].numel(), query.shape[1] * query.shape[2] * key.shape[2])
-        )
-    ]
-    return torch.cat(found)
+    how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise}
+    rows = max(query.shape[2], 1)
+    parts = _in_parts(query, key, row_valid, visual_index, visual_valid, scaling, mask, rows, how)
+    return torch.cat([part for of_samples in parts for part in of_samples])
+
+
+def _in_parts(
+    query: Tensor,
+    key: Tensor,
+    row_valid: Tensor,
+    visual_index: Tensor,
+    visual_valid: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    chunk_rows: int,
+    how: dict[str, Any],
+) -> Iterator[Iterator[Tensor]]:
+    """For the samples that are taken together, :func:`_rows` of so many rows at a time."""
+    _, heads, rows, _ = query.shape
+    per_row = heads * key.shape[2]
+
+    def of_samples(b: slice) -> Iterator[Tensor]:
+        keys = key[b].float()
+        for start in range(0, max(rows, 1), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            yield _rows(
+                query[b, :, part],
+                keys,
+                row_valid[b, part],
+                visual_index[b],
+                visual_valid[b],
+                scaling,
+                mask=_mask_of(mask, b, part),
+                **how,
+            )
+
+    for b in _sample_slices(query, max(key[0].numel(), per_row * min(rows, chunk_rows))):
+        yield of_samples(b)
 
 
 def _mask_of(mask: Tensor | None, samples: slice, rows: slice) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,27 +85,10 @@ def test_cross_scores_are_mean_probabilities(
         "bool": seen,
         "float": torch.where(seen, 0.0, torch.finfo(torch.float32).min),
     }
-    got = cross_scores(
-        query,
-        key,
-        row_valid,
-        index,
-        valid,
-        0.5,
-        mask=masks[mask_kind],
-        renormalise=renormalise,
-        chunk_rows=chunk_rows,
-    )
-    rows = cross_rows(
-        query,
-        key,
-        row_valid,
-        index,
-        valid,
-        0.5,
-        mask=masks[mask_kind],
-        renormalise=renormalise,
-    )
+    given = (query, key, row_valid, index, valid, 0.5)
+    how: dict[str, Any] = {"mask": masks[mask_kind], "renormalise": renormalise}
+    got = cross_scores(*given, **how, chunk_rows=chunk_rows)
+    rows = cross_rows(*given, **how)
     torch.testing.assert_close(got, rows.sum(1) / row_valid.sum(1, keepdim=True))
     logits = attention_logits(query, key, 0.5).masked_fill(~seen_all, -torch.inf)
     probability = logits.softmax(-1)
