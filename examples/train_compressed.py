@@ -30,9 +30,9 @@ from atp_patch.builtin.labels import IGNORE
 from atp_patch.builtin.losses import answered
 from atp_patch.builtin.score import TaskScore, table
 from atp_patch.builtin.silent import silent_layers, without
-from atp_patch.hub import Beside
-from atp_patch.saving import adapter
-from atp_patch.training.learn import add_lora
+from atp_patch.patching.adapter import Beside
+from atp_patch.patching.saving import adapter
+from atp_patch.tools.parameter_groups import add_lora
 
 # What learns, and the folder that it is written to, beside the adapter.
 BESIDE: dict[str, Beside | None] = {"tokens": None, "lora": "lora", "decoder": "model"}

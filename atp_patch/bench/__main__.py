@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 
-from atp_patch import __version__
 from atp_patch.bench.follow_up import compare_questions, questions_case, questions_table
 from atp_patch.bench.lengths import time_same_lengths
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched
@@ -22,14 +21,15 @@ from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.report import entries, same_lengths, table
 from atp_patch.bench.training import as_data, compare_steps, steps_table
-from atp_patch.command_line import execute, machine
-from atp_patch.config import scaled_layers
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
+from atp_patch.contract.version import __version__
 from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of
-from atp_patch.loading import first_line
 from atp_patch.maths import average_tokens
 from atp_patch.methods import Compressor, make_methods
+from atp_patch.patching.config import scaled_layers
+from atp_patch.tools.command_line import execute, machine
+from atp_patch.tools.loading import first_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from atp_patch.bench.measure import (
     turned,
 )
 from atp_patch.bench.report import listing, milliseconds
-from atp_patch.visual_cache import compress
+from atp_patch.tools.visual_cache import compress
 
 AGAIN, KEPT = "plain, image read again", "plain, KV cache of the image kept"
 

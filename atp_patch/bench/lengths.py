@@ -16,7 +16,7 @@ from torch import nn
 
 from atp_patch.bench.clock import Times
 from atp_patch.bench.measure import Contender, Inputs, time_prefill, turned
-from atp_patch.trace import PruningTrace
+from atp_patch.patching.trace import PruningTrace
 
 
 @dataclass

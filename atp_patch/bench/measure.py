@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
-from atp_patch.patch import last_trace, patch_model, require_patch, unpatch_model
-from atp_patch.trace import PruningTrace
+from atp_patch.patching.patch import last_trace, patch_model, require_patch, unpatch_model
+from atp_patch.patching.trace import PruningTrace
 
 Inputs = dict[str, Tensor]
 Way = TypeVar("Way")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from atp_patch.bench.presets import PRESETS, Size
-from atp_patch.command_line import OneLineParser, comma_separated
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.command_line import OneLineParser, comma_separated
 
 DESCRIPTION = """Pruned against plain at the shapes of known models, in turns, in one process, with
 random weights.

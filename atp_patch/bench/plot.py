@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 
 
 def check_plot() -> None:

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 
 Size = tuple[int, int]
 """Width and height of an image in pixels."""

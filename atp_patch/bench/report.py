@@ -10,9 +10,9 @@ from torch import Tensor
 
 from atp_patch.bench.lengths import SameLengths
 from atp_patch.bench.measure import PLAIN, Measured
-from atp_patch.compression import CompressionTrace
 from atp_patch.maths import paper_layer_flops
-from atp_patch.trace import PruningTrace
+from atp_patch.patching.compression import CompressionTrace
+from atp_patch.patching.trace import PruningTrace
 
 
 def entries(found: dict[str, Measured], batch_size: int) -> dict[str, dict[str, Any]]:

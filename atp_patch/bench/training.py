@@ -13,8 +13,8 @@ from torch import Tensor
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
 from atp_patch.bench.measure import turned
 from atp_patch.bench.report import listing
-from atp_patch.patch import patch_model, unpatch_model
-from atp_patch.pruner import HEADS
+from atp_patch.patching.patch import patch_model, unpatch_model
+from atp_patch.patching.pruner import HEADS
 
 IGNORE = -100
 ANSWER_SHARE = 0.25  # of the text tokens: the last of them are the answer, which is learned

@@ -46,7 +46,7 @@ from atp_patch.builtin.scenes import (
     make_scene,
 )
 from atp_patch.builtin.vocabulary import TASKS
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 
 __all__ = [
     "DYNAMIC",

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
-from atp_patch.command_line import OneLineParser, execute
+from atp_patch.contract.errors import ATPError, ConfigError
 from atp_patch.convert.internvl import internvl_plan
 from atp_patch.convert.llava import llava_plan
 from atp_patch.convert.plan import Plan
 from atp_patch.convert.write import write
-from atp_patch.errors import ATPError, ConfigError
-from atp_patch.loading import first_line, quiet_transformers
+from atp_patch.tools.command_line import OneLineParser, execute
+from atp_patch.tools.loading import first_line, quiet_transformers
 
 PROG = "python -m atp_patch.convert"
 DESCRIPTION = """

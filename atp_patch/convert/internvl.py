@@ -14,6 +14,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.convert.configs import config_of
 from atp_patch.convert.plan import Plan, Rule
 from atp_patch.convert.processors import (
@@ -23,7 +24,6 @@ from atp_patch.convert.processors import (
     tokenizer_of,
 )
 from atp_patch.convert.source import Source, read_json
-from atp_patch.errors import ConfigError, UnsupportedModelError
 
 BACKBONES = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 CONTEXT = INTERNVL_TOKENS["context_image_token"]

@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
 )
 
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.convert.configs import config_of
 from atp_patch.convert.plan import Plan, Rule
 from atp_patch.convert.processors import (
@@ -29,7 +30,6 @@ from atp_patch.convert.processors import (
     tokenizer_of,
 )
 from atp_patch.convert.source import Source, read_json
-from atp_patch.errors import ConfigError, UnsupportedModelError
 
 PARTS = ("llm", "mm_projector", "vision_tower")
 IMAGE_TOKEN = "<image>"

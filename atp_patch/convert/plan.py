@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atp_patch.contract.errors import WeightsError
 from atp_patch.convert.source import Source
-from atp_patch.errors import WeightsError
 
 Change = Callable[[Tensor], Tensor]
 SHOWN = 4  # names in a message

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
 
-from atp_patch.errors import ConfigError
-from atp_patch.loading import first_line
+from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.loading import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # The roles alternate; an image stands where its place in the message is.

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from atp_patch.errors import ConfigError, WeightsError
-from atp_patch.loading import first_line
+from atp_patch.contract.errors import ConfigError, WeightsError
+from atp_patch.tools.loading import first_line
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
 

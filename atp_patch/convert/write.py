@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atp_patch.contract.errors import ConfigError
 from atp_patch.convert.plan import Plan
-from atp_patch.errors import ConfigError
-from atp_patch.loading import first_line
+from atp_patch.tools.loading import first_line
 
 SHARD_BYTES = 2**30
 

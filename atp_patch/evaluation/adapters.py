@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atp_patch.calibration import CONTROLS
-from atp_patch.errors import ConfigError
-from atp_patch.trained import shipped
+from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.calibration import CONTROLS
+from atp_patch.tools.trained import shipped
 
 SHIPPED = "shipped"
 

@@ -15,8 +15,7 @@ from atp_patch.builtin import DYNAMIC, NAMES, builtin_path, load_builtin
 from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
-from atp_patch.command_line import execute, machine, named_values
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
@@ -29,8 +28,9 @@ from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.summary import Measured, Row, summarize
 from atp_patch.evaluation.tables import markdown
 from atp_patch.evaluation.tasks import Task, choose_tasks
-from atp_patch.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
-from atp_patch.patch import require_patch
+from atp_patch.patching.patch import require_patch
+from atp_patch.tools.command_line import execute, machine, named_values
+from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
 
 RUNS, TABLE = "runs", "table.md"
 

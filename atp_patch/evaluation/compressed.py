@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.compression import Compression
 from atp_patch.evaluation.answers import hits
 from atp_patch.evaluation.prepare import Sample, collate
-from atp_patch.patch import is_patched, last_trace, require_patch
-from atp_patch.visual_cache import compress
+from atp_patch.patching.compression import Compression
+from atp_patch.patching.patch import is_patched, last_trace, require_patch
+from atp_patch.tools.visual_cache import compress
 
 _TEXT = ("input_ids", "attention_mask")
 

@@ -12,8 +12,8 @@ import torch
 
 from atp_patch.evaluation.prepare import ENCODED, PICTURE, Sample, collate
 from atp_patch.methods import Merger
-from atp_patch.patch import is_patched, require_patch
-from atp_patch.trained import changes_features
+from atp_patch.patching.patch import is_patched, require_patch
+from atp_patch.tools.trained import changes_features
 
 _GRID = "image_grid_thw"
 _READ = {"input_ids", "attention_mask", "mm_token_type_ids", PICTURE, _GRID}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.settings import Setting, known_options
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import Row, Stratum, tokens_in

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 import transformers
 
-import atp_patch
-from atp_patch.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_files
-from atp_patch.trained import LORA_FILES
+from atp_patch.contract.version import __version__
+from atp_patch.patching.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_files
+from atp_patch.tools.trained import LORA_FILES
 
-_PACKAGE = Path(atp_patch.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
 _CODE = (
-    *("arguments.py", "config.py", "hub.py", "patch.py", "pruner.py", "sharing.py", "trace.py"),
-    *("types.py", "vision.py"),
-    *("calibration.py", "compression.py", "loading.py", "trained.py", "visual_cache.py"),
-    *("maths/*.py", "methods/*.py", "families/*.py", "seam/*.py"),
+    *("contract/*.py", "maths/*.py", "methods/*.py", "families/*.py", "seam/**/*.py"),
+    "patching/*.py",
+    *(f"tools/{n}.py" for n in ("calibration", "loading", "trained", "visual_cache")),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "silent")),
     *(f"builtin/{n}.py" for n in ("processing", "tokens", "vocabulary")),
     *(f"builtin/dynamic/{n}.py" for n in ("processing", "sizes", "tokens")),
@@ -93,7 +92,7 @@ def adapter_hash(source: str, lora: str | None = None) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that compute."""
     return {
-        "atp_patch": atp_patch.__version__,
+        "atp_patch": __version__,
         "code": code_hash(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

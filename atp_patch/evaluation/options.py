@@ -7,10 +7,10 @@ from collections.abc import Container
 from pathlib import Path
 
 from atp_patch.builtin import NAMES, SPLITS
-from atp_patch.command_line import OneLineParser, comma_separated
-from atp_patch.errors import ConfigError
-from atp_patch.loading import DTYPES
+from atp_patch.contract.errors import ConfigError
 from atp_patch.methods import untrained_methods
+from atp_patch.tools.command_line import OneLineParser, comma_separated
+from atp_patch.tools.loading import DTYPES
 
 PROG = "python -m atp_patch.evaluate"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import Row

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from atp_patch.evaluation.tasks import Example
-from atp_patch.loading import encode
+from atp_patch.tools.loading import encode
 
 Inputs = dict[str, Any]
 ENCODED = "mm_encoder_outputs"

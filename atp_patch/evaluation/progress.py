@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from atp_patch.command_line import terminal_bar
+from atp_patch.tools.command_line import terminal_bar
 
 SECONDS_BETWEEN_LINES = 30.0
 Advance = Callable[[int], None]

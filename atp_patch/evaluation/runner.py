@@ -13,7 +13,6 @@ import torch
 
 from atp_patch.builtin import DYNAMIC
 from atp_patch.builtin.silent import silent_layers, without
-from atp_patch.calibration import controlled, threshold_control
 from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.compressed import can_compress, forced_by_image
 from atp_patch.evaluation.features import can_see_ahead, see, seen_by
@@ -26,7 +25,8 @@ from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
 from atp_patch.methods.atp_given import GivenThresholds
-from atp_patch.patch import last_trace, require_patch
+from atp_patch.patching.patch import last_trace, require_patch
+from atp_patch.tools.calibration import controlled, threshold_control
 
 CHUNK_IMAGES = 4
 Chunk = list[Example]

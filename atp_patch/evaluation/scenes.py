@@ -21,7 +21,7 @@ from atp_patch.builtin import (
     as_shown,
     make_scene,
 )
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.shades import repaint
 from atp_patch.evaluation.tasks import Example, Task, register_task
 

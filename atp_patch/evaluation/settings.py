@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from atp_patch.config import default_layers
-from atp_patch.errors import BudgetError, ConfigError, UnsupportedModelError
+from atp_patch.contract.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
-from atp_patch.patch import patch_model, require_patch, unpatch_model
-from atp_patch.trained import find_trained, merged
+from atp_patch.patching.config import default_layers
+from atp_patch.patching.patch import patch_model, require_patch, unpatch_model
+from atp_patch.tools.trained import find_trained, merged
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"

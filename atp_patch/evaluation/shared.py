@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from atp_patch.patch import require_patch
-from atp_patch.seam import Recording, recorder
+from atp_patch.patching.patch import require_patch
+from atp_patch.seam import Recording
+from atp_patch.seam.host import recorder
 
 
 @dataclass

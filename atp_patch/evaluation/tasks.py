@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 
 
 @dataclass(frozen=True)

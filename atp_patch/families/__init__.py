@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp_patch.errors import ConfigError, UnsupportedModelError
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family
 from atp_patch.families.generic import GENERIC

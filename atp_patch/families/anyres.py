@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from atp_patch.errors import InputError, UnsupportedModelError
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.towers import square_tower
-from atp_patch.types import GridQuery, Span, VisualGrid
 
 
 def _side(config: Any) -> int:

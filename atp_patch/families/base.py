@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atp_patch.errors import ConfigError, UnsupportedModelError
-from atp_patch.types import GridQuery, Outer, Span, VisualGrid
-from atp_patch.vision import Tower
+from atp_patch.contract import GridQuery, Outer, Span, Tower, VisualGrid
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 
 Grids = list[list[VisualGrid]]
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from atp_patch.errors import InputError
+from atp_patch.contract import GridQuery, VisualGrid
+from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
-from atp_patch.types import GridQuery, VisualGrid
 
 
 def _runs(visual: Tensor) -> list[VisualGrid]:

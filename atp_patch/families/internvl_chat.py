@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.contract import GridQuery, Outer
+from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.families.base import Family, Grids, square_grids
-from atp_patch.types import GridQuery, Outer
 
 BACKBONES = ("qwen2", "llama")
 MEND = (

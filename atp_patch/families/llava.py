@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from atp_patch.errors import InputError
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids, equal_images
 from atp_patch.families.pixtral import pixtral_grids
 from atp_patch.families.towers import square_tower
-from atp_patch.types import GridQuery, Span, VisualGrid
 
 MEND = "let the model's own processor expand <image> to placeholders."
 

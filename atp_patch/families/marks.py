@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from atp_patch.contract import Span, VisualGrid
 from atp_patch.families.base import Grids
-from atp_patch.types import Span, VisualGrid
 
 
 def with_marks(grids: Sequence[Sequence[VisualGrid]], spans: Sequence[Sequence[Span]]) -> Grids:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
-from atp_patch.errors import InputError
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.pixtral import chains, stacked
-from atp_patch.types import GridQuery, Span, VisualGrid
 
 
 def _grid(rows: list[Span]) -> VisualGrid:

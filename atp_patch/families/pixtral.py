@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atp_patch.errors import InputError
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
-from atp_patch.types import GridQuery, Span, VisualGrid
 
 
 def chains(spans: Sequence[Span]) -> list[list[Span]]:

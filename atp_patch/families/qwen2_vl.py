@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.errors import InputError
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.towers import packed_tower
-from atp_patch.types import GridQuery, Span, VisualGrid
 
 
 def _grid(span: Span, positions: Tensor) -> list[VisualGrid]:

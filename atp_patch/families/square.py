@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from atp_patch.errors import UnsupportedModelError
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.families.base import Family, Grids, square_grids
 from atp_patch.families.towers import shuffled_tower
-from atp_patch.types import GridQuery, Span, VisualGrid
 
 
 def _number(size: Any) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp_patch.errors import UnsupportedModelError
-from atp_patch.vision import Tower
+from atp_patch.contract import Tower
+from atp_patch.contract.errors import UnsupportedModelError
 
 _PROJECTOR = "multi_modal_projector"
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from atp_patch.errors import InputError, UnsupportedModelError
+from atp_patch.contract import GridQuery, Outer, Span, VisualGrid
+from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.families.base import Family, Grids
-from atp_patch.types import GridQuery, Outer, Span, VisualGrid
 
 # mm_projector_type -> how many patches along a side become one token
 DOWNSAMPLING = {

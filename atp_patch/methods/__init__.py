@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from atp_patch.arguments import as_kind
-from atp_patch.errors import ConfigError
+from atp_patch.contract.arguments import as_kind
+from atp_patch.contract.errors import ConfigError
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.base import (
     BeforeDecoder,

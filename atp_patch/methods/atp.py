@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract import Decision, View
+from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import (
     atp_loss,
     budget_thresholds,
@@ -38,7 +39,6 @@ from atp_patch.methods.base import (
     least_counts,
 )
 from atp_patch.methods.fixed import Scored
-from atp_patch.types import Decision, View
 
 _NEVER = -1e4  # so far below every threshold that its sigmoid is 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atp_patch.contract import View
 from atp_patch.methods.atp_heads import Thresholds
-from atp_patch.types import View
 
 _SIGNS = 16
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from atp_patch.contract import Layout, View
 from atp_patch.maths import standardise_scores, to_reference_grid
 from atp_patch.methods.base import ModuleSpec
-from atp_patch.types import Layout, View
 
 # Renormalised probabilities lie around 1 / V; log of much less says "none" and nothing more.
 _FLOOR = 1e-6

@@ -15,10 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract import Decision, Layout, Merge, TokenGroups, View
+from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import even_counts, top_k_mask
-from atp_patch.types import Decision, Layout, View
-from atp_patch.vision import Merge, TokenGroups
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from atp_patch.contract import Decision, View
 from atp_patch.maths import progressive_order
 from atp_patch.methods.base import Ranking, grid_table
-from atp_patch.types import Decision, View
 
 _MODULUS = 2**31 - 1
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from atp_patch.contract import Decision, View
 from atp_patch.maths import cross_scores, gather_heads
 from atp_patch.methods.base import Ranking, choice, mask_rows
-from atp_patch.types import Decision, View
 
 
 @dataclass(frozen=True)

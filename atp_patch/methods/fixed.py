@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from atp_patch.contract import Decision, View
 from atp_patch.maths import cross_scores, gather_heads, redundant_scores, self_scores
 from atp_patch.methods.base import Method, Ranking, choice, mask_rows
-from atp_patch.types import Decision, View
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract import Merge, TokenGroups
+from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import (
     merge_weights,
     outliers,
@@ -22,7 +23,6 @@ from atp_patch.maths import (
     top_k_mask,
 )
 from atp_patch.methods.base import Merger
-from atp_patch.vision import Merge, TokenGroups
 
 
 @dataclass(frozen=True)

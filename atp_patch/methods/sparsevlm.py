@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract import Decision, Recycled, View
+from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import (
     attention_rank,
     cluster_weights,
@@ -27,7 +28,6 @@ from atp_patch.maths import (
     top_k_mask,
 )
 from atp_patch.methods.base import Ranking, choice, least_counts, mask_rows
-from atp_patch.types import Decision, Recycled, View
 
 
 @dataclass(frozen=True)

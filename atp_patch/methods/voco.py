@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.methods.base import Compressor
 
 

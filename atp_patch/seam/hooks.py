@@ -16,22 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from atp_patch.seam import recorder
-from atp_patch.seam.cache import pruned_layer
-from atp_patch.seam.decode import Decode
-from atp_patch.seam.entry import Reader, begin
-from atp_patch.seam.inputs import Call, refuse_replica
-from atp_patch.seam.learning import LearningPass
-from atp_patch.seam.locate import Parts
-from atp_patch.seam.marks import wiped
-from atp_patch.seam.narrow import check_implementation, is_flash
-from atp_patch.seam.outside import Outside
-from atp_patch.seam.prefill import Prefill
-from atp_patch.seam.replaced import Replaced
-from atp_patch.seam.session import Session
-from atp_patch.seam.tower import VisionHooks
-from atp_patch.seam.videos import Videos
-from atp_patch.types import Decision, View
+from atp_patch.contract import Decision, View
+from atp_patch.seam.decoder.decode import Decode
+from atp_patch.seam.decoder.prefill import Prefill
+from atp_patch.seam.door.entry import Reader, begin
+from atp_patch.seam.door.tombstones import wiped
+from atp_patch.seam.host import recorder
+from atp_patch.seam.host.cache import pruned_layer
+from atp_patch.seam.host.inputs import Call, refuse_replica
+from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.masks import check_implementation, is_flash
+from atp_patch.seam.host.outside import Outside
+from atp_patch.seam.host.replaced import Replaced
+from atp_patch.seam.host.session import Session
+from atp_patch.seam.learning.learning_pass import LearningPass
+from atp_patch.seam.learning.weighted import weighted_attention
+from atp_patch.seam.tower.merging import VisionHooks
+from atp_patch.seam.tower.videos import Videos
 
 RUN = "atp_patch_run"
 
@@ -235,7 +236,7 @@ class Seam:
         run.rotary = kwargs.get("position_embeddings")
         weight = run.weight_in(layer) if isinstance(run, LearningPass) else None
         if weight is not None:
-            recorder.arm(attention, sink, weighted=True)
+            recorder.arm(attention, sink, attend=weighted_attention)
             kwargs[recorder.KEY_WEIGHT] = weight.to(hidden.device)
         elif sink is not None:
             recorder.arm(attention, sink)

@@ -18,20 +18,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
-from atp_patch.calibration import Calibration, calibrate
-from atp_patch.command_line import execute
-from atp_patch.config import default_layers
-from atp_patch.errors import ATPError, ConfigError, InputError
+from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
-from atp_patch.hub import CARD_FILE, Beside
-from atp_patch.loading import choose_device, load_checkpoint, quiet_transformers
-from atp_patch.patch import patch_model, require_patch
-from atp_patch.pruner import HEADS
-from atp_patch.saving import adapter
-from atp_patch.trained import find_trained
+from atp_patch.patching.adapter import CARD_FILE, Beside
+from atp_patch.patching.config import default_layers
+from atp_patch.patching.patch import patch_model, require_patch
+from atp_patch.patching.pruner import HEADS
+from atp_patch.patching.saving import adapter
+from atp_patch.tools.calibration import Calibration, calibrate
+from atp_patch.tools.command_line import execute
+from atp_patch.tools.loading import choose_device, load_checkpoint, quiet_transformers
+from atp_patch.tools.parameter_groups import add_lora, freeze
+from atp_patch.tools.trained import find_trained
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
-from atp_patch.training.learn import add_lora, freeze
 from atp_patch.training.options import flags_of, parser
 from atp_patch.training.records import LlavaFile, Scenes, Source, check_source
 from atp_patch.training.report import Progress, card

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from atp_patch.errors import ConfigError, InputError
+from atp_patch.contract.errors import ConfigError, InputError
 from atp_patch.training.encode import IGNORED
 from atp_patch.training.records import Conversation, Source
 

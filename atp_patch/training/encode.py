@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.errors import InputError, UnsupportedModelError
-from atp_patch.loading import first_line
+from atp_patch.contract.errors import InputError, UnsupportedModelError
+from atp_patch.tools.loading import first_line
 from atp_patch.training.records import Conversation
 
 IGNORED = -100

@@ -7,7 +7,7 @@ from collections import defaultdict
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from atp_patch.trace import PruningTrace
+from atp_patch.patching.trace import PruningTrace
 
 
 class Meter:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from atp_patch.command_line import OneLineParser, named_values
+from atp_patch.tools.command_line import OneLineParser, named_values
 from atp_patch.training.settings import Settings
 
 PROG = "python -m atp_patch.train"

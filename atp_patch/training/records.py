@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from atp_patch.builtin import LLAVA, as_shown, make_scene
-from atp_patch.errors import ConfigError, InputError
-from atp_patch.loading import read_image
+from atp_patch.contract.errors import ConfigError, InputError
+from atp_patch.tools.loading import read_image
 
 MARK = "<image>"  # where a conversation's images belong
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

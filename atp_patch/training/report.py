@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from atp_patch.calibration import Calibration
-from atp_patch.command_line import terminal_bar
+from atp_patch.tools.calibration import Calibration
+from atp_patch.tools.command_line import terminal_bar
 from atp_patch.training.settings import Settings
 
 if TYPE_CHECKING:

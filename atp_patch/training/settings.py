@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from atp_patch.builtin import NAMES
-from atp_patch.errors import ConfigError
-from atp_patch.loading import DTYPES
+from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.loading import DTYPES
 
 BUILTIN = "builtin"
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")

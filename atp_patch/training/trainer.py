@@ -15,12 +15,12 @@ from torch.nn.functional import kl_div
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from atp_patch.errors import ATPError, ConfigError, WeightsError
-from atp_patch.patch import disabled, last_trace
-from atp_patch.pruner import HEADS
+from atp_patch.contract.errors import ATPError, ConfigError, WeightsError
+from atp_patch.patching.patch import disabled, last_trace
+from atp_patch.patching.pruner import HEADS
+from atp_patch.tools.parameter_groups import parameter_groups
 from atp_patch.training.dataset import SKIPPED
 from atp_patch.training.encode import IGNORED
-from atp_patch.training.learn import parameter_groups
 from atp_patch.training.meter import Meter
 from atp_patch.training.settings import Settings
 from atp_patch.training.zero3 import check_deepspeed, check_launcher, launched_with_deepspeed

@@ -13,7 +13,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 
 _GATHERS = "stage3_gather_16bit_weights_on_model_save"
 

@@ -16,8 +16,8 @@ from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_pea
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched, timed_seam
 from atp_patch.bench.presets import PRESETS, Preset
 from atp_patch.bench.report import entries
-from atp_patch.errors import ConfigError
-from atp_patch.patch import require_patch
+from atp_patch.contract.errors import ConfigError
+from atp_patch.patching.patch import require_patch
 
 CPU = torch.device("cpu")
 # Real families in sizes that a test can build: depth and width cut, heads as wide as they are.

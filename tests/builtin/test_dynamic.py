@@ -11,7 +11,6 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
 import atp_patch
-from atp_patch import demo
 from atp_patch.builtin import (
     SceneConfig,
     as_shown,
@@ -25,6 +24,7 @@ from atp_patch.builtin.dynamic.sizes import TOKEN_PX, at_size
 from atp_patch.builtin.dynamic.tokens import IMAGE_PAD, token_ids
 from atp_patch.builtin.score import score
 from atp_patch.builtin.tokens import UNK, encode
+from atp_patch.commands import demo
 from atp_patch.evaluation import command
 from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.prepare import collate

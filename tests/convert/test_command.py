@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import atp_patch
-from atp_patch.cli import main as atp_patch_command
+from atp_patch.commands.cli import main as atp_patch_command
 from atp_patch.convert.__main__ import main
 from atp_patch.convert.llava import llava_plan
 from atp_patch.convert.write import write as write_plan
-from atp_patch.loading import load_checkpoint
+from atp_patch.tools.loading import load_checkpoint
 from tests.convert.checkpoints import Original, save_json, save_tokenizer, write
 
 Make = Callable[[Path, Original], object]

@@ -19,7 +19,7 @@ import atp_patch
 from atp_patch.convert.__main__ import main
 from atp_patch.convert.llava import llava_plan
 from atp_patch.convert.write import write as write_plan
-from atp_patch.loading import encode, load_checkpoint
+from atp_patch.tools.loading import encode, load_checkpoint
 from tests.convert.checkpoints import (
     UNNEEDED,
     Original,

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from atp_patch.cli import COMMANDS
-from atp_patch.command_line import OneLineParser, comma_separated, execute
-from atp_patch.errors import ConfigError
+from atp_patch.commands.cli import COMMANDS
+from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.command_line import OneLineParser, comma_separated, execute
 
 # command -> arguments that are well formed, and what to replace so that nothing is done
 ARGUMENTS: dict[str, tuple[list[str], str]] = {
-    "demo": (["a.png", "Why?"], "atp_patch.demo.check"),
+    "demo": (["a.png", "Why?"], "atp_patch.commands.demo.check"),
     "train": ([], "atp_patch.training.command.train"),
     "evaluate": ([], "atp_patch.evaluation.command.check"),
     "convert": (["llava", "a", "b"], "atp_patch.convert.__main__.plan_for"),

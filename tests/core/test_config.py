@@ -7,7 +7,7 @@ import json
 import pytest
 
 import atp_patch
-from atp_patch.config import BaseModel, PruningConfig, scaled_layers
+from atp_patch.patching.config import BaseModel, PruningConfig, scaled_layers
 
 BASE = BaseModel("llava", 32, 4096)
 

@@ -11,7 +11,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
 
 import atp_patch
-from atp_patch.visual_cache import fingerprint
+from atp_patch.tools.visual_cache import fingerprint
 from tests.core.test_calibration import batches
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model

@@ -10,8 +10,8 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 import atp_patch
+from atp_patch.contract import GridQuery, Layout, Span, VisualGrid
 from atp_patch.families import family_of
-from atp_patch.types import GridQuery, Layout, Span, VisualGrid
 from tests.helpers import inputs as made
 from tests.helpers import tiny
 from tests.helpers.tiny import tiny_model

@@ -10,8 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import atp_patch
-from atp_patch.seam.cache import PrunedDynamicLayer, PrunedStaticLayer
-from atp_patch.seam.narrow import check_implementation, decode_mask, gather_columns, prefill_mask
+from atp_patch.seam.host.cache import PrunedDynamicLayer, PrunedStaticLayer
+from atp_patch.seam.host.masks import (
+    check_implementation,
+    decode_mask,
+    gather_columns,
+    prefill_mask,
+)
 
 LENGTH = 9
 PADDING = torch.tensor([[1] * 9, [0, 0, 1, 1, 1, 1, 1, 1, 1]]).bool()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import atp_patch
+from atp_patch.contract import Layout, VisualGrid
 from atp_patch.methods import METHODS
 from atp_patch.methods.base import Ranking, frame_counts
-from atp_patch.types import Layout, VisualGrid
 from tests.helpers import inputs as made
 from tests.helpers.run import forward
 from tests.helpers.tiny import tiny_model

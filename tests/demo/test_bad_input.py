@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from atp_patch import demo, supported_families
+from atp_patch import supported_families
+from atp_patch.commands import demo
 
 QUESTION = "How many red shapes are there?"
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import atp_patch
-from atp_patch import demo
 from atp_patch.builtin import load_builtin
-from atp_patch.loading import encode
-from atp_patch.training.learn import add_lora
+from atp_patch.commands import demo
+from atp_patch.tools.loading import encode
+from atp_patch.tools.parameter_groups import add_lora
 
 ROOT = Path(__file__).parents[2]
 SCENES = ROOT / "examples" / "scenes"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
-from atp_patch import demo
+from atp_patch.commands import demo
 from tests.helpers.inputs import SINGLE, batch
 from tests.helpers.tiny import ALL_KINDS, tiny_model
 

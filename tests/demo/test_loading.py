@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
 
-from atp_patch.errors import ConfigError
-from atp_patch.loading import load_checkpoint, read_image
+from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.loading import load_checkpoint, read_image
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:

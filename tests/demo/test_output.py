@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import atp_patch
-from atp_patch import demo
-from atp_patch.cli import main as cli
+from atp_patch.commands import demo
+from atp_patch.commands.cli import main as cli
 
 QUESTION = "How many red shapes are there?"
 

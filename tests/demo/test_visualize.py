@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import atp_patch
-from atp_patch.types import VisualGrid
-from atp_patch.visualize import GAP, TITLE, as_seen, overlay, survivors
+from atp_patch.contract import VisualGrid
+from atp_patch.tools.visualize import GAP, TITLE, as_seen, overlay, survivors
 from tests.helpers.inputs import RAGGED, VIDEO, Prompt, batch
 from tests.helpers.tiny import tiny_model
 

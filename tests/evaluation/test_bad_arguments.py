@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from atp_patch import cli, evaluate
+from atp_patch import evaluate
+from atp_patch.commands import cli
 from atp_patch.evaluation import command
 
 

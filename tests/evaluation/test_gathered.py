@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from atp_patch.builtin import load_builtin
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import command
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import command
 from atp_patch.evaluation.store import Answer, RunFile
 

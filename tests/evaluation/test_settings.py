@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import atp_patch
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import adapter_hash, model_hash
 from atp_patch.evaluation.options import drop_layers
 from atp_patch.evaluation.runner import Bench, chunks
@@ -24,7 +24,7 @@ from atp_patch.evaluation.settings import (
 )
 from atp_patch.evaluation.tasks import choose_tasks
 from atp_patch.methods import untrained_methods
-from atp_patch.patch import require_patch
+from atp_patch.patching.patch import require_patch
 from tests.evaluation.conftest import TOKENS
 
 
@@ -91,7 +91,7 @@ def test_an_applied_setting_leaves_nothing_behind(bench: Bench) -> None:
     before = model_hash(bench.model)
     setting = Setting("random", layers=(2,), budget=0.5, seed=3)
     with applied(bench.model, setting, TOKENS):
-        assert atp_patch.patch.require_patch(bench.model).config.options["seed"] == 3
+        assert atp_patch.patching.patch.require_patch(bench.model).config.options["seed"] == 3
     with (
         pytest.raises(RuntimeError, match="stop"),
         applied(bench.model, setting, TOKENS),

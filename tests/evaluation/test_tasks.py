@@ -9,7 +9,7 @@ from PIL import Image
 from atp_patch.builtin import TASKS, make_scene
 from atp_patch.builtin.render import outline
 from atp_patch.builtin.vocabulary import OBJECT_COLOURS
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.scenes import SETS, scene_examples, scene_image
 from atp_patch.evaluation.shades import LEAST_SHIFT, repaint, shade
 from atp_patch.evaluation.tasks import (

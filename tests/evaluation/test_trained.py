@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import atp_patch
 from atp_patch.builtin import load_builtin, make_scene, prompt
-from atp_patch.errors import ConfigError, WeightsError
+from atp_patch.contract.errors import ConfigError, WeightsError
 from atp_patch.evaluation.identity import model_hash
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
-from atp_patch.patch import is_patched
-from atp_patch.trained import changes_features, find_trained, load_trained, merged, shipped
-from atp_patch.training.learn import add_lora
+from atp_patch.patching.patch import is_patched
+from atp_patch.tools.parameter_groups import add_lora
+from atp_patch.tools.trained import changes_features, find_trained, load_trained, merged, shipped
 from tests.evaluation.conftest import TOKENS, build
 
 pytest.importorskip("peft")

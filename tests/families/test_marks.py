@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import atp_patch
+from atp_patch.contract import Span, VisualGrid
 from atp_patch.families.marks import with_marks
-from atp_patch.types import Span, VisualGrid
 from tests.families.kinds import MIXED, Batch, Kind, make
 from tests.families.test_every_family import KINDS, placed
 from tests.helpers import tiny

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 import atp_patch
-from atp_patch.seam.host import HostPass
+from atp_patch.seam.decoder.host_pass import HostPass
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close

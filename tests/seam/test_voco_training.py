@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import atp_patch
-from atp_patch.training.learn import add_lora, freeze
+from atp_patch.tools.parameter_groups import add_lora, freeze
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from atp_patch.seam import fused
-from atp_patch.seam.weighted import weighted_attention
+from atp_patch.seam.learning import fused
+from atp_patch.seam.learning.weighted import weighted_attention
 
 
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "float"])

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import atp_patch
-from atp_patch.errors import WeightsError
+from atp_patch.contract.errors import WeightsError
 from tests.core.test_learning import labelled, learner
 from tests.helpers import inputs as made
 from tests.training.deepspeed_on_cpus import deepspeed_on_cpus

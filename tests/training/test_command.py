@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 import atp_patch
 from atp_patch.builtin import DYNAMIC, load_builtin, prompt
-from atp_patch.errors import InputError
+from atp_patch.contract.errors import InputError
 from atp_patch.training.records import Scenes
 from tests.training.conftest import Writer, record
 from tests.training.runs import LAYERS, heads, history, plain, question, run

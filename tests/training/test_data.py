@@ -11,7 +11,7 @@ import torch
 
 from atp_patch import train
 from atp_patch.builtin import DYNAMIC, make_scene
-from atp_patch.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import IGNORED, Encoder, align
 from atp_patch.training.records import Conversation, LlavaFile, Scenes, check_source

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from atp_patch import train
-from atp_patch.errors import ConfigError
+from atp_patch.contract.errors import ConfigError
 from atp_patch.training.options import flags_of, parser
 from atp_patch.training.settings import Settings, read_settings
 

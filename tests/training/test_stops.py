@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import atp_patch
+from atp_patch.tools.parameter_groups import add_lora
 from atp_patch.training import command, trainer
-from atp_patch.training.learn import add_lora
 from tests.helpers import inputs as made
 from tests.helpers.tiny import tiny_model
 from tests.training.runs import history, run

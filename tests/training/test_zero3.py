@@ -9,7 +9,7 @@ import pytest
 
 import atp_patch
 from atp_patch import train
-from atp_patch.errors import ConfigError, WeightsError
+from atp_patch.contract.errors import ConfigError, WeightsError
 from atp_patch.training.zero3 import check_deepspeed
 from tests.core.test_learning import learner
 

@@ -1,0 +1,144 @@
+"""The main job: ask a model about an image, plain and pruned, and show what was saved.
+
+    python -m atp_patch.demo IMAGE "QUESTION" [options]
+
+Exit status: 0, 2 with one line on stderr where the input is wrong, 130 where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atp_patch.bench.measure import Contender, compare
+from atp_patch.builtin import LLAVA, NAMES, load_builtin
+from atp_patch.commands.demo_options import check, parser, patch_settings
+from atp_patch.commands.demo_report import Report, Times, print_report
+from atp_patch.contract.errors import ConfigError
+from atp_patch.families import family_of
+from atp_patch.patching.patch import disabled, last_trace, patch_model
+from atp_patch.tools.command_line import execute
+from atp_patch.tools.loading import (
+    choose_device,
+    choose_dtype,
+    encode,
+    first_line,
+    load_checkpoint,
+    quiet_transformers,
+    read_image,
+)
+from atp_patch.tools.trained import find_trained, merged
+from atp_patch.tools.visualize import as_seen, overlay
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+DECODE_TOKENS = 16
+RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    return execute(
+        parser(),
+        _command,
+        argv,
+        memory="try --dtype bfloat16, another --device, or a smaller model.",
+    )
+
+
+def _command(args: argparse.Namespace) -> None:
+    with quiet_transformers(progress=args.model not in (None, *NAMES)):
+        check(args)
+        console = None if args.json else _console()
+        report = run(args)
+    if console is None:
+        print(report.to_json())
+    else:
+        print_report(report, console)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Load, answer both ways, draw, time both.
+
+    Raises:
+        ATPError: where an argument is wrong.
+    """
+    image = read_image(args.image)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+
+    def prune(model: Any) -> None:
+        family_of(model.config)  # which says so where no decoder can be found
+        depth = model.config.get_text_config().num_hidden_layers
+        patch_model(model, **patch_settings(args, depth))
+
+    if args.model is None or args.model in NAMES:
+        name = NAMES.get(args.model, LLAVA)
+        model, processor = load_builtin(name, dtype=dtype, device=device)
+    else:
+        model, processor = load_checkpoint(args.model, device, dtype, check=prune)
+        print("Answering and timing ...", file=sys.stderr)
+    prune(model)
+    lora = None if args.weights is None else find_trained(args.weights).lora
+    inputs = encode(processor, image, args.question, model)
+    with disabled(model):
+        plain, _ = answer(model, processor, inputs, args.max_new_tokens)
+    with merged(model, lora):
+        pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
+    trace = last_trace(model)
+    if args.overlay is not None:
+        pictures = as_seen(image, inputs, processor, trace)
+        _write(overlay(pictures, trace), args.overlay)
+    runs = RUNS if seconds < SLOW_SECONDS else SLOW_RUNS
+    found = compare(
+        model,
+        [Contender("plain", lambda: disabled(model), prunes=False), Contender("pruned")],
+        dict(inputs),
+        runs=runs,
+        decode_tokens=DECODE_TOKENS,
+        with_overhead=False,
+    )
+    times = Times.of(found["plain"], found["pruned"], runs, DECODE_TOKENS)
+    return Report.of(args, model, trace, (plain, pruned), times)
+
+
+def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
+    """The greedy answer, and the seconds it took."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = str(processor.decode(new, skip_special_tokens=True)).strip()
+    return text, time.perf_counter() - start
+
+
+def _write(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--overlay {path} cannot be written ({first_line(error)}); give another file."
+        ) from error
+
+
+def _console() -> Any:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ConfigError(
+            "tables need the package rich: pip install 'atp-patch[demo]', or give --json."
+        ) from error
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)

@@ -1,0 +1,140 @@
+"""What patching a model with VoCo tokens adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+from atp_patch.families import FAMILIES, Family
+from atp_patch.methods import Compressor
+from atp_patch.patching.config import PruningConfig
+from atp_patch.patching.pruner import Patch
+from atp_patch.patching.trace import LayerTrace, PruningTrace
+from atp_patch.seam import Parts, VoCoPass, VoCoSeam, decoder_shape
+
+SAMPLED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class CompressionTrace(PruningTrace):
+    """One forward pass with images through a model with VoCo tokens.
+
+    ``tokens_per_layer``, ``average_tokens`` and ``kv_bytes`` are of what is left for text to see:
+    the VoCo tokens, at the places that they took. ``flops`` are of this very pass, which still
+    reads all visual tokens; later questions on the same cache cost only their own text.
+
+    Attributes:
+        slots: tokens that each sample's pass ran on, VoCo tokens included, padding not.
+    """
+
+    slots: tuple[int, ...] = ()
+
+    @property
+    def flops(self) -> float:
+        """Exact FLOPs of the decoder's prefill for this batch, padding not counted."""
+        return sum(self._flops([tokens] * self.shape.num_layers) for tokens in self.slots)
+
+
+class Compression(Patch):
+    """As :class:`Patch`, for a method that compresses."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        family: Family,
+        method: Compressor,
+        config: PruningConfig,
+        heads: nn.Module | None,
+    ) -> None:
+        super().__init__(parts, family, None, None, config, heads, None)
+        self.num_tokens, self.segment_frames = method.num_tokens, method.segment_frames
+        self.learned = False  # no pruning layer learns
+        self.seam: VoCoSeam = VoCoSeam(parts, self)
+
+    @property
+    def embedding(self) -> Tensor:
+        """(V, D) of the VoCo tokens."""
+        self.check_heads()
+        heads: Any = self.heads
+        if heads.embedding.is_meta:
+            raise ConfigError(
+                "the VoCo tokens were offloaded with the model; offload it first, then patch it."
+            )
+        return heads.embedding
+
+    def compressed(self, run: VoCoPass) -> None:
+        """Note what a forward pass with images did."""
+        if self.parts.top.training:
+            # From now on a checkpoint must hold the tokens, or training could not be resumed.
+            self.restore_ignored()
+        layout, kept = run.layout, run.kept
+        left = tuple(len(sample) * self.num_tokens for sample in run.segments)
+        slots = tuple(run.attended.sum(1).tolist())
+        voco = (run.slots.voco >= 0).sum(1).tolist()
+        visual = (run.attended & run.slots.visual).sum(1).tolist()
+        self.trace = CompressionTrace(
+            layers={
+                0: LayerTrace(
+                    layout=layout,
+                    kept_counts=left,
+                    decision=None,
+                    token=layout.position,
+                    token_valid=layout.valid,
+                    alive=(run.slots.place, kept),
+                    attended=None,
+                )
+            },
+            layout=layout,
+            shape=decoder_shape(self.parts.config),
+            text_tokens=tuple(n - v - w for n, v, w in zip(slots, visual, voco, strict=True)),
+            bytes_per_element=run.bytes_per_element,
+            slots=slots,
+        )
+
+
+def voco_module(method: Compressor, parts: Parts, tensors: dict[str, Tensor]) -> nn.Module:
+    """The VoCo tokens of an adapter, or new ones drawn like the model's own embeddings."""
+    module: Any = method.build(int(parts.config.hidden_size))
+    weight = parts.decoder.get_input_embeddings().weight
+    if tensors:
+        module.load_state_dict(tensors)
+    elif not weight.is_meta:
+        rows = weight.detach()[:SAMPLED_ROWS].float()
+        mean, spread = rows.mean(0), rows.std(0)
+        with torch.no_grad():
+            drawn = torch.randn(module.embedding.shape)
+            module.embedding.copy_(mean.cpu() + drawn * spread.cpu())
+    return module if weight.is_meta else module.to(weight.device)
+
+
+def check_compressible(family: Family, config: Any) -> None:
+    """Raise UnsupportedModelError for models in which VoCo tokens cannot stand behind images."""
+    why = None
+    if family.outer is not None:
+        why = "it is fed by code of another package"
+    elif not family.token_ids:
+        why = "only its caller knows which tokens are visual"
+    elif not family.causal:
+        why = "its images or prefixes attend both ways"
+    elif family.late_layers(config):
+        why = "it adds visual features inside its decoder"
+    if why is not None:
+        able = ", ".join(f.name for f in FAMILIES if f.compressible)
+        raise UnsupportedModelError(
+            f"VoCo tokens cannot be put into this {config.model_type} model: {why}. Families that "
+            f"take them: {able}. Any method that prunes inside the decoder works here."
+        )
+
+
+def check_alone(**given: Any) -> None:
+    """Raise ConfigError where a budget was given: ``num_tokens`` is the budget."""
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise ConfigError(
+            f"{' and '.join(wrong)} cannot be given to voco: num_tokens= says how many tokens "
+            "stand for an image."
+        )

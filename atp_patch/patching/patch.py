@@ -1,0 +1,267 @@
+"""Joining a family, a method and the seam: the one line that patches a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from atp_patch.contract.arguments import as_kind, as_layers, as_shares, as_tokens
+from atp_patch.contract.errors import ConfigError, NotPatchedError
+from atp_patch.families import family_of
+from atp_patch.methods import (
+    Compressor,
+    Method,
+    ModuleSpec,
+    Strategy,
+    make_method,
+    make_methods,
+)
+from atp_patch.patching.adapter import load_adapter
+from atp_patch.patching.compression import Compression, check_alone, check_compressible, voco_module
+from atp_patch.patching.config import (
+    DEFAULT_LAYERS,
+    BaseModel,
+    PruningConfig,
+    Stage,
+    scaled_layers,
+)
+from atp_patch.patching.pruner import HEADS, IGNORED, Patch, check_turned, follows_budget, tower_of
+from atp_patch.patching.trace import PruningTrace
+from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
+
+STATE = "_atp_patch"
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def patch_model(
+    model: ModelT,
+    layers: Sequence[int] | None = None,
+    method: str | Strategy | Sequence[str | Strategy] | None = None,
+    *,
+    keep: float | Sequence[float] | None = None,
+    target_tokens: float | None = None,
+    weights: str | Path | None = None,
+    family: str | None = None,
+    min_tokens: int = 1,
+    min_tokens_per_image: int = 0,
+    rope_2d: bool | str = False,
+    prune_marks: bool = False,
+    **options: Any,
+) -> ModelT:
+    """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
+
+    Args:
+        model: a loaded vision-language model of a supported family.
+        layers: decoder layers, from 1, before which tokens are pruned; [4, 14, 24] by default.
+        method: a name from :func:`available_methods` ("atp" by default), or a ``Method``; or two,
+            one that prunes before the decoder and then one that prunes inside it, which takes
+            layers, budget and options.
+        keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
+            Of a method that prunes before the decoder: share of the tokens of each image, tile or
+            frame.
+        target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget
+            of either kind it is a quarter of the sample's visual tokens, or what the method
+            itself decides.
+        weights: a folder or Hub id of a saved adapter, which brings all of the above along.
+        family: "generic" for a decoder of transformers that no family knows; each call then says
+            which tokens are visual, by ``visual_mask=`` and, if wanted, ``visual_grids=``.
+        min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
+            image.
+        rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
+            a decoder that learns it (ATP-LLaVA's pruning positional embedding): half of the rotary
+            frequencies each, counted from the first token of the image, frame or tile. "force"
+            also turns a frozen decoder's.
+        prune_marks: let newline and class tokens go too, which stand in no grid and are kept
+            otherwise. They then count as visual tokens; each column of them is an image by itself.
+        options: fields of the method.
+
+    Returns:
+        The same object. Patching a patched model replaces the first patch.
+
+    Raises:
+        ConfigError, BudgetError: naming the wrong argument and the mend; the model stays as it was.
+        UnsupportedModelError: where the model cannot be patched.
+        WeightsError: where an adapter is missing, broken, or made for another model.
+    """
+    kind = family_of(getattr(model, "config", None), family)
+    parts = locate(model, kind.outer, bare=not kind.model_types)
+    check_uncompiled(parts)
+    shape = decoder_shape(parts.config)
+    base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
+    tensors: dict[str, Tensor] = {}
+    also = {
+        "min_tokens": None if min_tokens == 1 else min_tokens,
+        "min_tokens_per_image": min_tokens_per_image or None,
+        "rope_2d": rope_2d or None,
+        "prune_marks": prune_marks or None,
+    }
+    if rope_2d not in (False, True, "force"):
+        raise ConfigError(f'rope_2d={rope_2d!r} is not True, False or "force".')
+    if weights is not None:
+        given = (layers, method, keep, target_tokens, *also.values())
+        if options or any(x is not None for x in given):
+            raise ConfigError(
+                "weights bring layers, method, budget and options along; give weights alone."
+            )
+        config, tensors = load_adapter(weights, base)
+        stages = [] if config.before is None else [(config.before.method, config.before.options)]
+        stages += [] if config.method is None else [(config.method, config.options)]
+        before, inside = make_methods([make_method(*stage) for stage in stages], {})
+    else:
+        before, inside = make_methods("atp" if method is None else method, dict(options))
+        if isinstance(before, Compressor):
+            check_alone(keep=keep, target_tokens=target_tokens, **also)
+        places = _places(layers, inside, shape.num_layers)
+        config = PruningConfig(
+            method=None if inside is None else inside.name,
+            layers=places,
+            base=base,
+            keep=as_shares(keep, places),
+            target_tokens=as_tokens(target_tokens),
+            min_tokens=as_kind("min_tokens", min_tokens, "int"),
+            min_tokens_per_image=as_kind("min_tokens_per_image", min_tokens_per_image, "int"),
+            options={} if inside is None else inside.options(),
+            before=None if before is None else Stage(before.name, before.options()),
+            rope_2d=bool(rope_2d),
+            prune_marks=prune_marks,
+        )
+    if config.layers:
+        kind.check_layers(model.config, config.layers)
+    tower = None
+    if isinstance(before, Compressor):
+        check_compressible(kind, model.config)
+    elif before is not None:
+        tower = tower_of(kind, model.config, before, config)
+    total = kind.visual_tokens(model.config)
+    if total is not None and before is None and follows_budget(inside, config):
+        config.counts(total)  # a budget that no image can meet is an error now, not later
+    heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
+    if isinstance(before, Compressor):
+        heads = voco_module(before, parts, tensors)
+    forced = rope_2d == "force" or weights is not None
+    if config.rope_2d:
+        check_turned(kind, parts, forced=forced)
+    if _state(model) is not None:
+        unpatch_model(model)
+    patch = (
+        Compression(parts, kind, before, config, heads)
+        if isinstance(before, Compressor)
+        else Patch(parts, kind, before, inside, config, heads, tower)
+    )
+    patch.frozen_may_turn = forced
+    if heads is not None:
+        model.add_module(HEADS, heads)
+        # A checkpoint of the patched model is a checkpoint of the plain one.
+        ignored = {f"{HEADS}.{key}" for key in heads.state_dict()}
+        model.__dict__[IGNORED] = set(getattr(model, IGNORED) or ()) | ignored
+    model.__dict__[STATE] = patch
+    patch.seam.install()
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Take the patch off: hooks, attributes, config and ``state_dict`` keys are as before.
+
+    Raises:
+        NotPatchedError: if the model is not patched.
+    """
+    patch = require_patch(model)
+    patch.seam.remove()
+    if patch.heads is not None:
+        delattr(model, HEADS)
+        patch.restore_ignored()
+    del model.__dict__[STATE]
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The plain model for a while. Caches that hold a pruned prompt already are still read
+    rightly.
+    """
+    seam = require_patch(model).seam
+    before, seam.enabled = seam.enabled, False
+    try:
+        yield
+    finally:
+        seam.enabled = before
+
+
+def last_trace(model: nn.Module) -> PruningTrace:
+    """What the last forward pass with images did.
+
+    Raises:
+        NotPatchedError: if the model is not patched, or has seen no image since.
+    """
+    trace = require_patch(model).trace
+    if trace is None:
+        raise NotPatchedError(
+            "no forward pass with images has run through this patched model yet; call model(...) "
+            "or model.generate(...) first."
+        )
+    return trace
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model is patched."""
+    return _state(model) is not None
+
+
+def require_patch(model: nn.Module) -> Patch:
+    """The patch on a model.
+
+    Raises:
+        NotPatchedError: if there is none.
+    """
+    patch = _state(model)
+    if patch is None:
+        raise NotPatchedError(
+            f"this {type(model).__name__} is not patched; call atp_patch.patch_model(model) first."
+        )
+    return patch
+
+
+def _state(model: nn.Module) -> Patch | None:
+    return getattr(model, "__dict__", {}).get(STATE)
+
+
+def _places(
+    layers: Sequence[int] | None, method: Method | None, num_layers: int
+) -> tuple[int, ...]:
+    """The pruning layers, by default the paper's; none for what prunes before the decoder."""
+    if method is None:
+        if layers is not None:
+            raise ConfigError(
+                "this method prunes before the decoder: leave layers out, or add a method that "
+                'prunes inside it, as in method=["prumerge+", "atp"].'
+            )
+        return ()
+    if layers is None and num_layers <= max(DEFAULT_LAYERS):
+        raise ConfigError(
+            f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of {num_layers} "
+            f"layers; in proportion: layers={scaled_layers(num_layers)}."
+        )
+    return DEFAULT_LAYERS if layers is None else as_layers(layers)
+
+
+def _build_heads(
+    method: Method,
+    config: PruningConfig,
+    parts: Parts,
+    total: int | None,
+    tensors: dict[str, Tensor],
+) -> nn.Module | None:
+    """The method's learned module with an adapter's tensors, on the decoder's device."""
+    shares = config.shares(total)
+    heads = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
+    if heads is None:
+        return None
+    if tensors:
+        on_no_device = any(parameter.is_meta for parameter in heads.parameters())
+        heads.load_state_dict(tensors, assign=on_no_device)
+    weight = next(parts.layers[config.layers[0]].parameters())
+    return heads if weight.is_meta else heads.to(weight.device)

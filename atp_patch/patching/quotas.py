@@ -1,0 +1,91 @@
+"""How a budget is shared out before the decoder, to groups: images, tiles or frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from atp_patch.contract import Quota
+from atp_patch.contract.errors import InputError
+from atp_patch.maths import even_counts
+from atp_patch.patching.config import DEFAULT_SHARE, PruningConfig
+
+
+def quotas(
+    config: PruningConfig,
+    tokens: Sequence[int],
+    places: Sequence[int],
+    kinds: Sequence[Sequence[int]],
+) -> tuple[Quota, ...]:
+    """How many tokens each group keeps: a share of its own, or of its sample's ``target_tokens``.
+
+    Args:
+        tokens: prunable tokens of each group, sample by sample; ``places``: its placeholders.
+        kinds: of each kind (image, video), the placeholders in each sample; the likeliest first.
+
+    Raises:
+        InputError: where no kind has these placeholders, sample by sample.
+    """
+    if config.keep is not None:
+        (share,) = config.keep
+        leasts = [min(least_of_group(config), n) for n in tokens]
+        shares = [round(share * n) for n in tokens]
+        return tuple(Quota(max(pair), pair[1]) for pair in zip(shares, leasts, strict=True))
+    if not any(sum(placed) == sum(places) for placed in kinds):
+        raise InputError(
+            "target_tokens is shared out by the placeholders in input_ids, which are not those of "
+            "these images; pass input_ids and pixel values of the same prompts, or give keep=."
+        )
+    totals = [sum(sample) for sample in zip(*kinds, strict=True)]
+    for placed in kinds:
+        split = _split(places, placed)
+        if split is not None:
+            return _shared_out(config, tokens, places, totals, split)
+    raise InputError(
+        "images and placeholders do not match sample by sample, so target_tokens cannot be shared "
+        "out; give keep=."
+    )
+
+
+def least_of_group(config: PruningConfig) -> int:
+    """Tokens that each group keeps at least, where nothing says which groups are one sample's."""
+    return max(config.min_tokens, config.min_tokens_per_image)
+
+
+def _split(places: Sequence[int], placed: Sequence[int]) -> list[slice] | None:
+    """Which groups are each sample's; None where they do not fit its placeholders."""
+    found, at = [], 0
+    for wanted in placed:
+        stop, filled = at, 0
+        while filled < wanted and stop < len(places):
+            filled += places[stop]
+            stop += 1
+        if filled != wanted:
+            return None
+        found.append(slice(at, stop))
+        at = stop
+    return found if at == len(places) else None
+
+
+def _shared_out(
+    config: PruningConfig,
+    tokens: Sequence[int],
+    places: Sequence[int],
+    totals: Sequence[int],
+    split: Sequence[slice],
+) -> tuple[Quota, ...]:
+    """``target_tokens``, and ``min_tokens`` with it, by size among a sample's groups."""
+    found: list[Quota] = []
+    for total, groups in zip(totals, split, strict=True):
+        sizes = list(tokens[groups])
+        if not sizes:
+            continue
+        here = sum(places[groups]) / total
+        each = max(config.min_tokens_per_image, min(config.min_tokens, 1))
+        leasts = even_counts(ceil(config.min_tokens * here), sizes, each)
+        goal = DEFAULT_SHARE * sum(sizes)
+        if config.target_tokens is not None:
+            goal = config.target_tokens * here
+        counts = even_counts(max(round(goal), sum(leasts)), sizes, each)
+        found += [Quota(max(pair), pair[1]) for pair in zip(counts, leasts, strict=True)]
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""A forward pass through the decoder whose visual tokens become fewer."""

@@ -1,0 +1,150 @@
+"""What the host brings to one forward pass with images, narrowed to the survivors for its
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, StaticLayer
+
+from atp_patch.contract.errors import CacheError
+from atp_patch.maths import gather_tokens
+from atp_patch.seam.decoder.survivors import Survivors
+from atp_patch.seam.host.cache import adopt, stored_positions
+from atp_patch.seam.host.masks import is_flash, prefill_mask
+
+
+@dataclass(frozen=True)
+class HostPass:
+    """The host's side of one forward pass.
+
+    Attributes:
+        cache: the key/value cache, or None.
+        past: tokens of earlier turns in it; ``total``: those and this pass's.
+        implementation: the decoder's attention implementation.
+        plain_mask: the host's wide masks say no more than causality and padding.
+        sliding_window: layer -> its window in tokens, None where it attends to everything before.
+    """
+
+    cache: Cache | None
+    past: int
+    total: int
+    implementation: str
+    plain_mask: bool
+    sliding_window: Callable[[int], int | None]
+
+    @property
+    def flash(self) -> bool:
+        """Whether masks are 2D and positions would be searched for packed sequences."""
+        return is_flash(self.implementation)
+
+    def earlier_keys(self, layer: int, new: int) -> int:
+        """Keys of earlier turns in a layer's cache, which holds ``new`` ones of this pass
+        already.
+        """
+        if self.past == 0 or self.cache is None:
+            return 0
+        return int(self.cache.layers[layer].keys.shape[-2]) - new
+
+    def narrow_kwargs(self, layer: int, survivors: Survivors, kwargs: dict[str, Any]) -> None:
+        """Replace what a layer is handed for the whole sequence (in place), once for all layers
+        alike.
+        """
+
+        def gather(table: Tensor, plain: int = 3) -> Tensor:
+            if table.ndim > plain:  # one each for t, h, w
+                return torch.stack([gather(part, plain) for part in table])
+            return gather_tokens(table, survivors.index.to(table.device))
+
+        tables = kwargs.get("position_embeddings")
+        if tables is not None:
+            kwargs["position_embeddings"] = survivors.once(
+                id(tables), tables, lambda: tuple(gather(table) for table in tables)
+            )
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            # Gaps in the positions would look like packed sequences to flash attention.
+            kwargs["position_ids"] = (
+                None
+                if self.flash
+                else survivors.once(id(positions), positions, lambda: gather(positions, 2))
+            )
+        mask = kwargs.get("attention_mask")
+        self._check_window(layer)
+        # Layers that hold different earlier turns need different columns.
+        held = None if self.cache is None or not self.past else self.cache.layers[layer]
+        held = getattr(held, "positions", None)
+        kwargs["attention_mask"] = survivors.once(
+            ("mask", id(mask), id(held)), (mask, held), lambda: self._mask(layer, survivors, mask)
+        )
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            keys, valid = self._key_positions(layer, survivors)
+            adopt(cache, layer).prune(keys, valid, self.total)
+
+    def _slides(self, layer: int) -> bool:
+        window = self.sliding_window(layer)
+        return window is not None and self.total > window
+
+    def _check_window(self, layer: int) -> None:
+        if self.flash and self._slides(layer):
+            window = self.sliding_window(layer)
+            raise CacheError(
+                f"{self.total} tokens do not fit the sliding window of {window} under flash "
+                f"attention, which measures it in stored keys; call "
+                "model.set_attn_implementation('sdpa')."
+            )
+
+    def _mask(self, layer: int, survivors: Survivors, mask: Tensor | None) -> Tensor | None:
+        """The survivors' mask; None where causality is all that is needed."""
+        if mask is None:
+            return None
+        keys, valid = self._key_positions(layer, survivors)
+        if self._is_static(layer):
+            # A static cache is as wide as its mask; its free slots are hidden.
+            free = int(mask.shape[-1]) - keys.shape[1]
+            keys = pad(keys, (0, free), value=-1)
+            valid = None if valid is None else pad(valid, (0, free), value=False)
+        causal_by_itself = self.implementation == "sdpa" or self.flash
+        device = mask.device
+        return prefill_mask(
+            mask,
+            survivors.index.to(device),
+            keys.to(device),
+            None if valid is None else valid.to(device),
+            total=self.total,
+            causal_suffices=(
+                self.plain_mask and causal_by_itself and not self.past and not self._slides(layer)
+            ),
+        )
+
+    def _is_static(self, layer: int) -> bool:
+        cache = self.cache
+        return (
+            cache is not None
+            and layer < len(cache.layers)
+            and isinstance(cache.layers[layer], StaticLayer)
+        )
+
+    def _key_positions(self, layer: int, survivors: Survivors) -> tuple[Tensor, Tensor | None]:
+        """(B, K) logical positions of a layer's keys once the survivors are cached, and
+        validity.
+        """
+        keys, valid = survivors.index + self.past, survivors.valid
+        if self.cache is None or not self.past:
+            return keys, valid
+        earlier = stored_positions(self.cache, layer, keys.shape[0])
+        if earlier is None:
+            return keys, valid
+        before, before_valid = earlier[0].to(keys.device), earlier[1]
+        if before_valid is not None or valid is not None:
+            if before_valid is None:
+                before_valid = torch.ones_like(before, dtype=torch.bool)
+            valid = torch.cat([before_valid.to(keys.device), survivors.all_valid], dim=1)
+        return torch.cat([before, keys], dim=1), valid

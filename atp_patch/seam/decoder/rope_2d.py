@@ -1,0 +1,67 @@
+"""Visual tokens turned by row and column: the host's rotary tables, gathered anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_patch.contract import Layout
+from atp_patch.contract.errors import UnsupportedModelError
+from atp_patch.maths import rotary_frequencies, turn_by_place
+
+
+class RotaryPlaces:
+    """What turns the visual tokens of one forward pass in two dimensions.
+
+    Rows and columns are counted from the first token of the image (of each frame, of each tile):
+    the token in row r and column c turns with the positions of the r-th and c-th tokens behind that
+    one. These stand in the same sequence, so their angles stand in the host's own tables, whatever
+    made those.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        first = torch.zeros(layout.valid.shape, dtype=torch.long)
+        for b, grids in enumerate(layout.grids):
+            at = 0
+            for grid in grids:
+                position, _, row, column = grid.coordinates()
+                stride = grid.row_stride or grid.width
+                first[b, at : at + grid.length] = position - row * stride - column
+                at += grid.length
+        first = first.to(layout.position.device)
+        self.row, self.column = (
+            self._places(layout, first + offset) for offset in (layout.row, layout.column)
+        )
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    @staticmethod
+    def _places(layout: Layout, visual: Tensor) -> Tensor:
+        """(B, L): each token's own place, but that of visual tokens as given (B, V)."""
+        batch, length = layout.valid.shape[0], layout.length
+        own = torch.arange(length + 1, device=visual.device).repeat(batch, 1)
+        spare = torch.where(layout.valid, layout.position, length)
+        return own.scatter(1, spare, visual)[:, :length]
+
+    def turned(self, tables: Any) -> Any:
+        """The tables (cos, sin) that a layer is to get in place of the host's; made once.
+
+        Raises:
+            UnsupportedModelError: where the host's tables are made in a way that is not known.
+        """
+        if id(tables) not in self._made:
+            self._made[id(tables)] = (tables, self._turn(tables))
+        return self._made[id(tables)][1]
+
+    def _turn(self, tables: Any) -> Any:
+        known = isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3
+        frequency = rotary_frequencies(tables[0][:, -1:]) if known else None
+        if frequency is None:
+            raise UnsupportedModelError(
+                "this decoder's rotary tables are not of a known kind, so rope_2d cannot turn "
+                "visual tokens by row and column; patch without it."
+            )
+        frequency = frequency.to(tables[0].device)
+        row, column = self.row.to(tables[0].device), self.column.to(tables[0].device)
+        return tuple(turn_by_place(table, row, column, frequency) for table in tables)

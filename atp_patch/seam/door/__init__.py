@@ -1,0 +1,1 @@
+"""The decoder's door: what a forward pass brings, and which visual tokens enter."""

@@ -1,0 +1,1 @@
+"""How transformers is read: its modules, calls, caches, masks and attention functions."""

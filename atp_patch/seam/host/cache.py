@@ -1,0 +1,236 @@
+"""Cache layers that remember which positions of the prompt they hold.
+
+The choice of tokens lives here, with the cache: a pruned layer stores, for each of its prompt
+slots, the position it came from. Everything that reorders, repeats, selects or crops the cache
+carries these along, so beams, several sequences a prompt, and caches used in turn stay right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
+
+from atp_patch.contract.errors import CacheError
+
+
+class PrunedSlots:
+    """Mixin of the two cache layers below: ``slots`` pruned keys, then everything that came after.
+
+    Attributes:
+        positions: (B, n) int64 logical positions of the first ``n`` keys; None: nothing is pruned.
+        valid: (B, n) bool, or None where every slot holds a token (no ragged batch).
+        covered: how many logical positions the ``n`` keys stand for. Key ``n + j`` has the logical
+            position ``covered + j``.
+    """
+
+    _layer_type = None
+    positions: Tensor | None = None
+    valid: Tensor | None = None
+    covered: int = 0
+
+    def prune(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
+        """Say which positions the keys about to be written stand for."""
+        self.positions, self.valid, self.covered = positions, valid, covered
+
+    @property
+    def dropped(self) -> int:
+        """Logical positions that have no key here."""
+        return 0 if self.positions is None else self.covered - self.positions.shape[-1]
+
+    def _select(self, rows: Tensor) -> None:
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, rows.to(self.valid.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples (beam search)."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def reset(self) -> None:
+        """Empty the layer; it then holds an unpruned prompt until it is pruned anew."""
+        super().reset()  # type: ignore[misc]
+        self.positions, self.valid, self.covered = None, None, 0
+
+
+class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
+    """A growing cache layer whose lengths, as the host reads them, are those of the whole sequence.
+
+    It keeps every key (also where the host's layer would forget those outside a sliding window):
+    what may be seen is decided by the mask, from the logical positions.
+    """
+
+    keys: Any
+    values: Any
+
+    def get_seq_length(self) -> int:
+        """Logical length: the positions seen so far, pruned ones included."""
+        stored = super().get_seq_length()
+        return stored + self.dropped if stored else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask that the host would build for ``query_length`` new
+        tokens.
+        """
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: ``-n`` removes n; a positive number is the length to keep."""
+        length = self.get_seq_length()
+        remove = length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if remove <= 0 or not self.is_initialized:
+            return
+        if length - remove < self.covered:
+            self._crop_prompt(length - remove)
+        self.keys = self.keys[..., :-remove, :]
+        self.values = self.values[..., :-remove, :]
+
+    def _crop_prompt(self, length: int) -> None:
+        """Forget the end of the prompt itself, where no token of it was pruned (guessed tokens)."""
+        assert self.positions is not None
+        removed = self.covered - length
+        whole = torch.arange(length, self.covered, device=self.positions.device)
+        tail = self.positions[:, -removed:]
+        if self.valid is not None or removed > tail.shape[1] or not bool((tail == whole).all()):
+            raise CacheError(
+                f"cannot crop the cache to {length} tokens: pruning took tokens out of the part "
+                f"that would go. Start from a copy of the cache made before the prompt "
+                "(copy.deepcopy)."
+            )
+        self.positions, self.covered = self.positions[:, :-removed], length
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.positions is not None:
+            rows = torch.arange(self.positions.shape[0], device=self.positions.device)
+            self._select(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the samples ``indices`` (int64, or bool over the batch)."""
+        super().batch_select_indices(indices)
+        if self.positions is not None:
+            rows = torch.arange(self.positions.shape[0], device=self.positions.device)
+            self._select(rows[indices.to(rows.device)])
+
+
+class PrunedStaticLayer(PrunedSlots, StaticLayer):
+    """A preallocated cache layer whose first ``n`` slots hold the survivors of the prompt."""
+
+    def get_seq_length(self) -> Any:
+        """Logical length: the positions seen so far, pruned ones included."""
+        return self.cumulative_length + self.dropped if self.is_initialized else 0
+
+
+PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
+_REPLACEABLE = {
+    DynamicLayer: PrunedDynamicLayer,
+    DynamicSlidingWindowLayer: PrunedDynamicLayer,
+    StaticLayer: PrunedStaticLayer,
+}
+
+
+def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
+    """The cache's layer if it holds a pruned prompt, else None (a constant-time check)."""
+    if cache is None or not 0 <= layer_idx < len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, PrunedSlots) and layer.positions is not None:
+        return layer  # type: ignore[return-value]
+    return None
+
+
+def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
+    """Make the cache's layer one that can hold a pruned prompt, keeping what it holds.
+
+    Raises:
+        CacheError: for a cache whose layers cannot (quantised, static sliding windows, ...).
+    """
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, PrunedSlots):
+        return layer  # type: ignore[return-value]
+    replacement = _REPLACEABLE.get(type(layer))
+    if replacement is None:
+        raise CacheError(
+            f"a cache with layers of type {type(layer).__name__} cannot hold a pruned prompt; "
+            f"use a DynamicCache or a StaticCache without sliding windows (the default of "
+            "generate is right)."
+        )
+    if layer.is_sliding and layer.cumulative_length >= layer.sliding_window:
+        raise CacheError(
+            "a cache that has already slid past its window cannot take an image that is to be "
+            "pruned; put the image into the first turn, or use atp_patch.disabled(model) for "
+            "this turn."
+        )
+    pruned: Any = replacement.__new__(replacement)
+    pruned.__dict__.update(layer.__dict__)
+    # Hybrid caches are told apart by this attribute of the class, so the instance keeps the host's.
+    pruned.is_sliding = layer.is_sliding
+    cache.layers[layer_idx] = pruned
+    return pruned
+
+
+def check_cache(cache: Cache | None, first_layer: int) -> None:
+    """Raise CacheError now, before anything ran, if the cache could not hold a pruned prompt."""
+    if cache is not None and len(cache.layers) > first_layer:
+        layer = cache.layers[first_layer]
+        if not isinstance(layer, PrunedSlots) and type(layer) not in _REPLACEABLE:
+            adopt(cache, first_layer)
+
+
+def stored_positions(
+    cache: Cache, layer_idx: int, batch: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """Logical positions of what a layer holds already: (B, P) and (B, P) bool or None; None if
+    empty.
+
+    Raises:
+        CacheError: for a filled StaticCache, whose layers have no room to be pruned a second time.
+    """
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if layer is None or not layer.is_initialized or layer.keys is None:
+        return None
+    if isinstance(layer, StaticLayer):
+        if int(layer.cumulative_length) == 0:
+            return None
+        raise CacheError(
+            "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache for "
+            "conversations with several images."
+        )
+    stored = layer.keys.shape[-2] if layer.keys.numel() else 0
+    if stored == 0:
+        return None
+    if isinstance(layer, PrunedSlots) and layer.positions is not None:
+        return columns(layer, stored)  # type: ignore[arg-type]
+    return torch.arange(stored, device=layer.keys.device).expand(batch, -1), None
+
+
+def columns(layer: PrunedLayer, width: int) -> tuple[Tensor, Tensor | None]:
+    """Which logical position each key of a layer stands for.
+
+    Args:
+        layer: a cache layer that holds a pruned prompt.
+        width: number of keys.
+
+    Returns:
+        (B, width) int64 positions and (B, width) bool (False: no token there), or None where every
+        key is one.
+    """
+    assert layer.positions is not None
+    batch, n = layer.positions.shape
+    tail = torch.arange(width - n, device=layer.positions.device) + layer.covered
+    positions = torch.cat([layer.positions, tail.expand(batch, -1)], dim=1)
+    if layer.valid is None:
+        return positions, None
+    return positions, torch.cat([layer.valid, layer.valid.new_ones(batch, width - n)], dim=1)

@@ -1,0 +1,258 @@
+"""Reading the arguments of a forward pass: is there an image, what does the prompt hold."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from atp_patch.contract import GridQuery
+from atp_patch.contract.errors import InputError, UnsupportedModelError
+from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.outside import IGNORED_LABEL, Outside
+from atp_patch.seam.host.prompt import Prompt
+from atp_patch.seam.host.session import Session
+
+IMAGE_KEYS = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_videos",
+    "mm_encoder_outputs",
+)
+
+
+@dataclass
+class Call:
+    """The arguments of one forward pass that matter to pruning.
+
+    Attributes:
+        padding: (B, L) of a prompt, where ``generate`` was given it and its passes are not.
+        alone: the model without its head was called, not the top.
+        entered: the model without its head has begun.
+    """
+
+    labels: Tensor | None
+    visual_mask: Tensor | None
+    prompt_length: int | None
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Any = None
+    embedding: nn.Module | None = None
+    has_images: bool = False
+    padding: Tensor | None = None
+    num_items: Any = None
+    run: Any = None
+    alone: bool = False
+    entered: bool = False
+    visual_grids: Any = None
+
+    @classmethod
+    def begin(
+        cls,
+        outside: Outside,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        session: Session | None,
+    ) -> Call:
+        """Start reading at the outermost module; takes ``visual_mask`` and ``visual_grids`` out of
+        its keywords.
+
+        ``labels`` are replaced by a copy, in which targets that pruned places would have had to
+        predict are dropped once the choice is made.
+        """
+        visual_mask, grids = kwargs.pop("visual_mask", None), kwargs.pop("visual_grids", None)
+        labels = kwargs.get("labels")
+        if labels is not None:
+            labels = kwargs["labels"] = labels.clone()
+        length = padding = None
+        if session is not None:
+            length, padding = session.prompt_length, session.attention_mask
+            grids = session.visual_grids if grids is None else grids
+            visual_mask = session.visual_mask if visual_mask is None else visual_mask
+        elif visual_mask is None:
+            visual_mask = outside.visual("forward", args, kwargs)
+        items = kwargs.get("num_items_in_batch")
+        return cls(
+            labels, visual_mask, length, num_items=items, visual_grids=grids, padding=padding
+        )
+
+    def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Add what the model without its head was given."""
+        given, self.entered = kwargs, True
+        if args:
+            names = list(inspect.signature(type(base).forward).parameters)[1:]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.input_ids, self.inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
+        self.attention_mask = given.get("attention_mask")
+        self.embedding = base.get_input_embeddings()
+        images = any(_present(given.get(key)) for key in IMAGE_KEYS)
+        prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1
+        self.has_images = images or prefill or self.visual_mask is not None
+        return self
+
+    def sizes(self, batch: int) -> Any:
+        """The (frames, height, width) that were given for the images of each sample, or None."""
+        given = self.visual_grids
+        if not given or self.prompt_length is None or batch % len(given):
+            return given
+        repeats = batch // len(given)  # beams, sequences
+        return [sample for sample in given for _ in range(repeats)]
+
+    @property
+    def mask_is_plain(self) -> bool:
+        """Whether a wide mask of the host says no more than causality and padding.
+
+        Without any mask given, the host builds a wide one only for something else (packed
+        sequences).
+        """
+        return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
+
+    def unsupervise(self, run: Any) -> None:
+        """Drop the targets that places without an output would have had to predict.
+
+        Those are pruned places, and padding once it was dropped with them (in the copied labels).
+        """
+        if self.labels is None:
+            return
+        lost = ~run.kept(max(run.records)).to(self.labels.device)
+        self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
+
+    def add_losses(self, output: Any, losses: dict[str, tuple[float, Tensor]]) -> Any:
+        """Add weighted losses to the host's own (``output.loss``, or the first of a tuple).
+
+        Where the host divides by the supervised tokens of several batches, so that their gradients
+        can be accumulated, this batch's share of them weighs what is added.
+        """
+        assert self.labels is not None
+        if not losses:
+            return None
+        if hasattr(output, "log_probs"):
+            raise UnsupportedModelError(
+                "this trainer makes its own loss from log_probs, without the thresholds' terms; "
+                "let its compute_loss be transformers.Trainer.compute_loss."
+            )
+        extra = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
+        if self.num_items is not None:
+            share = (self.labels[:, 1:] != IGNORED_LABEL).sum() / self.num_items
+            extra = extra * share.to(extra)
+        if isinstance(output, tuple):
+            return (output[0] + extra.to(output[0]), *output[1:])
+        output.loss = output.loss + extra.to(output.loss)
+        return output
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise in a copy that ``nn.DataParallel`` made: its layers are not those that are watched."""
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            "nn.DataParallel would prune nothing; start one process for each GPU (torchrun), or "
+            "show the program a single GPU."
+        )
+
+
+def _present(value: Any) -> bool:
+    return value is not None and (not isinstance(value, dict) or any(value.values()))
+
+
+def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: int) -> Prompt:
+    """The prompt of a forward pass on the CPU.
+
+    Args:
+        token_ids: placeholder ids of images and videos.
+        embeds: (B, L, D) what the decoder gets.
+        past: tokens of earlier turns in the cache.
+
+    Raises:
+        InputError: if only embeddings were given and nothing says which of them are visual.
+    """
+    batch, length = embeds.shape[:2]
+    ids = None if call.input_ids is None else call.input_ids.cpu()
+    if call.visual_mask is not None:
+        visual = call.visual_mask.cpu().bool()[:, -length:]
+        if call.prompt_length is not None:  # what came behind the prompt is text
+            visual = pad(visual, (0, length - visual.shape[1]))
+        if call.prompt_length is not None and batch % visual.shape[0] == 0:
+            visual = visual.repeat_interleave(batch // visual.shape[0], 0)  # beams, sequences
+        if visual.shape != (batch, length):
+            raise InputError(
+                f"visual_mask has shape {tuple(call.visual_mask.shape)}; it must be (batch, "
+                f"sequence) = ({batch}, {length})."
+            )
+    elif ids is not None:
+        visual = torch.isin(ids, torch.tensor(token_ids))
+    else:
+        visual = _placeholders_among(call, token_ids)
+    attended = torch.ones(batch, length, dtype=torch.bool)
+    if isinstance(call.attention_mask, Tensor) and call.attention_mask.ndim == 2:
+        attended = call.attention_mask[:, -length:].cpu().bool()
+    elif call.padding is not None and not past and call.padding.shape[1] == length:
+        repeats = batch // len(call.padding)  # beams, sequences
+        attended = call.padding.cpu().bool().repeat_interleave(repeats, 0)
+    scored = torch.ones_like(attended)
+    if call.prompt_length is not None:
+        scored &= torch.arange(length) + past < call.prompt_length
+        visual = visual & scored  # a placeholder's id that was generated is no image
+    if call.labels is not None:
+        supervised = call.labels.cpu() != IGNORED_LABEL
+        scored &= _before_answers(supervised, visual, attended)
+    return Prompt(visual & attended, attended, ids, scored)
+
+
+def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Tensor:
+    """(B, L) bool: what a prompt at inference holds, which ends before the answer.
+
+    That is the first one behind the last image; what stands after it has seen it. Where nothing
+    behind the images is unsupervised, labels do not tell an answer from its question: all counts.
+    """
+    place = torch.arange(visual.shape[1])
+    behind = place > torch.where(visual, place, -1).amax(1, keepdim=True)
+    before = (supervised & behind).cumsum(1) == 0
+    asked = (before & behind & attended).any(1, keepdim=True)
+    return before | ~asked
+
+
+def grid_query(
+    parts: Parts, prompt: Prompt, kwargs: dict[str, Any], newline: str | None, sizes: Any = None
+) -> GridQuery:
+    """What a family may look at, on the CPU, from what the decoder is about to get.
+
+    Args:
+        kwargs: the decoder's, with ``inputs_embeds`` (B, L, D).
+        newline: name of the base model's parameter that ends rows of features, if it has one.
+        sizes: of each sample the (frames, height, width) that the caller gave; None without.
+    """
+    positions = kwargs.get("position_ids")
+    newlines = None
+    if newline is not None:
+        embeds = kwargs["inputs_embeds"]
+        value = getattr(parts.base, newline).detach().to(embeds)
+        # Autocast may have rounded what was written to half precision.
+        newlines = ((embeds - value).abs() <= value.abs() / 128).all(-1).cpu() & prompt.visual
+    return GridQuery(
+        config=parts.model.config,
+        spans=prompt.spans(),
+        position_ids=None if positions is None else positions.cpu(),
+        ids=prompt.ids,
+        newlines=newlines,
+        visual=prompt.visual,
+        sizes=sizes,
+    )
+
+
+def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
+    """(B, L) bool: embeddings that are still those of the placeholders, as the host finds them."""
+    embeds, embedding = call.inputs_embeds, call.embedding
+    assert embeds is not None
+    assert embedding is not None
+    ids = torch.tensor(token_ids, dtype=torch.long, device=embeds.device)
+    visual = (embeds[:, :, None] == embedding(ids)).all(-1).any(-1).cpu()
+    if not bool(visual.any()):
+        raise InputError(
+            "inputs_embeds came without input_ids and holds no placeholder: pass visual_mask=, a "
+            "bool tensor (batch, sequence) that marks the visual tokens (all False for text alone)."
+        )
+    return visual

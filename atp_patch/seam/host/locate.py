@@ -1,0 +1,157 @@
+"""Finding the parts of a loaded model, and checking that they keep the contract the seam stands
+on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from atp_patch.contract import DecoderShape, Outer
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+
+
+@dataclass
+class Parts:
+    """The modules that the seam hooks into.
+
+    Attributes:
+        model: what the user holds.
+        top: the module that is given labels and generates: ``model``, or its language model.
+        base: the model without its head, which sees images and ids.
+        decoder: the module with ``.layers``.
+        outer: how ``model`` feeds its language model, where it is of another package.
+    """
+
+    model: Any
+    top: Any
+    base: Any
+    decoder: Any
+    layers: Any
+    outer: Outer | None = None
+
+    @property
+    def config(self) -> Any:
+        """The text config of the decoder."""
+        return self.decoder.config
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """Read the decoder's sizes from its text config."""
+    heads = config.num_attention_heads
+    return DecoderShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        mlp_sizes=_mlp_sizes(config),
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _mlp_sizes(config: Any) -> tuple[int, ...]:
+    """Of each layer, under the names that mixtures of experts have for theirs; a cost, no more."""
+
+    def option(*names: str) -> Any:
+        found = (getattr(config, name, None) for name in names)
+        value = next((value for value in found if value is not None), 0)
+        return value[0] if isinstance(value, (list, tuple)) and value else value
+
+    layers = range(config.num_hidden_layers)
+    dense = option("intermediate_size_mlp", "intermediate_size")
+    visited = option("num_experts_per_tok", "moe_topk", "moe_k")
+    if not visited:
+        return (option("intermediate_size"),) * len(layers)
+    size = option("moe_intermediate_size", "intermediate_size")
+    shared = option("n_shared_experts", "moe_num_shared_experts")
+    sparse = (visited + shared) * size + option("shared_expert_intermediate_size")
+    first = option("first_k_dense_replace", "moe_layer_start_index")
+    step = option("decoder_sparse_step", "moe_layer_interval") or 1
+    alone = getattr(config, "mlp_only_layers", None) or ()
+    return tuple(dense if k < first or k in alone or (k + 1) % step else sparse for k in layers)
+
+
+def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Parts:
+    """Find base model, decoder and layers of a vision-language model.
+
+    Args:
+        outer: how it holds its language model, where it is of another package than transformers.
+        bare: it may be a language model alone, which is given embeddings.
+
+    Raises:
+        UnsupportedModelError: where the model has no such parts or its layers keep another
+            contract.
+    """
+    name = type(model).__name__
+    if outer is not None:
+        return _inside(model, name, outer)
+    if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{name} is not a transformers model; load one with "
+            "AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    decoder, layers = _decoder(model)
+    if not isinstance(layers, nn.ModuleList) or (decoder is base and not bare):
+        raise UnsupportedModelError(
+            f"{name} has no language decoder apart from its vision model: nothing to prune. "
+            "Give a vision-language model."
+        )
+    _check_layers(name, layers)
+    return Parts(model, model, base, decoder, layers)
+
+
+def check_uncompiled(parts: Parts) -> None:
+    """Raise ConfigError where a part is compiled: what was traced before knows nothing of hooks."""
+    modules = (parts.model, parts.top, parts.base, parts.decoder, *parts.layers)
+    for module in modules:
+        forward = vars(module).get("forward")
+        wrapped = hasattr(forward, "_torchdynamo_orig_callable")
+        if (
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or (wrapped and not getattr(forward, "_torchdynamo_disable", False))
+        ):
+            raise ConfigError(
+                f"{type(module).__name__} is compiled: patch the model first, then compile it."
+            )
+
+
+def _inside(model: Any, name: str, outer: Outer) -> Parts:
+    """The parts of a model of another package: it or its language model is the top."""
+    wanted = [name for name in (outer.decoder, outer.embed, outer.image_token) if name is not None]
+    missing = [attribute for attribute in wanted if not hasattr(model, attribute)]
+    if missing:
+        raise UnsupportedModelError(f"{name} has no {' and no '.join(missing)}: {outer.mend}")
+    language_model = getattr(model, outer.decoder)
+    decoder, layers = _decoder(language_model)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"the {outer.decoder} of {name} is no causal language model of transformers: "
+            f"{outer.mend}"
+        )
+    _check_layers(name, layers)
+    if outer.embed is None:
+        return Parts(model, model, language_model, decoder, layers, outer)
+    return Parts(model, language_model, decoder, decoder, layers, outer)
+
+
+def _decoder(model: Any) -> tuple[Any, Any]:
+    """The decoder and its ``layers``, None where it has none."""
+    decoder = model.get_decoder()
+    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
+        decoder = decoder.model
+    return decoder, getattr(decoder, "layers", None)
+
+
+def _check_layers(name: str, layers: nn.ModuleList) -> None:
+    for idx, layer in enumerate(layers):
+        attention = getattr(layer, "self_attn", None)
+        if attention is None or not hasattr(attention, "config"):
+            raise UnsupportedModelError(
+                f"layer {idx} of {name} has no self_attn that reads its attention function from a "
+                "config; linear-attention and convolution hybrids cannot be pruned."
+            )

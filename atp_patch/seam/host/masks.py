@@ -1,0 +1,127 @@
+"""Narrowing what the decoder hands to its layers: masks, rotary tables, position ids.
+
+Masks, as transformers makes them: sdpa None or bool (B, 1, Q, K); eager float (B, 1, Q, K); flash
+None or (B, K). A wide mask is never rebuilt from guesses: its rows and columns are gathered, so
+whatever pattern the host put into it (padding, sliding windows, prefixes) stays exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp_patch.contract.errors import UnsupportedModelError
+from atp_patch.seam.host.cache import PrunedLayer, PrunedStaticLayer, columns
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether an attention implementation takes 2D masks and finds packed sequences by itself."""
+    return "flash" in implementation
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise for attention implementations whose masks cannot be narrowed."""
+    if implementation == "flex_attention" or implementation.startswith("paged"):
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} is not supported while patched; call "
+            "model.set_attn_implementation('sdpa') (or 'eager', 'flash_attention_2')."
+        )
+
+
+def gather_rows(mask: Tensor, index: Tensor) -> Tensor:
+    """Rows of a mask: (B or 1, h, Q, K), index (B, n) -> (B, h, n, K)."""
+    batch, n = index.shape
+    _, heads, _, width = mask.shape
+    wide = mask.expand(batch, -1, -1, -1)
+    return wide.gather(2, index[:, None, :, None].expand(batch, heads, n, width))
+
+
+def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+    """Columns of a mask; places outside it, and invalid ones, are hidden.
+
+    Args:
+        mask: (B or 1, h, Q, W), or (B, W).
+        index: (B, K) columns, possibly outside [0, W).
+        valid: (B, K) bool, or None where all are valid.
+
+    Returns:
+        (B, h, Q, K), or (B, K).
+    """
+    width = mask.shape[-1]
+    index = index.to(mask.device)  # a model over several devices has its masks on the first
+    seen = (index >= 0) & (index < width)
+    if valid is not None:
+        seen = seen & valid.to(mask.device)
+    column = index.clamp(0, width - 1)
+    if mask.ndim == 2:
+        return mask.gather(1, column) * seen.to(mask.dtype)
+    batch, keys = index.shape
+    _, heads, rows, _ = mask.shape
+    wide = mask.expand(batch, -1, -1, -1)
+    out = wide.gather(3, column[:, None, None, :].expand(batch, heads, rows, keys))
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return out.masked_fill(~seen[:, None, None, :], hidden)
+
+
+def prefill_mask(
+    mask: Tensor | None,
+    rows: Tensor,
+    keys: Tensor,
+    keys_valid: Tensor | None,
+    *,
+    total: int,
+    causal_suffices: bool,
+) -> Tensor | None:
+    """The mask of the layers that run on survivors only.
+
+    Args:
+        mask: what the host gives these layers for the whole sequence.
+        rows: (B, n) places of the survivors in this forward's sequence.
+        keys: (B, K) logical positions of the keys; ``keys_valid`` (B, K) bool or None.
+        total: logical length, earlier turns included.
+        causal_suffices: the host's mask is causal and padding only, nothing is cached yet, and the
+            attention is causal by itself without a mask. Survivors stand in order and padding slots
+            stand last, where causality hides them: no mask is needed.
+    """
+    if mask is None or causal_suffices:
+        return None
+    if mask.ndim == 2:
+        return gather_columns(mask, keys - (total - mask.shape[-1]), keys_valid)
+    offset = max(total - mask.shape[-1], 0)
+    return gather_columns(gather_rows(mask, rows), keys - offset, keys_valid)
+
+
+def scoring_mask(mask: Tensor | None, rows: int, keys: int, device: torch.device) -> Tensor:
+    """A wide mask over (Q, K) for the scores, whatever the attention itself was given.
+
+    Returns:
+        (B or 1, 1, rows, keys) bool (True = visible), or the host's own float mask.
+    """
+    if mask is not None and mask.ndim == 4:
+        return mask[..., :keys]
+    place = torch.arange(rows, device=device)
+    column = torch.arange(keys, device=device) - (keys - rows)
+    visible = (column <= place[:, None])[None, None]
+    if mask is not None:
+        visible = visible & mask[:, None, None, -keys:].bool()
+    return visible
+
+
+def decode_mask(
+    mask: Tensor | None, layer: PrunedLayer, query_length: int, *, flash: bool
+) -> Tensor | None:
+    """The mask of a layer that holds a pruned prompt, for ``query_length`` new tokens.
+
+    Where the host needs no mask and no slot is empty this is None, found in constant time.
+    """
+    if mask is None and layer.valid is None:
+        return None
+    static = isinstance(layer, PrunedStaticLayer)
+    width = layer.max_cache_len if static else layer.keys.shape[-2] + query_length
+    positions, valid = columns(layer, width)
+    if mask is None:
+        assert valid is not None
+        return valid if flash else valid[:, None, None, :]
+    # The last column of a growing mask is the newest token; a static one starts at position 0.
+    offset = 0 if static else max(width + layer.dropped - mask.shape[-1], 0)
+    return gather_columns(mask, positions - offset, valid)

@@ -1,0 +1,115 @@
+"""Models of other packages, which feed a causal language model of transformers with embeddings.
+
+The seam then sits in that language model. Which of the positions are visual it learns from what the
+model around it was given: from the placeholders in ``input_ids``, or from the labels that come out
+of its own embedding method.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_patch.contract.errors import InputError
+from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.replaced import Replaced
+
+IGNORED_LABEL = -100
+_OWN_LABEL = -1  # stands for the caller's own -100 while the embedding method runs
+
+
+class Outside:
+    """The model around the language model; for transformers' own models it knows nothing."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._embedded: Tensor | None = None
+        self._embed: Replaced | None = None
+
+    def install(self) -> None:
+        """Watch the model's embedding method, if visual positions are learnt from it."""
+        outer = self.parts.outer
+        if outer is not None and outer.embed is not None:
+            self._embed = Replaced(self.parts.model, outer.embed, self.embed)
+
+    def remove(self) -> None:
+        """Take that back."""
+        if self._embed is not None:
+            self._embed.restore()
+
+    @property
+    def generation_config(self) -> Any:
+        """What ``generate`` follows where it is given nothing."""
+        parts = self.parts
+        return (parts.top if parts.outer is None else _language_model(parts)).generation_config
+
+    def named(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a method of the top module by name."""
+        if not args:
+            return kwargs
+        names = list(inspect.signature(getattr(type(self.parts.top), method)).parameters)[1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def visual(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, L) bool: the visual positions in what a method of the top module is given.
+
+        None where this is nothing to be learnt from the outside.
+
+        Raises:
+            InputError: where the model does not know its own placeholder yet, or packed what it
+                embedded into other rows.
+        """
+        outer = self.parts.outer
+        if outer is None:
+            return None
+        given = self.named(method, args, kwargs)
+        if outer.image_token is not None:
+            return self._placeholders(given.get("input_ids"), outer.image_token)
+        embeds = given.get("inputs_embeds")
+        if embeds is None or self._embedded is None:
+            return None
+        visual, self._embedded = self._embedded, None
+        if visual.shape != embeds.shape[:2]:
+            raise InputError(
+                f"{outer.embed} made {tuple(visual.shape)} embeddings, but the language model got "
+                f"{tuple(embeds.shape[:2])}: samples were packed into one row. Call the model with "
+                "packing=False."
+            )
+        return visual
+
+    def _placeholders(self, ids: Tensor | None, attribute: str) -> Tensor | None:
+        token_id = getattr(self.parts.model, attribute)
+        if ids is None:
+            return None
+        if token_id is None:
+            raise InputError(
+                f"the model's {attribute} is not set, so its visual tokens are not known; set it "
+                "to the id of the tokenizer's placeholder, as the model's chat() does."
+            )
+        return ids == token_id
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own embedding method, with labels that show where visual features went."""
+        assert self._embed is not None
+        original = self._embed.original
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        labels, ids = bound.arguments.get("labels"), bound.arguments["input_ids"]
+        bound.arguments["labels"] = (
+            torch.zeros_like(ids)
+            if labels is None
+            else labels.masked_fill(labels == IGNORED_LABEL, _OWN_LABEL)
+        )
+        embeds, marked, mask = original(*bound.args, **bound.kwargs)
+        visual = marked == IGNORED_LABEL
+        self._embedded = visual if mask is None else visual & mask.bool()
+        known = marked == _OWN_LABEL if labels is not None else torch.ones_like(visual)
+        return embeds, marked.masked_fill(known, IGNORED_LABEL), mask
+
+
+def _language_model(parts: Parts) -> Any:
+    """The causal language model in a model of another package."""
+    assert parts.outer is not None
+    return getattr(parts.model, parts.outer.decoder)

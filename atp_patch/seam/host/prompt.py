@@ -1,0 +1,94 @@
+"""Reading a prompt: visual runs, text rows that count, the last prompt token.
+
+All of this is done on the CPU from one copy of the ids, before the decoder is busy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from atp_patch.contract import Span
+from atp_patch.maths import pack
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One forward pass's tokens, on the CPU.
+
+    Attributes:
+        visual: (B, L) bool, every placeholder of an image or video, grid or not.
+        attended: (B, L) bool, False at padding.
+        ids: (B, L) int64, or None when only embeddings were given.
+        scored: (B, L) bool, tokens that exist at inference too: before the answer that is learned,
+            not generated.
+    """
+
+    visual: Tensor
+    attended: Tensor
+    ids: Tensor | None
+    scored: Tensor
+
+    @property
+    def token_counts(self) -> list[int]:
+        """Tokens of each sample without padding."""
+        return self.attended.sum(1).tolist()
+
+    def spans(self) -> list[list[Span]]:
+        """The runs of placeholders of each sample."""
+        ids = torch.zeros_like(self.visual, dtype=torch.long) if self.ids is None else self.ids
+        # A run ends where the id changes; -1 stands for everything that is no placeholder.
+        marked = torch.where(self.visual & self.attended, ids, -1)
+        found: list[list[Span]] = []
+        for row in marked:
+            edges = torch.nonzero(row[1:] != row[:-1]).flatten() + 1
+            bounds = [0, *edges.tolist(), row.shape[0]]
+            runs = pairwise(bounds)
+            found.append([Span(a, b, int(row[a])) for a, b in runs if a < b and row[a] >= 0])
+        return found
+
+    def text(self) -> Tensor:
+        """(B, L) bool: the text rows that score visual tokens (METHOD: after the first visual
+        token).
+        """
+        after_first = self.visual.cumsum(1) > 0
+        return self.attended & self.scored & ~self.visual & after_first
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """The text rows that count, packed, on the device of the decoder.
+
+    Attributes:
+        position, valid: (B, T) positions in the sequence and whether the slot is used.
+        last: (B,) position of the last prompt token.
+        sample_key: (B,) int64, the same for the same text, whatever the padding and the batch.
+    """
+
+    position: Tensor
+    valid: Tensor
+    last: Tensor
+    sample_key: Tensor
+
+    @classmethod
+    def of(cls, prompt: Prompt, device: torch.device) -> TextRows:
+        """Pack the text rows of a prompt and move them to ``device``."""
+        text = prompt.text()
+        position, valid = pack(text)
+        places = torch.arange(text.shape[1])
+        prompt_token = prompt.attended & prompt.scored
+        last = torch.where(prompt_token, places, -1).amax(1).clamp(min=0)
+        key = torch.zeros(text.shape[0], dtype=torch.long)
+        if prompt.ids is not None:
+            # A polynomial hash over the text ids in their order among the text rows.
+            order = (text.cumsum(1) * 0x9E3779B1) % 0x7FFFFFFF
+            key = ((prompt.ids + 1) * order * text).sum(1) % 0x7FFFFFFF
+        return cls(position.to(device), valid.to(device), last.to(device), key.to(device))
+
+    def to(self, device: torch.device) -> TextRows:
+        """The same rows on another device."""
+        tensors = (self.position, self.valid, self.last, self.sample_key)
+        return TextRows(*(t.to(device) for t in tensors))

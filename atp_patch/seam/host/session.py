@@ -1,0 +1,90 @@
+"""What a call of ``generate`` tells the forward passes within it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from atp_patch.contract import Decision
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+from atp_patch.seam.host.outside import Outside
+
+
+@dataclass
+class Session:
+    """One call of ``generate``.
+
+    Attributes:
+        prompt_length: tokens of the prompt, those in the cache included; later ones are generated
+            or guessed, and never score.
+        visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
+        visual_grids: of each sample the (frames, height, width) of its images, or None.
+        ids: (B, L) of the prompt, or None where it is given as embeddings.
+        attention_mask: (B, L) of the prompt, where one was given: static caches get another.
+        choices: layer -> the decision of the first pass, for passes without a cache.
+        thread: in which it runs.
+    """
+
+    prompt_length: int | None
+    visual_mask: Tensor | None = None
+    choices: dict[int, Decision] = field(default_factory=dict)
+    ids: Tensor | None = None
+    visual_grids: Any = None
+    attention_mask: Tensor | None = None
+    thread: int = field(default_factory=threading.get_ident)
+
+    @classmethod
+    def of_generate(
+        cls, outside: Outside, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Session:
+        """Read the arguments of ``generate``.
+
+        Raises:
+            UnsupportedModelError: for a prefill in chunks, which would choose from a part of the
+                text.
+        """
+        given = outside.named("generate", args, kwargs)
+        if _chunk_size(given, outside.generation_config) is not None:
+            raise UnsupportedModelError(
+                "prefill_chunk_size would choose visual tokens before the whole question is "
+                "read; set it to None, or generate within atp_patch.disabled(model)."
+            )
+        named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        tokens = next((tensor for tensor in named if tensor is not None), None)
+        length = None if tokens is None else int(tokens.shape[1])
+        visual_mask = kwargs.get("visual_mask")
+        if visual_mask is None:
+            visual_mask = outside.visual("generate", args, kwargs)
+        ids = tokens if tokens is not None and not tokens.is_floating_point() else None
+        mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if length is not None and mask is not None:
+            length = max(length, mask.shape[1])  # ids of a later turn may be its own alone
+        return cls(
+            length,
+            visual_mask,
+            ids=ids,
+            visual_grids=kwargs.get("visual_grids"),
+            attention_mask=mask,
+        )
+
+    def check_thread(self) -> None:
+        """Raise ConfigError in another thread than its own."""
+        if self.thread != threading.get_ident():
+            raise ConfigError(
+                "another thread is in this model's generate: a patched model serves one at a time. "
+                "Guard it with a lock, or give each thread a model of its own."
+            )
+
+
+def _chunk_size(given: dict[str, Any], own: Any) -> int | None:
+    """As ``generate`` settles it: an argument, a configuration given, the model's ``own``."""
+    name = "prefill_chunk_size"
+    if name in given:
+        size: int | None = given[name]
+        return size
+    chosen = getattr(given.get("generation_config"), name, None)
+    return getattr(own, name, None) if chosen is None else chosen

@@ -1,0 +1,1 @@
+"""Forward passes in which thresholds learn: pruned keys are weighed, not gathered."""

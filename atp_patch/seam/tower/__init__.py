@@ -1,0 +1,1 @@
+"""Hooks on the vision tower, for methods that prune before the decoder."""

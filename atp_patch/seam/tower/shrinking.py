@@ -1,0 +1,201 @@
+"""Smaller pictures for the vision tower, and its fewer tokens spread over the placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from atp_patch.contract import Quota, Tower
+from atp_patch.contract.errors import InputError
+from atp_patch.seam.door.tombstones import marked
+from atp_patch.seam.tower.merging import Sharer
+
+Size = tuple[int, int]
+
+
+class GridChooser(Protocol):
+    """The grid of about ``count`` tokens, ``least`` at least, that a larger one becomes."""
+
+    def __call__(self, height: int, width: int, count: int, least: int, *, square: bool) -> Size:
+        """(height, width) of the smaller grid."""
+
+
+class ShrinkHooks:
+    """Hooks in front of a vision tower, and behind what makes the decoder's tokens.
+
+    Args:
+        base: the model without its head.
+        tower: where things are.
+        grid: the method; ``quotas``: the budget.
+        active: whether this call of the tower is part of a pass that may be pruned.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        tower: Tower,
+        grid: GridChooser,
+        quotas: Sharer,
+        active: Callable[[], bool],
+    ) -> None:
+        self.base, self.tower, self.grid, self.quotas = base, tower, grid, quotas
+        self.active = active
+        self._sizes: list[tuple[Size, Size]] = []  # of each grid, before and after
+        self._lead = 0
+
+    def install(self, add: Callable[[Any], None]) -> None:
+        """Register the hooks; ``add`` takes their handles."""
+        for name, lead in zip(self.tower.modules, self.tower.lead, strict=True):
+            tower = self.base.get_submodule(name)
+            before = self._before_packed if self.tower.packed else _Before(self, lead)
+            add(tower.register_forward_pre_hook(before, with_kwargs=True))
+            if self.tower.packed:
+                add(tower.register_forward_hook(self._after_packed))
+        if not self.tower.packed:
+            projector = self.base.get_submodule(self.tower.projector)
+            add(projector.register_forward_hook(self._after_projector))
+
+    def remove(self) -> None:
+        """Nothing of a broken-off pass is left anywhere but here."""
+        self._sizes = []
+
+    # -- towers that get pictures -----------------------------------------------------------------
+
+    def shrink(self, pixels: Tensor, lead: int) -> Tensor:
+        """(N, 3, H, W) pictures of one size -> smaller ones, or the same where nothing changes."""
+        self._sizes, self._lead = [], lead
+        step = self.tower.patch * self.tower.cell
+        number, height, width = pixels.shape[0], pixels.shape[2] // step, pixels.shape[3] // step
+        tokens = height * width
+        found = self._quotas([tokens] * number, [tokens + lead] * number)
+        if len(set(found)) > 1:
+            counts = sorted({quota.tokens for quota in found})
+            raise InputError(
+                f"the images of one batch would get {counts} tokens, but the tower "
+                "takes pictures of one size at a time; give keep=, or samples with as many images."
+            )
+        small = self.grid(height, width, *found[0], square=self.tower.square)
+        if small == (height, width):
+            return pixels
+        self._sizes = [((height, width), small)] * number
+        return _resized(pixels, small[0] * step, small[1] * step)
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self._sizes:
+            return None
+        lead, sizes, self._sizes = self._lead, self._sizes, []
+        features = output[:, lead:].flatten(0, 1)
+        spread = _spread(features, sizes).unflatten(0, (len(sizes), -1))
+        return torch.cat([output[:, :lead], spread], dim=1)
+
+    # -- towers that get rows of patches ----------------------------------------------------------
+
+    def _before_packed(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._sizes = []
+        if not self.active():
+            return None
+        names = ("hidden_states", "grid_thw")
+        patches, grids = (
+            {**dict(zip(names, args, strict=False)), **kwargs}[name] for name in names
+        )
+        cell = self.tower.cell
+        films = [(t, h // cell, w // cell) for t, h, w in grids.tolist()]
+        tokens = [t * h * w for t, h, w in films]
+        small = [
+            self.grid(h, w, max(round(count / t), 1), -(-least // t), square=False)
+            for (t, h, w), (count, least) in zip(films, self._quotas(tokens, tokens), strict=True)
+        ]
+        if all(size == film[1:] for size, film in zip(small, films, strict=True)):
+            return None
+        parts, made = patches.split([n * cell**2 for n in tokens]), []
+        for part, (t, h, w), size in zip(parts, films, small, strict=True):
+            self._sizes += [((h, w), size)] * t
+            made.append(part if size == (h, w) else self._repatched(part, (t, h, w), size))
+        grid = [[t, h * cell, w * cell] for (t, _, _), (h, w) in zip(films, small, strict=True)]
+        replaced = {"hidden_states": torch.cat(made), "grid_thw": grids.new_tensor(grid)}
+        return (), {**kwargs, **replaced}
+
+    def _repatched(self, patches: Tensor, film: tuple[int, int, int], size: Size) -> Tensor:
+        """(patches, C * frames * p * p) of one image or video -> those of its smaller pictures."""
+        cell, side, frames = self.tower.cell, self.tower.patch, self.tower.frames
+        t, h, w = film
+        # t, row, column of cells; row, column in the cell; channel, frame, row, column in the patch
+        table = patches.reshape(t, h, w, cell, cell, -1, frames, side, side)
+        channels = table.shape[5]
+        pictures = table.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+        pictures = pictures.reshape(t * frames, channels, h * cell * side, w * cell * side)
+        small = _resized(pictures, size[0] * cell * side, size[1] * cell * side)
+        table = small.reshape(t, frames, channels, size[0], cell, side, size[1], cell, side)
+        return table.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, patches.shape[1])
+
+    def _after_packed(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._sizes:
+            return None
+        sizes, self._sizes = self._sizes, []
+        output.pooler_output = _spread(output.pooler_output, sizes)
+        return output
+
+    def _quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...]:
+        quotas = self.quotas(tokens, places)
+        assert quotas is not None, "a method that shrinks pictures has a budget"
+        return quotas
+
+
+class _Before:
+    """Pre-hook of a tower that gets pictures."""
+
+    def __init__(self, hooks: ShrinkHooks, lead: int) -> None:
+        self.hooks, self.lead = hooks, lead
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Shrink the pictures; the tower is told to fit its positions to them."""
+        self.hooks._sizes = []
+        if not self.hooks.active():
+            return None
+        pixels = args[0] if args else kwargs["pixel_values"]
+        small = self.hooks.shrink(pixels, self.lead)
+        if small is pixels:
+            return None
+        told = self.hooks.tower.resized
+        kwargs = {**kwargs, **({told: True} if told else {})}
+        if args:
+            return (small, *args[1:]), kwargs
+        return args, {**kwargs, "pixel_values": small}
+
+
+def spread_slots(grid: Size, small: Size) -> Tensor:
+    """(rows * columns of ``small``,) int64: the place in ``grid`` under each smaller one's centre.
+
+    Distinct places: a smaller grid never has two centres in one place.
+    """
+    rows, columns = (
+        (2 * torch.arange(few) + 1) * many // (2 * few)
+        for few, many in zip(small, grid, strict=True)
+    )
+    return (rows[:, None] * grid[1] + columns).flatten()
+
+
+def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
+    """(tokens of the smaller grids, D) -> (tokens of all grids, D), marks in the other places."""
+    places, parities = [], []
+    start = 0
+    for grid, small in sizes:
+        places.append(start + spread_slots(grid, small))
+        place = torch.arange(grid[0] * grid[1])
+        parities.append(place // grid[1] + place % grid[1])
+        start += len(place)
+    kept = torch.cat(places).to(features.device)
+    parity = torch.cat(parities).to(features.device)
+    wide = features.new_zeros(start, features.shape[1]).index_put((kept,), features)
+    gone = torch.ones(start, dtype=torch.bool, device=features.device).index_fill(0, kept, False)
+    return marked(wide, gone.nonzero().flatten(), parity[gone])
+
+
+def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
+    """(N, C, H, W) pictures resampled with a filter as wide as the step down."""
+    small = interpolate(pictures.float(), (height, width), mode="bilinear", antialias=True)
+    return small.to(pictures.dtype)

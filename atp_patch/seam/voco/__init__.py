@@ -1,0 +1,1 @@
+"""VoCo tokens: images that are compressed into the keys and values of a few learned tokens."""

@@ -1,0 +1,85 @@
+"""What a cache with a compressed prompt holds, and the positions of what follows it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from atp_patch.contract.errors import InputError
+from atp_patch.seam.host.cache import adopt
+
+
+def for_model(positions: Tensor) -> Tensor:
+    """Positions (r, B, L) as a model takes them: (B, L) where it has one row."""
+    return positions[0] if len(positions) == 1 else positions
+
+
+def prompt_positions(base: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """Positions of a prompt as ``generate`` would make them, from 0: (r, B, L).
+
+    One row where the model counts tokens; else four, of which the first counts tokens and the
+    others are (t, h, w).
+    """
+    count = (mask.long().cumsum(-1) - 1).clamp(min=0)[None]
+    if not hasattr(base, "get_rope_index"):
+        return count
+    names = set(inspect.signature(base.get_rope_index).parameters)
+    if "mm_token_type_ids" in names - set(inputs):
+        raise InputError("pass mm_token_type_ids from the model's processor along.")
+    given = {name: inputs[name] for name in names & set(inputs)}
+    grid, _ = base.get_rope_index(**{**given, "attention_mask": mask})
+    return torch.cat([count.to(grid), grid])
+
+
+def following(positions: Tensor, mask: Tensor) -> Tensor:
+    """(r, B): the position of a token behind those of (r, B, L) that ``mask`` (B, L) counts."""
+    behind = torch.where(mask.bool(), positions, -1).amax(-1) + 1
+    if len(behind) == 1:
+        return behind
+    return torch.cat([behind[:1], behind[1:].amax(0, keepdim=True).expand(3, -1)])
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a cache with a compressed prompt holds.
+
+    Attributes:
+        keys, values: of each layer, (B, Hk, n, d).
+        positions: (B, n) int64 logical positions; ``valid`` (B, n) bool, False where a shorter
+            sample is filled up.
+        length: logical length.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    positions: Tensor
+    valid: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, cache: Cache) -> Held:
+        """Read a cache right after its prompt."""
+        layers: Any = cache.layers
+        first = layers[0]
+        valid = first.valid
+        if valid is None:
+            valid = torch.ones_like(first.positions, dtype=torch.bool)
+        keys, values = (tuple(getattr(x, name) for x in layers) for name in ("keys", "values"))
+        return cls(keys, values, first.positions, valid, first.covered)
+
+    def cache(self, repeats: int = 1) -> Cache:
+        """A new cache that holds this, every sample ``repeats`` times; this itself stays."""
+        cache = DynamicCache()
+        every = bool(self.valid.all())
+        for number, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(key, value, number)
+            valid = None if every else self.valid.to(key.device)
+            adopt(cache, number).prune(self.positions.to(key.device), valid, self.length)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        return cache

@@ -1,0 +1,262 @@
+"""VoCo tokens in a forward pass: put behind each image, and alone left of it in the cache.
+
+The tokens are inserted at the decoder's door and taken out behind it, so neither the tokenizer nor
+the embeddings, labels or lengths that the host knows are touched. To the host a VoCo token stands
+at the place of one of the last visual tokens of its segment: it has that one's position ids, column
+of the padding mask, logical position in the cache, and place in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+from atp_patch.contract import Layout, Span, VisualGrid
+from atp_patch.contract.errors import CacheError, InputError, UnsupportedModelError
+from atp_patch.maths import (
+    Slots,
+    gather_heads,
+    gather_tokens,
+    insert_slots,
+    pack,
+    public_slots,
+    voco_visible,
+)
+from atp_patch.seam.door.entry import Reader, filled_window
+from atp_patch.seam.host.cache import adopt, check_cache, stored_positions
+from atp_patch.seam.host.inputs import Call, grid_query, read_prompt
+from atp_patch.seam.host.locate import Parts
+
+
+class Compressing(Reader, Protocol):
+    """What the rest of the package says about VoCo tokens."""
+
+    num_tokens: int
+    segment_frames: int | None
+
+    @property
+    def embedding(self) -> Tensor:
+        """(V, D) of the VoCo tokens."""
+
+    def compressed(self, run: VoCoPass) -> None:
+        """A forward pass with images is through the decoder."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the cache holds of earlier turns, the same in every layer.
+
+    Attributes:
+        length: logical length.
+        positions: (B, P) int64 logical positions; ``valid`` (B, P) bool or None.
+    """
+
+    length: int
+    positions: Tensor
+    valid: Tensor | None
+
+
+@dataclass
+class VoCoPass:
+    """One forward pass with images through a model with VoCo tokens.
+
+    Attributes:
+        layout: the visual tokens, as they were given.
+        segments: of each sample, (first, one behind the last) visual token of each segment.
+        slots: the sequence that the decoder runs on.
+        attended: (B, n) bool, False at padding.
+        position_ids: (..., B, n) int64 of the slots.
+        past: what the cache held before, or None.
+        bytes_per_element: of the hidden states, and so of the cache.
+    """
+
+    layout: Layout
+    segments: list[list[tuple[int, int]]]
+    slots: Slots
+    attended: Tensor
+    position_ids: Tensor
+    past: Past | None
+    bytes_per_element: int
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, n) bool: the slots that stay in the cache: text and VoCo tokens."""
+        return self.attended & ~self.slots.visual
+
+    def evict(self, cache: Cache) -> None:
+        """Drop the keys and values of visual tokens, and of padding, from every layer."""
+        index, valid = pack(self.kept)
+        positions = self.slots.place.gather(1, index)
+        past, covered = self.past, self.layout.length
+        # What fills up a shorter sample repeats its first key: finite numbers that nothing sees.
+        index = torch.where(valid, index, index[:, :1])
+        every = bool(valid.all())
+        if past is not None:
+            covered += past.length
+            positions = torch.cat([past.positions, positions + past.length], dim=1)
+            earlier = past.valid
+            if earlier is None:
+                earlier = torch.ones_like(past.positions, dtype=torch.bool)
+            every = every and past.valid is None
+            valid = torch.cat([earlier, valid], dim=1)
+        for number in range(len(cache.layers)):
+            layer = adopt(cache, number)
+            old = layer.keys.shape[2] - self.slots.place.shape[1]
+            there = index.to(layer.keys.device)
+            layer.keys, layer.values = (
+                torch.cat([x[:, :, :old], gather_heads(x[:, :, old:], there)], dim=2)
+                for x in (layer.keys, layer.values)
+            )
+            device = layer.keys.device
+            layer.prune(positions.to(device), None if every else valid.to(device), covered)
+
+    def restore(self, output: Any) -> Any:
+        """The decoder's output in the public length."""
+        public = public_slots(self.slots, self.layout.length)
+
+        def rows(states: Tensor) -> Tensor:
+            return gather_tokens(states, public.to(states.device))
+
+        def both(weights: Tensor) -> Tensor:
+            by_query = rows(weights.transpose(1, 2))
+            new = self.slots.place.shape[1]
+            old, new_keys = by_query[..., :-new], by_query[..., -new:]
+            by_key = rows(new_keys.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return torch.cat([old, by_key], dim=-1).transpose(1, 2)
+
+        if isinstance(output, tuple):
+            return (rows(output[0]), *output[1:])
+        output.last_hidden_state = rows(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(rows(states) for states in output.hidden_states)
+        if output.attentions is not None:
+            output.attentions = tuple(both(weights) for weights in output.attentions)
+        return output
+
+
+def begin(
+    parts: Parts, pruner: Compressing, call: Call, kwargs: dict[str, Any]
+) -> tuple[VoCoPass, dict[str, Any]] | None:
+    """The state of a pass with images, and what the decoder gets instead; None without any image.
+
+    Raises:
+        InputError: where an image has fewer visual tokens than there are VoCo tokens, or no 2D
+            attention mask came.
+        CacheError: where the cache cannot hold a compressed prompt.
+        UnsupportedModelError: for an attention implementation that takes no mask of this kind.
+    """
+    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    if embeds is None:
+        return None
+    length = embeds.shape[1]
+    past_length = 0 if cache is None else int(cache.get_seq_length())
+    prompt = read_prompt(call, pruner.visual_token_ids, embeds, past_length)
+    if not bool(prompt.visual.any()):
+        return None
+    query = grid_query(parts, prompt, kwargs, pruner.newline)
+    layout = Layout.from_grids(pruner.grids(query), length, embeds.device)
+    segments = [
+        _segments(spans, grids, pruner.segment_frames)
+        for spans, grids in zip(query.spans, layout.grids, strict=True)
+    ]
+    _check(parts, call, segments, pruner.num_tokens)
+    slots = insert_slots(segments, length, pruner.num_tokens).to(embeds.device)
+    past = _past(parts, cache, past_length, length, slots)
+    attended = gather_tokens(prompt.attended.to(embeds.device), slots.place) & slots.valid
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = past_length + torch.arange(length, device=embeds.device)[None]
+    place = slots.place.expand(*position_ids.shape[:-2], -1, -1)
+    position_ids = position_ids.expand(*place.shape[:-1], -1).gather(-1, place)
+    voco = slots.voco[..., None]
+    learned = pruner.embedding.to(embeds)[slots.voco.clamp(min=0)]
+    visible = voco_visible(slots, attended)
+    if past is not None:
+        visible = torch.cat([_past_visible(past, call, visible), visible], dim=2)
+    mask = visible[:, None]
+    if parts.config._attn_implementation == "eager":
+        hidden = torch.finfo(embeds.dtype).min
+        mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, hidden)
+    run = VoCoPass(layout, segments, slots, attended, position_ids, past, embeds.element_size())
+    return run, {
+        **kwargs,
+        "inputs_embeds": torch.where(voco >= 0, learned, gather_tokens(embeds, slots.place)),
+        "position_ids": position_ids,
+        "attention_mask": mask,
+    }
+
+
+def _segments(
+    spans: Sequence[Span], grids: Sequence[VisualGrid], frames: int | None
+) -> list[tuple[int, int]]:
+    """Runs of placeholders, and of those that hold videos parts of ``frames`` frames."""
+    found = []
+    for span in spans:
+        cuts = [span.start]
+        for grid in grids:
+            if frames is not None and span.start <= grid.start < span.stop:
+                ends = grid.coordinates()[0].view(grid.frames, -1)[:, -1] + 1
+                cuts += ends[frames - 1 : -1 : frames].tolist()
+        found += list(pairwise([*cuts, span.stop]))
+    return found
+
+
+def _check(
+    parts: Parts, call: Call, segments: list[list[tuple[int, int]]], num_tokens: int
+) -> None:
+    implementation = parts.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} takes no mask that hides an image from "
+            "the text; call model.set_attn_implementation('sdpa') (or 'eager')."
+        )
+    if call.attention_mask is not None and getattr(call.attention_mask, "ndim", 0) != 2:
+        raise InputError("give a 2D attention_mask (batch, sequence), as the processor makes it.")
+    shortest = min(stop - start for sample in segments for start, stop in sample)
+    if shortest < num_tokens:
+        raise InputError(
+            f"a segment of {shortest} visual tokens cannot be compressed into {num_tokens}; give a "
+            "larger image, more segment_frames, or patch with fewer num_tokens."
+        )
+
+
+def _past(
+    parts: Parts, cache: Cache | None, past_length: int, length: int, slots: Slots
+) -> Past | None:
+    """What the cache holds already."""
+    batch, n = slots.place.shape
+    narrowest = filled_window(parts, past_length + n)
+    if narrowest is not None:
+        raise CacheError(
+            f"{past_length + n} tokens do not fit the sliding window of {narrowest}: text could "
+            "not see the VoCo tokens. Give shorter prompts."
+        )
+    if cache is None:
+        return None
+    check_cache(cache, 0)
+    if any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise CacheError("visual keys cannot be evicted from a StaticCache; use a DynamicCache.")
+    if not past_length:
+        return None
+    widths = {layer.keys.shape[2] for layer in cache.layers}
+    stored = stored_positions(cache, 0, batch)
+    if len(widths) != 1 or stored is None:
+        raise CacheError(
+            "the cache was pruned by another method, layer by layer; begin with an empty one."
+        )
+    return Past(past_length, *stored)
+
+
+def _past_visible(past: Past, call: Call, visible: Tensor) -> Tensor:
+    """(B, n, P) bool: the cached keys that are seen, by every query alike."""
+    seen = torch.ones_like(past.positions, dtype=torch.bool) if past.valid is None else past.valid
+    if call.attention_mask is not None:
+        columns = call.attention_mask.to(past.positions.device).bool()
+        seen = seen & columns.gather(1, past.positions)
+    return seen.to(visible.device)[:, None].expand(-1, visible.shape[1], -1)

@@ -1,0 +1,1 @@
+"""What stands on a patched model: calibration, trained adapters, visual caches, pictures."""

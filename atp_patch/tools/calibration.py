@@ -1,0 +1,292 @@
+"""Thresholds set to a budget on unlabelled data, and the controls that adaptive ones are held
+against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.contract.errors import BudgetError, ConfigError, InputError
+from atp_patch.maths import average_tokens
+from atp_patch.methods.atp import ATP
+from atp_patch.methods.atp_given import GivenThresholds
+from atp_patch.methods.atp_heads import Thresholds
+from atp_patch.patching.evaluating import evaluating
+from atp_patch.patching.patch import require_patch
+from atp_patch.patching.pruner import Patch
+
+CONTROLS = ("mean", "shuffled")
+WITHIN = 0.01  # of the target
+_ROUNDS, _EDGE = 3, 30.0  # logits beyond the edge are 0 and 1 in float32
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` did.
+
+    Attributes:
+        target, before, after: visual tokens averaged over all decoder layers and the data.
+        shifts: pruning layer -> what was added to the logits of its thresholds.
+        samples: how many with images there were.
+    """
+
+    target: float
+    before: float
+    after: float
+    shifts: dict[int, float]
+    samples: int
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], target_tokens: float | None = None
+) -> Calibration:
+    """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
+
+    Layer by layer, one number is added to the logits of both thresholds of all instances: their
+    differences stay, and so does the proportion of tokens between the layers. The number is a
+    quantile over the data of what each token's scores have to spare. Adapters saved from then on
+    bring the shift along.
+
+    Args:
+        model: patched with ``thresholds="learned"``, or with an adapter that brings them.
+        batches: inputs of the model with images; a few dozen samples like those to come. They are
+            held in memory and gone through several times. No labels are needed; where there are
+            some, answers do not count, as in training.
+        target_tokens: visual tokens averaged over all decoder layers and the data; by default the
+            budget that the patch was made with.
+
+    Returns:
+        A :class:`Calibration`; ``after`` is within 1 % of the target.
+
+    Raises:
+        ConfigError: where the patch has no learned thresholds, or scores tie so much that no shift
+            comes within 1 %.
+        BudgetError: where no thresholds could keep so few, or so many.
+        InputError: where the data has no images.
+    """
+    patch, data = require_patch(model), list(batches)
+    module = _thresholds(patch)
+    with _whole(module):
+        start = {name: value.clone() for name, value in module.state_dict().items()}
+    shifts = dict.fromkeys(patch.layers, 0.0)
+    try:
+        with evaluating(model):
+            first = seen = _observe(model, data, None)
+            target = patch.config.goal(first.total) if target_tokens is None else target_tokens
+            counts = _scaled(first, patch, target)
+            for _ in range(_ROUNDS):
+                if abs(seen.average - target) <= WITHIN * target:
+                    break
+                for layer, wanted in counts.items():
+                    shifts[layer] += _meet(model, data, module, layer, wanted)
+                seen = _observe(model, data, None)
+        if abs(seen.average - target) > WITHIN * target:
+            raise ConfigError(
+                f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
+                f"{seen.average:.1f}; give more data, or scores that tie less: score_norm='rank', "
+                "spatial_order='progressive', and spatial_share below 1."
+            )
+    except BaseException:  # also Ctrl-C: thresholds that are half shifted are nobody's
+        with _whole(module):
+            module.load_state_dict(start)
+        raise
+    if target_tokens is not None:
+        patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
+    return Calibration(float(target), first.average, seen.average, shifts, seen.samples)
+
+
+def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> GivenThresholds:
+    """Thresholds like the model's own, but without their adaptivity, for :func:`controlled`.
+
+    At every pruning layer they keep as many tokens of the data on average as the model's own do. An
+    adaptive method that is no better than these has learned nothing from its instances.
+
+    Args:
+        model, batches: as in :func:`calibrate`.
+        kind: "mean": every instance gets the data's mean thresholds; "shuffled": every instance
+            gets those of another one, drawn from the data.
+
+    Raises:
+        ConfigError: for another kind, or where the patch has no learned thresholds.
+        InputError: where the data has no images.
+    """
+    if kind not in CONTROLS:
+        raise ConfigError(f"kind={kind!r} is not one of {', '.join(CONTROLS)}.")
+    patch, data = require_patch(model), list(batches)
+    _thresholds(patch)
+    with evaluating(model):
+        own = _observe(model, data, None)
+        tables = own.thetas
+        if kind == "mean":
+            tables = {layer: table.mean(0, keepdim=True) for layer, table in tables.items()}
+        logits = {layer: torch.logit(table, eps=1e-6).float() for layer, table in tables.items()}
+        control = GivenThresholds(logits)
+        with controlled(model, control):
+            for layer, wanted in own.counts.items():
+                _meet(model, data, control, layer, wanted)
+    return control
+
+
+@contextmanager
+def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
+    """The model with other thresholds for a while; what is saved meanwhile are its own."""
+    patch = require_patch(model)
+    _thresholds(patch)
+    if control.layers != patch.layers:
+        raise ConfigError(
+            f"these thresholds are for layers {list(control.layers)}, the model prunes before "
+            f"{list(patch.layers)}; make them from this patch."
+        )
+    before, patch.control = patch.control, control
+    try:
+        yield
+    finally:
+        patch.control = before
+
+
+@dataclass
+class _Seen:
+    """One pass over the data.
+
+    Attributes:
+        visual, total, counts: visual tokens of a sample on average: all, those that enter the
+            decoder, and those left after each pruning layer.
+        thetas: layer -> (samples, 2) thresholds.
+        spare: for each token that came to the layer asked for: how far its better score is above
+            its threshold, in logits; infinite where it stays anyhow.
+    """
+
+    samples: int
+    visual: float
+    total: float
+    counts: dict[int, float]
+    average: float
+    thetas: dict[int, Tensor]
+    spare: Tensor
+
+
+def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _Seen:
+    visual: list[int] = []
+    rows: list[Tensor] = []  # tokens that enter each decoder layer
+    patch = require_patch(model)
+    kept: dict[int, list[int]] = {i: [] for i in patch.layers}
+    thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
+    spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+    # Offloaded weights are nowhere; accelerate's hooks then move what is given.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    method = patch.method
+    assert isinstance(method, ATP)  # as _thresholds has made sure
+    for batch in data:
+        patch.trace = None
+        with torch.no_grad():
+            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        if patch.trace is None:  # text alone
+            continue
+        trace = patch.trace
+        seen = [b for b, total in enumerate(trace.layout.totals) if total]
+        visual += [trace.layout.totals[b] for b in seen]
+        rows.append(trace.tokens_per_layer[seen].double())
+        for i in kept:
+            record = trace.layers[i]
+            kept[i] += [record.kept_counts[b] for b in seen]
+            pair = (record.thresholds["redundant"], record.thresholds["spatial"])
+            thetas[i].append(torch.stack(pair, 1)[seen].double().cpu())
+        if layer is not None:
+            spare.append(_spare(trace.layers[layer], method.compared))
+    if not visual:
+        raise InputError("no batch has images; thresholds are set on samples with images.")
+    entering = torch.cat(rows)
+    samples = len(visual)
+    return _Seen(
+        samples=samples,
+        visual=sum(visual) / samples,
+        total=float(entering[:, 0].mean()),
+        counts={i: sum(values) / samples for i, values in kept.items()},
+        average=float(entering.mean()),
+        thetas={i: torch.cat(tables) for i, tables in thetas.items()},
+        spare=torch.cat(spare),
+    )
+
+
+def _spare(record: Any, compared: Sequence[str]) -> Tensor:
+    decision = record.decision
+    margins = []
+    for name in compared:
+        score = decision.scores[name].double().clamp(0, 1).logit()
+        theta = decision.thresholds[name].double().logit(eps=1e-6)
+        margins.append(score - theta[:, None])
+    spare = torch.stack(margins).amax(0)
+    anyhow = decision.keep & (spare < -1e-5)
+    return spare.masked_fill(anyhow, torch.inf)[record.token_valid].cpu()
+
+
+def _meet(
+    model: nn.Module, data: Sequence[Batch], module: Thresholds, layer: int, wanted: float
+) -> float:
+    """Shift one layer's thresholds to ``wanted`` tokens a sample; returns the shift."""
+    seen = _observe(model, data, layer)
+    ranked = seen.spare.sort(descending=True).values.clamp(-_EDGE, _EDGE)
+    ranked = torch.cat([ranked.new_tensor([_EDGE]), ranked, ranked.new_tensor([-_EDGE])])
+    place = min(round(wanted * seen.samples), len(ranked) - 2)
+    by = float((ranked[place] + ranked[place + 1]) / 2)
+    with _whole(module):
+        module.shift(layer, by)
+    return by
+
+
+def _whole(module: nn.Module) -> AbstractContextManager[object]:
+    """Where DeepSpeed's ZeRO-3 holds parameters in parts: puts them together, and keeps what the
+    first process changes.
+    """
+    parts = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parts:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathered: AbstractContextManager[object] = GatheredParameters(parts, modifier_rank=0)
+    return gathered
+
+
+def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:
+    """Counts in the proportion of those seen whose average is the target."""
+    layers, num_layers = patch.layers, patch.config.base.num_layers
+    least = average_tokens(seen.total, [1.0] * len(layers), layers, num_layers)
+    if not least <= target <= seen.total:
+        raise BudgetError(
+            f"target_tokens={target:g} is not between {least:.1f}, which the layers before the "
+            f"first pruning cost, and {seen.total:g}, all that enter the decoder; give one that is."
+        )
+
+    def counts(scale: float) -> list[float]:
+        return [min(max(scale * c, 1.0), seen.total) for c in seen.counts.values()]
+
+    low, high = 0.0, seen.total
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = average_tokens(seen.total, counts(middle), layers, num_layers) < target
+        low, high = (middle, high) if below else (low, middle)
+    return dict(zip(layers, counts(high), strict=True))
+
+
+def _thresholds(patch: Patch) -> Thresholds:
+    if not isinstance(patch.heads, Thresholds):
+        raise ConfigError(
+            "this patch has no learned thresholds: budgets are met without them. Patch with "
+            'method="atp", thresholds="learned", or with an adapter that brings them.'
+        )
+    if not patch.seam.enabled:
+        raise ConfigError(
+            "nothing is pruned within atp_patch.disabled(model); call this outside it."
+        )
+    if any(parameter.is_meta for parameter in patch.heads.parameters()):
+        raise ConfigError(
+            "the threshold heads were offloaded with the model; offload it first, then patch it."
+        )
+    return patch.heads

@@ -1,0 +1,139 @@
+"""What the command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+
+from atp_patch.contract.errors import ATPError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+INTERRUPTED = 130
+_PROCESSORS = Path("/proc/cpuinfo")
+Value = TypeVar("Value")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def machine(device: torch.device) -> str:
+    """What computes, for the record: a GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = _PROCESSORS.read_text("utf-8").splitlines() if _PROCESSORS.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = named[0] if named else platform.processor()
+    known = ", ".join(part for part in (name, platform.machine()) if part)
+    return f"{known}, {torch.get_num_threads()} threads"
+
+
+def execute(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
+    *,
+    memory: str,
+    stopped: str = "stopped.",
+) -> int:
+    """Parse the arguments and do the work; what goes wrong is one line on stderr.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        memory: what to do where memory does not suffice.
+        stopped: what is said after Ctrl-C.
+
+    Returns:
+        The exit status: 0; 2 where an argument or the data is wrong, or memory does not suffice;
+        130 after Ctrl-C.
+    """
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    status = 2
+    try:
+        work(args)
+    except ATPError as error:
+        problem = _one_line(error)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        problem = f"out of memory; {memory}"
+    except KeyboardInterrupt:
+        problem, status = stopped, INTERRUPTED
+    else:
+        return 0
+    sys.stderr.write(f"{parser.prog}: {problem}\n")
+    return status
+
+
+def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """The ``type`` of an argument that takes several values."""
+
+    def parse(text: str) -> list[Value]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
+    return parse
+
+
+def named_values(given: list[str]) -> dict[str, Any]:
+    """``name=value`` as a mapping; values are JSON where they can be, else words.
+
+    Raises:
+        ConfigError: where there is no "=".
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option {text}: give NAME=VALUE, for example slope=10.")
+        try:
+            parsed = json.loads(value)
+            options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def terminal_bar(label: str) -> Progress | None:
+    """A bar of rich on stderr, with how many are done and the time that is left; None where rich is
+    not installed, or stderr is no terminal.
+    """
+    try:
+        from rich import progress
+        from rich.console import Console
+    except ImportError:
+        return None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    counts = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    return progress.Progress(label, *counts, console=console)
+
+
+def _one_line(error: ATPError) -> str:
+    text = str(error)
+    if "worker process" in text:  # which puts the place where it happened before the message
+        text = text.splitlines()[-1]
+    return " ".join(text.split())
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Also on CPUs, where torch has no exception of its own for it."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)

@@ -1,0 +1,202 @@
+"""From names on a command line to device, image, model and inputs, with errors that help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils._validators import validate_repo_id
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers.utils import logging
+
+from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.families import family_of
+
+# Architectures of other packages -> what `python -m atp_patch.convert` calls their checkpoints.
+FOREIGN = {
+    "LlavaLlamaForCausalLM": "llava",
+    "LlavaMistralForCausalLM": "llava",
+    "LlavaLlamaModel": "vila",
+    "InternVLChatModel": "internvl",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best one here.
+
+    Raises:
+        ConfigError: for a name torch does not know, or a device that this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # "meta" has a name but holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used here ({first_line(error)}); give cpu, or cuda where "
+            "there is a GPU."
+        ) from error
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype, or the device's usual one: float32 on a CPU, else bfloat16."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image as RGB, turned as its camera says.
+
+    Raises:
+        InputError: where the file is missing, a folder, no image, or broken.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no image {path}; check the path.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder; give the path of an image file.") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{path} is not an image that Pillow can read; give a PNG or a JPEG file."
+        ) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path} cannot be read ({first_line(error)}); give an image file that is whole."
+        ) from error
+
+
+def load_checkpoint(
+    name: str, device: torch.device, dtype: torch.dtype, check: Callable[[nn.Module], object]
+) -> tuple[Any, Any]:
+    """Load a supported vision-language model and its processor.
+
+    Args:
+        name: a folder or a Hub id.
+        check: is given the model without its weights first, so that what is wrong with the
+            arguments comes out before gigabytes are read.
+
+    Raises:
+        ConfigError: where the name leads to no checkpoint, or to a broken one.
+        UnsupportedModelError: for an architecture that is not supported.
+    """
+    _check_name(name)
+    with _explained(name, "has no configuration that can be read", "check --model and the network"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    _check_layout(name, config.architectures)
+    family_of(config)
+    with torch.device("meta"):
+        with _explained(name, "cannot be built", "install what its configuration asks for"):
+            empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        check(empty)
+    with _explained(name, "has no processor", "add the files its save_pretrained writes"):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    if getattr(processor, "chat_template", None) is None:
+        raise UnsupportedModelError(
+            f"the processor of {name} has no chat template to put the question in; add "
+            "chat_template.jinja to the folder."
+        )
+    kind = str(dtype).removeprefix("torch.")
+    print(f"Loading {name} to {device} as {kind} ...", file=sys.stderr)
+    with _explained(name, "cannot be loaded", "check its weight files"):
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval(), processor
+
+
+def encode(processor: Any, image: Image.Image, question: str, model: Any) -> BatchFeature:
+    """The model's inputs for one question on one image.
+
+    Raises:
+        InputError: where the processor refuses the image.
+    """
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        raise InputError(f"the model's processor refuses the image: {first_line(error)}") from error
+    return inputs.to(model.device, model.dtype)
+
+
+@contextmanager
+def quiet_transformers(progress: bool) -> Iterator[None]:
+    """Keep the notes of transformers, and its progress bars unless asked for, off stderr."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.CRITICAL)  # it would tell of every retry
+    (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_name(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{name} is not a model folder: it has no config.json. Give a folder that "
+                "save_pretrained wrote, or a Hub id."
+            )
+        with _explained(name, "has no configuration that can be read", "check --model"):
+            table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _check_layout(name, table.get("architectures") if isinstance(table, dict) else None)
+        return
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"there is no model folder {name}, and it is no Hub id; check --model."
+        ) from error
+    if folder.exists():
+        raise ConfigError(f"{name} is a file; give a model folder or a Hub id.")
+
+
+def _check_layout(name: str, architectures: Sequence[str] | None) -> None:
+    """Raise for a checkpoint of another package: transformers would read it as random weights."""
+    layout = FOREIGN.get(next(iter(architectures or ()), ""))
+    if layout is not None:
+        raise UnsupportedModelError(
+            f"{name} is not in transformers' own layout; convert it with "
+            f"python -m atp_patch.convert {layout} FOLDER OUT."
+        )
+
+
+@contextmanager
+def _explained(name: str, what: str, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{name}: {first_line(error)} Install it.") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        problem = first_line(error).rstrip(".")
+        raise ConfigError(f"{name} {what} ({problem}); {mend}.") from error

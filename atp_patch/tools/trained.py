@@ -1,0 +1,197 @@
+"""What trainings leave: an adapter, and the LoRA that learned beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atp_patch.builtin import builtin_path
+from atp_patch.contract.errors import WeightsError
+from atp_patch.patching.patch import patch_model
+
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PREFIX, _UP, _DOWN = "base_model.model.", ".lora_B.weight", ".lora_A.weight"
+_ADDED = "_atp_patch_lora"  # attribute of a model: what load_trained added to its weights
+_BASE = ".base_layer.weight"  # of an output layer, as it was
+_NOT_PLAIN = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a training's results are.
+
+    Attributes:
+        adapter: folder or Hub id; ``lora``: folder, None where no LoRA learned beside it.
+    """
+
+    adapter: str
+    lora: str | None
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the trained adapters of the built-in model that come with the package."""
+    return tuple(sorted(folder.parent.name for folder in _shipped().glob("*/adapter")))
+
+
+def find_trained(source: str) -> Trained:
+    """From a name of :func:`shipped`, the folder of a training (``adapter`` in it, and ``lora``
+    where that learned), or an adapter's own folder or Hub id.
+
+    Raises:
+        WeightsError: for the folder of a training whose whole model learned.
+    """
+    folder = Path(source)
+    if not folder.exists() and source in shipped():
+        folder = _shipped() / source
+    if not (folder / "adapter").is_dir():
+        inside = folder.name == "adapter" and folder.is_dir()
+        return Trained(source, _lora(folder.parent) if inside else None)
+    if (folder / "model").is_dir():
+        raise WeightsError(
+            f"in {source} the model learned too: load {folder / 'model'}, and with it the adapter "
+            f"{folder / 'adapter'}."
+        )
+    return Trained(str(folder / "adapter"), _lora(folder))
+
+
+def _lora(training: Path) -> str | None:
+    """The LoRA of a training's folder, or None."""
+    return str(training / "lora") if (training / "lora").is_dir() else None
+
+
+def load_trained(model: Any, source: str) -> Any:
+    """Patch a model with a trained adapter, and add the LoRA beside it to its weights for good.
+
+        model, processor = load_builtin()
+        load_trained(model, "voco8")
+
+    Args:
+        source: as :func:`find_trained` takes it.
+
+    Returns:
+        the same model. Un-patching leaves the LoRA in its weights; :func:`merged` adds one for a
+        while.
+
+    Raises:
+        WeightsError: where it was made for another model, or a LoRA was added before; the model is
+            as before then.
+    """
+    found = find_trained(source)
+    changes = [] if found.lora is None else _changes(model, found.lora)
+    earlier = getattr(model, _ADDED, None)
+    if changes and earlier is not None:
+        raise WeightsError(
+            f"the LoRA of {earlier} is in this model's weights already; load the model anew, then "
+            f"{source}."
+        )
+    patch_model(model, weights=found.adapter)
+    if changes:
+        setattr(model, _ADDED, source)
+    _add(changes)
+    return model
+
+
+@contextmanager
+def merged(model: Any, lora: str | None) -> Iterator[None]:
+    """The model with the LoRA of a folder added to its weights; exactly as before afterwards.
+
+    Args:
+        lora: what PEFT, or ``save_pretrained`` of a model with LoRA, wrote; None adds nothing.
+
+    Raises:
+        WeightsError: where the folder holds no plain LoRA, or that of another model.
+    """
+    changes = [] if lora is None else _changes(model, lora)
+    before = [weight.detach().clone() for weight, _ in changes]
+    try:
+        _add(changes)
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), kept in zip(changes, before, strict=True):
+                weight.copy_(kept)
+
+
+def changes_features(model: Any, lora: str) -> bool:
+    """Whether a LoRA changes a layer outside the decoder: of the tower or the projector."""
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    changed = [modules[name] for name in _deltas(lora, _written(lora))]
+    return any(id(module) not in decoder and module is not head for module in changed)
+
+
+def _shipped() -> Path:
+    return builtin_path().parent / "adapters"
+
+
+def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
+    """Each weight that LoRA changes, and what it adds."""
+    modules, changes = dict(model.named_modules()), []
+    for name, (delta, base) in _deltas(folder, _written(folder)).items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != delta.shape:
+            raise WeightsError(f"{folder} was made for another model: it changes {name}.")
+        if weight.is_meta:
+            raise WeightsError(
+                f"the weights of {name} are not in memory (offloaded), so {folder} cannot be added "
+                "to them; load the model without offloading."
+            )
+        if base is not None and not torch.equal(base.to(weight), weight):
+            raise WeightsError(f"{folder} was made for another model: {name} is not as it was.")
+        changes.append((weight, delta))
+    return changes
+
+
+@torch.no_grad()
+def _add(changes: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for weight, delta in changes:
+        weight.add_(delta.to(weight))
+
+
+def _written(folder: str) -> tuple[tuple[str, int], ...]:
+    """The files of a LoRA, and when each was written."""
+    files = [Path(folder, name).resolve() for name in LORA_FILES]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise WeightsError(f"{folder} holds no LoRA: {' and '.join(missing)} missing.")
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=8)
+def _deltas(
+    folder: str, written: tuple[tuple[str, int], ...]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Name of a linear layer -> what LoRA adds to its weight, and that weight where PEFT wrote it
+    too; ``written`` tells files of one name apart.
+    """
+    config = json.loads((Path(folder) / LORA_FILES[0]).read_text(encoding="utf-8"))
+    if config["peft_type"] != "LORA" or any(config.get(name) for name in _NOT_PLAIN):
+        raise WeightsError(f"{folder} is no plain LoRA; merge it into the model and give --model.")
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    stored = load_file(Path(folder) / LORA_FILES[1])
+    changed = [name.removesuffix(_UP) for name in stored if name.endswith(_UP)]
+    known = {name + part for name in changed for part in (_UP, _DOWN, _BASE)}
+    more = sorted(stored.keys() - known)
+    if more:  # modules_to_save, biases, embeddings
+        raise WeightsError(
+            f"{folder} holds more than LoRA of linear layers ({more[0]}); load it with PEFT, merge "
+            "it into the model, and give that model."
+        )
+    return {
+        name.removeprefix(_PREFIX): (
+            scale * (stored[name + _UP].float() @ stored[name + _DOWN].float()),
+            stored.get(name + _BASE),
+        )
+        for name in changed
+    }

@@ -1,0 +1,233 @@
+"""Images compressed ahead of any question: a few keys and values, to keep, send and ask about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from atp_patch.contract.errors import ConfigError, InputError, WeightsError
+from atp_patch.patching.compression import Compression
+from atp_patch.patching.evaluating import evaluating
+from atp_patch.patching.patch import require_patch
+from atp_patch.seam import Held, for_model
+
+VERSION = 1
+TABLES = ("positions", "valid", "attention_mask", "following")
+
+
+@dataclass(frozen=True)
+class VisualCache:
+    """What a model with VoCo tokens keeps of a prompt's images, and of the text among them.
+
+    Attributes:
+        held: keys and values.
+        attention_mask: (B, L) int64 of the prompt, 0 at padding.
+        following: (r, B) int64 position of the token that follows.
+        model: what it was made with; it fits no other model.
+    """
+
+    held: Held
+    attention_mask: Tensor
+    following: Tensor
+    model: str
+
+    @property
+    def batch(self) -> int:
+        """Prompts that were compressed together."""
+        return int(self.attention_mask.shape[0])
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that each prompt keeps: those of its text, and the VoCo tokens of its images."""
+        return tuple(self.held.valid.sum(1).tolist())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.nbytes for t in (*self.held.keys, *self.held.values))
+
+    def inputs(
+        self, model: nn.Module, question: Mapping[str, Tensor] | Tensor, beams: int = 1
+    ) -> dict[str, Any]:
+        """Arguments of ``model(...)`` or ``model.generate(...)`` for text that follows.
+
+        ``generate`` returns the question and the answer, without what was compressed.
+
+        Args:
+            model: the patched model that made the cache.
+            question: ids (B, T), or a tokenizer's ``input_ids`` and ``attention_mask``, padded on
+                the left; without special tokens in front. One compressed prompt takes any number
+                of questions.
+            beams: sequences that ``generate`` makes of each question: its ``num_beams``, or its
+                ``num_return_sequences`` where it samples.
+
+        Raises:
+            WeightsError: where another model made the cache.
+            InputError: where the numbers of prompts and questions do not go together.
+        """
+        _check_model(model, self.model, "this cache")
+        given = {"input_ids": question} if isinstance(question, Tensor) else dict(question)
+        ids = given["input_ids"]
+        mask = given.get("attention_mask", torch.ones_like(ids))
+        if ids.shape[0] % self.batch or (self.batch > 1 and ids.shape[0] != self.batch):
+            raise InputError(
+                f"{ids.shape[0]} questions about {self.batch} compressed prompts; give one "
+                "question each, or compress one prompt."
+            )
+        repeats = ids.shape[0] // self.batch
+        count = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        start = self.following.to(ids.device).repeat_interleave(repeats, dim=1)
+        earlier = self.attention_mask.to(mask).repeat_interleave(repeats, dim=0)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([earlier, mask], dim=1),
+            "position_ids": for_model(start[..., None] + count),
+            "past_key_values": self.held.cache(repeats * beams),
+        }
+
+    def save(self, file: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {
+            "positions": self.held.positions,
+            "valid": self.held.valid,
+            "attention_mask": self.attention_mask,
+            "following": self.following,
+        }
+        for name in ("keys", "values"):
+            for number, tensor in enumerate(getattr(self.held, name)):
+                tensors[f"{name}.{number}"] = tensor
+        about = {"version": VERSION, "length": self.held.length, "model": self.model}
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            file,
+            metadata={"format": "pt", "atp_patch": json.dumps(about)},
+        )
+
+    @classmethod
+    def load(cls, file: str | Path, model: nn.Module) -> VisualCache:
+        """Read a file back for the patched model that made it, onto its device.
+
+        Raises:
+            WeightsError: where the file is missing, broken, or was made with another model.
+        """
+        path = Path(file)
+        if not path.is_file():
+            raise WeightsError(f"there is no file {path}; give one that VisualCache.save wrote.")
+        device = str(_compression(model).embedding.device)
+        try:
+            with safe_open(path, framework="pt", device=device) as opened:
+                about = json.loads((opened.metadata() or {}).get("atp_patch", "null"))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(f"{path} is not a safetensors file ({error}).") from error
+        if not isinstance(about, dict) or about.get("version") != VERSION:
+            raise WeightsError(f"{path} holds no compressed images of version {VERSION}.")
+        _check_model(model, about["model"], str(path))
+        layers = (len(tensors) - len(TABLES)) // 2
+        try:
+            keys, values = (
+                tuple(tensors[f"{name}.{number}"] for number in range(layers))
+                for name in ("keys", "values")
+            )
+            positions, valid, attention_mask, following = (tensors[name] for name in TABLES)
+        except KeyError as error:
+            raise WeightsError(f"{path} has no tensor {error}; compress anew.") from error
+        held = Held(keys, values, positions, valid, about["length"])
+        return cls(held, attention_mask, following, about["model"])
+
+
+def compress(
+    model: nn.Module, image_inputs: Mapping[str, Any], after: VisualCache | None = None
+) -> VisualCache:
+    """Read a prompt with images once; its visual tokens go, its text and VoCo tokens stay.
+
+    Args:
+        model: patched with ``method="voco"``.
+        image_inputs: what its processor makes of the prompt up to the question (as of
+            "USER: <image>"), padded on the left in a batch.
+        after: an earlier segment, which this one continues: of a video, or a further image. Its
+            VoCo tokens are seen by this one's.
+
+    Raises:
+        ConfigError: where the model is patched with another method.
+        InputError: where there is no image, or not as many prompts as in ``after``.
+        WeightsError: where another model made ``after``.
+    """
+    patch = _compression(model)
+    if not patch.seam.enabled:
+        raise ConfigError("nothing is compressed within atp_patch.disabled(model); leave it first.")
+    inputs = dict(image_inputs)
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not any(bool((ids == token_id).any()) for token_id in patch.visual_token_ids):
+        raise InputError("the prompt to compress holds no image; pass the processor's inputs.")
+    cache = start = None
+    if after is not None:
+        _check_model(model, after.model, "the earlier segment")
+        if after.batch != ids.shape[0]:
+            raise InputError(
+                f"{ids.shape[0]} prompts cannot continue {after.batch} compressed ones."
+            )
+        mask = torch.cat([after.attention_mask.to(mask), mask], dim=1)
+        cache, start = after.held.cache(), after.following
+    # Gradient checkpointing, which a model in training may do, keeps no cache.
+    with evaluating(model), torch.no_grad():
+        made, following = patch.seam.compress({**inputs, "attention_mask": mask}, cache, start)
+    return VisualCache(Held.of(made), mask, following, fingerprint(model))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of what a cache depends on: the adapter, and a sample of every parameter of vision
+    tower, projector and decoder.
+    """
+    patch = _compression(model)
+    made = hashlib.sha256(json.dumps(asdict(patch.config), sort_keys=True).encode())
+    samples = [patch.embedding.detach().flatten()]
+    for name, parameter in _parameters(patch.parts.base):
+        made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        samples.append(parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].clone())
+    for sample in samples:
+        made.update(sample.float().cpu().numpy().tobytes())
+    return made.hexdigest()
+
+
+def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters by all of their names, for offloading forgets which are tied; what accelerate
+    has offloaded is fetched, module by module.
+    """
+    if not any(parameter.is_meta for parameter in base.parameters()):
+        yield from base.named_parameters(remove_duplicate=False)
+        return
+    from accelerate.utils import align_module_device
+
+    for prefix, module in base.named_modules(remove_duplicate=False):
+        with align_module_device(module):
+            yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+
+
+def _check_model(model: nn.Module, made_with: str, what: str) -> None:
+    if fingerprint(model) != made_with:
+        raise WeightsError(
+            f"{what} was made with another model, other weights or another adapter than this "
+            "model's; compress the images anew with this one."
+        )
+
+
+def _compression(model: nn.Module) -> Compression:
+    patch = require_patch(model)
+    if not isinstance(patch, Compression):
+        raise ConfigError(
+            f"this model is patched with {patch.config.name}, which does not compress; "
+            'patch_model(model, method="voco", weights=...) does.'
+        )
+    return patch
