@@ -1,27 +1,37 @@
-"""Fewer visual tokens through the decoder of a Hugging Face vision-language model, in one line."""
+"""Fewer visual tokens through the decoder of a Hugging Face vision-language model, in one line.
 
-from atp_patch.contract import Decision, View
-from atp_patch.contract.errors import (
-    ATPError,
-    BudgetError,
-    CacheError,
-    ConfigError,
-    InputError,
-    NotPatchedError,
-    UnsupportedModelError,
-    WeightsError,
-)
-from atp_patch.contract.version import __version__
-from atp_patch.families import supported_families
-from atp_patch.methods import Method, available_methods
-from atp_patch.patching.config import PruningConfig, scaled_layers
-from atp_patch.patching.patch import disabled, last_trace, patch_model, unpatch_model
-from atp_patch.patching.saving import push_to_hub, save_pretrained
-from atp_patch.patching.trace import LayerTrace, PruningTrace
-from atp_patch.tools.calibration import Calibration, calibrate, controlled, threshold_control
-from atp_patch.tools.parameter_groups import parameter_groups
-from atp_patch.tools.trained import load_trained
-from atp_patch.tools.visual_cache import VisualCache, compress
+A public name is loaded when it is first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from atp_patch.version import __version__
+
+if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same to Python
+    from atp_patch.contract import Decision, View
+    from atp_patch.contract.errors import (
+        ATPError,
+        BudgetError,
+        CacheError,
+        ConfigError,
+        InputError,
+        NotPatchedError,
+        UnsupportedModelError,
+        WeightsError,
+    )
+    from atp_patch.families import supported_families
+    from atp_patch.methods import Method, available_methods
+    from atp_patch.patching.config import PruningConfig, scaled_layers
+    from atp_patch.patching.patch import disabled, last_trace, patch_model, unpatch_model
+    from atp_patch.patching.saving import push_to_hub, save_pretrained
+    from atp_patch.patching.trace import LayerTrace, PruningTrace
+    from atp_patch.tools.calibration import Calibration, calibrate, controlled, threshold_control
+    from atp_patch.tools.parameter_groups import parameter_groups
+    from atp_patch.tools.trained import load_trained
+    from atp_patch.tools.visual_cache import VisualCache, compress
 
 __all__ = [
     "ATPError",
@@ -57,3 +67,43 @@ __all__ = [
     "threshold_control",
     "unpatch_model",
 ]
+
+# module -> the public names that it holds
+_HOMES = {
+    "atp_patch.contract": ("Decision", "View"),
+    "atp_patch.contract.errors": (
+        "ATPError",
+        "BudgetError",
+        "CacheError",
+        "ConfigError",
+        "InputError",
+        "NotPatchedError",
+        "UnsupportedModelError",
+        "WeightsError",
+    ),
+    "atp_patch.families": ("supported_families",),
+    "atp_patch.methods": ("Method", "available_methods"),
+    "atp_patch.patching.config": ("PruningConfig", "scaled_layers"),
+    "atp_patch.patching.patch": ("disabled", "last_trace", "patch_model", "unpatch_model"),
+    "atp_patch.patching.saving": ("push_to_hub", "save_pretrained"),
+    "atp_patch.patching.trace": ("LayerTrace", "PruningTrace"),
+    "atp_patch.tools.calibration": ("Calibration", "calibrate", "controlled", "threshold_control"),
+    "atp_patch.tools.parameter_groups": ("parameter_groups",),
+    "atp_patch.tools.trained": ("load_trained",),
+    "atp_patch.tools.visual_cache": ("VisualCache", "compress"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """A public name from the module that holds it, loaded now (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    """What is loaded, and the public names that are not yet."""
+    return sorted(globals().keys() | set(__all__))

@@ -23,15 +23,10 @@ The folders `builtin_path(name)` also load through `AutoModelForImageTextToText`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from transformers import (
-    AutoProcessor,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen3VLForConditionalGeneration,
-)
+import transformers  # which loads a class of its own when it is used
 
 from atp_patch.builtin import processing
 from atp_patch.builtin.dynamic import tokens as dynamic_tokens
@@ -47,6 +42,9 @@ from atp_patch.builtin.scenes import (
 )
 from atp_patch.builtin.vocabulary import TASKS
 from atp_patch.contract.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 __all__ = [
     "DYNAMIC",
@@ -106,12 +104,12 @@ def load_builtin(
         ConfigError: there is no built-in model of that name.
     """
     folder = builtin_path(name)
-    kind: Any = LlavaForConditionalGeneration
-    reader: Any = AutoProcessor
+    kind: Any = transformers.LlavaForConditionalGeneration
+    reader: Any = transformers.AutoProcessor
     if name == DYNAMIC:
         from atp_patch.builtin.dynamic.processing import SizedProcessor
 
-        kind, reader = Qwen3VLForConditionalGeneration, SizedProcessor
+        kind, reader = transformers.Qwen3VLForConditionalGeneration, SizedProcessor
     model = kind.from_pretrained(folder, dtype=dtype or torch.float32)
     return model.to(device).eval(), reader.from_pretrained(folder)
 

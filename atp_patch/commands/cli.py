@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from atp_patch.contract.version import __version__
+from atp_patch.version import __version__
 
 # command -> the module whose ``main(argv)`` it is, and what it does
 COMMANDS = {

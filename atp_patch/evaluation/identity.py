@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import transformers
 
-from atp_patch.contract.version import __version__
 from atp_patch.patching.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from atp_patch.tools.trained import LORA_FILES
+from atp_patch.version import __version__
 
 _PACKAGE = Path(__file__).parents[1]
 # What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.

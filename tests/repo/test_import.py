@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -86,3 +88,61 @@ def test_the_readme_names_what_there_is() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(atp_patch, name) for name in atp_patch.__all__)
+
+
+def loaded_by(code: str, beside: str = "") -> set[str]:
+    """The modules that a fresh interpreter loads for some code, beyond those of other code."""
+    lines = ("import sys", beside, "before = set(sys.modules)", code)
+    script = "\n".join([*lines, "print(*sorted(set(sys.modules) - before))"])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def heads(modules: set[str], depth: int = 1) -> set[str]:
+    """The first parts of dotted names."""
+    return {".".join(module.split(".")[:depth]) for module in modules}
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    assert loaded_by("import atp_patch") >= {"atp_patch"}
+    assert not heads(loaded_by("import atp_patch")) & {"torch", "transformers", "numpy"}
+    ours = {"atp_patch", "atp_patch.version"}
+    beside = "import torch, transformers"
+    assert loaded_by("import atp_patch; dir(atp_patch)", beside) == ours
+
+
+def test_patching_loads_what_patching_needs() -> None:
+    """A model comes from ``PreTrainedModel``; what that loads was there before."""
+    beside = "from transformers import PreTrainedModel"
+    found = loaded_by("import atp_patch; atp_patch.patch_model", beside)
+    rooms = {"contract", "families", "maths", "methods", "patching", "seam", "version"}
+    ours = {name for name in found if name.startswith("atp_patch.")}
+    assert heads(ours, 2) == {f"atp_patch.{room}" for room in rooms}
+    assert not heads(found) & {"accelerate", "matplotlib", "peft", "rich"}
+    assert "transformers.models" not in heads(found, 2)
+
+
+def test_the_usage_needs_no_torch() -> None:
+    for argument in ("--help", "--version", "no-such-command"):
+        found = loaded_by(f"from atp_patch.commands.cli import main; main([{argument!r}])")
+        assert not heads(found) & {"torch", "transformers", "numpy", "PIL"}
+
+
+def test_type_checkers_and_python_are_told_the_same_names() -> None:
+    tree = ast.parse((ROOT / "atp_patch" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    read = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(read) == set(atp_patch.__all__) - {"__version__"}
+    for name, home in read.items():
+        assert home is not None
+        assert getattr(atp_patch, name) is getattr(import_module(home), name)
+    with pytest.raises(AttributeError, match="no attribute 'patch_modle'"):
+        _ = atp_patch.patch_modle
