@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
         UnsupportedModelError,
         WeightsError,
     )
-    from atp_patch.families import supported_families
+    from atp_patch.families import scaled_layers, supported_families
     from atp_patch.methods import Method, available_methods
-    from atp_patch.patching.config import PruningConfig, scaled_layers
+    from atp_patch.patching.config import PruningConfig
     from atp_patch.patching.patch import disabled, last_trace, patch_model, unpatch_model
     from atp_patch.patching.saving import push_to_hub, save_pretrained
     from atp_patch.patching.trace import LayerTrace, PruningTrace
@@ -81,9 +81,9 @@ _HOMES = {
         "UnsupportedModelError",
         "WeightsError",
     ),
-    "atp_patch.families": ("supported_families",),
+    "atp_patch.families": ("scaled_layers", "supported_families"),
     "atp_patch.methods": ("Method", "available_methods"),
-    "atp_patch.patching.config": ("PruningConfig", "scaled_layers"),
+    "atp_patch.patching.config": ("PruningConfig",),
     "atp_patch.patching.patch": ("disabled", "last_trace", "patch_model", "unpatch_model"),
     "atp_patch.patching.saving": ("push_to_hub", "save_pretrained"),
     "atp_patch.patching.trace": ("LayerTrace", "PruningTrace"),

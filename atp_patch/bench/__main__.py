@@ -23,10 +23,9 @@ from atp_patch.bench.report import entries, same_lengths, table
 from atp_patch.bench.training import as_data, compare_steps, steps_table
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today
-from atp_patch.families import family_of
+from atp_patch.families import family_of, scaled_layers
 from atp_patch.maths import average_tokens
 from atp_patch.methods import Compressor, make_methods
-from atp_patch.patching.config import scaled_layers
 from atp_patch.tools.command_line import execute, machine
 from atp_patch.tools.loading import first_line
 from atp_patch.version import __version__

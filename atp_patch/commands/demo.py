@@ -22,7 +22,6 @@ from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.commands.demo_options import check, parser, patch_settings
 from atp_patch.commands.demo_report import Report, Times, print_report
 from atp_patch.contract.errors import ConfigError
-from atp_patch.families import family_of
 from atp_patch.patching.patch import disabled, last_trace, patch_model
 from atp_patch.tools.command_line import execute
 from atp_patch.tools.loading import (
@@ -81,9 +80,7 @@ def run(args: argparse.Namespace) -> Report:
     torch.manual_seed(args.seed)
 
     def prune(model: Any) -> None:
-        family_of(model.config)  # which says so where no decoder can be found
-        depth = model.config.get_text_config().num_hidden_layers
-        patch_model(model, **patch_settings(args, depth))
+        patch_model(model, **patch_settings(args))
 
     if args.model is None or args.model in NAMES:
         name = NAMES.get(args.model, LLAVA)

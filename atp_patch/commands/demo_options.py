@@ -11,8 +11,7 @@ from PIL import Image
 
 from atp_patch.builtin import NAMES
 from atp_patch.contract.errors import ConfigError, InputError
-from atp_patch.methods import ATP, Method, make_method, untrained_methods
-from atp_patch.patching.config import default_layers
+from atp_patch.methods import untrained_methods
 from atp_patch.tools.command_line import OneLineParser, comma_separated
 from atp_patch.tools.loading import DTYPES, first_line
 from atp_patch.tools.trained import find_trained, shipped
@@ -38,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         type=comma_separated(int),
         metavar="I[,J..]",
-        help="prune before these decoder layers (default: 4,14,24, scaled if need be)",
+        help="prune before these decoder layers (default: 4,14,24 of 32, in proportion)",
     )
     add(
         "--target-tokens",
@@ -86,14 +85,10 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--overlay: {first_line(error)}; give another file.") from error
 
 
-def patch_settings(args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
-    """The keyword arguments of ``patch_model`` for a decoder of ``num_layers``."""
-    layers = args.layers
-    if layers is None and args.weights is None:
-        inside = isinstance(make_method(args.method or ATP.name, {}), Method)
-        layers = default_layers(num_layers) if inside else None
+def patch_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ``patch_model``."""
     settings = {
-        "layers": layers,
+        "layers": args.layers,
         "method": args.method,
         "keep": args.keep[0] if args.keep is not None and len(args.keep) == 1 else args.keep,
         "target_tokens": args.target_tokens,

@@ -28,6 +28,7 @@ from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.summary import Measured, Row, summarize
 from atp_patch.evaluation.tables import markdown
 from atp_patch.evaluation.tasks import Task, choose_tasks
+from atp_patch.families import family_of
 from atp_patch.patching.patch import require_patch
 from atp_patch.tools.command_line import execute, machine, named_values
 from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
@@ -68,14 +69,14 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
 
     def settings_for(model: Any, silent: Sequence[int] = ()) -> list[Setting]:
         num_layers = model.config.get_text_config().num_hidden_layers
+        default = family_of(model.config).default_layers(model.config, num_layers)
         return plan(
             args.methods,
             args.budgets,
             args.seeds,
             options,
-            args.layers,
+            args.layers or default,
             args.adapters,
-            num_layers,
             drop_layers(args.drop_from, num_layers, silent),
         )
 

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         type=comma_separated(int),
         metavar="I[,J..]",
-        help="default: 4,14,24, scaled if need be",
+        help="default: 4,14,24 of 32, in proportion",
     )
     add(
         "--drop-from",

@@ -11,7 +11,6 @@ from atp_patch.contract.errors import BudgetError, ConfigError, UnsupportedModel
 from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
-from atp_patch.patching.config import default_layers
 from atp_patch.patching.patch import patch_model, require_patch, unpatch_model
 from atp_patch.tools.trained import find_trained, merged
 
@@ -130,9 +129,8 @@ def plan(
     budgets: Sequence[float],
     seeds: int,
     options: dict[str, Any],
-    layers: Sequence[int] | None,
+    layers: Sequence[int],
     adapters: Sequence[str],
-    num_layers: int,
     drop_from: Sequence[int] = (),
 ) -> list[Setting]:
     """All settings, references first, then by budget; the baselines are always among them.
@@ -141,14 +139,12 @@ def plan(
         methods: names, or pairs as "prumerge+/atp", each with layers of its own where it says so:
             "fastv@2", "atp@1+13+25", and budgets: "atp:0.5+0.25", "atp@1+13+25:0.06".
         options: given to every method that has them; "METHOD.NAME" goes to one method alone.
-        layers: of methods without their own; the paper's, scaled to the decoder, by default.
+        layers: of methods that prune inside the decoder and name none of their own.
         drop_from: layers from which on to leave out all visual tokens, one a setting.
 
     Raises:
         ConfigError: for an unknown method, or an option that no chosen method has.
     """
-    if layers is None:
-        layers = default_layers(num_layers)
     named = [_parse(spec, layers, budgets) for spec in methods]
     known = {name for name, _, _ in named}
     named += [(name, tuple(layers), tuple(budgets)) for name in BASELINES if name not in known]

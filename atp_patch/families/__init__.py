@@ -6,7 +6,7 @@ from typing import Any
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families.anyres import ANYRES
-from atp_patch.families.base import Family
+from atp_patch.families.base import Family, scaled_layers
 from atp_patch.families.generic import GENERIC
 from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
@@ -90,4 +90,4 @@ def _found(config: Any) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "supported_families"]
+__all__ = ["FAMILIES", "Family", "family_of", "scaled_layers", "supported_families"]

@@ -11,6 +11,8 @@ from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 
 Grids = list[list[VisualGrid]]
 
+_PAPER_LAYERS, _PAPER_DEPTH = (4, 14, 24), 32  # where ATP-LLaVA prunes
+
 
 def _unknown(config: Any) -> int | None:
     return None
@@ -81,6 +83,19 @@ class Family:
         ids = (getattr(config, name, None) for name in self.token_ids)
         return tuple(int(token_id) for token_id in ids if token_id is not None)
 
+    def default_layers(self, config: Any, num_layers: int) -> tuple[int, ...]:
+        """Where tokens are pruned if nobody says so: the paper's layers in proportion to the depth,
+        and none before the last visual features are added.
+
+        Args:
+            config: of the whole vision-language model.
+            num_layers: of its decoder.
+        """
+        late = self.late_layers(config)
+        latest = max(1, num_layers - 1)
+        places = {min(max(layer, late), latest) for layer in scaled_layers(num_layers)}
+        return tuple(sorted(places))
+
     def check_layers(self, config: Any, layers: Sequence[int]) -> None:
         """Raise ConfigError where the first pruning layer comes too early for the model."""
         late = self.late_layers(config)
@@ -90,6 +105,23 @@ class Family:
                 f"so no token can go before layer {late}; layers={list(layers)} begins earlier. "
                 f"Begin at {late} or later."
             )
+
+
+def scaled_layers(num_layers: int) -> list[int]:
+    """The paper's [4, 14, 24] of 32 in proportion for a decoder of ``num_layers``.
+
+    >>> scaled_layers(28)
+    [4, 12, 21]
+
+    Raises:
+        ConfigError: where the decoder has fewer than two layers.
+    """
+    if num_layers < 2:
+        raise ConfigError(f"a decoder of {num_layers} layers has no layer to prune before.")
+    layers = {
+        min(max(1, round(i * num_layers / _PAPER_DEPTH)), num_layers - 1) for i in _PAPER_LAYERS
+    }
+    return sorted(layers)
 
 
 def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:

@@ -9,12 +9,11 @@ from typing import Any
 
 from atp_patch.contract.arguments import as_layers
 from atp_patch.contract.errors import BudgetError, ConfigError, WeightsError
+from atp_patch.families import scaled_layers
 from atp_patch.maths import average_tokens, keep_counts, least_target, target_counts
 
 CONFIG_VERSION = 1
-DEFAULT_LAYERS = (4, 14, 24)
 DEFAULT_SHARE = 0.25
-_PAPER_DEPTH = 32
 _PAPER_TOKENS = 576
 
 
@@ -33,26 +32,6 @@ class Stage:
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def scaled_layers(num_layers: int) -> list[int]:
-    """The paper's [4, 14, 24] of 32 in proportion for a decoder of ``num_layers``.
-
-    >>> scaled_layers(28)
-    [4, 12, 21]
-    """
-    if num_layers < 2:
-        raise ConfigError(f"a decoder of {num_layers} layers has no layer to prune before.")
-    layers = {
-        min(max(1, round(i * num_layers / _PAPER_DEPTH)), num_layers - 1) for i in DEFAULT_LAYERS
-    }
-    return sorted(layers)
-
-
-def default_layers(num_layers: int) -> tuple[int, ...]:
-    """The paper's layers where a decoder is deep enough for them, else scaled ones."""
-    fits = num_layers > max(DEFAULT_LAYERS)
-    return DEFAULT_LAYERS if fits else tuple(scaled_layers(num_layers))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,7 @@ from atp_patch.methods import (
 )
 from atp_patch.patching.adapter import load_adapter
 from atp_patch.patching.compression import Compression, check_alone, check_compressible, voco_module
-from atp_patch.patching.config import (
-    DEFAULT_LAYERS,
-    BaseModel,
-    PruningConfig,
-    Stage,
-    scaled_layers,
-)
+from atp_patch.patching.config import BaseModel, PruningConfig, Stage
 from atp_patch.patching.pruner import HEADS, IGNORED, Patch, check_turned, follows_budget, tower_of
 from atp_patch.patching.trace import PruningTrace
 from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
@@ -56,7 +50,8 @@ def patch_model(
 
     Args:
         model: a loaded vision-language model of a supported family.
-        layers: decoder layers, from 1, before which tokens are pruned; [4, 14, 24] by default.
+        layers: decoder layers, from 1, before which tokens are pruned; by default [4, 14, 24] of 32
+            in proportion to the decoder's depth, and none earlier than the family allows.
         method: a name from :func:`available_methods` ("atp" by default), or a ``Method``; or two,
             one that prunes before the decoder and then one that prunes inside it, which takes
             layers, budget and options.
@@ -115,7 +110,9 @@ def patch_model(
         before, inside = make_methods("atp" if method is None else method, dict(options))
         if isinstance(before, Compressor):
             check_alone(keep=keep, target_tokens=target_tokens, **also)
-        places = _places(layers, inside, shape.num_layers)
+        if layers is None and inside is not None:
+            layers = kind.default_layers(model.config, shape.num_layers)
+        places = _places(layers, inside)
         config = PruningConfig(
             method=None if inside is None else inside.name,
             layers=places,
@@ -229,23 +226,16 @@ def _state(model: nn.Module) -> Patch | None:
     return getattr(model, "__dict__", {}).get(STATE)
 
 
-def _places(
-    layers: Sequence[int] | None, method: Method | None, num_layers: int
-) -> tuple[int, ...]:
-    """The pruning layers, by default the paper's; none for what prunes before the decoder."""
-    if method is None:
-        if layers is not None:
-            raise ConfigError(
-                "this method prunes before the decoder: leave layers out, or add a method that "
-                'prunes inside it, as in method=["prumerge+", "atp"].'
-            )
+def _places(layers: Sequence[int] | None, method: Method | None) -> tuple[int, ...]:
+    """The pruning layers; none for what prunes before the decoder."""
+    if layers is None:
         return ()
-    if layers is None and num_layers <= max(DEFAULT_LAYERS):
+    if method is None:
         raise ConfigError(
-            f"the default layers {list(DEFAULT_LAYERS)} do not fit a decoder of {num_layers} "
-            f"layers; in proportion: layers={scaled_layers(num_layers)}."
+            "this method prunes before the decoder: leave layers out, or add a method that "
+            'prunes inside it, as in method=["prumerge+", "atp"].'
         )
-    return DEFAULT_LAYERS if layers is None else as_layers(layers)
+    return as_layers(layers)
 
 
 def _build_heads(

@@ -21,7 +21,6 @@ from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.patching.adapter import CARD_FILE, Beside
-from atp_patch.patching.config import default_layers
 from atp_patch.patching.patch import patch_model, require_patch
 from atp_patch.patching.pruner import HEADS
 from atp_patch.patching.saving import adapter
@@ -284,9 +283,5 @@ def _patch(model: Any, settings: Settings) -> None:
         return
     if settings.options.get("thresholds", "learned") != "learned":
         raise ConfigError("options: training is for thresholds that are learned; leave it out.")
-    layers = settings.layers
-    depth = model.config.get_text_config().num_hidden_layers
-    if layers is None:
-        layers = default_layers(depth)
     options = {**settings.options, "thresholds": "learned", "rope_2d": settings.rope_2d}
-    patch_model(model, layers, "atp", target_tokens=settings.target_tokens, **options)
+    patch_model(model, settings.layers, "atp", target_tokens=settings.target_tokens, **options)

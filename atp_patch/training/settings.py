@@ -31,7 +31,7 @@ class Settings:
     images: str | None = _says(None, "folder of the images (default: the data file's)")
     samples: int | None = _says(None, "take the first so many (default: all; builtin: 20000)")
     out: str = _says("training", "folder of checkpoints and of what is learned")
-    layers: tuple[int, ...] | None = _says(None, "default: 4,14,24, scaled if need be")
+    layers: tuple[int, ...] | None = _says(None, "default: 4,14,24 of 32, in proportion")
     target_tokens: float | None = _says(None, "visual tokens to average (default: a quarter)")
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "options of the method atp, NAME=VALUE"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import atp_patch
-from atp_patch.patching.config import BaseModel, PruningConfig, scaled_layers
+from atp_patch import scaled_layers
+from atp_patch.families import FAMILIES
+from atp_patch.patching.config import BaseModel, PruningConfig
 
 BASE = BaseModel("llava", 32, 4096)
 
@@ -105,6 +108,28 @@ def test_scaled_layers_are_proportional_and_legal() -> None:
         layers = scaled_layers(depth)
         assert layers == sorted(set(layers))
         assert 1 <= layers[0] <= layers[-1] < depth
+
+
+@pytest.mark.parametrize(
+    ("depth", "late", "places"),
+    [
+        (32, 0, (4, 14, 24)),
+        (32, 3, (4, 14, 24)),
+        (28, 0, (4, 12, 21)),
+        (40, 0, (5, 18, 30)),
+        (24, 3, (3, 10, 18)),
+        (16, 3, (3, 7, 12)),
+        (8, 2, (2, 4, 6)),
+        (8, 5, (5, 6)),
+        (2, 0, (1,)),
+    ],
+)
+def test_default_layers_are_in_proportion_and_where_the_family_can_be_pruned(
+    depth: int, late: int, places: tuple[int, ...]
+) -> None:
+    family = replace(FAMILIES[0], late_layers=lambda config: late)
+    assert family.default_layers(None, depth) == places
+    family.check_layers(None, places)
 
 
 def test_json_round_trip() -> None:

@@ -30,7 +30,7 @@ def trained(tmp_path: Path) -> Setting:
     torch.manual_seed(0)
     model = atp_patch.patch_model(build()[0], method="voco", num_tokens=3)
     atp_patch.save_pretrained(model, tmp_path / "voco3")
-    planned = plan([], [], 1, {}, None, [str(tmp_path / "voco3")], 8)
+    planned = plan([], [], 1, {}, [2], [str(tmp_path / "voco3")])
     (setting,) = (s for s in planned if s.adapter is not None)
     return setting
 

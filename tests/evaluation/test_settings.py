@@ -33,9 +33,8 @@ def planned(methods: list[str], **changes: Any) -> list[Setting]:
         "budgets": [0.5, 0.25],
         "seeds": 2,
         "options": {},
-        "layers": None,
+        "layers": (4, 14, 24),
         "adapters": [],
-        "num_layers": 32,
     }
     return plan(methods, **asked | changes)
 
@@ -58,10 +57,6 @@ def test_seeds_layers_and_options() -> None:
     assert by_name["atp"].seed is None
     fixed = planned(["random"], options={"seed": 7})
     assert [s.seed for s in fixed if s.name == "random"] == [None, None]
-
-
-def test_layers_are_scaled_to_a_short_decoder() -> None:
-    assert planned(["atp"], num_layers=8)[2].layers == tuple(atp_patch.scaled_layers(8))
 
 
 def test_a_method_without_a_budget_runs_once() -> None:

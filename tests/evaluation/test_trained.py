@@ -43,7 +43,7 @@ def trained(tmp_path: Path) -> Path:
 
 
 def settings(*specs: str) -> list[Setting]:
-    planned = plan([], [0.5], 1, {}, [2], specs, 8)
+    planned = plan([], [0.5], 1, {}, [2], specs)
     return [s for s in planned if s.adapter is not None]
 
 

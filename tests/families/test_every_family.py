@@ -44,6 +44,15 @@ def patched(kind: Kind, **options: Any) -> Any:
     return atp_patch.patch_model(kind.build(), **{**FAST, "layers": kind.layers, **options})
 
 
+@every_kind
+def test_layers_left_out_are_in_proportion(kind: Kind) -> None:
+    model = kind.build()
+    late = getattr(model.config.vision_config, "deepstack_visual_indexes", ())
+    atp_patch.patch_model(model, keep=0.5)
+    forward(model, make(kind, SINGLE).inputs)
+    assert list(atp_patch.last_trace(model).layers) == [2 if len(late or ()) == 2 else 1, 4, 6]
+
+
 def placed(batch: Batch) -> Tensor:
     """(B, L) bool: the tokens that have a place in a grid."""
     return torch.tensor([[place is not None for place in row] for row in batch.places])

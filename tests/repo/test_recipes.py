@@ -16,6 +16,7 @@ from atp_patch.bench.options import check_mode
 from atp_patch.bench.options import parser as bench_parser
 from atp_patch.evaluation.options import parser as evaluation_parser
 from atp_patch.evaluation.settings import plan
+from atp_patch.families import scaled_layers
 from atp_patch.methods import METHODS
 from atp_patch.tools.command_line import named_values
 from atp_patch.training.options import flags_of
@@ -68,9 +69,8 @@ def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> N
                 args.budgets,
                 args.seeds,
                 named_values(args.option),
-                args.layers,
+                args.layers or scaled_layers(DEPTH[args.model]),
                 args.adapters,
-                DEPTH[args.model],
             )
             assert len(settings) > 4
         elif argv[:2] == ["-m", "atp_patch.train"]:
