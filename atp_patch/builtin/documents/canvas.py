@@ -1,0 +1,98 @@
+"""A blank picture that text, rectangles and lines are drawn on, and boxes of what was drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from atp_patch.builtin.documents.fonts import Font
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels: from (left, top) to just before (right, bottom)."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def tokens(self, token_px: int, width_px: int, height_px: int) -> set[tuple[int, int]]:
+        """(row, column) of the visual tokens that the box touches.
+
+        Args:
+            token_px: Side of what one visual token shows.
+            width_px, height_px: Size of the picture; a last row or column may be cut.
+        """
+        rows = range(max(self.top, 0) // token_px, -(-min(self.bottom, height_px) // token_px))
+        columns = range(max(self.left, 0) // token_px, -(-min(self.right, width_px) // token_px))
+        return {(row, column) for row in rows for column in columns}
+
+
+class Canvas:
+    """A picture in the making.
+
+    Attributes:
+        width_px, height_px: Its size.
+    """
+
+    def __init__(self, width_px: int, height_px: int, paper: Colour) -> None:
+        self.width_px, self.height_px = width_px, height_px
+        self._pixels: NDArray[np.float32] = np.empty((height_px, width_px, 3), dtype=np.float32)
+        self._pixels[:] = paper
+
+    def text(self, font: Font, text: str, left: int, top: int, ink: Colour) -> Box:
+        """Write a text with its upper left corner at (left, top).
+
+        Raises:
+            ValueError: The text would leave the picture.
+        """
+        mask = font.ink(text).astype(np.float32)[..., None] / 255
+        height, width = mask.shape[:2]
+        box = Box(left, top, left + width, top + height)
+        if left < 0 or top < 0 or box.right > self.width_px or box.bottom > self.height_px:
+            raise ValueError(f"{text!r} at {(left, top)} leaves the picture.")
+        under = self._pixels[top : box.bottom, left : box.right]
+        under += mask * (np.array(ink, dtype=np.float32) - under)
+        return box
+
+    def fill(self, box: Box, colour: Colour) -> Box:
+        """Fill a rectangle."""
+        self._pixels[box.top : box.bottom, box.left : box.right] = colour
+        return box
+
+    def frame(self, box: Box, colour: Colour) -> Box:
+        """Draw a rectangle's outline, one pixel wide, inside its edges."""
+        self.fill(Box(box.left, box.top, box.right, box.top + 1), colour)
+        self.fill(Box(box.left, box.bottom - 1, box.right, box.bottom), colour)
+        self.fill(Box(box.left, box.top, box.left + 1, box.bottom), colour)
+        self.fill(Box(box.right - 1, box.top, box.right, box.bottom), colour)
+        return box
+
+    def lines(self, points: list[tuple[int, int]], colour: Colour, width_px: int) -> None:
+        """Draw straight lines from point (x, y) to point."""
+        image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
+        ImageDraw.Draw(image).line(points, fill=colour, width=width_px)
+        self._pixels[:] = np.asarray(image)
+
+    def dot(self, x: int, y: int, radius_px: int, colour: Colour) -> Box:
+        """Draw a filled circle."""
+        image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
+        edges = (x - radius_px, y - radius_px, x + radius_px, y + radius_px)
+        ImageDraw.Draw(image).ellipse(edges, fill=colour)
+        self._pixels[:] = np.asarray(image)
+        return Box(edges[0], edges[1], edges[2] + 1, edges[3] + 1)
+
+    def image(self, rng: np.random.Generator, noise: float) -> Image.Image:
+        """The RGB picture with normal noise on its pixels.
+
+        Args:
+            noise: Its standard deviation, 0 to 255.
+        """
+        noisy = self._pixels + noise * rng.standard_normal(self._pixels.shape, dtype=np.float32)
+        return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))

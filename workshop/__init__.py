@@ -1,0 +1,1 @@
+"""How the built-in models and their data were made. Nothing that the package needs to run."""
