@@ -31,8 +31,8 @@ from atp_patch.tools.loading import (
     first_line,
     load_checkpoint,
     quiet_transformers,
-    read_image,
 )
+from atp_patch.tools.pictures import read_image
 from atp_patch.tools.trained import find_trained, merged
 from atp_patch.tools.visualize import as_seen, overlay
 

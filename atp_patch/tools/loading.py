@@ -1,4 +1,4 @@
-"""From names on a command line to device, image, model and inputs, with errors that help."""
+"""From names on a command line to device, model and inputs, with errors that help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils._validators import validate_repo_id
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
@@ -55,29 +55,6 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPES[name]
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB, turned as its camera says.
-
-    Raises:
-        InputError: where the file is missing, a folder, no image, or broken.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"there is no image {path}; check the path.") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path} is a folder; give the path of an image file.") from error
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path} is not an image that Pillow can read; give a PNG or a JPEG file."
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path} cannot be read ({first_line(error)}); give an image file that is whole."
-        ) from error
 
 
 def load_checkpoint(

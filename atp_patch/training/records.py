@@ -17,7 +17,7 @@ from PIL import Image
 
 from atp_patch.builtin import LLAVA, as_shown, make_scene
 from atp_patch.contract.errors import ConfigError, InputError
-from atp_patch.tools.loading import read_image
+from atp_patch.tools.pictures import read_image
 
 MARK = "<image>"  # where a conversation's images belong
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -115,7 +115,7 @@ class LlavaFile:
             if index in self.problems:
                 raise InputError(self.problems[index])
             turns, files = self._check(self.records[index])
-            return Conversation(turns, tuple(self._open(file) for file in files))
+            return Conversation(turns, tuple(read_image(f, self.max_image_pixels) for f in files))
         except InputError as error:
             raise InputError(f"sample {index} of {self.name}: {error}") from error
 
@@ -145,19 +145,6 @@ class LlavaFile:
             if not file.is_file():
                 raise InputError(f"there is no image {file}; check the path and images.")
         return turns, files
-
-    def _open(self, file: Path) -> Image.Image:
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            width = height = 0  # reading it says what is wrong
-        if width * height > self.max_image_pixels:
-            raise InputError(
-                f"{file} is too large: {width} x {height} pixels, more than max_image_pixels="
-                f"{self.max_image_pixels}; scale it down."
-            )
-        return read_image(file)
 
 
 def check_source(source: Source, skip_bad: bool) -> None:

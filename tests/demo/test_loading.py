@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoProcessor
 
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.loading import load_checkpoint, read_image
+from atp_patch.tools.loading import load_checkpoint
+from atp_patch.tools.pictures import read_image
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
