@@ -20,7 +20,7 @@ from atp_patch.contract import Decision, View
 from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.door.entry import Reader, begin
-from atp_patch.seam.door.tombstones import wiped
+from atp_patch.seam.door.tombstones import without_tombstones
 from atp_patch.seam.host import recorder
 from atp_patch.seam.host.cache import pruned_layer
 from atp_patch.seam.host.inputs import Call, refuse_replica
@@ -151,7 +151,7 @@ class Seam:
     @contextmanager
     def reading(self, prompt_ids: Tensor) -> Iterator[None]:
         """The model's ``get_image_features`` gives what a pass over these prompts (B, L) would find
-        in their images: merged, and marked where tokens are dropped.
+        in their images: merged, with tombstones where tokens are dropped.
         """
         outer, self.session = self.session, Session(prompt_ids.shape[1], ids=prompt_ids)
         try:
@@ -189,7 +189,7 @@ class Seam:
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._disarm()
         if self.vision is not None and hasattr(output, "image_hidden_states"):
-            output.image_hidden_states = wiped(output.image_hidden_states)
+            output.image_hidden_states = without_tombstones(output.image_hidden_states)
         if module is not self.parts.top and not (self._call is not None and self._call.alone):
             return None
         call, self._call = self._call, None

@@ -14,7 +14,8 @@ from atp_patch.contract.errors import CacheError, InputError
 from atp_patch.seam.decoder.host_pass import HostPass
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.decoder.rope_2d import RotaryPlaces
-from atp_patch.seam.door.tombstones import read_marks
+from atp_patch.seam.door.features import check_features
+from atp_patch.seam.door.tombstones import find_tombstones
 from atp_patch.seam.host.cache import check_cache
 from atp_patch.seam.host.inputs import Call, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
@@ -44,7 +45,7 @@ def begin(
 ) -> Prefill | None:
     """The state of a pass with images, from what the decoder is about to get; None without any.
 
-    Marks of tokens that were dropped before the decoder are taken out of ``inputs_embeds``.
+    Tombstones of tokens that were dropped before the decoder are taken out of ``inputs_embeds``.
     """
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -61,6 +62,8 @@ def begin(
     prompt = read_prompt(call, pruner.visual_token_ids, embeds, past)
     if not bool(prompt.visual.any()):
         return None
+    dropped = None if pruner.before is None else find_tombstones(embeds)
+    check_features(embeds, prompt, dropped)
     query = grid_query(parts, prompt, kwargs, pruner.newline, call.sizes(len(embeds)))
     layout = Layout.from_grids(pruner.grids(query), embeds.shape[1], embeds.device)
     check_cache(cache, 0 if pruner.before is not None else pruner.layers[0])
@@ -91,8 +94,9 @@ def begin(
     )
     if pruner.rope_2d:
         run.places = RotaryPlaces(layout)
-    if pruner.before is not None:
-        run.entry, kwargs["inputs_embeds"] = _read_entry(layout, embeds)
+    if dropped is not None and bool(dropped.any()):
+        run.entry = layout.valid & ~dropped.gather(1, layout.position)
+        kwargs["inputs_embeds"] = embeds.masked_fill(dropped[..., None], 0)
     run.embeds = kwargs["inputs_embeds"]
     return run
 
@@ -111,17 +115,6 @@ def _check_explicit(call: Call, embeds: Tensor | None, past: int) -> None:
             'with family="generic", pass visual_mask= with each call, a bool tensor (batch, '
             "sequence) that marks the visual tokens (all False for text alone)."
         )
-
-
-def _read_entry(layout: Layout, embeds: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(B, V) bool, the visual tokens that enter the decoder; None where all do. And clean
-    embeddings.
-    """
-    dropped = read_marks(embeds)
-    if not bool(dropped.any()):
-        return None, embeds
-    keep = layout.valid & ~dropped.gather(1, layout.position)
-    return keep, embeds.masked_fill(dropped[..., None], 0)
 
 
 def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:

@@ -1,10 +1,11 @@
-"""Marks in features that go: they travel with the host's own packing to the decoder's door.
+"""Tombstones: features of visual tokens that a method dropped before the decoder.
 
-Between the vision tower and the decoder the host splits, packs, unpads, repeats (beams) and
-scatters features its own way. A dropped token is marked in its feature itself, so none of that has
-to be known. Every other channel of a mark is NaN and the rest is 0, in turns like the fields of a
-chessboard: where the host mixes neighbours (it may resize a grid), what comes out is no mark any
-more, and that is an error, never a wrong choice.
+Between the vision tower and the decoder the host splits, packs, unpads, repeats (for beams) and
+scatters features in its own way. A dropped token is therefore marked in its feature itself, so that
+none of this has to be known. A tombstone in an even place of the grid (row + column) holds NaN in
+every even channel, one in an odd place holds infinity in every odd channel, and the rest is 0.
+Where the host mixes neighbours (it may resize a grid), the result is neither of the two and no
+feature of a picture either, so that it is reported and never leads to a wrong choice.
 """
 
 from __future__ import annotations
@@ -14,44 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.contract.errors import InputError
 
-
-def marked(features: Tensor, rows: Tensor, parity: Tensor) -> Tensor:
-    """Features with marks in some rows.
+def with_tombstones(features: Tensor, rows: Tensor, parity: Tensor) -> Tensor:
+    """Features with tombstones in some rows.
 
     Args:
-        features: (N, D); ``rows``: (r,) int64; ``parity``: (r,) int64 row + column in the grid.
+        features: (N, D).
+        rows: (r,) int64, the rows that become tombstones.
+        parity: (r,) int64, row + column of each of them in its grid.
     """
-    channel = torch.arange(features.shape[1], device=features.device)
-    gone = (channel + parity[:, None]) % 2 == 0
-    mark = torch.zeros(gone.shape, dtype=features.dtype, device=features.device)
-    return features.index_put((rows,), mark.masked_fill(gone, torch.nan))
+    odd = (parity % 2 == 1)[:, None]
+    channel = torch.arange(features.shape[1], device=features.device) % 2 == 1
+    stone = torch.where(odd, torch.inf, torch.nan).masked_fill(channel != odd, 0)
+    return features.index_put((rows,), stone.to(features.dtype))
 
 
-def read_marks(embeds: Tensor) -> Tensor:
-    """(B, L) bool: tokens that are marked, among embeddings (B, L, D).
-
-    Raises:
-        InputError: where marks were mixed with other features.
-    """
-    pair = embeds.detach()[..., :2]
-    missing = pair.isnan()
-    found = missing.any(-1)
-    torn = found & (missing.all(-1) | (pair.nan_to_num().abs().sum(-1) > 0))
-    if bool(torn.any()):
-        raise InputError(
-            "the model resized its grid of visual tokens after they were chosen (LLaVA-OneVision "
-            "does so with videos and with pictures of many tiles); give it pictures of fewer "
-            "tiles, or use a method that prunes inside the decoder."
-        )
-    return found
+def find_tombstones(embeds: Tensor) -> Tensor:
+    """(B, L) bool: which of the embeddings (B, L, D) are tombstones."""
+    even, odd = embeds.detach()[..., 0], embeds.detach()[..., 1]
+    return (even.isnan() & (odd == 0)) | ((even == 0) & odd.isposinf())
 
 
-def wiped(features: Any) -> Any:
-    """Features, or lists of them, with zeros in place of marks; anything else as it is."""
+def are_mixed(features: Tensor) -> bool:
+    """Whether some of these features (n, D) are tombstones that were mixed with other features."""
+    even, odd = features[:, 0::2], features[:, 1::2]
+    of_even = even.isnan().all(1) & ~odd.isnan().any(1)
+    of_odd = odd.isposinf().all(1) & even.isfinite().all(1)
+    return bool((of_even | of_odd).any())
+
+
+def without_tombstones(features: Any) -> Any:
+    """Features, or lists of them, with zeros in place of tombstones; anything else as it is."""
     if isinstance(features, Tensor):
-        return features.nan_to_num() if bool(features.isnan().any()) else features
+        return features.masked_fill(find_tombstones(features)[..., None], 0)
     if isinstance(features, (list, tuple)):
-        return type(features)(wiped(part) for part in features)
+        return type(features)(without_tombstones(part) for part in features)
     return features

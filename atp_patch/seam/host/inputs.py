@@ -170,7 +170,12 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
         InputError: if only embeddings were given and nothing says which of them are visual.
     """
     batch, length = embeds.shape[:2]
-    ids = None if call.input_ids is None else call.input_ids.cpu()
+    ids, finite = call.input_ids, _finite(embeds)
+    if ids is None:
+        finite = finite.cpu()
+    else:  # one copy from the device brings both
+        ids, known = torch.stack([ids, finite.to(ids)]).cpu()
+        finite = known.bool()
     if call.visual_mask is not None:
         visual = call.visual_mask.cpu().bool()[:, -length:]
         if call.prompt_length is not None:  # what came behind the prompt is text
@@ -199,7 +204,16 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     if call.labels is not None:
         supervised = call.labels.cpu() != IGNORED_LABEL
         scored &= _before_answers(supervised, visual, attended)
-    return Prompt(visual & attended, attended, ids, scored)
+    return Prompt(visual & attended, attended, ids, scored, finite)
+
+
+def _finite(embeds: Tensor) -> Tensor:
+    """(B, L) bool: the embeddings (B, L, D) that hold neither NaN nor infinity.
+
+    A sum keeps either of them, and needs no table of the embeddings' own size.
+    """
+    wide = torch.promote_types(embeds.dtype, torch.float32)
+    return embeds.detach().sum(-1, dtype=wide).isfinite()
 
 
 def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Tensor:

@@ -25,12 +25,14 @@ class Prompt:
         ids: (B, L) int64, or None when only embeddings were given.
         scored: (B, L) bool, tokens that exist at inference too: before the answer that is learned,
             not generated.
+        finite: (B, L) bool, False where the embedding holds NaN or infinity.
     """
 
     visual: Tensor
     attended: Tensor
     ids: Tensor | None
     scored: Tensor
+    finite: Tensor
 
     @property
     def token_counts(self) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from atp_patch.contract import Merge, Quota, TokenGroups, Tower
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.maths import cross_scores
-from atp_patch.seam.door.tombstones import marked
+from atp_patch.seam.door.tombstones import with_tombstones
 from atp_patch.seam.host import recorder
 from atp_patch.seam.host.recorder import Recording
 
@@ -123,12 +123,14 @@ class MergeHooks:
         parity = groups.row + groups.column
         flat = output.reshape(-1, output.shape[-1])
         rows, parity = place[gone].to(flat.device), parity[gone].to(flat.device)
-        return marked(flat, rows, parity).reshape(output.shape)
+        return with_tombstones(flat, rows, parity).reshape(output.shape)
 
     # -- groups -----------------------------------------------------------------------------------
 
     def _merge_rows(self, features: Tensor, groups: TokenGroups, place: Tensor) -> Tensor:
-        """Features (..., D) whose kept rows are merged; what goes is marked after the projector."""
+        """Features (..., D) whose kept rows are merged; what goes becomes a tombstone after the
+        projector.
+        """
         merge = self.merge(groups)
         self._merged = (groups, merge, place)
         flat, home = features.reshape(-1, features.shape[-1]), groups.valid.device

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from atp_patch.contract import Quota, Tower
 from atp_patch.contract.errors import InputError
-from atp_patch.seam.door.tombstones import marked
+from atp_patch.seam.door.tombstones import with_tombstones
 from atp_patch.seam.tower.merging import Sharer
 
 Size = tuple[int, int]
@@ -180,7 +180,9 @@ def spread_slots(grid: Size, small: Size) -> Tensor:
 
 
 def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
-    """(tokens of the smaller grids, D) -> (tokens of all grids, D), marks in the other places."""
+    """(tokens of the smaller grids, D) -> (tokens of all grids, D), tombstones in the other
+    places.
+    """
     places, parities = [], []
     start = 0
     for grid, small in sizes:
@@ -192,7 +194,7 @@ def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
     parity = torch.cat(parities).to(features.device)
     wide = features.new_zeros(start, features.shape[1]).index_put((kept,), features)
     gone = torch.ones(start, dtype=torch.bool, device=features.device).index_fill(0, kept, False)
-    return marked(wide, gone.nonzero().flatten(), parity[gone])
+    return with_tombstones(wide, gone.nonzero().flatten(), parity[gone])
 
 
 def _resized(pictures: Tensor, height: int, width: int) -> Tensor:

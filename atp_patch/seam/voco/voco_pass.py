@@ -29,6 +29,7 @@ from atp_patch.maths import (
     voco_visible,
 )
 from atp_patch.seam.door.entry import Reader, filled_window
+from atp_patch.seam.door.features import check_features
 from atp_patch.seam.host.cache import adopt, check_cache, stored_positions
 from atp_patch.seam.host.inputs import Call, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
@@ -159,6 +160,7 @@ def begin(
     prompt = read_prompt(call, pruner.visual_token_ids, embeds, past_length)
     if not bool(prompt.visual.any()):
         return None
+    check_features(embeds, prompt)
     query = grid_query(parts, prompt, kwargs, pruner.newline)
     layout = Layout.from_grids(pruner.grids(query), length, embeds.device)
     segments = [
