@@ -11,19 +11,34 @@ from typing import TYPE_CHECKING
 from atp_patch.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same to Python
-    from atp_patch.contract import Decision, View
+    from atp_patch.contract import (
+        Decision,
+        DoorMethod,
+        DoorView,
+        LayerMethod,
+        LearnedThresholds,
+        LearningStep,
+        Merge,
+        Method,
+        PictureMethod,
+        Recycled,
+        TokenGroups,
+        TowerMethod,
+        View,
+    )
     from atp_patch.contract.errors import (
         ATPError,
         BudgetError,
         CacheError,
         ConfigError,
+        DecisionError,
         InputError,
         NotPatchedError,
         UnsupportedModelError,
         WeightsError,
     )
     from atp_patch.families import scaled_layers, supported_families
-    from atp_patch.methods import Method, available_methods
+    from atp_patch.methods import available_methods
     from atp_patch.patching.config import PruningConfig
     from atp_patch.patching.patch import disabled, last_trace, patch_model, unpatch_model
     from atp_patch.patching.saving import push_to_hub, save_pretrained
@@ -40,12 +55,23 @@ __all__ = [
     "Calibration",
     "ConfigError",
     "Decision",
+    "DecisionError",
+    "DoorMethod",
+    "DoorView",
     "InputError",
+    "LayerMethod",
     "LayerTrace",
+    "LearnedThresholds",
+    "LearningStep",
+    "Merge",
     "Method",
     "NotPatchedError",
+    "PictureMethod",
     "PruningConfig",
     "PruningTrace",
+    "Recycled",
+    "TokenGroups",
+    "TowerMethod",
     "UnsupportedModelError",
     "View",
     "VisualCache",
@@ -70,19 +96,34 @@ __all__ = [
 
 # module -> the public names that it holds
 _HOMES = {
-    "atp_patch.contract": ("Decision", "View"),
+    "atp_patch.contract": (
+        "Decision",
+        "DoorMethod",
+        "DoorView",
+        "LayerMethod",
+        "LearnedThresholds",
+        "LearningStep",
+        "Merge",
+        "Method",
+        "PictureMethod",
+        "Recycled",
+        "TokenGroups",
+        "TowerMethod",
+        "View",
+    ),
     "atp_patch.contract.errors": (
         "ATPError",
         "BudgetError",
         "CacheError",
         "ConfigError",
+        "DecisionError",
         "InputError",
         "NotPatchedError",
         "UnsupportedModelError",
         "WeightsError",
     ),
     "atp_patch.families": ("scaled_layers", "supported_families"),
-    "atp_patch.methods": ("Method", "available_methods"),
+    "atp_patch.methods": ("available_methods",),
     "atp_patch.patching.config": ("PruningConfig",),
     "atp_patch.patching.patch": ("disabled", "last_trace", "patch_model", "unpatch_model"),
     "atp_patch.patching.saving": ("push_to_hub", "save_pretrained"),

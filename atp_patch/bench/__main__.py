@@ -25,7 +25,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of, scaled_layers
 from atp_patch.maths import average_tokens
-from atp_patch.methods import Compressor, make_methods
+from atp_patch.methods import VoCo, make_methods
 from atp_patch.tools.command_line import execute, machine
 from atp_patch.tools.loading import first_line
 from atp_patch.version import __version__
@@ -172,14 +172,14 @@ def _settings(
     for spec in args.methods.split(","):
         name, _, places = spec.partition("@")
         before, inside = make_methods(name.split("/"), {})
-        if args.profile and isinstance(before, Compressor):
+        if args.profile and isinstance(before, VoCo):
             raise ConfigError(f"--profile: {name} reads every token once; leave it out.")
         given: dict[str, Any] = {"method": name.split("/")}
         if inside is not None:
             given["layers"] = args.layers or scaled_layers(num_layers)
             if places:
                 given["layers"] = _layers(spec, places)
-        if not isinstance(before, Compressor):  # its number of tokens is its budget
+        if not isinstance(before, VoCo):  # its number of tokens is its budget
             budgeted = True
             if args.schedule is not None and places:  # as many on average, before its own layers
                 at = args.layers or scaled_layers(num_layers)

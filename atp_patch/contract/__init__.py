@@ -2,22 +2,41 @@
 
 from atp_patch.contract.decision import Decision, Recycled
 from atp_patch.contract.layout import Layout, Span, VisualGrid
+from atp_patch.contract.method import (
+    DoorMethod,
+    LayerMethod,
+    Method,
+    PictureMethod,
+    TowerMethod,
+)
+from atp_patch.contract.method_learning import LearnedThresholds, LearningStep, ModuleSpec
 from atp_patch.contract.model import DecoderShape, GridQuery, Outer
-from atp_patch.contract.tower import Merge, Quota, TokenGroups, Tower
-from atp_patch.contract.view import View
+from atp_patch.contract.tower import Merge, Quota, TokenGroups, Tower, TowerTokens
+from atp_patch.contract.view import DoorView, TokenView, View
 
 __all__ = [
     "Decision",
     "DecoderShape",
+    "DoorMethod",
+    "DoorView",
     "GridQuery",
+    "LayerMethod",
     "Layout",
+    "LearnedThresholds",
+    "LearningStep",
     "Merge",
+    "Method",
+    "ModuleSpec",
     "Outer",
+    "PictureMethod",
     "Quota",
     "Recycled",
     "Span",
     "TokenGroups",
+    "TokenView",
     "Tower",
+    "TowerMethod",
+    "TowerTokens",
     "View",
     "VisualGrid",
 ]

@@ -7,9 +7,15 @@ size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from atp_patch.contract.errors import DecisionError
+from atp_patch.contract.view import TokenView
 
 
 @dataclass(frozen=True)
@@ -28,24 +34,161 @@ class Recycled:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a method decided before one layer.
+    """What a method decided before one layer, or at the decoder's door.
 
     Attributes:
-        keep: (B, V) bool over the view's surviving visual tokens.
-        exact: True if ``keep`` keeps exactly the view's ``counts`` (saves a device
-            synchronisation).
-        scores: name -> (B, V) float32.
-        thresholds: name -> (B,) float32.
+        keep: (B, V) bool over the view's visual tokens; padding slots do not count.
+        scores: name -> (B, V) floating point; the trace shows them.
+        thresholds: name -> (B,) floating point.
         soft: (B, V) float32, where the view asks for learning: 1 kept, 0 not, with a gradient.
         counted: the same numbers, with the gradient that losses of their count take; None: that
             of ``soft``.
         recycled: which kept tokens take in others; None: none does.
+
+    >>> import torch
+    >>> Decision(torch.tensor([[True, False, True]])).keep.sum(1).tolist()
+    [2]
     """
 
     keep: Tensor
-    exact: bool = False
+    exact: InitVar[bool | None] = None
     scores: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     soft: Tensor | None = None
     counted: Tensor | None = None
     recycled: Recycled | None = None
+
+    def __post_init__(self, exact: bool | None) -> None:
+        """``exact`` said once that the budget's counts are kept; what is kept is now counted."""
+        if exact is not None:
+            warnings.warn(
+                "Decision(exact=...) is no longer needed: what is kept is counted. Leave it out.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+
+
+def check_decision(decision: Any, view: TokenView, method: str) -> Decision:
+    """A method's decision, if it is one for the tokens that the method saw.
+
+    All values are read from the device at once.
+
+    Args:
+        method: its name, for the message.
+
+    Raises:
+        DecisionError: naming the method and what is wrong: a shape, dtype or device, a score or
+            threshold that is not finite, fewer tokens than must stay, a token that takes in others
+            and goes itself.
+    """
+    if not isinstance(decision, Decision):
+        raise DecisionError(
+            f"{method}: decide() returned {type(decision).__name__}; return an atp_patch.Decision."
+        )
+    _check_forms(decision, view, method)
+    wrong = _wrong_values(decision, view)
+    found = torch.stack([value.to(view.slot_valid.device) for value in wrong.values()]).tolist()
+    for (what, mend), is_wrong in zip(wrong, found, strict=True):
+        if is_wrong:
+            raise DecisionError(f"{method}: {what}; {mend}.")
+    return decision
+
+
+def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
+    """Shapes, dtypes and devices, for which nothing is read from the device."""
+    batch, tokens = view.slot_valid.shape
+    device = view.slot_valid.device
+
+    def check(name: str, value: Any, shape: tuple[int, ...], kind: str) -> None:
+        if not isinstance(value, Tensor):
+            raise DecisionError(f"{method}: {name} is {type(value).__name__}; give a tensor.")
+        kinds = {
+            "bool": value.dtype == torch.bool,
+            "int64": value.dtype == torch.int64,
+            "floating point": value.is_floating_point(),
+        }
+        if tuple(value.shape) != shape or not kinds[kind]:
+            raise DecisionError(
+                f"{method}: {name} is {tuple(value.shape)} {value.dtype}; it must be {shape} "
+                f"{kind}, for the {batch} samples and up to {tokens} visual tokens of the view."
+            )
+        if value.device != device:
+            raise DecisionError(
+                f"{method}: {name} is on {value.device}, the view's tokens on {device}; move it "
+                "there."
+            )
+
+    of_tokens = (batch, tokens)
+    check("keep", decision.keep, of_tokens, "bool")
+    for name, value in decision.scores.items():
+        check(f"scores[{name!r}]", value, of_tokens, "floating point")
+    for name, value in decision.thresholds.items():
+        check(f"thresholds[{name!r}]", value, (batch,), "floating point")
+    if getattr(view, "learning", False) and decision.soft is None:
+        raise DecisionError(
+            f"{method}: the view asks for learning, and the decision has no soft mask; return "
+            "soft= with a gradient, 1 for what stays and 0 for what goes."
+        )
+    for name in ("soft", "counted"):
+        if getattr(decision, name) is not None:
+            check(name, getattr(decision, name), of_tokens, "floating point")
+    recycled = decision.recycled
+    if recycled is not None:
+        if not isinstance(recycled, Recycled) or recycled.column.ndim != 2:
+            raise DecisionError(f"{method}: recycled must be an atp_patch.Recycled with (B, C).")
+        columns = (batch, recycled.column.shape[1])
+        check("recycled.column", recycled.column, columns, "int64")
+        check("recycled.valid", recycled.valid, columns, "bool")
+        check("recycled.weight", recycled.weight, (*columns, tokens), "floating point")
+
+
+def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], Tensor]:
+    """(what is wrong, the mend) -> a bool scalar on the device; the causes stand first."""
+    valid, wrong = view.slot_valid, {}
+    keep = decision.keep & valid
+    for name, scores in decision.scores.items():
+        what = f"scores[{name!r}] holds numbers that are not finite"
+        wrong[what, _LOOK_AT_FEATURES] = (~scores.detach().isfinite() & valid).any()
+    seen = valid.any(1)
+    for name, thresholds in decision.thresholds.items():
+        what = f"thresholds[{name!r}] holds NaN"
+        wrong[what, _LOOK_AT_FEATURES] = (thresholds.detach().isnan() & seen).any()
+    for name in ("soft", "counted"):
+        mask = getattr(decision, name)
+        if mask is not None:
+            what = f"{name} holds numbers that are not finite"
+            wrong[what, _LOOK_AT_FEATURES] = (~mask.detach().isfinite() & valid).any()
+    left = valid.sum(1)
+    fewer = keep.sum(1) < left.clamp(max=view.min_tokens)
+    what = f"a sample keeps fewer than min_tokens={view.min_tokens} visual tokens"
+    wrong[what, "keep at least the best so many (atp_patch.methods.keep_best does)"] = fewer.any()
+    if view.min_per_image:
+        images = max((len(grids) for grids in view.layout.grids), default=0)
+        kept_of, left_of = (
+            torch.zeros(len(keep), images, dtype=torch.long, device=keep.device).scatter_add_(
+                1, view.image, chosen.long()
+            )
+            for chosen in (keep, valid)
+        )
+        what = f"an image keeps fewer than min_tokens_per_image={view.min_per_image} visual tokens"
+        mend = "keep the best so many of each (atp_patch.methods.keep_best does)"
+        wrong[what, mend] = (kept_of < left_of.clamp(max=view.min_per_image)).any()
+    recycled = decision.recycled
+    if recycled is not None:
+        column, width = recycled.column, valid.shape[1]
+        outside = (column < 0) | (column >= width)
+        what = f"recycled.column names tokens outside of the view's {width}"
+        wrong[what, "give columns of keep"] = (outside & recycled.valid).any()
+        gone = ~keep.gather(1, column.clamp(0, max(width - 1, 0)))
+        what = "recycled.column names tokens that are not kept"
+        wrong[what, "only a kept token takes in others"] = (gone & recycled.valid).any()
+        what = "recycled.weight holds numbers that are not finite"
+        wrong[what, _LOOK_AT_FEATURES] = (
+            ~recycled.weight.isfinite().all(-1) & recycled.valid
+        ).any()
+    return wrong
+
+
+_LOOK_AT_FEATURES = (
+    "look for NaN or infinity in the model's weights, in the pixel values, or in the method"
+)

@@ -33,3 +33,7 @@ class CacheError(ATPError, ValueError):
 
 class InputError(ATPError, ValueError):
     """The inputs of a forward pass do not say what pruning needs to know."""
+
+
+class DecisionError(ATPError):
+    """A method returned a decision that is none for the tokens that it saw."""

@@ -54,6 +54,27 @@ class Tower:
     resized: str = ""
 
 
+@dataclass(frozen=True)
+class TowerTokens:
+    """What one block of the vision tower made of the visual tokens, in their places in the prompt.
+
+    ``B`` samples, ``V`` visual tokens (packed, padded to the longest sample), ``d`` size of all
+    heads' keys together, ``Dt`` hidden size of the tower. All of it is 0 in padding slots.
+
+    Attributes:
+        attention: (B, V) float32, the attention that each token gets within its image, tile or
+            frame, averaged over heads: that of the class token, or of all patches on average where
+            the tower has none. Of several patches that become one token it is the sum.
+        key: (B, V, d) float32, all heads' keys of each token; the mean of several patches.
+        class_token: (B, V, Dt), what the block made of the class token of each token's image, tile
+            or frame; None where the tower has none.
+    """
+
+    attention: Tensor
+    key: Tensor
+    class_token: Tensor | None
+
+
 class Quota(NamedTuple):
     """Tokens that a group is to keep, and those that it keeps at least."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from atp_patch.contract.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import METHODS, Compressor, Method, available_methods, make_methods
+from atp_patch.methods import LayerMethod, VoCo, available_methods, make_methods, method_class
 from atp_patch.patching.patch import patch_model, require_patch, unpatch_model
 from atp_patch.tools.trained import find_trained, merged
 
@@ -194,15 +194,15 @@ def _parse(
         if stage not in available_methods():
             known = ", ".join(available_methods())
             raise ConfigError(f"--methods: there is no method {stage!r}; there are {known}.")
-        classes.append(next(cls for cls in METHODS if cls.name == stage))
-    if any(issubclass(cls, Compressor) for cls in classes):
+        classes.append(method_class(stage))
+    if any(issubclass(cls, VoCo) for cls in classes):
         raise ConfigError(
             f"--methods {spec}: {name} is nothing before it is trained; give the folder of a "
             "trained one to --adapters."
         )
     if len(classes) > 1:
         make_methods(_stages(name), {})  # says which pairs there are
-    if places and not issubclass(classes[-1], Method):
+    if places and not issubclass(classes[-1], LayerMethod):
         raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
     try:
         return (
@@ -242,7 +242,11 @@ def _stages(name: str) -> list[str]:
 
 def _fields_of(name: str) -> set[str]:
     last = _stages(name)[-1]
-    return {entry.name for cls in METHODS if cls.name == last for entry in fields(cls)}
+    return (
+        {entry.name for entry in fields(method_class(last))}
+        if last in available_methods()
+        else set()
+    )
 
 
 def _options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:

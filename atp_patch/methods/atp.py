@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from atp_patch.contract import Decision, View
+from atp_patch.contract import Decision, ModuleSpec, View
 from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import (
     atp_loss,
@@ -32,7 +32,6 @@ from atp_patch.maths import (
 )
 from atp_patch.methods.atp_heads import ThresholdHeads, Thresholds
 from atp_patch.methods.base import (
-    ModuleSpec,
     best_of_each_image,
     choice,
     grid_table,
@@ -204,7 +203,6 @@ class ATP(Scored):
                 counted = None if counted is None else counted.masked_fill(first, 1.0)
         return Decision(
             keep,
-            exact=module is None,
             scores={"self": s_self, "cross": s_cross, **scores},
             thresholds={"redundant": theta_r, "spatial": theta_s},
             soft=soft,

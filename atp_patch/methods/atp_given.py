@@ -1,4 +1,4 @@
-"""Thresholds that do not hang on their instance: what adaptive ones must be held against."""
+"""Thresholds that do not depend on their instance: what adaptive ones must be held against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIGNS = 16
 class GivenThresholds(Thresholds):
     """Thresholds from a table: one row for every instance, or a row of another one for each.
 
-    Which row an instance gets hangs on its text and its image alone, and is the same at every
+    Which row an instance gets depends on its text and its image alone, and is the same at every
     pruning layer and in any batch.
 
     Args:
@@ -35,7 +35,7 @@ class GivenThresholds(Thresholds):
         return thetas[:, 0], thetas[:, 1]
 
     def shift(self, layer: int, by: float) -> None:
-        """As :meth:`Thresholds.shift`."""
+        """As :meth:`LearnedThresholds.shift`."""
         self.get_buffer(f"logits_{layer}").add_(by)
 
 

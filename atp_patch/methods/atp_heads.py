@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from atp_patch.contract import Layout, View
+from atp_patch.contract import Layout, LearnedThresholds, ModuleSpec, View
 from atp_patch.maths import standardise_scores, to_reference_grid
-from atp_patch.methods.base import ModuleSpec
 
 # Renormalised probabilities lie around 1 / V; log of much less says "none" and nothing more.
 _FLOOR = 1e-6
 
 
-class Thresholds(nn.Module):
-    """What gives every instance its two thresholds at every pruning layer.
+class Thresholds(LearnedThresholds):
+    """What gives every instance ATP's two thresholds at every pruning layer.
 
     Attributes:
         passes: forward passes in training so far, where the slope of the backward pass is annealed;
@@ -28,8 +27,7 @@ class Thresholds(nn.Module):
     passes: Tensor
 
     def __init__(self, layers: tuple[int, ...], *, anneals: bool = False) -> None:
-        super().__init__()
-        self.layers = layers
+        super().__init__(layers)
         if anneals:
             self.register_buffer("passes", torch.zeros((), dtype=torch.long))
 
@@ -43,10 +41,6 @@ class Thresholds(nn.Module):
             s_self, s_cross: (B, V) float32 over the view's surviving visual tokens.
             question: (B, D) hidden state of the last prompt token.
         """
-
-    @abstractmethod
-    def shift(self, layer: int, by: float) -> None:
-        """Add a number to the logits of both thresholds of a layer, for every instance."""
 
     def through_biases(
         self, layer: int, redundant: Tensor, spatial: Tensor
@@ -181,7 +175,7 @@ class ThresholdHeads(Thresholds):
 
     @torch.no_grad()
     def shift(self, layer: int, by: float) -> None:
-        """As :meth:`Thresholds.shift`: the biases of the outputs move."""
+        """As :meth:`LearnedThresholds.shift`: the biases of the outputs move."""
         for heads in (self.theta_redundant, self.theta_spatial):
             head = heads[str(layer)]
             assert isinstance(head, Affine)

@@ -29,7 +29,7 @@ class Random(Ranking):
         start = (self.seed * 1_000_003 + view.layer * 7919) % _MODULUS
         scores = _mix(_mix(view.sample_key + start)[:, None] + view.token)
         keep = self.best(view, scores.float())
-        return Decision(keep, exact=True)
+        return Decision(keep)
 
 
 def _mix(value: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Uniform(Ranking):
         """Rank by the place in a farthest-point-first order of the grid."""
         table = grid_table(view.layout, _evenness)
         keep = self.best(view, view.of_token(table))
-        return Decision(keep, exact=True)
+        return Decision(keep)
 
 
 def _evenness(height: int, width: int) -> Tensor:

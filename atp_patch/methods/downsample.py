@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from atp_patch.contract import PictureMethod
 from atp_patch.maths import shrunk_grid
-from atp_patch.methods.base import Shrinker
 
 
 @dataclass(frozen=True)
-class Downsample(Shrinker):
+class Downsample(PictureMethod):
     """Shrink every picture so that the tower makes about as many tokens as the budget says.
 
     A grid has whole sides, so the count is that of the nearest grid of the picture's proportions.

@@ -55,4 +55,4 @@ class FastV(Ranking):
             sinks=view.sinks,
         )
         keep = self.best(view, scores)
-        return Decision(keep, exact=True, scores={"last": scores})
+        return Decision(keep, scores={"last": scores})

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from atp_patch.contract import Decision, View
+from atp_patch.contract import Decision, LayerMethod, View
 from atp_patch.maths import cross_scores, gather_heads, redundant_scores, self_scores
-from atp_patch.methods.base import Method, Ranking, choice, mask_rows
+from atp_patch.methods.base import Ranking, choice, mask_rows
 
 
 @dataclass(frozen=True)
-class Scored(Method):
+class Scored(LayerMethod):
     """Options of the two attention scores.
 
     Attributes:
@@ -75,4 +75,4 @@ class Fixed(Ranking, Scored):
         s_self, s_cross, redundant = self.scores(view)
         keep = self.best(view, redundant)
         scores = {"self": s_self, "cross": s_cross, "redundant": redundant}
-        return Decision(keep, exact=True, scores=scores)
+        return Decision(keep, scores=scores)

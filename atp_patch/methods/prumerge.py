@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atp_patch.contract import Merge, TokenGroups
+from atp_patch.contract import Merge, TokenGroups, TowerMethod
 from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import (
     merge_weights,
@@ -22,11 +22,10 @@ from atp_patch.maths import (
     spread_supplement,
     top_k_mask,
 )
-from atp_patch.methods.base import Merger
 
 
 @dataclass(frozen=True)
-class PruMerge(Merger):
+class PruMerge(TowerMethod):
     """Keep the outliers of attention, or as many as the budget says, and merge the rest into them.
 
     Attributes:

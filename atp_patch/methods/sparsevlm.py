@@ -97,8 +97,7 @@ class SparseVLM(Ranking):
             length = keep.shape[1]
             centre = torch.where(recycled.valid, recycled.column, length)
             keep = nn.functional.pad(keep, (0, 1)).scatter(1, centre, True)[:, :length]
-        exact = view.counts is not None
-        return Decision(keep, exact=exact, scores={"raters": scores}, recycled=recycled)
+        return Decision(keep, scores={"raters": scores}, recycled=recycled)
 
     def _raters(self, view: View) -> Tensor:
         """(B, T) bool. Of what entered the decoder, so the same at every pruning layer."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from atp_patch.contract import Method
 from atp_patch.contract.errors import ConfigError
-from atp_patch.methods.base import Compressor
 
 
 class VoCoTokens(nn.Module):
@@ -25,7 +25,7 @@ class VoCoTokens(nn.Module):
 
 
 @dataclass(frozen=True)
-class VoCo(Compressor):
+class VoCo(Method):
     """VoCo-LLaMA (METHOD: attention mask in training, eviction at inference).
 
     Attributes:
@@ -36,6 +36,7 @@ class VoCo(Compressor):
     """
 
     name: ClassVar[str] = "voco"
+    where: ClassVar[str] = "voco"
     summary: ClassVar[str] = "each image compressed into a few learned tokens (VoCo-LLaMA)"
 
     num_tokens: int = 1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atp_patch.contract.errors import ConfigError, WeightsError
-from atp_patch.methods import Compressor, Method, ModuleSpec, make_method
+from atp_patch.methods import LayerMethod, ModuleSpec, VoCo, make_method
 from atp_patch.patching.config import BaseModel, PruningConfig
 
 CONFIG_FILE = "atp_config.json"
@@ -195,13 +195,13 @@ def _module(config: PruningConfig) -> nn.Module | None:
     """A module like the one whose tensors the adapter of this configuration brings."""
     if config.method is not None:
         method = make_method(config.method, config.options)
-        assert isinstance(method, Method)
+        assert isinstance(method, LayerMethod)
         spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
         return method.build(spec)
     before = None
     if config.before is not None:
         before = make_method(config.before.method, config.before.options)
-    return before.build(config.base.hidden_size) if isinstance(before, Compressor) else None
+    return before.build(config.base.hidden_size) if isinstance(before, VoCo) else None
 
 
 def _check_tensors(

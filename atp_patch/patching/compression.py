@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
-from atp_patch.methods import Compressor
+from atp_patch.methods import VoCo
 from atp_patch.patching.config import PruningConfig
 from atp_patch.patching.pruner import Patch
 from atp_patch.patching.trace import LayerTrace, PruningTrace
@@ -46,7 +46,7 @@ class Compression(Patch):
         self,
         parts: Parts,
         family: Family,
-        method: Compressor,
+        method: VoCo,
         config: PruningConfig,
         heads: nn.Module | None,
     ) -> None:
@@ -96,7 +96,7 @@ class Compression(Patch):
         )
 
 
-def voco_module(method: Compressor, parts: Parts, tensors: dict[str, Tensor]) -> nn.Module:
+def voco_module(method: VoCo, parts: Parts, tensors: dict[str, Tensor]) -> nn.Module:
     """The VoCo tokens of an adapter, or new ones drawn like the model's own embeddings."""
     module: Any = method.build(int(parts.config.hidden_size))
     weight = parts.decoder.get_input_embeddings().weight

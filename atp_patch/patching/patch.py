@@ -13,10 +13,10 @@ from atp_patch.contract.arguments import as_kind, as_layers, as_shares, as_token
 from atp_patch.contract.errors import ConfigError, NotPatchedError
 from atp_patch.families import family_of
 from atp_patch.methods import (
-    Compressor,
+    LayerMethod,
     Method,
     ModuleSpec,
-    Strategy,
+    VoCo,
     make_method,
     make_methods,
 )
@@ -34,7 +34,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def patch_model(
     model: ModelT,
     layers: Sequence[int] | None = None,
-    method: str | Strategy | Sequence[str | Strategy] | None = None,
+    method: str | Method | Sequence[str | Method] | None = None,
     *,
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
@@ -108,7 +108,7 @@ def patch_model(
         before, inside = make_methods([make_method(*stage) for stage in stages], {})
     else:
         before, inside = make_methods("atp" if method is None else method, dict(options))
-        if isinstance(before, Compressor):
+        if isinstance(before, VoCo):
             check_alone(keep=keep, target_tokens=target_tokens, **also)
         if layers is None and inside is not None:
             layers = kind.default_layers(model.config, shape.num_layers)
@@ -129,7 +129,7 @@ def patch_model(
     if config.layers:
         kind.check_layers(model.config, config.layers)
     tower = None
-    if isinstance(before, Compressor):
+    if isinstance(before, VoCo):
         check_compressible(kind, model.config)
     elif before is not None:
         tower = tower_of(kind, model.config, before, config)
@@ -137,7 +137,7 @@ def patch_model(
     if total is not None and before is None and follows_budget(inside, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
-    if isinstance(before, Compressor):
+    if isinstance(before, VoCo):
         heads = voco_module(before, parts, tensors)
     forced = rope_2d == "force" or weights is not None
     if config.rope_2d:
@@ -146,7 +146,7 @@ def patch_model(
         unpatch_model(model)
     patch = (
         Compression(parts, kind, before, config, heads)
-        if isinstance(before, Compressor)
+        if isinstance(before, VoCo)
         else Patch(parts, kind, before, inside, config, heads, tower)
     )
     patch.frozen_may_turn = forced
@@ -226,7 +226,7 @@ def _state(model: nn.Module) -> Patch | None:
     return getattr(model, "__dict__", {}).get(STATE)
 
 
-def _places(layers: Sequence[int] | None, method: Method | None) -> tuple[int, ...]:
+def _places(layers: Sequence[int] | None, method: LayerMethod | None) -> tuple[int, ...]:
     """The pruning layers; none for what prunes before the decoder."""
     if layers is None:
         return ()
@@ -239,7 +239,7 @@ def _places(layers: Sequence[int] | None, method: Method | None) -> tuple[int, .
 
 
 def _build_heads(
-    method: Method,
+    method: LayerMethod,
     config: PruningConfig,
     parts: Parts,
     total: int | None,

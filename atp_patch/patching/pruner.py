@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from atp_patch.contract import Decision, GridQuery, Quota, Tower, View, VisualGrid
+from atp_patch.contract.decision import check_decision
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
 from atp_patch.families.marks import with_marks
-from atp_patch.methods import BeforeDecoder, Method, Shrinker
+from atp_patch.methods import BeforeDecoder, LayerMethod, PictureMethod, TowerMethod
 from atp_patch.patching.config import PruningConfig
 from atp_patch.patching.quotas import least_of_group, quotas
 from atp_patch.patching.trace import LayerTrace, PruningTrace
@@ -40,7 +41,7 @@ class Patch:
         parts: Parts,
         family: Family,
         before: BeforeDecoder | None,
-        method: Method | None,
+        method: LayerMethod | None,
         config: PruningConfig,
         heads: nn.Module | None,
         tower: Tower | None,
@@ -83,8 +84,9 @@ class Patch:
         if self.before is None or self.tower is None:
             return None
         base, shares, least = self.parts.base, self.quotas, least_of_group(self.config)
-        if isinstance(self.before, Shrinker):
+        if isinstance(self.before, PictureMethod):
             return ShrinkHooks(base, self.tower, self.before.grid, shares, active)
+        assert isinstance(self.before, TowerMethod)
         return MergeHooks(base, self.tower, self.before.merge, shares, least, active)
 
     def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
@@ -126,7 +128,8 @@ class Patch:
         """The method's choice."""
         assert self.method is not None
         self.check_heads()
-        return self.method.decide(view, self.heads if self.control is None else self.control)
+        decision = self.method.decide(view, self.heads if self.control is None else self.control)
+        return check_decision(decision, view, self.method.name)
 
     def finished(self, run: Prefill) -> None:
         """Note what a forward pass with images did."""
@@ -179,7 +182,7 @@ class Patch:
         return terms
 
 
-def follows_budget(method: Method | None, config: PruningConfig) -> bool:
+def follows_budget(method: LayerMethod | None, config: PruningConfig) -> bool:
     """Whether a method inside the decoder keeps the budget's counts, rather than its own."""
     if method is None:
         return False
@@ -219,7 +222,7 @@ def tower_of(family: Family, config: Any, method: BeforeDecoder, asked: PruningC
         ConfigError: where the budget cannot be shared out.
     """
     tower = family.tower(config)
-    shrinks = isinstance(method, Shrinker)
+    shrinks = isinstance(method, PictureMethod)
     if tower is None or (shrinks and not family.resizable):
         others = [f for f in FAMILIES if f is not family]
         able = ", ".join(f.name for f in others if f.resizable or (f.has_tower and not shrinks))

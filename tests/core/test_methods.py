@@ -154,7 +154,7 @@ def test_wrong_methods_and_options_name_the_known(
 
 
 @dataclass(frozen=True)
-class Last(atp_patch.Method):
+class Last(atp_patch.LayerMethod):
     """The user's own."""
 
     name = "last"
@@ -162,7 +162,7 @@ class Last(atp_patch.Method):
     first: int = 0
 
     def decide(self, view: atp_patch.View, module: object) -> atp_patch.Decision:
-        return atp_patch.Decision(keep_best(view, view.token.float()), exact=True)
+        return atp_patch.Decision(keep_best(view, view.token.float()))
 
 
 def test_a_method_of_ones_own_comes_back_from_its_folder(tmp_path: Path) -> None:

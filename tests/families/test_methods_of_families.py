@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import atp_patch
 from atp_patch.families import FAMILIES, family_of
-from atp_patch.methods import METHODS, Method
+from atp_patch.methods import METHODS, LayerMethod
 from tests.families.hosts import skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
 from tests.families.test_every_family import check_masked, every_kind
@@ -20,7 +20,7 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
 
-BEFORE = [cls.name for cls in METHODS if not issubclass(cls, Method)]
+BEFORE = [cls.name for cls in METHODS if not issubclass(cls, LayerMethod)]
 
 
 def serves(method: str, config: Any) -> bool:

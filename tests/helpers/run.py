@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import atp_patch
 from atp_patch.methods import METHODS as CLASSES
-from atp_patch.methods import Method
+from atp_patch.methods import LayerMethod
 from tests.helpers import tiny
 from tests.helpers.inputs import Inputs, extended, real_mask
 from tests.helpers.oracle import Kept, masked_logits
@@ -27,8 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "layers": LAYERS, "keep": SHARES, "seed": 0},
     "uniform": {"method": "uniform", "layers": LAYERS, "keep": SHARES},
 }
-INSIDE = tuple(cls.name for cls in CLASSES if issubclass(cls, Method))
-BEFORE = tuple(cls.name for cls in CLASSES if not issubclass(cls, Method))
+INSIDE = tuple(cls.name for cls in CLASSES if issubclass(cls, LayerMethod))
+BEFORE = tuple(cls.name for cls in CLASSES if not issubclass(cls, LayerMethod))
 TOLERANCE = 1e-5
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import atp_patch
-from atp_patch.methods import METHODS, Compressor, Method, Shrinker
+from atp_patch.methods import METHODS, LayerMethod, PictureMethod, VoCo
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, snapshot
@@ -23,7 +23,7 @@ PAIRS = (("prumerge+", "atp"), ("prumerge", "fastv"), ("prumerge+", "sparsevlm")
 # Learned thresholds are a method of their own as far as these properties go.
 LEARNED = {"atp, learned": {"thresholds": "learned", "reference_grid": 6}}
 CASES = [*atp_patch.available_methods(), *LEARNED, *(" + ".join(pair) for pair in PAIRS)]
-BUDGETED = [name for name, cls in KINDS.items() if not issubclass(cls, Compressor)]
+BUDGETED = [name for name, cls in KINDS.items() if not issubclass(cls, VoCo)]
 every = pytest.mark.parametrize("case", CASES)
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
 
@@ -31,8 +31,8 @@ families = pytest.mark.parametrize("kind", tiny.FAMILIES)
 def asked(case: str, **options: Any) -> dict[str, Any]:
     """The arguments of ``patch_model`` for one row."""
     names = [name.split(",")[0] for name in case.split(" + ")]
-    inside = issubclass(KINDS[names[-1]], Method)
-    if issubclass(KINDS[names[-1]], Compressor):
+    inside = issubclass(KINDS[names[-1]], LayerMethod)
+    if issubclass(KINDS[names[-1]], VoCo):
         return {"method": case, "num_tokens": 2}
     return {
         "method": names if len(names) > 1 else names[0],
@@ -82,7 +82,7 @@ def test_keeps_what_it_says(kind: str, case: str) -> None:
     totals = visual.sum(1).tolist()
     if case == "voco":
         assert left(model, inputs) == [2, 4, 0, 2]
-    elif case in KINDS and not issubclass(KINDS[case], Shrinker):
+    elif case in KINDS and not issubclass(KINDS[case], PictureMethod):
         shares = [0.5] * len(asked(case).get("layers", (0,)))
         expected = totals
         for share in shares:

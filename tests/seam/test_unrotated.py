@@ -24,7 +24,7 @@ LAYER = 3
 
 
 @dataclass(frozen=True)
-class Spy(atp_patch.Method):
+class Spy(atp_patch.LayerMethod):
     """Keeps the first tokens, and what it saw."""
 
     name: ClassVar[str] = "spy"
@@ -34,7 +34,7 @@ class Spy(atp_patch.Method):
     def decide(self, view: atp_patch.View, module: object) -> atp_patch.Decision:
         found: Any = self.seen[0]
         found.append(view.unrotated())
-        return atp_patch.Decision(keep_best(view, -view.token.float()), exact=True)
+        return atp_patch.Decision(keep_best(view, -view.token.float()))
 
 
 def projections(attention: Any) -> list[Tensor]:

@@ -173,7 +173,7 @@ class Prefill:
         changes.
         """
         keep = decision.keep.to(self._token_valid.device) & self._token_valid
-        kept = list(counts) if decision.exact and counts is not None else keep.sum(1).tolist()
+        kept = keep.sum(1).tolist()
         slot = self._slots(self.layout.position.gather(1, self._token))
         record = LayerRecord(decision, self._token, self._token_valid, slot, tuple(kept), None)
         self.records[layer] = record

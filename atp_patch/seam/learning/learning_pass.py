@@ -59,7 +59,7 @@ class LearningPass(Prefill):
         if recording is not None and self._alive is not None:
             self.recording = self._without_pruned(recording)
         view = super().view(layer, step, hidden, counts, **minimum)
-        return View(**{**vars(view), "learning": True})
+        return replace(view, learning=True)
 
     def _without_pruned(self, recording: Recording) -> Recording:
         query = recording.query

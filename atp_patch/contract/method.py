@@ -1,0 +1,265 @@
+"""The contract of a method: one base class, and one class for each place where a method can stand.
+
+A method is a frozen dataclass: its fields are its options, checked when it is made, written to an
+adapter's JSON, and never changed after. What it learns, if anything, lives in a module of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.contract.decision import Decision
+from atp_patch.contract.errors import ConfigError
+from atp_patch.contract.method_learning import LearningStep, ModuleSpec
+from atp_patch.contract.tower import Merge, TokenGroups
+from atp_patch.contract.view import DoorView, View
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base class of every method: a name, and options as its fields.
+
+    A method derives from the class for the place where it stands: :class:`PictureMethod`,
+    :class:`TowerMethod`, :class:`DoorMethod` or :class:`LayerMethod`.
+
+    Class attributes:
+        name: what ``patch_model(method=...)`` calls it.
+        summary: one line for listings.
+        where: the place where it stands: "picture", "tower", "door", "layer" or "voco".
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Every(LayerMethod):
+    ...     name, summary = "every", "every so many tokens"
+    ...     step: int = 2
+    ...     def decide(self, view, module):
+    ...         return Decision(view.token % self.step == 0)
+    >>> Every(step=3).options(), Every.where
+    ({'step': 3}, 'layer')
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    where: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class from before the four kinds, which derives from ``Method``, is a layer method."""
+        super().__init_subclass__(**kwargs)
+        if "decide" in vars(cls) and not hasattr(cls, "where"):
+            warnings.warn(
+                f"{cls.__name__} derives from Method and decides within the decoder; derive it "
+                "from atp_patch.LayerMethod.",
+                DeprecationWarning,
+                stacklevel=3,  # the class statement, past the metaclass
+            )
+            others = tuple(base for base in cls.__bases__ if base is not Method)
+            cls.__bases__ = (*others, LayerMethod)
+
+    @property
+    def needs_budget(self) -> bool:
+        """Whether the method keeps a given number of tokens (else it decides how many by
+        itself).
+        """
+        return True
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the method keeps a given number of tokens where one is given."""
+        return True
+
+    def options(self) -> dict[str, Any]:
+        """The fields, for an adapter's JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PictureMethod(Method):
+    """Base class of methods that shrink pictures, so that the vision tower makes fewer tokens.
+
+    >>> class Halved(PictureMethod):
+    ...     name, summary = "halved", "half as many rows and columns"
+    ...     def grid(self, height, width, count, least, *, square):
+    ...         return height // 2, width // 2
+    >>> Halved().grid(24, 24, 144, 1, square=True)
+    (12, 12)
+    """
+
+    where: ClassVar[str] = "picture"
+
+    @abstractmethod
+    def grid(
+        self, height: int, width: int, count: int, least: int, *, square: bool
+    ) -> tuple[int, int]:
+        """The grid that one of ``height`` x ``width`` tokens becomes.
+
+        Args:
+            count: about so many tokens are wanted, ``least`` at least.
+            square: the grid must be square.
+        """
+
+
+@dataclass(frozen=True)
+class TowerMethod(Method):
+    """Base class of methods that make fewer tokens of the vision tower's, before the projector.
+
+    >>> import torch
+    >>> class First(TowerMethod):
+    ...     name, summary = "first", "the first tokens of each image, as they are"
+    ...     def merge(self, groups):
+    ...         count = max(groups.counts)
+    ...         places = torch.arange(groups.valid.shape[1])
+    ...         keep = (places < torch.tensor(groups.counts)[:, None]) & groups.valid
+    ...         index = places[:count].expand(len(keep), -1)
+    ...         changed = torch.zeros_like(index, dtype=torch.bool)
+    ...         return Merge(keep, index, torch.eye(keep.shape[1])[index], changed)
+    >>> First().options()
+    {}
+    """
+
+    where: ClassVar[str] = "tower"
+
+    @abstractmethod
+    def merge(self, groups: TokenGroups) -> Merge:
+        """Choose tokens of each group, and what goes into each."""
+
+
+@dataclass(frozen=True)
+class DoorMethod(Method):
+    """Base class of methods that choose among the projected visual features, before layer 0.
+
+    Alone, a door method takes the budget: ``keep`` is the share of a sample's visual tokens that
+    enter the decoder, ``target_tokens`` their number. In a pair with a layer method the budget is
+    that method's, and ``share`` says how many enter.
+
+    Attributes:
+        share: share of a sample's visual tokens that enter where ``patch_model`` is given no budget
+            for this method; None: what the method decides by itself.
+
+    >>> class Loud(DoorMethod):
+    ...     name, summary = "loud", "the features of the largest norm"
+    ...     def decide(self, view):
+    ...         norm = view.features.float().norm(dim=-1).masked_fill(~view.slot_valid, -1)
+    ...         rank = norm.argsort(dim=1, descending=True).argsort(dim=1)
+    ...         keep = rank < view.counts_tensor()[:, None]
+    ...         return Decision(keep, scores={"norm": norm})
+    >>> Loud(share=0.5).options()
+    {'share': 0.5}
+    """
+
+    where: ClassVar[str] = "door"
+
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ConfigError(f"share={self.share} must be above 0 and at most 1, or None.")
+
+    @property
+    def tower_blocks(self) -> tuple[int, ...]:
+        """The blocks of the vision tower whose attention the method wants to see; by default none.
+
+        Numbers from 0 are blocks from the front; -1 is the block whose output the model uses, -2
+        the one before it.
+        """
+        return ()
+
+    @abstractmethod
+    def decide(self, view: DoorView) -> Decision:
+        """Choose which of the view's visual tokens enter the decoder."""
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """Base class of methods that prune inside the decoder, before its layers.
+
+    >>> class Near(LayerMethod):
+    ...     name, summary = "near", "the tokens that stand closest to the question"
+    ...     def attention_layers(self, layer):
+    ...         return ()
+    ...     def decide(self, view, module):
+    ...         left = view.slot_valid.sum(1, keepdim=True)
+    ...         place = view.slot_valid.cumsum(1)
+    ...         return Decision(place > left - view.counts_tensor()[:, None])
+    >>> Near().attention_layers(4)
+    ()
+    """
+
+    where: ClassVar[str] = "layer"
+
+    def attention_layers(self, layer: int) -> tuple[int, ...]:
+        """The decoder layers whose attention the method wants to see before ``layer``.
+
+        By default this is the layer just before; a method may ask for earlier ones, or for none,
+        and then nothing is recorded for it.
+        """
+        return (layer - 1,)
+
+    @abstractmethod
+    def decide(self, view: View, module: nn.Module | None) -> Decision:
+        """Choose which of the view's visual tokens go on (``module`` is what ``build`` made)."""
+
+    def build(self, spec: ModuleSpec) -> nn.Module | None:
+        """The module that holds what the method learns, or None."""
+        return None
+
+    def losses(
+        self,
+        counts: Sequence[Tensor],
+        totals: Tensor,
+        layers: Sequence[int],
+        num_layers: int,
+        target: float,
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the host's loss where counts say it all.
+
+        Args:
+            counts: (S,) float with a gradient, tokens left after each pruning layer.
+            totals: (S,) float, tokens before any pruning.
+            target: visual tokens averaged over all decoder layers that are aimed at.
+
+        Returns:
+            Name -> its weight and a scalar.
+        """
+        return {}
+
+    def step_losses(self, step: LearningStep) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the host's loss, from all that one forward pass has to say.
+
+        By default it is :meth:`losses`.
+
+        Returns:
+            Name -> its weight and a scalar.
+        """
+        return self.losses(step.counts, step.totals, step.layers, step.num_layers, step.target)
+
+    def margins(self, decision: Decision) -> Tensor:
+        """(B, V) how far each token is above the threshold that would send it away.
+
+        The unit is that of :meth:`LearnedThresholds.shift <atp_patch.LearnedThresholds.shift>`. By
+        default scores and thresholds of the same name lie between 0 and 1, the unit is a logit, and
+        a token stays where one of its scores reaches its threshold.
+
+        Raises:
+            ConfigError: where no score has a threshold of its name.
+        """
+        names = [name for name in decision.thresholds if name in decision.scores]
+        if not names:
+            raise ConfigError(
+                f"{self.name} returns no score with a threshold of the same name, so its "
+                "thresholds cannot be set to a budget; name them alike in its Decision, or give "
+                "it margins() of its own."
+            )
+        return torch.stack(
+            [
+                decision.scores[name].double().clamp(0, 1).logit()
+                - decision.thresholds[name].double().logit(eps=1e-6)[:, None]
+                for name in names
+            ]
+        ).amax(0)

@@ -1,0 +1,197 @@
+"""Methods by name: this package's, those that other packages bring, and those defined by the user.
+
+Another package brings methods as entry points of the group ``atp_patch.methods``; the entry point's
+name is the method's. It is loaded when the method is asked for, not before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from atp_patch.contract import DoorMethod, LayerMethod, Method, PictureMethod, TowerMethod
+from atp_patch.contract.arguments import as_kind
+from atp_patch.contract.errors import ConfigError
+from atp_patch.methods.atp import ATP
+from atp_patch.methods.baselines import Random, Uniform
+from atp_patch.methods.downsample import Downsample
+from atp_patch.methods.fastv import FastV
+from atp_patch.methods.fixed import Fixed
+from atp_patch.methods.prumerge import PruMerge, PruMergePlus
+from atp_patch.methods.sparsevlm import SparseVLM
+from atp_patch.methods.voco import VoCo
+
+METHODS: tuple[type[Method], ...] = (
+    ATP,
+    Fixed,
+    FastV,
+    SparseVLM,
+    PruMerge,
+    PruMergePlus,
+    Random,
+    Uniform,
+    Downsample,
+    VoCo,
+)
+GROUP = "atp_patch.methods"
+BeforeDecoder = PictureMethod | TowerMethod | DoorMethod
+
+
+def available_methods() -> list[str]:
+    """Names that ``patch_model(method=...)`` takes: this package's, then those of others."""
+    own = [method.name for method in METHODS]
+    return own + sorted({point.name for point in entry_points(group=GROUP)} - set(own))
+
+
+def untrained_methods() -> list[str]:
+    """Names of this package's methods that work without training."""
+    return [method.name for method in METHODS if not issubclass(method, VoCo)]
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method: this package's, the user's own that was defined last, or another's.
+
+    Raises:
+        ConfigError: for an unknown name, naming the known ones; where two packages claim it; where
+            the package that brings it is broken.
+    """
+    own = [cls for cls in METHODS if cls.name == name]
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    if len(own) + len(points) > 1:
+        claims = ["atp_patch"] * len(own) + [_package(point) for point in points]
+        raise ConfigError(
+            f"method {name!r} is claimed by {' and by '.join(claims)}; uninstall one of these "
+            "packages, or have its entry point renamed."
+        )
+    defined = own or _defined(name)
+    if defined:
+        return defined[0]
+    if points:
+        return _loaded(points[0])
+    raise ConfigError(
+        f"unknown method {name!r}; known are: {', '.join(available_methods())}. A method of your "
+        "own must be defined first."
+    )
+
+
+def _defined(name: str) -> list[type[Method]]:
+    """Classes of this name that are defined somewhere, the youngest first."""
+    found: list[type[Method]] = []
+    waiting: list[type[Method]] = [Method]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        found += [cls] if vars(cls).get("name") == name else []
+    return found
+
+
+def _package(point: EntryPoint) -> str:
+    return "an unnamed package" if point.dist is None else point.dist.name
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    """The class behind an entry point."""
+    where = f"method {point.name!r} of the package {_package(point)} ({point.value})"
+    try:
+        cls = point.load()
+    except Exception as error:  # whatever the import of another package may raise
+        raise ConfigError(
+            f"{where} cannot be loaded ({type(error).__name__}: {error}); mend or uninstall that "
+            "package."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)) or inspect.isabstract(cls):
+        raise ConfigError(f"{where} is not a class of methods that can be made; mend that package.")
+    if getattr(cls, "name", None) != point.name:
+        raise ConfigError(
+            f"{where} calls itself {getattr(cls, 'name', None)!r}; its entry point must have the "
+            "same name."
+        )
+    return cls
+
+
+def make_method(method: str | Method, options: dict[str, Any]) -> Method:
+    """A method from its name and options, or as given.
+
+    Raises:
+        ConfigError: for an unknown name or option, naming the known ones, or for what is neither a
+            name nor a method.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(
+                f"unknown arguments {', '.join(sorted(options))}: a method given as an object "
+                f"brings its options along."
+            )
+        return _standing(method)
+    if not isinstance(method, str):
+        mend = "give a name, or an object of a class that derives from atp_patch.Method"
+        if isinstance(method, type) and issubclass(method, Method):
+            mend = f"give an object of the class: method={method.__name__}()"
+        raise ConfigError(f"method={method!r} is no method; {mend}.")
+    cls = method_class(method)
+    kinds = {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(cls)}
+    unknown = sorted(set(options) - set(kinds))
+    if unknown:
+        raise ConfigError(
+            f"method {method!r} has no option {', '.join(unknown)}; it has: "
+            f"{', '.join(kinds) or 'none'}."
+        )
+    required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+    missing = [name for name in required if name not in options]
+    if missing:
+        raise ConfigError(f"method {method!r} needs its options {', '.join(missing)}.")
+    made = {name: as_kind(name, value, kinds[name]) for name, value in options.items()}
+    return _standing(cls(**made))
+
+
+def _standing(method: Method) -> Method:
+    """The method, if it has a name and stands somewhere."""
+    if not isinstance(getattr(method, "name", None), str):
+        raise ConfigError(f"{type(method).__name__} has no name; give the class name = '...'.")
+    if not isinstance(method, (PictureMethod, TowerMethod, DoorMethod, LayerMethod, VoCo)):
+        raise ConfigError(
+            f"{method.name} stands nowhere: derive {type(method).__name__} from "
+            "atp_patch.PictureMethod, TowerMethod, DoorMethod or LayerMethod."
+        )
+    return method
+
+
+def make_methods(
+    method: str | Method | Sequence[str | Method], options: dict[str, Any]
+) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
+    """What prunes before the decoder and what prunes inside it, from one method or one of each.
+
+    Options are those of the one method, or of the second.
+
+    Raises:
+        ConfigError: for two of one kind, the wrong order, or a first that needs a budget of its
+            own.
+    """
+    given: list[Any] = list(method) if isinstance(method, (list, tuple)) else [method]
+    made = [make_method(one, options if one is given[-1] else {}) for one in given]
+    first, last = (made[0], made[-1]) if made else (None, None)
+    if len(made) == 1 and isinstance(first, LayerMethod):
+        return None, first
+    if len(made) == 1 and isinstance(first, (PictureMethod, TowerMethod, DoorMethod, VoCo)):
+        return first, None
+    if (
+        len(made) != 2
+        or not isinstance(first, (PictureMethod, TowerMethod, DoorMethod))
+        or not isinstance(last, LayerMethod)
+    ):
+        inside = [cls.name for cls in METHODS if issubclass(cls, LayerMethod)]
+        before = [cls.name for cls in METHODS if not issubclass(cls, (LayerMethod, VoCo))]
+        raise ConfigError(
+            f"method={[one.name for one in made]}: give one method, or one that prunes before the "
+            f"decoder ({', '.join(before)}) and then one that prunes inside it "
+            f"({', '.join(inside)})."
+        )
+    if first.needs_budget and getattr(first, "share", None) is None:
+        mend = "give it a share of its own" if isinstance(first, DoorMethod) else "use it alone"
+        raise ConfigError(
+            f"{first.name} needs a budget, which in a pair is the second method's; {mend}."
+        )
+    return first, last
