@@ -21,13 +21,20 @@ from atp_patch.methods import (
     make_methods,
 )
 from atp_patch.patching.adapter import load_adapter
+from atp_patch.patching.attached import (
+    attach,
+    attached,
+    check_gradients_are_shared,
+    detach,
+    unwrapped,
+)
 from atp_patch.patching.compression import Compression, check_alone, check_compressible, voco_module
 from atp_patch.patching.config import BaseModel, PruningConfig, Stage
 from atp_patch.patching.pruner import HEADS, IGNORED, Patch, check_turned, follows_budget, tower_of
+from atp_patch.patching.rollback import unchanged_on_failure
 from atp_patch.patching.trace import PruningTrace
 from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
 
-STATE = "_atp_patch"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -49,7 +56,8 @@ def patch_model(
     """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
 
     Args:
-        model: a loaded vision-language model of a supported family.
+        model: a loaded vision-language model of a supported family, or a wrapper around one (PEFT,
+            DistributedDataParallel, FullyShardedDataParallel): the model inside is patched.
         layers: decoder layers, from 1, before which tokens are pruned; by default [4, 14, 24] of 32
             in proportion to the decoder's depth, and none earlier than the family allows.
         method: a name from :func:`available_methods` ("atp" by default), or a ``Method``; or two,
@@ -75,16 +83,22 @@ def patch_model(
         options: fields of the method.
 
     Returns:
-        The same object. Patching a patched model replaces the first patch.
+        The same object. A model has one patch: patching a patched model, a wrapper around it, or
+        a part of it that holds its decoder, replaces the first patch. Whatever is raised, the model
+        stays as it was, and so does the first patch.
 
     Raises:
-        ConfigError, BudgetError: naming the wrong argument and the mend; the model stays as it was.
+        ConfigError, BudgetError: naming the wrong argument and the mend.
         UnsupportedModelError: where the model cannot be patched.
         WeightsError: where an adapter is missing, broken, or made for another model.
     """
-    kind = family_of(getattr(model, "config", None), family)
-    parts = locate(model, kind.outer, bare=not kind.model_types)
-    check_uncompiled(parts)
+    whole, around = unwrapped(model)
+    old = attached(whole)
+    if old is not None and any(part is whole for part in old.parts.model.modules()):
+        whole = old.parts.model  # a part of the patched model was given
+    kind = family_of(getattr(whole, "config", None), family)
+    parts = locate(whole, kind.outer, bare=not kind.model_types)
+    check_uncompiled(parts, around)
     shape = decoder_shape(parts.config)
     base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
@@ -111,7 +125,7 @@ def patch_model(
         if isinstance(before, VoCo):
             check_alone(keep=keep, target_tokens=target_tokens, **also)
         if layers is None and inside is not None:
-            layers = kind.default_layers(model.config, shape.num_layers)
+            layers = kind.default_layers(whole.config, shape.num_layers)
         places = _places(layers, inside)
         config = PruningConfig(
             method=None if inside is None else inside.name,
@@ -127,13 +141,13 @@ def patch_model(
             prune_marks=prune_marks,
         )
     if config.layers:
-        kind.check_layers(model.config, config.layers)
+        kind.check_layers(whole.config, config.layers)
     tower = None
     if isinstance(before, VoCo):
-        check_compressible(kind, model.config)
+        check_compressible(kind, whole.config)
     elif before is not None:
-        tower = tower_of(kind, model.config, before, config)
-    total = kind.visual_tokens(model.config)
+        tower = tower_of(kind, whole.config, before, config)
+    total = kind.visual_tokens(whole.config)
     if total is not None and before is None and follows_budget(inside, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
     heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
@@ -142,21 +156,27 @@ def patch_model(
     forced = rope_2d == "force" or weights is not None
     if config.rope_2d:
         check_turned(kind, parts, forced=forced)
-    if _state(model) is not None:
-        unpatch_model(model)
-    patch = (
-        Compression(parts, kind, before, config, heads)
-        if isinstance(before, VoCo)
-        else Patch(parts, kind, before, inside, config, heads, tower)
-    )
-    patch.frozen_may_turn = forced
     if heads is not None:
-        model.add_module(HEADS, heads)
-        # A checkpoint of the patched model is a checkpoint of the plain one.
-        ignored = {f"{HEADS}.{key}" for key in heads.state_dict()}
-        model.__dict__[IGNORED] = set(getattr(model, IGNORED) or ()) | ignored
-    model.__dict__[STATE] = patch
-    patch.seam.install()
+        check_gradients_are_shared(whole, around)
+    changed: list[object] = [*whole.modules()]
+    if old is not None:
+        changed += [*old.parts.model.modules(), old, old.seam]
+    with unchanged_on_failure(changed):
+        if old is not None:
+            _remove(old)
+        patch = (
+            Compression(parts, kind, before, config, heads)
+            if isinstance(before, VoCo)
+            else Patch(parts, kind, before, inside, config, heads, tower)
+        )
+        patch.frozen_may_turn = forced
+        if heads is not None:
+            whole.add_module(HEADS, heads)
+            # A checkpoint of the patched model is a checkpoint of the plain one.
+            ignored = {f"{HEADS}.{key}" for key in heads.state_dict()}
+            whole.__dict__[IGNORED] = set(getattr(whole, IGNORED) or ()) | ignored
+        attach(patch)
+        patch.seam.install()
     return model
 
 
@@ -166,26 +186,31 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         NotPatchedError: if the model is not patched.
     """
-    patch = require_patch(model)
+    _remove(require_patch(model))
+    return model
+
+
+def _remove(patch: Patch) -> None:
     patch.seam.remove()
     if patch.heads is not None:
-        delattr(model, HEADS)
+        delattr(patch.parts.model, HEADS)
         patch.restore_ignored()
-    del model.__dict__[STATE]
-    return model
+    detach(patch)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The plain model for a while. Caches that hold a pruned prompt already are still read
     rightly.
+
+    Such contexts may overlap: the model prunes again when the last of them is left.
     """
     seam = require_patch(model).seam
-    before, seam.enabled = seam.enabled, False
+    seam.disabled_depth += 1
     try:
         yield
     finally:
-        seam.enabled = before
+        seam.disabled_depth -= 1
 
 
 def last_trace(model: nn.Module) -> PruningTrace:
@@ -204,26 +229,22 @@ def last_trace(model: nn.Module) -> PruningTrace:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a model is patched."""
-    return _state(model) is not None
+    """Whether a model is patched; wrappers around it and what holds its decoder may ask too."""
+    return attached(model) is not None
 
 
 def require_patch(model: nn.Module) -> Patch:
-    """The patch on a model.
+    """The patch on a model, found from a wrapper around it and from what holds its decoder too.
 
     Raises:
         NotPatchedError: if there is none.
     """
-    patch = _state(model)
+    patch = attached(model)
     if patch is None:
         raise NotPatchedError(
             f"this {type(model).__name__} is not patched; call atp_patch.patch_model(model) first."
         )
     return patch
-
-
-def _state(model: nn.Module) -> Patch | None:
-    return getattr(model, "__dict__", {}).get(STATE)
 
 
 def _places(layers: Sequence[int] | None, method: LayerMethod | None) -> tuple[int, ...]:
@@ -253,5 +274,5 @@ def _build_heads(
     if tensors:
         on_no_device = any(parameter.is_meta for parameter in heads.parameters())
         heads.load_state_dict(tensors, assign=on_no_device)
-    weight = next(parts.layers[config.layers[0]].parameters())
-    return heads if weight.is_meta else heads.to(weight.device)
+    weight = next(parts.layers[config.layers[0]].parameters(), None)  # FSDP 1 takes them out
+    return heads if weight is None or weight.is_meta else heads.to(weight.device)

@@ -62,12 +62,9 @@ def adapter(
         state_dict: as that takes it; ``beside`` as
             :class:`~atp_patch.patching.adapter.Adapter` does.
     """
-    patch, prefix = require_patch(model), HEADS + "."
+    patch, found = require_patch(model), f".{HEADS}."
     patch.check_heads()
-    if state_dict is not None:
-        state_dict = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state_dict.items()
-            if name.startswith(prefix)
-        }
+    if state_dict is not None:  # wrappers put their own names before the model's
+        names = {f".{name}".partition(found)[2]: name for name in state_dict}
+        state_dict = {own: state_dict[name] for own, name in names.items() if own}
     return adapter_of(patch.config, patch.heads, state_dict, beside)

@@ -85,7 +85,7 @@ class Seam:
 
     def __init__(self, parts: Parts, pruner: Pruner) -> None:
         self.parts, self.pruner, self.outside = parts, pruner, Outside(parts)
-        self.enabled = True
+        self.disabled_depth = 0  # contexts under way in which the plain model runs
         self.session: Session | None = None
         self.vision = pruner.vision_hooks(self._in_pass)
         self._call: Call | None = None
@@ -117,7 +117,13 @@ class Seam:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A patched model that is unpickled needs its attention function known in that process."""
         self.__dict__.update(state)
+        self.disabled_depth = 0  # no context will ever enable the copy again
         recorder.register()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether passes with images are pruned."""
+        return self.disabled_depth == 0
 
     def remove(self) -> None:
         """Take everything back."""

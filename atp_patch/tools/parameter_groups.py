@@ -37,17 +37,19 @@ def parameter_groups(
         NotPatchedError: if the model is not patched.
         ConfigError: if its thresholds are not learned, or nothing has ``requires_grad``.
     """
-    if require_patch(model).heads is None:
+    heads = require_patch(model).heads
+    if heads is None:
         raise ConfigError(
             'this patch learns nothing; patch with method="atp", thresholds="learned".'
         )
+    learned = set(heads.parameters())  # wrappers give them longer names
     rates = {"model": lr, "atp": atp_lr, "atp_bias": atp_lr if atp_bias_lr is None else atp_bias_lr}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         group = "model"
-        if name.startswith(_PREFIX):
+        if parameter in learned:
             bias = name.endswith("bias") and parameter.numel() == 1 and atp_bias_lr is not None
             group = "atp_bias" if bias else "atp"
         members[group].append(parameter)

@@ -15,6 +15,7 @@ from atp_patch.evaluation.runner import Bench, answered, prepared
 from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied
 from atp_patch.evaluation.tasks import Example, choose_tasks, exact_match
 from atp_patch.methods import untrained_methods
+from atp_patch.patching.patch import is_patched
 from tests.evaluation.conftest import LAYERS, TOKENS
 from tests.helpers.run import INSIDE
 
@@ -144,7 +145,7 @@ def test_the_unpruned_model_is_the_plain_one(bench: Bench, samples: list[Sample]
     with applied(bench.model, setting, TOKENS):
         answers = [answer for _, answer in answered(bench, setting, registry, samples)]
     assert {answer.entering for answer in answers} == {(TOKENS,)}
-    assert not hasattr(bench.model, "_atp_patch")
+    assert not is_patched(bench.model)
 
 
 def test_without_the_image_nothing_of_it_is_left(bench: Bench, samples: list[Sample]) -> None:

@@ -24,7 +24,7 @@ from atp_patch.evaluation.settings import (
 )
 from atp_patch.evaluation.tasks import choose_tasks
 from atp_patch.methods import untrained_methods
-from atp_patch.patching.patch import require_patch
+from atp_patch.patching.patch import is_patched, require_patch
 from tests.evaluation.conftest import TOKENS
 
 
@@ -92,7 +92,7 @@ def test_an_applied_setting_leaves_nothing_behind(bench: Bench) -> None:
         applied(bench.model, setting, TOKENS),
     ):
         raise RuntimeError("stop")
-    assert not hasattr(bench.model, "_atp_patch")
+    assert not is_patched(bench.model)
     assert model_hash(bench.model) == before
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import atp_patch
+from atp_patch.patching import patch
+from atp_patch.patching.patch import is_patched
+from atp_patch.seam import Seam
+from atp_patch.seam.host import recorder
+from atp_patch.seam.host.replaced import Replaced
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, hooks, shape_of, snapshot
@@ -175,6 +180,86 @@ def test_a_refused_patch_changes_nothing(wrong: dict[str, Any]) -> None:
     assert snapshot(model) == patched_once, "a refused second patch damaged the first"
 
 
+class Breaking:
+    """Counts the steps of an installation, and has those from the ``at``-th on raise, from 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None = None) -> None:
+        self.at, self.steps = at, 0
+        for owner, name in STEPS:
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            if self.at is not None and self.steps >= self.at:
+                raise PoisonError
+            return original(*args, **kwargs)
+
+        return counted
+
+
+STEPS = (
+    (nn.Module, "register_forward_pre_hook"),
+    (nn.Module, "register_forward_hook"),
+    (nn.Module, "add_module"),
+    (Replaced, "__init__"),
+    (recorder, "register"),
+    (Seam, "__init__"),
+    (patch, "attach"),
+)
+EARLIER: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "fastv": FASTV,
+    "learned": {"method": "atp", "layers": [2, 4], "thresholds": "learned", "reference_grid": 6},
+    "prumerge+": {"method": "prumerge+"},
+    "voco": {"method": "voco", "num_tokens": 2},
+}
+LATER: dict[str, dict[str, Any]] = {
+    "both": {
+        "method": ["prumerge+", "atp"],
+        "layers": [3, 5],
+        "thresholds": "learned",
+        "reference_grid": 6,
+    },
+    "voco": {"method": "voco", "num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("later", LATER)
+@pytest.mark.parametrize("earlier", EARLIER)
+@families
+def test_a_failed_installation_changes_nothing(kind: str, earlier: str, later: str) -> None:
+    """Whichever step fails; the old patch works on, and its trace is there."""
+    model = used(tiny.tiny_model(kind))
+    fresh, unpatched = copy.deepcopy(model), snapshot(model)
+    torch.manual_seed(0)
+    options = EARLIER[earlier]
+    if options is not None:
+        atp_patch.patch_model(model, **options)
+    inputs = batch(model, prompts.MIXED)
+    expected = forward(model, inputs).logits
+    trace = None if options is None else atp_patch.last_trace(model)
+    before, twin = snapshot(model), copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watched = Breaking(monkeypatch)
+        atp_patch.patch_model(twin, **LATER[later])
+    assert watched.steps > 15
+    for at in range(1, watched.steps + 1):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Breaking(monkeypatch, at)
+            with pytest.raises(PoisonError):
+                atp_patch.patch_model(model, **LATER[later])
+        after = snapshot(model)
+        for part, value in before.items():
+            assert after[part] == value, f"{part}, broken at step {at}"
+        assert is_patched(model) == (options is not None)
+        assert trace is None or atp_patch.last_trace(model) is trace
+    assert torch.equal(forward(model, inputs).logits, expected)
+    if options is not None:
+        atp_patch.unpatch_model(model)
+    check_restored(model, fresh, unpatched)
+
+
 @backends
 @families
 def test_disabled_is_plain_for_a_while(kind: str, attention: str) -> None:
@@ -190,6 +275,33 @@ def test_disabled_is_plain_for_a_while(kind: str, attention: str) -> None:
     with pytest.raises(PoisonError), atp_patch.disabled(model):
         raise PoisonError
     assert torch.equal(forward(model, inputs).logits, pruned)
+
+
+@families
+def test_disabled_contexts_may_overlap(kind: str) -> None:
+    """They are left in the order in which they were entered: the first does not enable the model,
+    and the last leaves it as it was.
+    """
+    plain, model = tiny.tiny_model(kind), patched(kind)
+    inputs = batch(plain, prompts.MIXED)
+    pruned, full = forward(model, inputs).logits, forward(plain, inputs).logits
+    first, second = atp_patch.disabled(model), atp_patch.disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(forward(model, inputs).logits, full)
+    second.__exit__(None, None, None)
+    assert torch.equal(forward(model, inputs).logits, pruned)
+
+
+@families
+def test_a_copy_of_a_disabled_model_prunes(kind: str) -> None:
+    """No context will ever enable it again."""
+    model = patched(kind)
+    inputs = batch(model, prompts.MIXED)
+    with atp_patch.disabled(model):
+        twin = copy.deepcopy(model)
+    assert torch.equal(forward(twin, inputs).logits, forward(model, inputs).logits)
 
 
 @families

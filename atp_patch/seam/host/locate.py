@@ -4,6 +4,7 @@ on.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +105,11 @@ def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Par
     return Parts(model, model, base, decoder, layers)
 
 
-def check_uncompiled(parts: Parts) -> None:
-    """Raise ConfigError where a part is compiled: what was traced before knows nothing of hooks."""
-    modules = (parts.model, parts.top, parts.base, parts.decoder, *parts.layers)
+def check_uncompiled(parts: Parts, around: Iterable[nn.Module] = ()) -> None:
+    """Raise ConfigError where a part or a wrapper is compiled: what was traced before knows
+    nothing of hooks.
+    """
+    modules = (*around, parts.model, parts.top, parts.base, parts.decoder, *parts.layers)
     for module in modules:
         forward = vars(module).get("forward")
         wrapped = hasattr(forward, "_torchdynamo_orig_callable")
