@@ -242,9 +242,10 @@ class LayerMethod(Method):
     def margins(self, decision: Decision) -> Tensor:
         """(B, V) how far each token is above the threshold that would send it away.
 
-        The unit is that of :meth:`LearnedThresholds.shift <atp_patch.LearnedThresholds.shift>`. By
-        default scores and thresholds of the same name lie between 0 and 1, the unit is a logit, and
-        a token stays where one of its scores reaches its threshold.
+        The unit is that of :meth:`LearnedThresholds.shift <atp_patch.LearnedThresholds.shift>`;
+        numbers beyond 30 on either side are as good as infinite. By default scores and thresholds
+        of the same name lie between 0 and 1, the unit is a logit, and a token stays where one of
+        its scores reaches its threshold.
 
         Raises:
             ConfigError: where no score has a threshold of its name.

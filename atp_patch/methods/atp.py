@@ -8,7 +8,7 @@ with hard decisions). Thresholds are predicted by small heads (eq. 6-8) or set t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -208,6 +208,11 @@ class ATP(Scored):
             soft=soft,
             counted=counted,
         )
+
+    def margins(self, decision: Decision) -> Tensor:
+        """As :meth:`LayerMethod.margins`, of the scores that are compared."""
+        compared = {name: decision.thresholds[name] for name in self.compared}
+        return super().margins(replace(decision, thresholds=compared))
 
     def _slope(self, view: View, module: Thresholds) -> float | Tensor:
         if self.slope_end is None:

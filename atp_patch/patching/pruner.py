@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp_patch.contract import Decision, GridQuery, Quota, Tower, View, VisualGrid
+from atp_patch.contract import Decision, GridQuery, LearningStep, Quota, Tower, View, VisualGrid
 from atp_patch.contract.decision import check_decision
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
@@ -162,7 +162,7 @@ class Patch:
         """A copy begins without a trace: in training that holds the graph of the last pass."""
         return {**self.__dict__, "trace": None}
 
-    def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, run: LearningPass, output: Any) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss; its parts go into the trace too."""
         if self.rope_2d and not self.frozen_may_turn:
             check_turned(self.family, self.parts)
@@ -174,8 +174,18 @@ class Patch:
         counts = [count[seen].to(run.soft_counts[0].device) for count in run.soft_counts]
         assert self.method is not None
         assert self.trace is not None
-        terms = self.method.losses(
-            counts, totals.to(counts[0].device), self.layers, self.config.base.num_layers, target
+        terms = self.method.step_losses(
+            LearningStep(
+                counts=counts,
+                totals=totals.to(counts[0].device),
+                layers=self.layers,
+                num_layers=self.config.base.num_layers,
+                target=target,
+                samples=torch.tensor(seen, device=counts[0].device),
+                views=run.views,
+                decisions={layer: run.records[layer].decision for layer in run.views},
+                output=output,
+            )
         )
         parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
         self.trace = replace(self.trace, losses=parts)

@@ -54,8 +54,8 @@ class Pruner(Reader, Protocol):
     def finished(self, run: Prefill) -> None:
         """A forward pass with images is through the decoder."""
 
-    def losses(self, run: LearningPass) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss: name -> its weight and a scalar."""
+    def losses(self, run: LearningPass, output: Any) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss of the host's output: name -> its weight and a scalar."""
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Seam:
             return None
         if call.labels is None:  # the loss is made elsewhere, without the thresholds' terms
             return None
-        return call.add_losses(output, self.pruner.losses(call.run))
+        return call.add_losses(output, self.pruner.losses(call.run, output))
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         run = self.begin(kwargs)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp_patch.contract import LayerMethod, LearnedThresholds
 from atp_patch.contract.errors import BudgetError, ConfigError, InputError
 from atp_patch.maths import average_tokens
-from atp_patch.methods.atp import ATP
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.methods.atp_heads import Thresholds
 from atp_patch.patching.evaluating import evaluating
@@ -49,13 +49,14 @@ def calibrate(
 ) -> Calibration:
     """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
 
-    Layer by layer, one number is added to the logits of both thresholds of all instances: their
-    differences stay, and so does the proportion of tokens between the layers. The number is a
-    quantile over the data of what each token's scores have to spare. Adapters saved from then on
-    bring the shift along.
+    Layer by layer, one number is added to the thresholds of all instances (of ATP: to the logits of
+    both): their differences stay, and so does the proportion of tokens between the layers. The
+    number is a quantile over the data of what each token's scores have to spare. Adapters saved
+    from then on bring the shift along.
 
     Args:
-        model: patched with ``thresholds="learned"``, or with an adapter that brings them.
+        model: patched with ``thresholds="learned"``, with an adapter that brings them, or with any
+            method whose module is a :class:`~atp_patch.LearnedThresholds`.
         batches: inputs of the model with images; a few dozen samples like those to come. They are
             held in memory and gone through several times. No labels are needed; where there are
             some, answers do not count, as in training.
@@ -90,10 +91,10 @@ def calibrate(
         if abs(seen.average - target) > WITHIN * target:
             raise ConfigError(
                 f"the nearest that a shift of all thresholds comes to {target:g} tokens is "
-                f"{seen.average:.1f}; give more data, or scores that tie less: score_norm='rank', "
-                "spatial_order='progressive', and spatial_share below 1."
+                f"{seen.average:.1f}; give more data, or scores that tie less (of atp: "
+                "score_norm='rank', spatial_order='progressive', and spatial_share below 1)."
             )
-    except BaseException:  # also Ctrl-C: thresholds that are half shifted are nobody's
+    except BaseException:  # also Ctrl-C: half of the shifts would be left
         with _whole(module):
             module.load_state_dict(start)
         raise
@@ -120,7 +121,7 @@ def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> 
     if kind not in CONTROLS:
         raise ConfigError(f"kind={kind!r} is not one of {', '.join(CONTROLS)}.")
     patch, data = require_patch(model), list(batches)
-    _thresholds(patch)
+    _adaptive(patch)
     with evaluating(model):
         own = _observe(model, data, None)
         tables = own.thetas
@@ -138,7 +139,7 @@ def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> 
 def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
     """The model with other thresholds for a while; what is saved meanwhile are its own."""
     patch = require_patch(model)
-    _thresholds(patch)
+    _adaptive(patch)
     if control.layers != patch.layers:
         raise ConfigError(
             f"these thresholds are for layers {list(control.layers)}, the model prunes before "
@@ -158,9 +159,9 @@ class _Seen:
     Attributes:
         visual, total, counts: visual tokens of a sample on average: all, those that enter the
             decoder, and those left after each pruning layer.
-        thetas: layer -> (samples, 2) thresholds.
-        spare: for each token that came to the layer asked for: how far its better score is above
-            its threshold, in logits; infinite where it stays anyhow.
+        thetas: layer -> (samples, thresholds of the method) in the order of their names.
+        spare: for each token that came to the layer asked for: its margin above the thresholds, as
+            the method counts it; infinite where it stays whatever they are.
     """
 
     samples: int
@@ -182,7 +183,7 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
     # Offloaded weights are nowhere; accelerate's hooks then move what is given.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     method = patch.method
-    assert isinstance(method, ATP)  # as _thresholds has made sure
+    assert method is not None  # as _thresholds has made sure
     for batch in data:
         patch.trace = None
         with torch.no_grad():
@@ -196,10 +197,11 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
         for i in kept:
             record = trace.layers[i]
             kept[i] += [record.kept_counts[b] for b in seen]
-            pair = (record.thresholds["redundant"], record.thresholds["spatial"])
-            thetas[i].append(torch.stack(pair, 1)[seen].double().cpu())
+            found = [record.thresholds[name] for name in sorted(record.thresholds)]
+            if found:
+                thetas[i].append(torch.stack(found, 1)[seen].double().cpu())
         if layer is not None:
-            spare.append(_spare(trace.layers[layer], method.compared))
+            spare.append(_spare(trace.layers[layer], method))
     if not visual:
         raise InputError("no batch has images; thresholds are set on samples with images.")
     entering = torch.cat(rows)
@@ -210,25 +212,19 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
         total=float(entering[:, 0].mean()),
         counts={i: sum(values) / samples for i, values in kept.items()},
         average=float(entering.mean()),
-        thetas={i: torch.cat(tables) for i, tables in thetas.items()},
+        thetas={i: torch.cat(tables) for i, tables in thetas.items() if tables},
         spare=torch.cat(spare),
     )
 
 
-def _spare(record: Any, compared: Sequence[str]) -> Tensor:
-    decision = record.decision
-    margins = []
-    for name in compared:
-        score = decision.scores[name].double().clamp(0, 1).logit()
-        theta = decision.thresholds[name].double().logit(eps=1e-6)
-        margins.append(score - theta[:, None])
-    spare = torch.stack(margins).amax(0)
-    anyhow = decision.keep & (spare < -1e-5)
-    return spare.masked_fill(anyhow, torch.inf)[record.token_valid].cpu()
+def _spare(record: Any, method: LayerMethod) -> Tensor:
+    spare = method.margins(record.decision).double()
+    by_a_minimum = record.decision.keep & (spare < -1e-5)
+    return spare.masked_fill(by_a_minimum, torch.inf)[record.token_valid].cpu()
 
 
 def _meet(
-    model: nn.Module, data: Sequence[Batch], module: Thresholds, layer: int, wanted: float
+    model: nn.Module, data: Sequence[Batch], module: LearnedThresholds, layer: int, wanted: float
 ) -> float:
     """Shift one layer's thresholds to ``wanted`` tokens a sample; returns the shift."""
     seen = _observe(model, data, layer)
@@ -275,11 +271,21 @@ def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:
     return dict(zip(layers, counts(high), strict=True))
 
 
-def _thresholds(patch: Patch) -> Thresholds:
-    if not isinstance(patch.heads, Thresholds):
+def _adaptive(patch: Patch) -> None:
+    """Raise ConfigError where the thresholds are not ATP's, which alone have controls."""
+    if not isinstance(_thresholds(patch), Thresholds):
+        raise ConfigError(
+            f"there are controls for the learned thresholds of atp, not for those of "
+            f"{patch.config.name}."
+        )
+
+
+def _thresholds(patch: Patch) -> LearnedThresholds:
+    if not isinstance(patch.heads, LearnedThresholds):
         raise ConfigError(
             "this patch has no learned thresholds: budgets are met without them. Patch with "
-            'method="atp", thresholds="learned", or with an adapter that brings them.'
+            'method="atp", thresholds="learned", with an adapter that brings them, or with a '
+            "method of your own whose module is an atp_patch.LearnedThresholds."
         )
     if not patch.seam.enabled:
         raise ConfigError(

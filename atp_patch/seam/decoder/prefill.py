@@ -46,6 +46,7 @@ class Prefill:
         entered: how many they are, of each sample.
         embeds: (B, L, D) what enters the decoder.
         places: what turns visual tokens by row and column, where that is asked for.
+        state: what the method keeps for its later pruning layers.
         rotary: tables (cos, sin) of the layer whose attention is to be recorded.
         gathers: layers run on survivors alone.
 
@@ -82,6 +83,7 @@ class Prefill:
         self.places: RotaryPlaces | None = None
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.recording: Recording | None = None
+        self.state: dict[str, Any] = {}
         self._token_counts = list(token_counts)
         self._left = list(layout.totals)
         slots = torch.arange(layout.valid.shape[1], device=layout.valid.device)
@@ -136,6 +138,7 @@ class Prefill:
             sample_key=self.text.sample_key,
             **minimum,
             embeds=None if self.embeds is None else self.embeds.to(query.device),
+            state=self.state,
             unrotated=replace(recording, key=recording.key[:, :, :keys]).unrotated,
         )
 

@@ -28,6 +28,7 @@ class LearningPass(Prefill):
             of the soft masks so far for visual tokens.
         soft_counts: (B,) float32 tokens left after each pruning layer so far, with the gradient
             that the budget takes.
+        views: pruning layer -> what the method saw there, for its losses.
     """
 
     gathers = False
@@ -36,6 +37,7 @@ class LearningPass(Prefill):
         super().__init__(*args, **kwargs)
         self.weights: dict[int, Tensor] = {}
         self.soft_counts: list[Tensor] = []
+        self.views: dict[int, View] = {}
         self._counted: Tensor | None = None
         self._alive: Tensor | None = None
 
@@ -59,7 +61,8 @@ class LearningPass(Prefill):
         if recording is not None and self._alive is not None:
             self.recording = self._without_pruned(recording)
         view = super().view(layer, step, hidden, counts, **minimum)
-        return replace(view, learning=True)
+        self.views[layer] = replace(view, learning=True)
+        return self.views[layer]
 
     def _without_pruned(self, recording: Recording) -> Recording:
         query = recording.query
