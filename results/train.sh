@@ -41,7 +41,7 @@ compress() {
         [ ! -d "$folder/adapter" ] || continue
         resume=
         [ ! -f "$folder/checkpoint.pt" ] || resume=--resume
-        $PYTHON "$HERE/../examples/train_compressed.py" --save-every 50 --seed "$seed" \
+        PYTHONPATH=$HERE/..${PYTHONPATH:+:$PYTHONPATH} $PYTHON -m workshop.train_compressed --save-every 50 --seed "$seed" \
             --out "$folder" "$@" $resume
     done
 }

@@ -1,1 +1,11 @@
-"""How the built-in models and their data were made. Nothing that the package needs to run."""
+"""How the built-in models, their data and their trained adapters were made; not installed.
+
+Run from the root of the repository:
+
+    python -m workshop.train --work FOLDER           # the first model, from nothing
+    python -m workshop.export CHECKPOINT             # writes atp_patch/builtin/weights
+    python -m workshop.dynamic.train --work FOLDER   # the second model, from the first
+    python -m workshop.dynamic.export CHECKPOINT
+    python -m workshop.score --split test --questions 500
+    python -m workshop.train_compressed --method voco --out FOLDER
+"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,13 +29,14 @@ TARGET = Path(__file__).parents[1] / "atp_patch/builtin/documents/glyphs.npz"
 def main() -> None:
     """Write the file."""
     folder = Path(mpl.get_data_path()) / "fonts/ttf"
-    tables = {}
+    tables: dict[str, Any] = {}
     for name, file in SOURCES.items():
         for size in SIZES_PX:
             if file is None:
                 face = ImageFont.load_default(size)
             else:
                 face = ImageFont.truetype(BytesIO((folder / file).read_bytes()), size)
+            assert isinstance(face, ImageFont.FreeTypeFont)  # load_default's too, given a size
             ascent, descent = face.getmetrics()
             glyphs = []
             for code in range(FIRST, LAST + 1):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 import transformers  # which loads a class of its own when it is used
 
-from atp_patch.builtin import processing
+from atp_patch.builtin import tokens
 from atp_patch.builtin.dynamic import tokens as dynamic_tokens
 from atp_patch.builtin.dynamic.sizes import at_size, scene_size
 from atp_patch.builtin.scenes import (
@@ -116,7 +116,7 @@ def load_builtin(
 
 def prompt(question: str, name: str = LLAVA) -> str:
     """The prompt of one question about one image, as the model's chat template writes it."""
-    return (dynamic_tokens if _known(name) == DYNAMIC else processing).prompt(question)
+    return (dynamic_tokens if _known(name) == DYNAMIC else tokens).prompt(question)
 
 
 def as_shown(scene: Scene, name: str = LLAVA, config: SceneConfig | None = None) -> Scene:

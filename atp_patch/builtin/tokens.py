@@ -34,3 +34,8 @@ def encode(text: str) -> list[int]:
     ids = word_ids()
     lowered = [w.lower() if w in OPENERS else w for w in _SPLIT.findall(text)]
     return [ids.get(w, ids[UNK]) for w in lowered]
+
+
+def prompt(question: str) -> str:
+    """The prompt of one question about one image, as the chat template writes it."""
+    return f"{BOS}USER: {IMAGE} {question} {ASSISTANT}"

@@ -24,7 +24,7 @@ _CODE = (
     "patching/*.py",
     *(f"tools/{n}.py" for n in ("calibration", "loading", "trained", "visual_cache")),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "silent")),
-    *(f"builtin/{n}.py" for n in ("processing", "tokens", "vocabulary")),
+    *(f"builtin/{n}.py" for n in ("tokens", "vocabulary")),
     *(f"builtin/dynamic/{n}.py" for n in ("processing", "sizes", "tokens")),
     *(f"evaluation/{n}.py" for n in ("answers", "compressed", "features", "prepare", "runner")),
     *(f"evaluation/{n}.py" for n in ("adapters", "settings", "shared")),

@@ -19,10 +19,9 @@ from atp_patch.builtin import (
     make_scene,
     prompt,
 )
-from atp_patch.builtin.dynamic.processing import SizedProcessor, build_processor
+from atp_patch.builtin.dynamic.processing import SizedProcessor
 from atp_patch.builtin.dynamic.sizes import TOKEN_PX, at_size
 from atp_patch.builtin.dynamic.tokens import IMAGE_PAD, token_ids
-from atp_patch.builtin.score import score
 from atp_patch.builtin.tokens import UNK, encode
 from atp_patch.commands import demo
 from atp_patch.evaluation import command
@@ -34,6 +33,8 @@ from atp_patch.evaluation.tasks import choose_tasks
 from tests.helpers.compare import assert_close
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, kept_of
+from workshop.dynamic.processing import build_processor
+from workshop.score import score
 
 FOLDER = builtin_path("dynamic")
 SETTINGS = (
@@ -93,18 +94,9 @@ def test_weights_are_small_and_bfloat16() -> None:
 
 def test_everyone_may_read_the_files() -> None:
     names = {file.name for file in FOLDER.iterdir()}
-    assert {"README.md", "config.json", "log.jsonl"} <= names
+    assert {"README.md", "config.json", "model.safetensors"} <= names
     for file in FOLDER.iterdir():
         assert file.stat().st_mode & 0o044 == 0o044, file
-
-
-def test_the_log_is_of_all_stages() -> None:
-    from atp_patch.builtin.dynamic.stages import STAGES
-
-    lines = [json.loads(x) for x in (FOLDER / "log.jsonl").read_text("utf-8").splitlines()]
-    last = {line["stage"]: line["step"] for line in lines}
-    assert list(last) == [stage.name for stage in STAGES]
-    assert all(stage.steps - 20 < last[stage.name] <= stage.steps for stage in STAGES)
 
 
 def test_auto_class_loads_it() -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from atp_patch.builtin import builtin_path, load_builtin, make_scene, prompt
-from atp_patch.builtin.score import TaskScore, score
+from workshop.score import TaskScore, score
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "scenes"
 WEIGHTS = builtin_path() / "model.safetensors"

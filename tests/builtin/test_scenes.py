@@ -13,9 +13,9 @@ import pytest
 
 from atp_patch.builtin import SPLITS, TASKS, Question, Scene, SceneConfig, make_scene
 from atp_patch.builtin.glyphs import FONTS, glyph
-from atp_patch.builtin.labels import NOTHING, PATCH_FIELDS, patch_labels, patch_middles
 from atp_patch.builtin.scenes import MARKS
 from atp_patch.builtin.vocabulary import CHARACTERS, OBJECT_COLOURS, PLURALS, SHAPES
+from workshop.labels import NOTHING, PATCH_FIELDS, patch_labels, patch_middles
 
 SCENES = 150
 

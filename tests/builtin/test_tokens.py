@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoProcessor, LlavaProcessor
 
 from atp_patch.builtin import builtin_path, make_scene, prompt
-from atp_patch.builtin.processing import build_processor
 from atp_patch.builtin.tokens import SPECIALS, UNK, VOCABULARY_SIZE, encode, word_ids
 from atp_patch.builtin.vocabulary import words
+from workshop.processing import build_processor
 
 
 @pytest.fixture(scope="module", params=["built", "shipped"])

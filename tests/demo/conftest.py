@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from atp_patch.builtin import make_scene
-from atp_patch.builtin.processing import build_processor
+from workshop.processing import build_processor
 
 SIDE, LAYERS = 24, 32
 

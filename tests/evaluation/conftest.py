@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from atp_patch.builtin.processing import build_processor
 from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, word_ids
 from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.runner import Bench
+from workshop.processing import build_processor
 
 IMAGE_PX, PATCH_PX, LAYERS = 192, 32, 8
 TOKENS = (IMAGE_PX // PATCH_PX) ** 2

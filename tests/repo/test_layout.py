@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "atp_patch"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+WORKSHOP = sorted((ROOT / "workshop").rglob("*.py"))
 
 # room -> rooms it may import from, besides itself: those that stand below it. A room is a folder of
 # the package, an alcove of the seam, or a loose module of the top level.
@@ -128,6 +129,13 @@ def test_imports_flow_one_way(room: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
 
 
+def test_the_package_does_without_the_workshop() -> None:
+    assert WORKSHOP
+    for path in SOURCES:
+        names = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
+        assert "workshop" not in {name.split(".")[0] for name in names}, path.relative_to(ROOT)
+
+
 @pytest.mark.parametrize("room", sorted(WITHOUT_TRANSFORMERS))
 def test_only_the_seam_and_what_stands_on_it_know_transformers(room: str) -> None:
     for path in (path for path in SOURCES if room_of(path) == room):
@@ -137,7 +145,7 @@ def test_only_the_seam_and_what_stands_on_it_know_transformers(room: str) -> Non
         assert "transformers" not in names, path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES + WORKSHOP, ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_is_public_is_explained(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "no module docstring"

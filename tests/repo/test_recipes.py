@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from runpy import run_path
 
 import pytest
 
@@ -22,6 +21,7 @@ from atp_patch.tools.command_line import named_values
 from atp_patch.training.options import flags_of
 from atp_patch.training.options import parser as training_parser
 from atp_patch.training.settings import read_settings
+from workshop import train_compressed
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = {"builtin": 32, "builtin-dynamic": 8}
@@ -81,8 +81,8 @@ def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> N
             assert max(made.layers or ()) < DEPTH[made.model]
         elif argv[:2] == ["-m", "atp_patch.bench"]:
             check_mode(bench_parser().parse_args(argv[2:]))
-        elif Path(argv[0]).name == "train_compressed.py":
-            run_path(argv[0])["parse"](argv[1:])
+        elif argv[:2] == ["-m", "workshop.train_compressed"]:
+            train_compressed.parse(argv[2:])
         else:
             assert (ROOT / "results" / argv[0]).is_file(), argv
 

@@ -1,4 +1,4 @@
-"""How large a scene is shown, and what its visual tokens then show.
+"""How large a scene is shown.
 
 On a larger canvas the objects and the sign lie further apart and are as large as before: a sign
 has the same letters in a wide picture as in a small one. All answers stay true.
@@ -11,13 +11,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-from atp_patch.builtin.labels import NOTHING, middles
-from atp_patch.builtin.render import draw, outline
+from atp_patch.builtin.render import draw
 from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX, Layout, Plate, Scene, Sign, scene_rng
-from atp_patch.builtin.vocabulary import MAX_OBJECTS
 
 TOKEN_PX = 16
 SIDES_PX: tuple[int, ...] = (192, 208, 224, 240)
@@ -25,7 +21,6 @@ SIDES_PX: tuple[int, ...] = (192, 208, 224, 240)
 
 _Item = TypeVar("_Item", Sign, Plate)
 _STREAM = 2000  # of a scene's chance; those of the generator and of other pictures are others
-_OWNED_SHARE = 0.25
 
 
 def scene_size(split: str, index: int, sides_px: Sequence[int] = SIDES_PX) -> tuple[int, int]:
@@ -73,32 +68,3 @@ def at_size(scene: Scene, size: tuple[int, int], noise: float) -> Scene:
     layout = laid_out(scene.layout, size)
     image = draw(layout, scene_rng(scene.split, scene.index, 1), noise, size)
     return replace(scene, layout=layout, image=image)
-
-
-def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
-    """What each visual token shows, (rows, columns): object number, 9 + place of a character, or
-    NOTHING; what covers most of it, and a quarter at least.
-
-    Args:
-        layout: on the canvas, of (width, height).
-    """
-    masks = np.zeros((NOTHING, size[1], size[0]), dtype=np.float32)
-    for number, item in enumerate(layout.objects):
-        mask = Image.new("L", size)
-        ImageDraw.Draw(mask).polygon(outline(item), fill=1)
-        masks[number] = np.asarray(mask)
-    if layout.sign is not None:
-        top, left = layout.sign.y_px + PATCH_PX, layout.sign.x_px + PATCH_PX
-        for k in range(len(layout.sign.text)):
-            start = left + 2 * PATCH_PX * k
-            masks[MAX_OBJECTS + k, top : top + 3 * PATCH_PX, start : start + 2 * PATCH_PX] = 1
-    rows, columns = size[1] // TOKEN_PX, size[0] // TOKEN_PX
-    covered = masks.reshape(NOTHING, rows, TOKEN_PX, columns, TOKEN_PX).mean((2, 4))
-    return np.where(covered.max(0) >= _OWNED_SHARE, covered.argmax(0), NOTHING)
-
-
-def token_middles(
-    layout: Layout, size: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`labels.middles` of the visual tokens, (rows, columns) both."""
-    return middles(layout, size, TOKEN_PX, spread=0.5, reach=2.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from atp_patch.builtin.batches import BatchSpec
+from workshop.batches import BatchSpec
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from atp_patch.builtin.dynamic.architecture import MERGE
 from atp_patch.builtin.dynamic.tokens import PREFIX, VISION_END, token_ids
-from atp_patch.builtin.forward import Notes, attend, heads_apart, heads_together, read_questions
 from atp_patch.builtin.scenes import GRID, PATCH_PX
+from workshop.dynamic.architecture import MERGE
+from workshop.forward import Notes, attend, heads_apart, heads_together, read_questions
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,33 +13,32 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from atp_patch.builtin import load_builtin
-from atp_patch.builtin.batches import BatchSpec, make_batch
-from atp_patch.builtin.dynamic.architecture import build, start_from, trained_layers
-from atp_patch.builtin.dynamic.batches import SizedSpec, sized_batch
-from atp_patch.builtin.dynamic.forward import (
-    decoder_forward,
-    merged,
-    tower_forward,
-)
-from atp_patch.builtin.dynamic.objectives import distil_loss, questions_loss
 from atp_patch.builtin.dynamic.sizes import (
     SIDES_PX,
     TOKEN_PX,
     at_size,
     laid_out,
     scene_size,
-    token_middles,
-    token_owners,
 )
-from atp_patch.builtin.dynamic.stages import STAGES
 from atp_patch.builtin.dynamic.tokens import IMAGE_PAD, PREFIX, VISION_END, token_ids
-from atp_patch.builtin.forward import to_pixel_values
-from atp_patch.builtin.labels import NOTHING
-from atp_patch.builtin.learner import Learner, make_heads, make_optimizers
 from atp_patch.builtin.scenes import PATCH_PX, SceneConfig, make_scene
-from atp_patch.builtin.stage import Stage
 from atp_patch.builtin.tokens import PAD, VOCABULARY_SIZE, word_ids
 from atp_patch.builtin.vocabulary import MAX_OBJECTS
+from workshop.batches import BatchSpec, make_batch
+from workshop.dynamic.architecture import build, start_from, trained_layers
+from workshop.dynamic.batches import SizedSpec, sized_batch
+from workshop.dynamic.forward import (
+    decoder_forward,
+    merged,
+    tower_forward,
+)
+from workshop.dynamic.labels import token_middles, token_owners
+from workshop.dynamic.objectives import distil_loss, questions_loss
+from workshop.dynamic.stages import STAGES
+from workshop.forward import to_pixel_values
+from workshop.labels import NOTHING
+from workshop.learner import Learner, make_heads, make_optimizers
+from workshop.stage import Stage
 
 SHORT = (192, 240)
 OBLONG = next(k for k in range(99) if len(set(scene_size("train", k, SHORT))) == 2)
@@ -229,3 +230,11 @@ def test_a_stage_trains_what_it_should(
     assert any(".merger." in name for name in moved)
     assert any(".blocks." in name for name in moved) == (stage.tower_rate > 0)
     assert any("language_model" in name for name in moved) == (stage.kind == "shallow")
+
+
+def test_the_log_is_of_all_stages() -> None:
+    log = Path(__file__).parents[2] / "workshop" / "dynamic" / "training.jsonl"
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    last = {line["stage"]: line["step"] for line in lines}
+    assert list(last) == [stage.name for stage in STAGES]
+    assert all(stage.steps - 20 < last[stage.name] <= stage.steps for stage in STAGES)

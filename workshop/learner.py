@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from atp_patch.builtin.labels import HOLDS_FIELDS, NOUN_FIELDS, PATCH_FIELDS, SIDE_FIELDS
-from atp_patch.builtin.optim import Muon
-from atp_patch.builtin.stage import Stage
+from workshop.labels import HOLDS_FIELDS, NOUN_FIELDS, PATCH_FIELDS, SIDE_FIELDS
+from workshop.optim import Muon
+from workshop.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

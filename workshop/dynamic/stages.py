@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from atp_patch.builtin.dynamic.batches import SizedSpec
-from atp_patch.builtin.first_stages import SLOW_TASKS
 from atp_patch.builtin.scenes import IMAGE_PX, SceneConfig
-from atp_patch.builtin.stage import Stage
 from atp_patch.builtin.vocabulary import TASKS
+from workshop.dynamic.batches import SizedSpec
+from workshop.first_stages import SLOW_TASKS
+from workshop.stage import Stage
 
 _WEIGHT = {"count": 1.5, "relation": 1.2, "common": 1.5}
 

@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing: `python -m atp_patch.builtin.train --work FOLDER`.
+"""Trains the built-in model from nothing: `python -m workshop.train --work FOLDER`.
 
 Stages: the tower alone on patch labels; a shallow decoder on a few of the visual tokens; the same
 on all of them. A killed run goes on from its last checkpoint.
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from atp_patch.builtin.architecture import ORIGINALS, build, recentre
-from atp_patch.builtin.batches import Batch, batches, make_batch
-from atp_patch.builtin.forward import to_pixel_values, tower_forward
-from atp_patch.builtin.learner import (
+from workshop.architecture import ORIGINALS, build, recentre
+from workshop.batches import Batch, batches, make_batch
+from workshop.forward import to_pixel_values, tower_forward
+from workshop.learner import (
     Learner,
     load_checkpoint,
     make_heads,
@@ -29,9 +29,9 @@ from atp_patch.builtin.learner import (
     save_checkpoint,
     steps_done,
 )
-from atp_patch.builtin.objectives import decoder_loss, tower_loss
-from atp_patch.builtin.stage import Stage
-from atp_patch.builtin.stages import STAGES
+from workshop.objectives import decoder_loss, tower_loss
+from workshop.stage import Stage
+from workshop.stages import STAGES
 
 Compute = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
 """From a batch and the number of the step to the loss and what the log says."""

@@ -1,6 +1,6 @@
 """Writes example scenes with questions and true answers.
 
-`python -m atp_patch.builtin.gallery FOLDER`: the first scenes of the held-out split, chosen by
+`python -m workshop.gallery FOLDER`: the first scenes of the held-out split, chosen by
 index and not by what the model can do, and `scenes.json` beside them.
 """
 

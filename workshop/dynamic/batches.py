@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atp_patch.builtin.batches import Batch, BatchSpec, make_batch
 from atp_patch.builtin.dynamic.sizes import (
     SIDES_PX,
     at_size,
     scene_size,
-    token_middles,
-    token_owners,
 )
 from atp_patch.builtin.scenes import make_scene
+from workshop.batches import Batch, BatchSpec, make_batch
+from workshop.dynamic.labels import token_middles, token_owners
 
 
 @dataclass(frozen=True)

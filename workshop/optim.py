@@ -1,4 +1,8 @@
-"""Muon for matrices, Adam for everything else."""
+"""Muon in the parameters' own dtype.
+
+``torch.optim.Muon`` takes the same step, but iterates in bfloat16 and one matrix at a time. The
+recorded trainings iterated in float32, and in float32 many matrices of one shape go together.
+"""
 
 from __future__ import annotations
 

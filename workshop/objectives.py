@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from atp_patch.builtin.architecture import (
+from atp_patch.builtin.scenes import GRID
+from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
+from workshop.architecture import (
     GAZING_ORIGINALS,
     HOLDS_ORIGINAL,
     NOUN_ORIGINAL,
     SIDE_ORIGINAL,
 )
-from atp_patch.builtin.batches import Batch
-from atp_patch.builtin.forward import (
+from workshop.batches import Batch
+from workshop.forward import (
     Notes,
     decoder_forward,
     to_pixel_values,
     tower_forward,
     window_order,
 )
-from atp_patch.builtin.labels import HOLDS_FIELDS, IGNORE, NOTHING, NOUN_FIELDS, SIDE_FIELDS
-from atp_patch.builtin.learner import Learner
-from atp_patch.builtin.losses import (
+from workshop.labels import HOLDS_FIELDS, IGNORE, NOTHING, NOUN_FIELDS, SIDE_FIELDS
+from workshop.learner import Learner
+from workshop.losses import (
     answer_loss,
     answered,
     back_loss,
@@ -33,9 +35,7 @@ from atp_patch.builtin.losses import (
     place_loss,
     tally_loss,
 )
-from atp_patch.builtin.scenes import GRID
-from atp_patch.builtin.stage import Stage
-from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
+from workshop.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

@@ -1,8 +1,7 @@
-"""The example that trains what stands for an image: it learns, stops, goes on, and is loaded."""
+"""The program that trains what stands for an image: it learns, stops, goes on, and is loaded."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,12 @@ from safetensors.torch import load_file
 
 import atp_patch
 from atp_patch.builtin import NAMES, load_builtin, prompt
-from atp_patch.builtin.batches import Batch, BatchSpec
 from atp_patch.builtin.tokens import PAD, word_ids
 from tests.helpers.compare import assert_close
+from workshop import train_compressed
+from workshop.batches import Batch, BatchSpec
 
 pytest.importorskip("peft")
-FILE = Path(__file__).parents[2] / "examples" / "train_compressed.py"
 
 
 class StopError(Exception):
@@ -30,13 +29,8 @@ class StopError(Exception):
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The program, its batches drawn in this process, of two questions each."""
-    spec = importlib.util.spec_from_file_location("train_compressed", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "batches", drawn)
-    return module
+    monkeypatch.setattr(train_compressed, "batches", drawn)
+    return train_compressed
 
 
 def drawn(

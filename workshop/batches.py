@@ -10,7 +10,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from atp_patch.builtin.labels import (
+from atp_patch.builtin.questions import ask
+from atp_patch.builtin.scenes import IMAGE_PX, Layout, Question, SceneConfig, make_scene, scene_rng
+from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, USER, encode, word_ids
+from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
+from workshop.labels import (
     HOLDS_FIELDS,
     IGNORE,
     NOUN_FIELDS,
@@ -23,10 +27,6 @@ from atp_patch.builtin.labels import (
     patch_places,
     side_labels,
 )
-from atp_patch.builtin.questions import ask
-from atp_patch.builtin.scenes import IMAGE_PX, Layout, Question, SceneConfig, make_scene, scene_rng
-from atp_patch.builtin.tokens import ASSISTANT, EOS, PAD, USER, encode, word_ids
-from atp_patch.builtin.vocabulary import MAX_OBJECTS, TASKS
 
 TEXT_LENGTH = 15
 """Tokens of the longest question with its answer and `</s>`."""

@@ -1,4 +1,4 @@
-"""Trains the second built-in model from the first: `python -m atp_patch.builtin.dynamic.train
+"""Trains the second built-in model from the first: `python -m workshop.dynamic.train
 --work FOLDER`.
 
 Stages: the tower learns to give what the first model's tower gives; the decoder, which starts as
@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from atp_patch.builtin import load_builtin
-from atp_patch.builtin.batches import BatchSpec, make_batch
-from atp_patch.builtin.dynamic.architecture import start_from
-from atp_patch.builtin.dynamic.batches import sized_batch
-from atp_patch.builtin.dynamic.objectives import distil_loss, questions_loss
-from atp_patch.builtin.dynamic.stages import STAGES
-from atp_patch.builtin.export import read_checkpoint
-from atp_patch.builtin.forward import to_pixel_values
-from atp_patch.builtin.learner import (
+from workshop.batches import BatchSpec, make_batch
+from workshop.dynamic.architecture import start_from
+from workshop.dynamic.batches import sized_batch
+from workshop.dynamic.objectives import distil_loss, questions_loss
+from workshop.dynamic.stages import STAGES
+from workshop.export import read_checkpoint
+from workshop.forward import to_pixel_values
+from workshop.learner import (
     Learner,
     load_checkpoint,
     make_heads,
     make_optimizers,
     steps_done,
 )
-from atp_patch.builtin.train import run_stage
+from workshop.train import run_stage
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration

@@ -1,8 +1,8 @@
 """Teach a built-in model to see through what a method leaves of an image.
 
-    python examples/train_compressed.py --method voco --option num_tokens=8 --out runs/voco8
-    python examples/train_compressed.py --method prumerge+ --keep 0.1 --out runs/prumerge
-    python examples/train_compressed.py --model builtin-dynamic --method voco --out runs/dynamic
+    python -m workshop.train_compressed --method voco --option num_tokens=8 --out runs/voco8
+    python -m workshop.train_compressed --method prumerge+ --keep 0.1 --out runs/prumerge
+    python -m workshop.train_compressed --model builtin-dynamic --method voco --out runs/dynamic
 
 These methods do not ask what the question is, so an image is read once in each step and all its
 questions are asked on the small cache that is left; gradients go back through it. The forward is
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +25,15 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.builtin import DYNAMIC, NAMES, TASKS, load_builtin
-from atp_patch.builtin.batches import Batch, BatchSpec, batches, make_batch
-from atp_patch.builtin.dynamic.batches import SizedSpec, sized_batch
-from atp_patch.builtin.labels import IGNORE
-from atp_patch.builtin.losses import answered
-from atp_patch.builtin.score import TaskScore, table
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.patching.adapter import Beside
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.parameter_groups import add_lora
+from workshop.batches import Batch, BatchSpec, batches, make_batch
+from workshop.dynamic.batches import SizedSpec, sized_batch
+from workshop.labels import IGNORE
+from workshop.losses import answered
+from workshop.score import TaskScore, table
 
 # What learns, and the folder that it is written to, beside the adapter.
 BESIDE: dict[str, Beside | None] = {"tokens": None, "lora": "lora", "decoder": "model"}
@@ -86,7 +87,10 @@ def build(asked: argparse.Namespace) -> tuple[Any, Any]:
     """The patched model, with requires_grad where it is to learn, and its processor."""
     torch.manual_seed(asked.seed)
     model, processor = load_builtin(NAMES[asked.model], device=asked.device)
-    options = {name: int(value) for name, value in (text.split("=") for text in asked.option)}
+    options: dict[str, Any] = {}
+    for text in asked.option:
+        name, value = text.split("=")
+        options[name] = int(value)
     atp_patch.patch_model(model, method=asked.method, keep=asked.keep, **options)
     model.requires_grad_(False)
     if asked.learn == "lora":
@@ -191,7 +195,8 @@ def train(asked: argparse.Namespace) -> None:
         if step % 10 == 0 or step == asked.steps:
             recent = sum(losses[-10:]) / len(losses[-10:])
             pace = (time.time() - start) / (step - first)
-            print(f"step {step}  loss {recent:.3f}  {pace:.2f} s a step", flush=True)
+            sys.stdout.write(f"step {step}  loss {recent:.3f}  {pace:.2f} s a step\n")
+            sys.stdout.flush()
         if step % asked.save_every == 0 or step == asked.steps:
             state = {
                 "step": step,
@@ -202,7 +207,7 @@ def train(asked: argparse.Namespace) -> None:
             torch.save(state, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)  # a broken-off write leaves the old one
     if asked.questions:
-        print(table(score(model, processor, asked)))
+        sys.stdout.write(table(score(model, processor, asked)) + "\n")
     beside = BESIDE[asked.learn]
     adapter(model, beside=beside).save_pretrained(asked.out / "adapter")
     atp_patch.unpatch_model(model)

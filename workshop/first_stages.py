@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from atp_patch.builtin.batches import BatchSpec
 from atp_patch.builtin.scenes import SceneConfig
-from atp_patch.builtin.stage import Stage
 from atp_patch.builtin.vocabulary import TASKS
+from workshop.batches import BatchSpec
+from workshop.stage import Stage
 
 # At first fewer objects and no plates that only look like signs.
 _PLAIN = SceneConfig(max_objects=6, plate_share=0.0)

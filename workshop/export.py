@@ -1,6 +1,6 @@
 """Writes the shipped folder from a training checkpoint.
 
-`python -m atp_patch.builtin.export CHECKPOINT [FOLDER]`: a shallow checkpoint is grown to 32
+`python -m workshop.export CHECKPOINT [FOLDER]`: a shallow checkpoint is grown to 32
 layers without changing the function, weights are rounded to bfloat16.
 """
 
@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atp_patch.builtin.architecture import DECODER_LAYERS, ORIGINALS, build, grow
-from atp_patch.builtin.processing import build_processor
+from workshop.architecture import DECODER_LAYERS, ORIGINALS, build, grow
+from workshop.processing import build_processor
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from atp_patch.builtin.scenes import IMAGE_PX, PATCH_PX
-from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIALS, UNK, word_ids
+from atp_patch.builtin.tokens import BOS, EOS, IMAGE, PAD, SPECIALS, UNK, word_ids
 from atp_patch.builtin.vocabulary import OPENERS
 
 if TYPE_CHECKING:
@@ -81,8 +81,3 @@ def build_processor() -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def prompt(question: str) -> str:
-    """The prompt of one question about one image, as the chat template writes it."""
-    return f"{BOS}USER: {IMAGE} {question} {ASSISTANT}"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atp_patch.builtin.architecture import HEADS, HIDDEN, ORIGINALS, TOWER_LAYERS
 from atp_patch.builtin.dynamic.tokens import (
     IMAGE_PAD,
     VIDEO_PAD,
@@ -15,9 +14,10 @@ from atp_patch.builtin.dynamic.tokens import (
     VISION_START,
     token_ids,
 )
-from atp_patch.builtin.forward import decoder_forward, tower_forward
 from atp_patch.builtin.scenes import GRID, PATCH_PX
 from atp_patch.builtin.tokens import BOS, EOS, PAD, VOCABULARY_SIZE
+from workshop.architecture import HEADS, HIDDEN, ORIGINALS, TOWER_LAYERS
+from workshop.forward import decoder_forward, tower_forward
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration

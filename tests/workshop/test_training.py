@@ -5,37 +5,38 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from atp_patch.builtin.architecture import DECODER_LAYERS, ORIGINALS, build, grow
-from atp_patch.builtin.batches import TEXT_LENGTH, BatchSpec, make_batch
-from atp_patch.builtin.forward import (
+from atp_patch.builtin.scenes import make_scene
+from atp_patch.builtin.silent import shallow
+from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, USER, encode, word_ids
+from atp_patch.builtin.vocabulary import RELATIONS
+from workshop.architecture import DECODER_LAYERS, ORIGINALS, build, grow
+from workshop.batches import TEXT_LENGTH, BatchSpec, make_batch
+from workshop.forward import (
     PREFIX,
     decoder_forward,
     to_pixel_values,
     tower_forward,
     window_order,
 )
-from atp_patch.builtin.labels import IGNORE, NOTHING, side_labels
-from atp_patch.builtin.learner import (
+from workshop.labels import IGNORE, NOTHING, side_labels
+from workshop.learner import (
     Learner,
     load_checkpoint,
     make_heads,
     make_optimizers,
     save_checkpoint,
 )
-from atp_patch.builtin.objectives import decoder_loss, tower_loss, visible_places
-from atp_patch.builtin.optim import orthogonalize
-from atp_patch.builtin.processing import build_processor
-from atp_patch.builtin.scenes import make_scene
-from atp_patch.builtin.silent import shallow
-from atp_patch.builtin.stages import STAGES
-from atp_patch.builtin.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, USER, encode, word_ids
-from atp_patch.builtin.vocabulary import RELATIONS
+from workshop.objectives import decoder_loss, tower_loss, visible_places
+from workshop.optim import Muon, orthogonalize
+from workshop.processing import build_processor
+from workshop.stages import STAGES
 
 EVERYTHING = torch.arange(576)
 
@@ -176,6 +177,25 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
         assert values.min() > 0.3
         assert values.max() < 1.3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_steps_as_torchs_own_would_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    torch.manual_seed(0)
+    starts = [torch.randn(12, 5), torch.randn(5, 12), torch.randn(12, 5), torch.randn(7, 7)]
+    given: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    ours, theirs = ([start.clone().requires_grad_() for start in starts] for _ in range(2))
+    optimizers = Muon([{"params": ours}], **given), torch.optim.Muon(theirs, **given)
+    for _ in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, mine, other in zip(starts, ours, theirs, strict=True):
+        assert (mine - start).norm() > 0.05
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
 
 
 def test_batches_are_the_same_every_time() -> None:

@@ -1,4 +1,4 @@
-"""Writes the second model's folder: `python -m atp_patch.builtin.dynamic.export CHECKPOINT`."""
+"""Writes the second model's folder: `python -m workshop.dynamic.export CHECKPOINT`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from atp_patch.builtin import DYNAMIC, builtin_path
-from atp_patch.builtin.dynamic.architecture import build
-from atp_patch.builtin.dynamic.processing import save_processor
-from atp_patch.builtin.export import read_state, write_model
+from workshop.dynamic.architecture import build
+from workshop.dynamic.processing import save_processor
+from workshop.export import read_state, write_model
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from atp_patch.builtin.labels import IGNORE, PATCH_FIELDS
+from workshop.labels import IGNORE, PATCH_FIELDS
 
 _EMPTY_WEIGHT = 0.05
 """Weight of a patch that shows no object in the object's fields: most patches are such."""

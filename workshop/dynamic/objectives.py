@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from atp_patch.builtin import forward as first_model
-from atp_patch.builtin.architecture import (
+from atp_patch.builtin.dynamic.sizes import TOKEN_PX
+from atp_patch.builtin.scenes import GRID
+from workshop import forward as first_model
+from workshop.architecture import (
     GAZING_ORIGINALS,
     HOLDS_ORIGINAL,
     NOUN_ORIGINAL,
     SIDE_ORIGINAL,
 )
-from atp_patch.builtin.batches import Batch
-from atp_patch.builtin.dynamic.architecture import MERGE
-from atp_patch.builtin.dynamic.forward import (
+from workshop.batches import Batch
+from workshop.dynamic.architecture import MERGE
+from workshop.dynamic.forward import (
     decoder_forward,
     merged,
     tower_forward,
 )
-from atp_patch.builtin.dynamic.sizes import TOKEN_PX
-from atp_patch.builtin.forward import Notes, to_pixel_values
-from atp_patch.builtin.labels import NOTHING
-from atp_patch.builtin.learner import Learner
-from atp_patch.builtin.objectives import answers, noun_losses
-from atp_patch.builtin.scenes import GRID
-from atp_patch.builtin.stage import Stage
+from workshop.forward import Notes, to_pixel_values
+from workshop.labels import NOTHING
+from workshop.learner import Learner
+from workshop.objectives import answers, noun_losses
+from workshop.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

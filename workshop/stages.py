@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from atp_patch.builtin.batches import BatchSpec
-from atp_patch.builtin.first_stages import FIRST_STAGES, at_once
 from atp_patch.builtin.scenes import SceneConfig
-from atp_patch.builtin.stage import Stage
+from workshop.batches import BatchSpec
+from workshop.first_stages import FIRST_STAGES, at_once
+from workshop.stage import Stage
 
 
 def _conversations(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from atp_patch.builtin.labels import NOTHING
-from atp_patch.builtin.losses import answered, back_loss, tally_loss
+from workshop.labels import NOTHING
+from workshop.losses import answered, back_loss, tally_loss
 
 
 def test_answered_needs_every_token() -> None:

@@ -1,4 +1,4 @@
-"""Accuracy by task: `python -m atp_patch.builtin.score --split test --questions 500`.
+"""Accuracy by task: `python -m workshop.score --split test --questions 500`.
 
 A question counts as answered if every token of the true answer and the closing `</s>` is the
 likeliest given the true tokens before it. For exact match this equals greedy generation: up to
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from atp_patch.builtin.batches import BatchSpec, make_batch
-from atp_patch.builtin.dynamic import forward as dynamic
 from atp_patch.builtin.dynamic.sizes import TOKEN_PX, at_size, scene_size
-from atp_patch.builtin.forward import decoder_forward, to_pixel_values, tower_forward
-from atp_patch.builtin.labels import IGNORE
-from atp_patch.builtin.losses import answered
 from atp_patch.builtin.scenes import GRID, SceneConfig, make_scene
 from atp_patch.builtin.silent import shallow
 from atp_patch.builtin.vocabulary import TASKS
+from workshop.batches import BatchSpec, make_batch
+from workshop.dynamic import forward as dynamic
+from workshop.forward import decoder_forward, to_pixel_values, tower_forward
+from workshop.labels import IGNORE
+from workshop.losses import answered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

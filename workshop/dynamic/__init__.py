@@ -1,0 +1,1 @@
+"""The training of the second built-in model, which starts from the first."""
