@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ class GridQuery:
             None for families without one.
         visual: (B, L) bool on the CPU, the visual places.
         sizes: for each sample the (frames, height, width) that the caller gave, or None.
+        grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3) int64, where the call
+            brought them: the frames, rows and columns of patches, in the order of the prompts.
+        repeats: how many samples in a row share their images (beams, returned sequences).
     """
 
     config: object
@@ -32,6 +35,8 @@ class GridQuery:
     newlines: Tensor | None = None
     visual: Tensor | None = None
     sizes: Sequence[Sequence[tuple[int, int, int]]] | None = None
+    grid_thw: Mapping[str, Tensor] = field(default_factory=dict)
+    repeats: int = 1
 
 
 @dataclass(frozen=True)

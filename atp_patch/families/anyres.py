@@ -36,6 +36,12 @@ def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
         newlines: positions of the newline features within the run, in order.
         side: tokens along a side of one tile.
     """
+    if not newlines:
+        raise InputError(
+            f"none of the {span.length} visual tokens from position {span.start} on is the "
+            "model's image_newline, which ends the rows of its pictures; pass input_ids and pixel "
+            "values, or inputs_embeds with the features that the model itself makes of them."
+        )
     grids = []
     start, left = span.start, list(newlines)
     while start < span.stop:

@@ -43,6 +43,12 @@ def stacked(rows: Sequence[Span]) -> VisualGrid:
 def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
     """The images of a chain; ``ids`` are those of the whole sample."""
     after = [ids[row.stop] if row.stop < len(ids) else -1 for row in chain]
+    for row, behind in zip(chain, after, strict=True):
+        if behind == row.token_id:
+            raise InputError(
+                f"the row of visual tokens from position {row.start} on ends before its last "
+                "placeholder; mark all tokens of a row as visual, or none."
+            )
     end = after[-1]  # what stands behind the last row of a chain ends every image in it
     grids = []
     first = 0
@@ -58,8 +64,8 @@ def pixtral_grids(query: GridQuery) -> Grids:
     """Grids of images whose rows are told apart by ids."""
     if query.ids is None:
         raise InputError(
-            "rows of an image are told apart by the ids between them: pass input_ids, not "
-            "inputs_embeds alone."
+            "rows of an image are told apart by the ids between them: pass input_ids in place of "
+            "inputs_embeds, or, to generate, beside them."
         )
     return [
         [grid for chain in chains(spans) for grid in _images(chain, ids)]

@@ -1,13 +1,16 @@
 """Qwen-VL, GLM-4V and GLM-4.6V: dynamic grids, read off the multimodal position ids.
 
 The decoder gets (t, h, w) position ids for every token. Within one image or video they *are* the
-grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself). Where time stamps
-stand between the frames of a video (Qwen3-VL, GLM), each frame is a grid of its own; GLM gives
-frames the id of images.
+grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself). Where a caller gives
+other position ids, which the plain model takes as they are, the grids are those of
+``image_grid_thw`` and ``video_grid_thw``, in the order of the placeholders. Where time stamps stand
+between the frames of a video (Qwen3-VL, GLM), each frame is a grid of its own; GLM gives frames the
+id of images.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -18,8 +21,31 @@ from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.towers import packed_tower
 
+IMAGES, VIDEOS = "image_grid_thw", "video_grid_thw"
+Films = deque[tuple[int, int, int]]  # frames, rows and columns of tokens
 
-def _grid(span: Span, positions: Tensor) -> list[VisualGrid]:
+
+def _grids(query: GridQuery) -> Grids:
+    found = _by_positions(query)
+    return _by_sizes(query) if found is None else found
+
+
+def _by_positions(query: GridQuery) -> Grids | None:
+    """The grids that multimodal position ids show; None where they show none."""
+    positions = query.position_ids
+    if positions is None or positions.ndim != 3:
+        return None
+    thw = positions[-3:].expand(3, len(query.spans), -1)
+    found: Grids = []
+    for b, spans in enumerate(query.spans):
+        runs = [_grid(span, thw[:, b, span.start : span.stop]) for span in spans]
+        if None in runs:
+            return None
+        found.append([grid for run in runs if run is not None for grid in run])
+    return found
+
+
+def _grid(span: Span, positions: Tensor) -> list[VisualGrid] | None:
     """The grids of one run of placeholders; ``positions`` is (3, run length): t, h, w."""
     grids = []
     at = 0
@@ -34,12 +60,7 @@ def _grid(span: Span, positions: Tensor) -> list[VisualGrid]:
         frames = rows // height
         grids.append(VisualGrid(span.start + at, frames, height, width))
         at += rows * width if frames * height == rows else span.length + 1
-    if at != span.length:
-        raise InputError(
-            f"the position ids of {span.length} visual tokens form no grid; pass "
-            f"mm_token_type_ids and image_grid_thw (or video_grid_thw) from the model's processor."
-        )
-    return grids
+    return grids if at == span.length else None
 
 
 def _run(values: Tensor) -> int:
@@ -48,18 +69,77 @@ def _run(values: Tensor) -> int:
     return int(breaks[0, 0]) + 1 if len(breaks) else int(values.shape[0])
 
 
-def _grids(query: GridQuery) -> Grids:
-    positions = query.position_ids
-    if positions is None or positions.ndim != 3:
+def _by_sizes(query: GridQuery) -> Grids:
+    """The grids of the images and videos that the call brought, placed where placeholders stand."""
+    if not query.grid_thw:
         raise InputError(
-            "this model got no multimodal position ids; pass mm_token_type_ids and "
-            "image_grid_thw from its processor along with the pixel values."
+            "the position ids of this call do not show the grids of its visual tokens; pass "
+            f"{IMAGES} (and {VIDEOS} for videos) of the model's processor with it."
         )
-    thw = positions[-3:].expand(3, len(query.spans), -1)
-    return [
-        [grid for span in spans for grid in _grid(span, thw[:, b, span.start : span.stop])]
-        for b, spans in enumerate(query.spans)
-    ]
+    films = {name: _films(query, name) for name in (IMAGES, VIDEOS)}
+    found: Grids = []
+    for b, spans in enumerate(query.spans):
+        if b % query.repeats:
+            found.append(found[-1])
+            continue
+        kinds = [_kind(query, b, span) for span in spans]
+        runs = [_filled(span, kind, films[kind]) for span, kind in zip(spans, kinds, strict=True)]
+        found.append([grid for run in runs for grid in run])
+    for name, rest in films.items():
+        if rest:
+            raise InputError(
+                f"{name} has {len(rest)} pictures more than the prompts have placeholders for; "
+                "pass the grids of these prompts alone."
+            )
+    return found
+
+
+def _films(query: GridQuery, name: str) -> Films:
+    """The pictures or videos of an argument that counts in patches, in tokens."""
+    config: Any = query.config
+    side = int(config.vision_config.spatial_merge_size)
+    given = query.grid_thw.get(name)
+    return (
+        deque() if given is None else deque((t, h // side, w // side) for t, h, w in given.tolist())
+    )
+
+
+def _kind(query: GridQuery, sample: int, span: Span) -> str:
+    """Which argument holds the grid of a run of placeholders."""
+    config: Any = query.config
+    if query.ids is None:
+        if len(query.grid_thw) > 1:
+            raise InputError(
+                f"inputs_embeds do not tell images from videos, and both {IMAGES} and {VIDEOS} "
+                "came: pass input_ids in place of inputs_embeds, or multimodal position_ids (3, "
+                "batch, sequence) as model.model.get_rope_index makes them."
+            )
+        return next(iter(query.grid_thw))
+    before = query.ids[sample, : span.start]
+    opened, closed = (
+        int((before == getattr(config, f"video_{side}_token_id", -1)).sum())
+        for side in ("start", "end")
+    )
+    return VIDEOS if span.token_id == config.video_token_id or opened > closed else IMAGES
+
+
+def _filled(span: Span, name: str, films: Films) -> list[VisualGrid]:
+    """A run of placeholders as the pictures that come next; frames may stand in several runs."""
+    grids = []
+    at = span.start
+    while at < span.stop:
+        frames, height, width = films.popleft() if films else (0, 1, 1)
+        there = min(frames, (span.stop - at) // (height * width))
+        if not there:
+            raise InputError(
+                f"{span.length} visual tokens from position {span.start} on are not the pictures "
+                f"that {name} says come there; let the model's own processor make both."
+            )
+        if frames > there:
+            films.appendleft((frames - there, height, width))
+        grids.append(VisualGrid(at, there, height, width))
+        at += there * height * width
+    return grids
 
 
 def _deepstack_layers(config: Any) -> int:

@@ -142,10 +142,10 @@ def test_a_run_of_placeholders_that_is_no_image_is_refused() -> None:
 
 def test_qwen_without_its_position_ids_says_what_to_pass() -> None:
     config = tiny_model("qwen2_vl").config
-    with pytest.raises(atp_patch.InputError, match="mm_token_type_ids"):
+    with pytest.raises(atp_patch.InputError, match="pass image_grid_thw"):
         family_of(config).grids(GridQuery(config, [[Span(0, 8, 5)]], None))
     ragged = torch.tensor([[[0] * 7], [[0, 0, 0, 1, 1, 1, 2]], [[0, 1, 2, 0, 1, 2, 0]]])
-    with pytest.raises(atp_patch.InputError, match="form no grid"):
+    with pytest.raises(atp_patch.InputError, match="do not show the grids"):
         family_of(config).grids(GridQuery(config, [[Span(0, 7, 5)]], ragged))
 
 

@@ -17,7 +17,7 @@ from atp_patch.seam.decoder.rope_2d import RotaryPlaces
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.door.tombstones import find_tombstones
 from atp_patch.seam.host.cache import check_cache
-from atp_patch.seam.host.inputs import Call, grid_query, read_prompt
+from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.prompt import TextRows
 from atp_patch.seam.host.session import Session
@@ -64,8 +64,9 @@ def begin(
         return None
     dropped = None if pruner.before is None else find_tombstones(embeds)
     check_features(embeds, prompt, dropped)
-    query = grid_query(parts, prompt, kwargs, pruner.newline, call.sizes(len(embeds)))
-    layout = Layout.from_grids(pruner.grids(query), embeds.shape[1], embeds.device)
+    query = grid_query(parts, call, prompt, kwargs, pruner.newline)
+    grids = find_grids(pruner.grids, query, prompt)
+    layout = Layout.from_grids(grids, embeds.shape[1], embeds.device)
     check_cache(cache, 0 if pruner.before is not None else pruner.layers[0])
     if past and cache is not None:
         _check_later_turn(parts, cache, past + layout.length)

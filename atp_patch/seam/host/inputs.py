@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from atp_patch.contract import GridQuery
+from atp_patch.contract import GridQuery, VisualGrid
 from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.outside import IGNORED_LABEL, Outside
 from atp_patch.seam.host.prompt import Prompt
-from atp_patch.seam.host.session import Session
+from atp_patch.seam.host.session import Session, grids_given
 
 IMAGE_KEYS = (
     "pixel_values",
@@ -31,6 +32,9 @@ class Call:
 
     Attributes:
         padding: (B, L) of a prompt, where ``generate`` was given it and its passes are not.
+        session: the call of ``generate`` that this pass belongs to, or None.
+        grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where this pass itself
+            was given them.
         alone: the model without its head was called, not the top.
         entered: the model without its head has begun.
     """
@@ -49,6 +53,8 @@ class Call:
     alone: bool = False
     entered: bool = False
     visual_grids: Any = None
+    session: Session | None = None
+    grid_thw: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -77,7 +83,13 @@ class Call:
             visual_mask = outside.visual("forward", args, kwargs)
         items = kwargs.get("num_items_in_batch")
         return cls(
-            labels, visual_mask, length, num_items=items, visual_grids=grids, padding=padding
+            labels,
+            visual_mask,
+            length,
+            num_items=items,
+            visual_grids=grids,
+            padding=padding,
+            session=session,
         )
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -88,6 +100,7 @@ class Call:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.input_ids, self.inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
         self.attention_mask = given.get("attention_mask")
+        self.grid_thw = grids_given(given)
         self.embedding = base.get_input_embeddings()
         images = any(_present(given.get(key)) for key in IMAGE_KEYS)
         prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1
@@ -101,6 +114,26 @@ class Call:
             return given
         repeats = batch // len(given)  # beams, sequences
         return [sample for sample in given for _ in range(repeats)]
+
+    def ids(self, batch: int, length: int) -> Tensor | None:
+        """(batch, length) ids of this pass, or of the prompt whose embeddings it is given.
+
+        A ``visual_mask`` says more about embeddings than ids beside them do.
+        """
+        prompt = None if self.session is None else self.session.ids
+        if self.input_ids is not None or prompt is None or self.visual_mask is not None:
+            return self.input_ids
+        samples, known = prompt.shape
+        if known != length or batch % samples:
+            return None
+        return prompt.repeat_interleave(batch // samples, 0)  # beams, sequences
+
+    def grids(self, batch: int) -> tuple[dict[str, Tensor], int]:
+        """``grid_thw`` of this pass or of its prompt, and how many rows share one sample's."""
+        session = self.session
+        if self.grid_thw or session is None or not session.samples:
+            return self.grid_thw, 1
+        return session.grid_thw, batch // session.samples
 
     @property
     def mask_is_plain(self) -> bool:
@@ -170,7 +203,7 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
         InputError: if only embeddings were given and nothing says which of them are visual.
     """
     batch, length = embeds.shape[:2]
-    ids, finite = call.input_ids, _finite(embeds)
+    ids, finite = call.ids(batch, length), _finite(embeds)
     if ids is None:
         finite = finite.cpu()
     else:  # one copy from the device brings both
@@ -204,7 +237,7 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     if call.labels is not None:
         supervised = call.labels.cpu() != IGNORED_LABEL
         scored &= _before_answers(supervised, visual, attended)
-    return Prompt(visual & attended, attended, ids, scored, finite)
+    return Prompt(visual & attended, attended, ids, scored, finite, visual & ~attended)
 
 
 def _finite(embeds: Tensor) -> Tensor:
@@ -230,19 +263,18 @@ def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Ten
 
 
 def grid_query(
-    parts: Parts, prompt: Prompt, kwargs: dict[str, Any], newline: str | None, sizes: Any = None
+    parts: Parts, call: Call, prompt: Prompt, kwargs: dict[str, Any], newline: str | None
 ) -> GridQuery:
     """What a family may look at, on the CPU, from what the decoder is about to get.
 
     Args:
         kwargs: the decoder's, with ``inputs_embeds`` (B, L, D).
         newline: name of the base model's parameter that ends rows of features, if it has one.
-        sizes: of each sample the (frames, height, width) that the caller gave; None without.
     """
-    positions = kwargs.get("position_ids")
+    embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+    grids, repeats = call.grids(len(embeds))
     newlines = None
     if newline is not None:
-        embeds = kwargs["inputs_embeds"]
         value = getattr(parts.base, newline).detach().to(embeds)
         # Autocast may have rounded what was written to half precision.
         newlines = ((embeds - value).abs() <= value.abs() / 128).all(-1).cpu() & prompt.visual
@@ -253,8 +285,32 @@ def grid_query(
         ids=prompt.ids,
         newlines=newlines,
         visual=prompt.visual,
-        sizes=sizes,
+        sizes=call.sizes(len(embeds)),
+        grid_thw=grids,
+        repeats=repeats,
     )
+
+
+def find_grids(
+    find: Callable[[GridQuery], Sequence[Sequence[VisualGrid]]], query: GridQuery, prompt: Prompt
+) -> Sequence[Sequence[VisualGrid]]:
+    """The grids that a family finds.
+
+    Raises:
+        InputError: where it finds none because the attention mask hides a part of an image.
+    """
+    try:
+        return find(query)
+    except (InputError, UnsupportedModelError) as error:
+        cut = prompt.cut()
+        if cut is None:
+            raise
+        sample, position = cut
+        raise InputError(
+            f"attention_mask hides a part of an image (of sample {sample}, beside position "
+            f"{position}), so its visual tokens form no grid; let the mask hide all tokens of an "
+            "image or none."
+        ) from error
 
 
 def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
@@ -266,7 +322,9 @@ def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
     visual = (embeds[:, :, None] == embedding(ids)).all(-1).any(-1).cpu()
     if not bool(visual.any()):
         raise InputError(
-            "inputs_embeds came without input_ids and holds no placeholder: pass visual_mask=, a "
-            "bool tensor (batch, sequence) that marks the visual tokens (all False for text alone)."
+            "nothing says which of these inputs_embeds are visual: no input_ids of the same length "
+            "came beside them, and none of them is the embedding of a placeholder. Pass "
+            "visual_mask=, a bool tensor (batch, sequence), True at visual tokens (all False for "
+            "text alone)."
         )
     return visual

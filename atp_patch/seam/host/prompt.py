@@ -26,6 +26,7 @@ class Prompt:
         scored: (B, L) bool, tokens that exist at inference too: before the answer that is learned,
             not generated.
         finite: (B, L) bool, False where the embedding holds NaN or infinity.
+        hidden: (B, L) bool, placeholders of images or videos that the attention mask hides.
     """
 
     visual: Tensor
@@ -33,6 +34,7 @@ class Prompt:
     ids: Tensor | None
     scored: Tensor
     finite: Tensor
+    hidden: Tensor
 
     @property
     def token_counts(self) -> list[int]:
@@ -51,6 +53,13 @@ class Prompt:
             runs = pairwise(bounds)
             found.append([Span(a, b, int(row[a])) for a, b in runs if a < b and row[a] >= 0])
         return found
+
+    def cut(self) -> tuple[int, int] | None:
+        """(sample, position) where a run of placeholders is hidden in part; None where none is."""
+        placeholder = self.visual | self.hidden
+        both = placeholder[:, 1:] & placeholder[:, :-1]
+        places = torch.nonzero(both & (self.hidden[:, 1:] != self.hidden[:, :-1]))
+        return (int(places[0, 0]), int(places[0, 1])) if len(places) else None
 
     def text(self) -> Tensor:
         """(B, L) bool: the text rows that score visual tokens (METHOD: after the first visual

@@ -24,6 +24,9 @@ class Session:
         visual_grids: of each sample the (frames, height, width) of its images, or None.
         ids: (B, L) of the prompt, or None where it is given as embeddings.
         attention_mask: (B, L) of the prompt, where one was given: static caches get another.
+        samples: how many prompts it was given; each may run in several rows (beams, sequences).
+        grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where they were given:
+            ``generate`` keeps them from the passes within.
         choices: layer -> the decision of the first pass, for passes without a cache.
         thread: in which it runs.
     """
@@ -34,6 +37,8 @@ class Session:
     ids: Tensor | None = None
     visual_grids: Any = None
     attention_mask: Tensor | None = None
+    samples: int = 0
+    grid_thw: dict[str, Tensor] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
@@ -53,12 +58,12 @@ class Session:
                 "read; set it to None, or generate within atp_patch.disabled(model)."
             )
         named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        tokens = next((tensor for tensor in named if tensor is not None), None)
-        length = None if tokens is None else int(tokens.shape[1])
+        prompts = [tensor for tensor in named if tensor is not None]
+        length = max((int(tensor.shape[1]) for tensor in prompts), default=None)
         visual_mask = kwargs.get("visual_mask")
         if visual_mask is None:
             visual_mask = outside.visual("generate", args, kwargs)
-        ids = tokens if tokens is not None and not tokens.is_floating_point() else None
+        ids = next((tensor for tensor in prompts if not tensor.is_floating_point()), None)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if length is not None and mask is not None:
@@ -69,6 +74,8 @@ class Session:
             ids=ids,
             visual_grids=kwargs.get("visual_grids"),
             attention_mask=mask,
+            samples=len(prompts[0]) if prompts else 0,
+            grid_thw=grids_given(given),
         )
 
     def check_thread(self) -> None:
@@ -78,6 +85,12 @@ class Session:
                 "another thread is in this model's generate: a patched model serves one at a time. "
                 "Guard it with a lock, or give each thread a model of its own."
             )
+
+
+def grids_given(given: dict[str, Any]) -> dict[str, Tensor]:
+    """The arguments that hold the grids of images and videos, each (images, 3)."""
+    names = ("image_grid_thw", "video_grid_thw")
+    return {name: given[name] for name in names if given.get(name) is not None}
 
 
 def _chunk_size(given: dict[str, Any], own: Any) -> int | None:

@@ -31,7 +31,7 @@ from atp_patch.maths import (
 from atp_patch.seam.door.entry import Reader, filled_window
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.host.cache import adopt, check_cache, stored_positions
-from atp_patch.seam.host.inputs import Call, grid_query, read_prompt
+from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 
 
@@ -161,8 +161,9 @@ def begin(
     if not bool(prompt.visual.any()):
         return None
     check_features(embeds, prompt)
-    query = grid_query(parts, prompt, kwargs, pruner.newline)
-    layout = Layout.from_grids(pruner.grids(query), length, embeds.device)
+    query = grid_query(parts, call, prompt, kwargs, pruner.newline)
+    grids = find_grids(pruner.grids, query, prompt)
+    layout = Layout.from_grids(grids, length, embeds.device)
     segments = [
         _segments(spans, grids, pruner.segment_frames)
         for spans, grids in zip(query.spans, layout.grids, strict=True)
