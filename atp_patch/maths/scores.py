@@ -30,7 +30,13 @@ def _sample_slices(like: Tensor, elements: int) -> Iterator[slice]:
 
 
 def self_scores(
-    query: Tensor, key: Tensor, valid: Tensor, scaling: float, *, causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor,
+    scaling: float,
+    *,
+    causal: bool = False,
+    per_head: bool = False,
 ) -> Tensor:
     """S_self of eq. 3: the mean attention logit that a visual token gets from visual queries.
 
@@ -42,21 +48,33 @@ def self_scores(
         valid: (B, V) bool.
         scaling: factor of the logits, usually ``d ** -0.5``.
         causal: average only over the queries that causality lets see the token (itself and later).
+        per_head: do not average over heads.
 
     Returns:
-        (B, V) float32, 0 in invalid slots.
+        (B, V) float32, 0 in invalid slots; (B, H, V) per head.
     """
     parts = _sample_slices(query, query[0].numel())
-    sums = [_summed_logits(query[b], key[b], valid[b], causal) for b in parts]
+    sums = [_summed_logits(query[b], key[b], valid[b], causal, per_head) for b in parts]
     seen_by = valid.flip(1).cumsum(1).flip(1) if causal else valid.sum(1, keepdim=True)
-    logits = torch.cat(sums) / seen_by.clamp(min=1)
-    return (logits * (scaling / query.shape[1])).masked_fill(~valid, 0.0)
+    logits = torch.cat(sums)
+    if per_head:
+        seen_by, valid = seen_by[:, None], valid[:, None]
+    else:
+        scaling = scaling / query.shape[1]
+    return (logits / seen_by.clamp(min=1) * scaling).masked_fill(~valid, 0.0)
 
 
-def _summed_logits(query: Tensor, key: Tensor, valid: Tensor, causal: bool) -> Tensor:
-    """(B, V) the sum over visual queries and heads of q k."""
+def _summed_logits(
+    query: Tensor, key: Tensor, valid: Tensor, causal: bool, per_head: bool
+) -> Tensor:
+    """(B, V) the sum over visual queries and heads of q k; (B, H, V) over queries alone."""
     groups = query.shape[1] // key.shape[1]
     queries = query.masked_fill(~valid[:, None, :, None], 0.0)
+    if per_head:
+        total = queries.sum(2, keepdim=True, dtype=torch.float32)
+        if causal:
+            total = queries.float().flip(2).cumsum(2).flip(2)
+        return (total * key.float().repeat_interleave(groups, 1)).sum(-1)
     # Heads that share a key head can be summed before the product.
     if causal:
         queries = rearrange(queries.float(), "b (k g) v d -> b k g v d", g=groups).sum(2)
@@ -78,6 +96,7 @@ def cross_scores(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     renormalise: bool = False,
+    per_head: bool = False,
     chunk_rows: int = 64,
 ) -> Tensor:
     """S_cross of eq. 4: the attention probability a visual token gets, averaged over text rows.
@@ -92,18 +111,20 @@ def cross_scores(
         softcap: logits are brought below it by a tanh (Gemma 2).
         sinks: (H,) a logit of each head that takes part in its rows' sums alone (gpt-oss).
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
+        per_head: do not average over heads.
         chunk_rows: rows whose probabilities are held at a time.
 
     Returns:
         (B, V) float32, 0 in invalid slots; zeros for a sample without a row that counts. A row
-        that sees no key adds 0.
+        that sees no key adds 0. (B, H, V) per head.
     """
-    how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise}
+    how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise, "per_head": per_head}
     parts = _in_parts(
         query, key, row_valid, visual_index, visual_valid, scaling, mask, chunk_rows, how
     )
-    totals = [reduce(torch.add, (part.sum(1) for part in of_samples)) for of_samples in parts]
-    return torch.cat(totals) / row_valid.sum(1, keepdim=True).clamp(min=1)
+    totals = [reduce(torch.add, (part.sum(-2) for part in of_samples)) for of_samples in parts]
+    rows = row_valid.sum(1, keepdim=True).clamp(min=1)
+    return torch.cat(totals) / (rows[:, None] if per_head else rows)
 
 
 def cross_rows(
@@ -118,12 +139,14 @@ def cross_rows(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     renormalise: bool = False,
+    per_head: bool = False,
 ) -> Tensor:
     """(B, T, V) float32 attention that each text row pays each visual token, averaged over heads.
 
-    Arguments as of :func:`cross_scores`; 0 for invalid rows and in invalid slots.
+    Arguments as of :func:`cross_scores`; 0 for invalid rows and in invalid slots. (B, H, T, V) per
+    head.
     """
-    how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise}
+    how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise, "per_head": per_head}
     rows = max(query.shape[2], 1)
     parts = _in_parts(query, key, row_valid, visual_index, visual_valid, scaling, mask, rows, how)
     return torch.cat([part for of_samples in parts for part in of_samples])
@@ -184,6 +207,7 @@ def _rows(
     softcap: float | None,
     sinks: Tensor | None,
     renormalise: bool,
+    per_head: bool,
 ) -> Tensor:
     """:func:`cross_rows` of samples that are taken together."""
     batch, heads, rows, _ = query.shape
@@ -210,8 +234,11 @@ def _rows(
             sink = sinks.to(logits)[None, :, None, None].expand(batch, -1, rows, 1)
             logits = torch.cat([logits, sink], dim=-1)
         seen = logits.softmax(-1).gather(3, columns)
-    seen = seen.masked_fill(visual == lowest, 0.0).mean(1)
-    return seen.masked_fill(~row_valid[..., None], 0.0)
+    seen = seen.masked_fill(visual == lowest, 0.0)
+    row_valid = row_valid[..., None]
+    if per_head:
+        return seen.masked_fill(~row_valid[:, None], 0.0)
+    return seen.mean(1).masked_fill(~row_valid, 0.0)
 
 
 def visible_keys(mask: Tensor) -> Tensor:

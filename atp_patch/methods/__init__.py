@@ -11,7 +11,7 @@ from atp_patch.contract import (
     TowerMethod,
 )
 from atp_patch.methods.atp import ATP
-from atp_patch.methods.base import keep_best, least_counts
+from atp_patch.methods.base import attention_paid, keep_best, least_counts
 from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.fixed import Fixed
@@ -45,6 +45,7 @@ __all__ = [
     "SparseVLM",
     "TowerMethod",
     "VoCo",
+    "attention_paid",
     "available_methods",
     "keep_best",
     "least_counts",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atp_patch.contract import LayerMethod, Layout, TokenView, View
 from atp_patch.contract.errors import ConfigError
-from atp_patch.maths import even_counts, top_k_mask
+from atp_patch.maths import cross_scores, even_counts, gather_heads, top_k_mask
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,38 @@ def grid_table(layout: Layout, values: Callable[[int, int], Tensor]) -> Tensor:
             table[b, at : at + grid.length] = values(grid.height, grid.width).repeat(grid.frames)
             at += grid.length
     return table.to(layout.valid.device)
+
+
+def attention_paid(
+    view: View,
+    rows: Tensor,
+    row_valid: Tensor,
+    *,
+    renormalise: bool = False,
+    per_head: bool = False,
+) -> Tensor:
+    """(B, V) float32: the attention that some rows pay each visual token in the layer before.
+
+    It is averaged over the rows and, unless ``per_head`` (then (B, H, V)), over the heads.
+
+    Args:
+        rows: (B, T) places among the tokens that are left, as ``view.text`` or
+            ``view.last[:, None]``; ``row_valid`` (B, T) bool.
+        renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
+    """
+    return cross_scores(
+        gather_heads(view.query, rows),
+        view.key,
+        row_valid,
+        view.slot + view.key_offset,
+        view.slot_valid,
+        view.scaling,
+        mask=mask_rows(view.mask, rows),
+        softcap=view.softcap,
+        sinks=view.sinks,
+        renormalise=renormalise,
+        per_head=per_head,
+    )
 
 
 def mask_rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:

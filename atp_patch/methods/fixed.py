@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from atp_patch.contract import Decision, LayerMethod, View
-from atp_patch.maths import cross_scores, gather_heads, redundant_scores, self_scores
-from atp_patch.methods.base import Ranking, choice, mask_rows
+from atp_patch.maths import gather_heads, redundant_scores, self_scores
+from atp_patch.methods.base import Ranking, attention_paid, choice
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,15 @@ class Scored(LayerMethod):
 
     def scores(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """S_self, S_cross and S_redundant, each (B, V) float32 (eq. 3, eq. 4 and below)."""
-        column = view.slot + view.key_offset
         s_self = self_scores(
             gather_heads(view.query, view.slot),
-            gather_heads(view.key, column),
+            gather_heads(view.key, view.slot + view.key_offset),
             view.slot_valid,
             view.scaling,
             causal=self.causal_self,
         )
-        s_cross = cross_scores(
-            gather_heads(view.query, view.text),
-            view.key,
-            view.text_valid,
-            column,
-            view.slot_valid,
-            view.scaling,
-            mask=mask_rows(view.mask, view.text),
-            softcap=view.softcap,
-            sinks=view.sinks,
-            renormalise=self.cross_over == "visual",
+        s_cross = attention_paid(
+            view, view.text, view.text_valid, renormalise=self.cross_over == "visual"
         )
         redundant = redundant_scores(
             s_self, s_cross, view.slot_valid, score=self.score, norm=self.score_norm

@@ -102,6 +102,52 @@ def test_cross_scores_are_mean_probabilities(
         assert bool((got[b, len(columns) :] == 0).all())
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_scores_of_each_head(heads: tuple[int, int], causal: bool) -> None:
+    query, key, valid = case(heads)
+    logits = attention_logits(query, key, 0.3)
+    got = self_scores(query, key, valid, 0.3, causal=causal, per_head=True)
+    assert got.shape == (3, heads[0], 7)
+    for b in range(3):
+        count = int(valid[b].sum())
+        for n in range(7):
+            rows = range(n if causal else 0, count)
+            for h in range(heads[0]):
+                seen = n < count and len(rows) > 0
+                expected = float(logits[b, h, list(rows), n].mean()) if seen else 0.0
+                assert float(got[b, h, n]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 64])
+def test_cross_scores_and_rows_of_each_head(
+    heads: tuple[int, int], renormalise: bool, chunk_rows: int
+) -> None:
+    query, key, row_valid = case(heads)
+    index = torch.tensor([[1, 3, 6], [0, 2, 5], [4, 5, 0]])
+    valid = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    logits = attention_logits(query, key, 0.3)
+    how = {"renormalise": renormalise, "per_head": True}
+    rows = cross_rows(query, key, row_valid, index, valid, 0.3, **how)
+    got = cross_scores(query, key, row_valid, index, valid, 0.3, chunk_rows=chunk_rows, **how)
+    assert rows.shape == (3, heads[0], 7, 3)
+    for b in range(3):
+        places = index[b, valid[b]].tolist()
+        for h in range(heads[0]):
+            total = torch.zeros(len(places))
+            for t in range(7):
+                one = logits[b, h, t]
+                paid = one[places].softmax(0) if renormalise else one.softmax(0)[places]
+                paid = paid * row_valid[b, t]
+                torch.testing.assert_close(rows[b, h, t, valid[b]], paid, rtol=1e-5, atol=1e-6)
+                total += paid
+            mean = total / row_valid[b].sum()
+            torch.testing.assert_close(got[b, h, valid[b]], mean, rtol=1e-5, atol=1e-6)
+            assert not got[b, h, ~valid[b]].any()
+
+
 def test_cross_scores_without_a_row_are_zero() -> None:
     query, key = torch.randn(1, 2, 0, 4), torch.randn(1, 2, 3, 4)
     none = torch.zeros(1, 0, dtype=torch.bool)
