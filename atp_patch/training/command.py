@@ -26,6 +26,7 @@ from atp_patch.patching.pruner import HEADS
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
 from atp_patch.tools.command_line import execute
+from atp_patch.tools.files import check_folder, parse_json, replaced, write_text
 from atp_patch.tools.loading import choose_device, load_checkpoint, quiet_transformers
 from atp_patch.tools.parameter_groups import add_lora, freeze
 from atp_patch.tools.trained import find_trained
@@ -116,11 +117,14 @@ def train(settings: Settings, resume: bool = False) -> Path:
         folder = Path(settings.out)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings.to_dict(), indent=2)
-        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / SETTINGS_FILE, text + "\n")
     scored = [layer - 1 for layer in require_patch(model).config.layers]
     with without(model, silent, scored):
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None and _at_its_end(Path(checkpoint)):
+                trainer.restore(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=checkpoint)
         except (ATPError, KeyboardInterrupt) as error:
             # After a loss that is no number the weights may be none either.
             sound = isinstance(error, (InputError, KeyboardInterrupt))
@@ -163,25 +167,26 @@ def save(
     """Write the adapter with its card, and the model or its LoRA where they learned."""
     settings, model = trainer.settings, trainer.model
     out = Path(settings.out)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = trainer.whole_state()
     trainer.save_state()
     if not trainer.args.should_save:
         return out / ADAPTER
     beside: Beside | None = None
     if settings.lora_rank or not settings.freeze_lm:
         beside = LORA if settings.lora_rank else MODEL
-    saved = adapter(model, state, beside)
-    saved.save_pretrained(out / ADAPTER)
-    history, data = trainer.state.log_history, source.name
-    section = card(settings, history, len(source), trainer.skipped, data, calibration)
-    text = saved.card() + "\n" + section
-    (out / ADAPTER / CARD_FILE).write_text(text, encoding="utf-8")
     rest = {k: v for k, v in state.items() if not k.startswith(HEADS + ".")}
     if settings.lora_rank:
         model.save_pretrained(out / LORA, state_dict=rest)
     elif not settings.freeze_lm:
         model.save_pretrained(out / MODEL, state_dict=rest)
         processor.save_pretrained(out / MODEL)
+    saved = adapter(model, state, beside)
+    history, data = trainer.state.log_history, source.name
+    section = card(settings, history, len(source), trainer.skipped, data, calibration)
+    with replaced(out / ADAPTER) as scratch:  # where it is there, the training is finished
+        saved.save_pretrained(scratch)
+        text = saved.card() + "\n" + section
+        (scratch / CARD_FILE).write_text(text, encoding="utf-8")
     also = "" if beside is None else f" and {out / beside}, which goes with it"
     sys.stderr.write(f"Saved {out / ADAPTER}{also}.\n")
     return out / ADAPTER
@@ -199,8 +204,7 @@ def _check_trainer() -> None:
 def _checkpoint(settings: Settings, resume: bool) -> str | None:
     """The newest checkpoint, made with the same settings."""
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out: {out} is a file; give a folder.")
+    check_folder(out, "out")
     newest = _newest_checkpoint(out)
     if not resume:
         earlier = [name for name in (ADAPTER, LORA, MODEL) if (out / name).exists()]
@@ -216,9 +220,16 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
         return None
     if newest is None:
         raise ConfigError(f"there is no checkpoint in {out} to go on from; leave --resume out.")
+    if (out / ADAPTER).exists():
+        raise ConfigError(
+            f"the training in {out} is finished, and its adapter is {out / ADAPTER}: nothing was "
+            "changed. Leave --resume out and give another --out to train anew."
+        )
     file = out / SETTINGS_FILE
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it is no mapping")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); train anew in another out.") from error
     now = settings.to_dict()
@@ -238,10 +249,26 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
 
 
 def _newest_checkpoint(out: Path) -> str | None:
-    """The newest one that was written to its end."""
+    """The newest one that was written to its end: the state comes last."""
     states = out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     folders = [state.parent for state in states if state.parent.name.split("-")[-1].isdecimal()]
+    folders = [folder for folder in folders if _state(folder) is not None]
     return str(max(folders, key=lambda f: int(f.name.split("-")[-1]))) if folders else None
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """What the trainer wrote last into a checkpoint; None where it was broken off."""
+    try:
+        state = parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return state if isinstance(state, dict) and "global_step" in state else None
+
+
+def _at_its_end(checkpoint: Path) -> bool:
+    """Whether no step is left after a checkpoint, so that only saving was broken off."""
+    state = _state(checkpoint)
+    return state is not None and bool(state["global_step"] >= state["max_steps"])
 
 
 def _source(settings: Settings) -> Source:

@@ -6,7 +6,7 @@ that names sample ``i``.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,7 @@ from PIL import Image
 
 from atp_patch.builtin import LLAVA, as_shown, make_scene
 from atp_patch.contract.errors import ConfigError, InputError
+from atp_patch.tools.files import parse_json
 from atp_patch.tools.pictures import read_image
 
 MARK = "<image>"  # where a conversation's images belong
@@ -121,7 +122,7 @@ class LlavaFile:
 
     def _check(self, record: Any) -> tuple[tuple[tuple[str, str], ...], list[Path]]:
         """Turns and image files of a record."""
-        if isinstance(record, json.JSONDecodeError):
+        if isinstance(record, ValueError):
             raise InputError(f"the line is not JSON ({record}).")
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
             raise InputError('it is no mapping with a list "conversations".')
@@ -142,7 +143,11 @@ class LlavaFile:
             raise InputError(f"{MARK} stands after the first question.")
         files = [self.images / name for name in names]
         for file in files:
-            if not file.is_file():
+            try:
+                found = file.is_file()
+            except OSError as error:  # a name may be longer than the system takes
+                raise InputError(f"an image cannot be found ({error}); check the path.") from error
+            if not found:
                 raise InputError(f"there is no image {file}; check the path and images.")
         return turns, files
 
@@ -166,10 +171,14 @@ def check_source(source: Source, skip_bad: bool) -> None:
 
 
 def _turn(turn: Any) -> tuple[str, str]:
-    role = _ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
-    text = turn.get("value") if isinstance(turn, dict) else None
+    told = turn if isinstance(turn, dict) else {}
+    speaker, text = told.get("from"), told.get("value")
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None or not isinstance(text, str):
         raise InputError('a turn has no "from" (human or gpt) or no "value".')
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise InputError(f"its text holds {half[0]!a}, a half of a character; mend the file.")
     if not text.replace(MARK, "").strip():
         raise InputError(f"it has an empty {'question' if role == 'user' else 'answer'}.")
     return role, text.strip()
@@ -195,8 +204,8 @@ def _read(file: Path) -> Sequence[Any]:
         # Not splitlines(): strings may hold line separators that are no line ends in JSON.
         return [_line(line) for line in text.split("\n") if line.strip()]
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
+        records = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"{file} is not JSON ({error}); mend it.") from error
     if not isinstance(records, list):
         raise ConfigError(f"{file} is not a list of samples; for a sample a line, name it .jsonl.")
@@ -205,6 +214,6 @@ def _read(file: Path) -> Sequence[Any]:
 
 def _line(line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return parse_json(line)
+    except ValueError as error:
         return error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from atp_patch.builtin import NAMES
 from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.command_line import check_text
 from atp_patch.tools.loading import DTYPES
 
 BUILTIN = "builtin"
@@ -77,15 +80,34 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: {value} must be at least 1.")
-        for name in ("lr", "atp_lr", "atp_bias_lr", "clip", "epochs"):
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            # No limit to the gradient's norm is a setting that makes sense.
+            if isinstance(value, float) and math.isinf(value) and entry.name != "clip":
+                raise ConfigError(f"{entry.name}: {value} must be finite.")
+        for name in ("lr", "atp_lr", "atp_bias_lr", "clip", "epochs", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: {value} must be above 0.")
-        for name in ("distill", "weight_decay", "workers", "lora_rank", "warmup", "calibrate"):
+        for name in (
+            "distill",
+            "weight_decay",
+            "workers",
+            "lora_rank",
+            "warmup",
+            "calibrate",
+            "seed",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
-        if self.warmup >= 1 or len(self.betas) != 2:
-            raise ConfigError("warmup is a share below 1, and betas are two numbers.")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed: {self.seed} must be below 2**32.")
+        if self.warmup >= 1:
+            raise ConfigError(f"warmup: {self.warmup} must be a share below 1.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"betas: {list(self.betas)} must be two numbers, each from 0 to below 1."
+            )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}.")
         if self.dtype not in ("float32", "bfloat16"):
@@ -136,7 +158,7 @@ def read_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
     given |= flags
     given["options"] = {**options, **flags.get("options", {})}
     hints = get_type_hints(Settings)
-    unknown = sorted(set(given) - {entry.name for entry in fields(Settings)})
+    unknown = [name for name in given if name not in {entry.name for entry in fields(Settings)}]
     if unknown:
         raise ConfigError(
             f"{where}: there is no setting {', '.join(map(repr, unknown))}; --help lists them."
@@ -161,31 +183,42 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             parts = value.split(",") if isinstance(value, str) else value
             return tuple(convert(name, part, get_args(kind)[0]) for part in parts)
         if get_origin(kind) is dict:
-            return {str(key): _option(entry) for key, entry in value.items()}
+            return {str(key): _option(str(key), entry) for key, entry in value.items()}
         if kind is bool:
             if not isinstance(value, bool):
                 raise ValueError("true or false")
             return value
-        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
+        if kind is int and not isinstance(value, bool):
+            number = int(float(value))
+            if float(value) == number and abs(number) <= sys.maxsize:
+                return number
         if kind is float and not isinstance(value, bool):
             return float(value)
         if kind is str and isinstance(value, (str, Path)):
+            check_text(str(value), name)
             return str(value)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, AttributeError, OverflowError):
         pass
     wanted = getattr(kind, "__name__", str(kind))
     raise ConfigError(f"{name}: {value!r} is not of the kind {wanted}; mend it.")
 
 
-def _option(value: Any) -> Any:
+def _option(name: str, value: Any) -> Any:
     """An option as YAML reads it, but for lists, and numbers such as 1e6, which it calls words."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+        raise ConfigError(f"options: {name} is neither a plain value nor a list of such.")
     if isinstance(value, list):
         return tuple(value)
     try:
-        return float(value) if isinstance(value, str) else value
+        found = float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ConfigError(f"options: {name} must be finite, not {found}.")
+    return found
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -195,8 +228,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); give a YAML file.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for dates and long numbers
         raise ConfigError(f"{file} is not YAML ({error}); mend it.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file} is nested too deeply to be read; mend it.") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{file} holds no settings; write lines such as: steps: 300")
     return given

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from atp_patch.contract.errors import ATPError, ConfigError, WeightsError
@@ -90,6 +90,7 @@ class PruningTrainer(Trainer):
     Attributes:
         meter: averages since the last line of progress.
         skipped: numbers of the samples that were left out.
+        restored: whether the weights are those of a checkpoint, and no step was trained since.
     """
 
     def __init__(self, settings: Settings, **kwargs: Any) -> None:
@@ -97,6 +98,7 @@ class PruningTrainer(Trainer):
         super().__init__(**kwargs)
         self.settings, self.meter = settings, Meter()
         self.skipped: set[int] = set()
+        self.restored = False
         self.partial = any(not p.requires_grad for p in self.model.get_decoder().parameters())
         self.remove_callback(PrinterCallback)
 
@@ -186,6 +188,23 @@ class PruningTrainer(Trainer):
         if set(learned) != set(self._learned()):
             raise WeightsError(f"{file} does not hold what this training learns; check out.")
         (self.model if model is None else model).load_state_dict(learned, strict=False)
+
+    def restore(self, checkpoint: str) -> None:
+        """Take the weights and the state of a checkpoint without training on.
+
+        Raises:
+            WeightsError: where the checkpoint holds other weights than this training learns.
+        """
+        self._load_from_checkpoint(checkpoint)
+        self.restored = True
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """All weights and buffers, put together from all processes where each holds a part."""
+        if self.restored:  # no engine has taken the model apart
+            return dict(self.model.state_dict())
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return state
 
     def _learned(self) -> list[str]:
         """Keys of the heads and of all else that learns."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from atp_patch.commands.cli import COMMANDS
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.command_line import OneLineParser, comma_separated, execute
+from atp_patch.tools.command_line import OneLineParser, comma_separated, execute, named_values
+from atp_patch.tools.files import check_folder, parse_json, replaced, write_text
 
 # command -> arguments that are well formed, and what to replace so that nothing is done
 ARGUMENTS: dict[str, tuple[list[str], str]] = {
@@ -49,8 +55,111 @@ def test_cpus_out_of_memory(capsys: Any) -> None:
 
 
 def test_other_errors_are_not_hidden(capsys: Any) -> None:
-    with pytest.raises(RuntimeError, match="a bug"):
-        outcome(RuntimeError("a bug"), capsys)
+    for bug in (
+        RuntimeError("a bug"),
+        OSError("a bug"),
+        FileNotFoundError(errno.ENOENT, "a bug"),
+        RecursionError("a bug"),
+        ValueError("a bug"),
+    ):
+        with pytest.raises(type(bug), match="a bug"):
+            outcome(bug, capsys)
+
+
+def test_what_the_system_refuses_is_one_line(capsys: Any) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "a/b\n.json")
+    line = "prog: No space left on device (a/b .json); make room on the disk.\n"
+    assert outcome(full, capsys) == (2, line)
+    rust = SafetensorError("Error while serializing: I/O error: (os error 28)")
+    assert outcome(rust, capsys) == (2, "prog: No space left on device; make room on the disk.\n")
+    for code in (errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS):
+        status, line = outcome(OSError(code, "said", "some/where"), capsys)
+        assert status == 2
+        assert "(some/where); give another path" in line
+
+
+WRITES = """
+import sys, torch
+from atp_patch.tools.command_line import OneLineParser, execute
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+work = lambda _: torch.save(torch.zeros(100_000), sys.argv[1])
+sys.exit(execute(OneLineParser("prog"), work, [], memory=""))
+"""
+
+
+def test_torch_that_cannot_write_a_file_is_one_line(tmp_path: Path) -> None:
+    """Torch has no exception of its own for it: a real limit shows what it raises."""
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "a.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "prog: torch could not write a file to its end; make room on the disk.\n"
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "\udcff"])
+def test_arguments_that_are_no_text_are_refused_before_the_work(text: str, capsys: Any) -> None:
+    parser = OneLineParser("prog")
+    parser.add_argument("--out")
+    assert execute(parser, pytest.fail, ["--out", text], memory="") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("prog: an argument holds the character '")
+    assert said.count("\n") == 1
+    assert said.isascii()
+    assert execute(parser, pytest.fail, [f"--{text}"], memory="") == 2  # unknown, and printed
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_options_that_are_no_json_are_words() -> None:
+    digits, deep = "9" * 5_000, "[" * 100_000
+    given = named_values(["a=1", "b=[1, 2]", "c=word", f"d={digits}", f"e={deep}"])
+    assert given == {"a": 1, "b": (1, 2), "c": "word", "d": digits, "e": deep}
+
+
+def test_deep_json_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="Expecting"):
+        parse_json("{")
+
+
+def break_off(path: Path, folder: bool) -> None:
+    """Begin to write something, and fail."""
+    with replaced(path) as scratch:
+        if folder:
+            scratch.mkdir()
+        file = scratch / "half" if folder else scratch
+        file.write_text("half")
+        raise OSError("full")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    file, link = tmp_path / "a.json", tmp_path / "link.json"
+    write_text(file, "one")
+    link.symlink_to(file)
+    with pytest.raises(OSError, match="full"):
+        break_off(link, folder=False)
+    assert (file.read_text(), len(list(tmp_path.iterdir()))) == ("one", 2)
+    write_text(link, "two")
+    assert (file.read_text(), link.is_symlink()) == ("two", True)
+    with pytest.raises(OSError, match="full"):
+        break_off(tmp_path / "folder", folder=True)
+    with replaced(tmp_path / "folder") as scratch:
+        scratch.mkdir()
+        (scratch / "whole").touch()
+    assert (tmp_path / "folder" / "whole").is_file()
+    assert len(list(tmp_path.iterdir())) == 3
+    with replaced(Path("/dev/null")) as device:
+        assert device == Path("/dev/null")
+
+
+def test_a_folder_is_checked_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_folder(tmp_path / "new" / "deep", "--out")
+    check_folder(Path("relative"), "--out")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+    for path in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(ConfigError, match=r"--out: .*file is a file; give a folder"):
+            check_folder(path, "--out")
 
 
 def test_an_error_of_a_worker_process_is_its_message(capsys: Any) -> None:

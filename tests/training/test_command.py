@@ -114,6 +114,7 @@ def test_resuming_is_refused_where_it_would_be_another_training(
         run(folder, tmp_path / "done")
     shutil.copytree(whole, tmp_path / "torn")
     (tmp_path / "torn" / "checkpoint-4" / "learned.safetensors").unlink()
+    shutil.rmtree(tmp_path / "torn" / "adapter")
     with pytest.raises(atp_patch.WeightsError, match="does not hold what this training learns"):
         run(folder, tmp_path / "torn", resume=True, steps=4)
 
