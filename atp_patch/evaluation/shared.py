@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from atp_patch.patching.patch import require_patch
-from atp_patch.seam import Recording
-from atp_patch.seam.host import recorder
+from atp_patch.seam import Recorder, Recording
 
 
 @dataclass
@@ -52,13 +51,14 @@ class SharedLayers:
         Args:
             skipped: layers that something else stands in for.
         """
-        config = require_patch(model).config
+        patch = require_patch(model)
+        config, recorder = patch.config, patch.seam.recorder
         alike = config.before is None and not config.rope_2d
         layers = model.get_decoder().layers
         first = config.layers[0] if alike else 0
         shared = [number for number in range(first) if number not in skipped]
         for number in shared:
-            layers[number].forward = partial(self._forward, number, layers[number])
+            layers[number].forward = partial(self._forward, recorder, number, layers[number])
         try:
             yield
         finally:
@@ -66,7 +66,13 @@ class SharedLayers:
                 del layers[number].forward
 
     def _forward(
-        self, number: int, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any
+        self,
+        recorder: Recorder,
+        number: int,
+        layer: Any,
+        hidden: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         cache = kwargs.get("past_key_values")
         original = partial(type(layer).forward, layer, hidden, *args, **kwargs)
@@ -74,17 +80,17 @@ class SharedLayers:
             made: Tensor = original()
             return made
         name, attention = (self.batch, number), layer.self_attn
-        left, scored = self._left.get(name), recorder.awaited(attention)
+        left, scored = self._left.get(name), recorder.awaits(attention)
         if left is None or (scored and left.recording is None):
             heard: list[Recording] = []
             if scored:
-                recorder.overhear(attention, heard.append)
+                recorder.overhear(heard.append)
             made = original()
             held = cache.layers[number]
             self._left[name] = _Left(made, held.keys, held.values, heard[0] if heard else None)
             return made
         if scored:
             assert left.recording is not None
-            recorder.replay(attention, left.recording)
+            recorder.replay(left.recording)
         cache.update(left.key, left.value, number)
         return left.hidden

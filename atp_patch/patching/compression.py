@@ -76,7 +76,7 @@ class Compression(Patch):
         slots = tuple(run.attended.sum(1).tolist())
         voco = (run.slots.voco >= 0).sum(1).tolist()
         visual = (run.attended & run.slots.visual).sum(1).tolist()
-        self.trace = CompressionTrace(
+        self.thread.trace = CompressionTrace(
             layers={
                 0: LayerTrace(
                     layout=layout,

@@ -200,30 +200,31 @@ def _remove(patch: Patch) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while. Caches that hold a pruned prompt already are still read
-    rightly.
+    """The plain model for a while, in this thread. Caches that hold a pruned prompt already are
+    still read rightly.
 
     Such contexts may overlap: the model prunes again when the last of them is left.
     """
-    seam = require_patch(model).seam
-    seam.disabled_depth += 1
+    thread = require_patch(model).seam.thread
+    thread.disabled += 1
     try:
         yield
     finally:
-        seam.disabled_depth -= 1
+        thread.disabled -= 1
 
 
 def last_trace(model: nn.Module) -> PruningTrace:
-    """What the last forward pass with images did.
+    """What this thread's last forward pass with images did.
 
     Raises:
-        NotPatchedError: if the model is not patched, or has seen no image since.
+        NotPatchedError: if the model is not patched, or has seen no image from this thread since.
     """
-    trace = require_patch(model).trace
+    trace = require_patch(model).thread.trace
     if trace is None:
         raise NotPatchedError(
-            "no forward pass with images has run through this patched model yet; call model(...) "
-            "or model.generate(...) first."
+            "this thread has run no forward pass with images through this patched model yet, and "
+            "each thread has the trace of its own last pass; call model(...) or "
+            "model.generate(...) in this thread first."
         )
     return trace
 

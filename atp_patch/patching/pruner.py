@@ -22,7 +22,9 @@ from atp_patch.seam import (
     LearningPass,
     MergeHooks,
     Parts,
+    PerThread,
     Prefill,
+    Recorder,
     Seam,
     ShrinkHooks,
     VisionHooks,
@@ -31,6 +33,19 @@ from atp_patch.seam import (
 
 HEADS = "atp_patch_heads"  # name of what learns, in the model
 IGNORED = "_keys_to_ignore_on_save"
+
+
+class ThreadState(PerThread):
+    """What the running thread keeps of its passes through one patched model.
+
+    Attributes:
+        trace: what its last pass with images did.
+        control: stands in for the heads, or None.
+    """
+
+    def __init__(self) -> None:
+        self.trace: PruningTrace | None = None
+        self.control: nn.Module | None = None
 
 
 class Patch:
@@ -60,8 +75,7 @@ class Patch:
         self.learned, self.rope_2d = heads is not None, config.rope_2d
         self.frozen_may_turn = False
         self.ignored_before = {k: v for k, v in vars(parts.model).items() if k == IGNORED}
-        self.control: nn.Module | None = None  # stands in for the heads
-        self.trace: PruningTrace | None = None
+        self.thread = ThreadState()
         self.seam = Seam(parts, self)
 
     def restore_ignored(self) -> None:
@@ -79,7 +93,7 @@ class Patch:
         if follows_budget(self.method, self.config):
             self.config.counts(visual_tokens)
 
-    def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
+    def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
         """What prunes before the decoder, on the vision tower."""
         if self.before is None or self.tower is None:
             return None
@@ -87,7 +101,7 @@ class Patch:
         if isinstance(self.before, PictureMethod):
             return ShrinkHooks(base, self.tower, self.before.grid, shares, active)
         assert isinstance(self.before, TowerMethod)
-        return MergeHooks(base, self.tower, self.before.merge, shares, least, active)
+        return MergeHooks(base, self.tower, self.before.merge, shares, least, active, recorder)
 
     def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
         """How many tokens each group keeps before the decoder; None: as many as it needs.
@@ -128,7 +142,8 @@ class Patch:
         """The method's choice."""
         assert self.method is not None
         self.check_heads()
-        decision = self.method.decide(view, self.heads if self.control is None else self.control)
+        control = self.thread.control
+        decision = self.method.decide(view, self.heads if control is None else control)
         return check_decision(decision, view, self.method.name)
 
     def finished(self, run: Prefill) -> None:
@@ -150,17 +165,13 @@ class Patch:
                 attended=run.attended,
             )
         tokens = zip(run.prompt_tokens, run.layout.totals, strict=True)
-        self.trace = PruningTrace(
+        self.thread.trace = PruningTrace(
             layers=layers,
             layout=run.layout,
             shape=decoder_shape(self.parts.config),
             text_tokens=tuple(all_tokens - visual for all_tokens, visual in tokens),
             bytes_per_element=run.bytes_per_element,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy begins without a trace: in training that holds the graph of the last pass."""
-        return {**self.__dict__, "trace": None}
 
     def losses(self, run: LearningPass, output: Any) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss; its parts go into the trace too."""
@@ -173,7 +184,8 @@ class Patch:
         target = self.config.goal(float(totals.mean()))
         counts = [count[seen].to(run.soft_counts[0].device) for count in run.soft_counts]
         assert self.method is not None
-        assert self.trace is not None
+        trace = self.thread.trace
+        assert trace is not None
         terms = self.method.step_losses(
             LearningStep(
                 counts=counts,
@@ -188,7 +200,7 @@ class Patch:
             )
         )
         parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
-        self.trace = replace(self.trace, losses=parts)
+        self.thread.trace = replace(trace, losses=parts)
         return terms
 
 

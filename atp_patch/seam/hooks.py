@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,8 @@ from atp_patch.seam.host.inputs import Call, refuse_replica
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.masks import check_implementation, is_flash
 from atp_patch.seam.host.outside import Outside
+from atp_patch.seam.host.passes import PerThread
+from atp_patch.seam.host.recorder import ATTEND, Recorder
 from atp_patch.seam.host.replaced import Replaced
 from atp_patch.seam.host.session import Session
 from atp_patch.seam.learning.learning_pass import LearningPass
@@ -42,7 +45,7 @@ class Pruner(Reader, Protocol):
 
     minimum: dict[str, int]
 
-    def vision_hooks(self, active: Callable[[], bool]) -> VisionHooks | None:
+    def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
         """What hooks into the vision tower, or None."""
 
     def counts(self, step: int, run: Prefill) -> tuple[int, ...] | None:
@@ -56,6 +59,21 @@ class Pruner(Reader, Protocol):
 
     def losses(self, run: LearningPass, output: Any) -> dict[str, tuple[float, Tensor]]:
         """What training adds to the loss of the host's output: name -> its weight and a scalar."""
+
+
+class ThreadState(PerThread):
+    """What the running thread does with one patched model.
+
+    Attributes:
+        disabled: contexts of ``disabled(model)`` that the thread is in.
+        session: the call of ``generate`` that it is in.
+        call: the forward pass that it is in.
+    """
+
+    def __init__(self) -> None:
+        self.disabled = 0
+        self.session: Session | None = None
+        self.call: Call | None = None
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -75,7 +93,7 @@ class LayerHook:
             return None
         if isinstance(run, Prefill):
             args = self.seam.before_layer(self.layer, run, args, kwargs)
-        else:
+        elif isinstance(run, Decode):
             run.narrow_kwargs(self.layer, args[0].shape[1], kwargs)
         return args, kwargs
 
@@ -85,10 +103,8 @@ class Seam:
 
     def __init__(self, parts: Parts, pruner: Pruner) -> None:
         self.parts, self.pruner, self.outside = parts, pruner, Outside(parts)
-        self.disabled_depth = 0  # contexts under way in which the plain model runs
-        self.session: Session | None = None
-        self.vision = pruner.vision_hooks(self._in_pass)
-        self._call: Call | None = None
+        self.thread, self.recorder = ThreadState(), Recorder()
+        self.vision = pruner.vision_hooks(self._in_pass, self.recorder)
         self._handles: list[Any] = []
         self._generate: Replaced | None = None
         self.videos = Videos(parts.base)
@@ -107,6 +123,7 @@ class Seam:
         for idx, layer in enumerate(parts.layers):
             hook = LayerHook(self, idx)
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self.recorder.watch(layer.self_attn)
         if self.vision is not None:
             self.vision.install(add)
             self.videos.install()
@@ -137,68 +154,83 @@ class Seam:
         if self.vision is not None:
             self.vision.remove()
         for layer in self.parts.layers:
-            recorder.release(layer.self_attn)
+            self.recorder.release(layer.self_attn)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the running thread is in no context of ``disabled(model)``."""
+        return not self.thread.disabled
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The host's ``generate``; it tells the forward passes within where the prompt ends."""
-        outer = self.session
-        if outer is not None:
-            outer.check_thread()
+        outer = self.thread.session
         if self.enabled:
-            self.session = Session.of_generate(self.outside, args, kwargs)
+            self.thread.session = Session.of_generate(self.outside, args, kwargs)
         for name in ("visual_mask", "visual_grids"):
             kwargs.pop(name, None)
         assert self._generate is not None
         try:
             return self._generate.original(*args, **kwargs)
         finally:
-            self.session = outer
+            self.thread.session = outer
 
     @contextmanager
     def reading(self, prompt_ids: Tensor) -> Iterator[None]:
         """The model's ``get_image_features`` gives what a pass over these prompts (B, L) would find
         in their images: merged, with tombstones where tokens are dropped.
         """
-        outer, self.session = self.session, Session(prompt_ids.shape[1], ids=prompt_ids)
+        outer, self.thread.session = (
+            self.thread.session,
+            Session(prompt_ids.shape[1], ids=prompt_ids),
+        )
         try:
             yield
         finally:
-            self.session = outer
+            self.thread.session = outer
 
     def _in_pass(self) -> bool:
         """Whether the vision tower runs for a pass that is to be pruned."""
-        return self.enabled and (self._call is not None or self.session is not None)
+        return self.enabled and (self.thread.call is not None or self.thread.session is not None)
 
     @property
     def prompt_ids(self) -> Tensor | None:
         """(B, L) ids of the prompt whose images are being read, where there are any."""
-        if self._call is not None and self._call.input_ids is not None:
-            return self._call.input_ids
-        return None if self.session is None else self.session.ids
+        call, session = self.thread.call, self.thread.session
+        if call is not None and call.input_ids is not None:
+            return call.input_ids
+        return None if session is None else session.ids
 
     # -- hooks ------------------------------------------------------------------------------------
 
     def _before_top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse_replica(module)
-        self._call = Call.begin(self.outside, args, kwargs, self.session)
+        self._begin_call(args, kwargs)
         return args, kwargs
 
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse_replica(module)
         # One that has been here before was broken off: Ctrl-C runs no hook after it.
-        if self._call is None or self._call.entered:
-            self._call = Call.begin(self.outside, args, kwargs, self.session)
-            self._call.alone = module is not self.parts.top
-        self._call.with_base(module, args, kwargs)
+        call = self.thread.call
+        if call is None or call.entered:
+            call = self._begin_call(args, kwargs)
+            call.alone = module is not self.parts.top
+        call.with_base(module, args, kwargs)
         return args, kwargs
 
+    def _begin_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
+        self.recorder.forget()
+        call = Call.begin(self.outside, args, kwargs, self.thread.session)
+        self.thread.call = call
+        return call
+
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._disarm()
+        self.recorder.forget()
         if self.vision is not None and hasattr(output, "image_hidden_states"):
             output.image_hidden_states = without_tombstones(output.image_hidden_states)
-        if module is not self.parts.top and not (self._call is not None and self._call.alone):
+        call = self.thread.call
+        if module is not self.parts.top and not (call is not None and call.alone):
             return None
-        call, self._call = self._call, None
+        self.thread.call = None
         if call is None or output is None or not isinstance(call.run, LearningPass):
             return None
         if call.labels is None:  # the loss is made elsewhere, without the thresholds' terms
@@ -211,13 +243,13 @@ class Seam:
 
     def begin(self, kwargs: dict[str, Any]) -> Prefill | Decode | None:
         """The pass that the decoder's arguments begin; None where it is the host's alone."""
-        call, cache = self._call, kwargs.get("past_key_values")
+        call, cache = self.thread.call, kwargs.get("past_key_values")
         implementation = self.parts.config._attn_implementation
         run: Prefill | None = None
         explicit = self.pruner.explicit
         if self.enabled and call is not None and (call.has_images or explicit):
             check_implementation(implementation)
-            run = begin(self.parts, self.pruner, call, self.session, kwargs)
+            run = begin(self.parts, self.pruner, call, self.thread.session, kwargs)
         if run is None and cache is not None and pruned_layer(cache, len(cache.layers) - 1):
             return Decode(cache, is_flash(implementation))
         return run
@@ -242,10 +274,9 @@ class Seam:
         run.rotary = kwargs.get("position_embeddings")
         weight = run.weight_in(layer) if isinstance(run, LearningPass) else None
         if weight is not None:
-            recorder.arm(attention, sink, attend=weighted_attention)
-            kwargs[recorder.KEY_WEIGHT] = weight.to(hidden.device)
-        elif sink is not None:
-            recorder.arm(attention, sink)
+            kwargs[ATTEND] = partial(weighted_attention, weight=weight.to(hidden.device))
+        if weight is not None or sink is not None:
+            self.recorder.expect(attention, sink)
         return (hidden, *rest)
 
     def _needs_scores(self, layer: int, run: Prefill) -> bool:
@@ -295,13 +326,10 @@ class Seam:
     def finish(self, run: Prefill, output: Any) -> Any:
         """Note what a pass did, and give its output the public length; None leaves it as it is."""
         self.pruner.finished(run)
-        if self._call is not None and (isinstance(run, LearningPass) or run.survivors is not None):
-            self._call.unsupervise(run)
-            self._call.run = run
+        call = self.thread.call
+        if call is not None and (isinstance(run, LearningPass) or run.survivors is not None):
+            call.unsupervise(run)
+            call.run = run
         if run.survivors is None:
             return None
         return run.restore(output, len(self.parts.layers))
-
-    def _disarm(self) -> None:
-        for layer in self.pruner.layers:
-            recorder.disarm(self.parts.layers[layer - 1].self_attn)

@@ -23,15 +23,14 @@ class VoCoSeam(Seam):
 
     def __init__(self, parts: Parts, pruner: Compressing) -> None:
         super().__init__(parts, pruner)  # type: ignore[arg-type]
-        self._run: VoCoPass | None = None
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._run, call, cache = None, self._call, kwargs.get("past_key_values")
+        call, cache = self.thread.call, kwargs.get("past_key_values")
         if self.enabled and call is not None and call.has_images:
             begun = begin(self.parts, self.pruner, call, kwargs)
             if begun is not None:
-                self._run, kwargs = begun
-                return args, kwargs
+                run, kwargs = begun
+                return args, {**kwargs, RUN: run}
         if cache is not None and pruned_layer(cache, len(cache.layers) - 1):
             flash = is_flash(self.parts.config._attn_implementation)
             return args, {**kwargs, RUN: Decode(cache, flash)}
@@ -40,8 +39,8 @@ class VoCoSeam(Seam):
     def _after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
-        run, self._run = self._run, None
-        if run is None:
+        run = kwargs.get(RUN)
+        if not isinstance(run, VoCoPass):
             return None
         cache = kwargs.get("past_key_values")
         if cache is None:

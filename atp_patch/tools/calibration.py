@@ -137,7 +137,9 @@ def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> 
 
 @contextmanager
 def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
-    """The model with other thresholds for a while; what is saved meanwhile are its own."""
+    """The model with other thresholds for a while, in this thread; what is saved meanwhile are its
+    own.
+    """
     patch = require_patch(model)
     _adaptive(patch)
     if control.layers != patch.layers:
@@ -145,11 +147,12 @@ def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
             f"these thresholds are for layers {list(control.layers)}, the model prunes before "
             f"{list(patch.layers)}; make them from this patch."
         )
-    before, patch.control = patch.control, control
+    thread = patch.thread
+    before, thread.control = thread.control, control
     try:
         yield
     finally:
-        patch.control = before
+        thread.control = before
 
 
 @dataclass
@@ -185,12 +188,12 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
     method = patch.method
     assert method is not None  # as _thresholds has made sure
     for batch in data:
-        patch.trace = None
+        patch.thread.trace = None
         with torch.no_grad():
             model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        if patch.trace is None:  # text alone
+        if patch.thread.trace is None:  # text alone
             continue
-        trace = patch.trace
+        trace = patch.thread.trace
         seen = [b for b, total in enumerate(trace.layout.totals) if total]
         visual += [trace.layout.totals[b] for b in seen]
         rows.append(trace.tokens_per_layer[seen].double())

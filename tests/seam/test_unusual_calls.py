@@ -1,15 +1,14 @@
-"""Calls that are rare but right: new ids alone, threads, replicas, Ctrl-C, one's own generate."""
+"""Calls that are rare but right: new ids alone, replicas, Ctrl-C, one's own generate."""
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache
 
 import atp_patch
 from atp_patch.seam.decoder.host_pass import HostPass
@@ -59,31 +58,6 @@ def test_tokens_dropped_before_the_decoder_leave_no_mark_in_a_later_turn() -> No
         output_logits=True,
     )
     assert all(bool(torch.isfinite(logits).all()) for logits in out.logits)
-
-
-@families
-def test_another_thread_is_told_to_wait(kind: str) -> None:
-    model = patched(kind)
-    inputs = batch(model, prompts.SINGLE)
-    alone = generate(model, inputs, 3)
-    errors: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            generate(model, inputs, 3)
-        except atp_patch.ATPError as error:
-            errors.append(error)
-
-    def meanwhile(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not errors:
-            thread = threading.Thread(target=ask)
-            thread.start()
-            thread.join()
-        return scores
-
-    got = generate(model, inputs, 3, logits_processor=LogitsProcessorList([meanwhile]))
-    assert torch.equal(got, alone)
-    assert "one at a time" in str(errors[0])
 
 
 def test_replicas_of_data_parallel_are_refused() -> None:

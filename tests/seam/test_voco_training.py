@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import atp_patch
-from atp_patch.patching.patch import require_patch
 from atp_patch.tools.parameter_groups import add_lora, freeze
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
@@ -59,11 +58,15 @@ def test_gradients_reach_the_image_through_the_tokens_alone(kind: str) -> None:
     cut = voco_model(kind)
     layers = tiny.decoder_layers(cut)
     seen = []
+    runs: list[Any] = []
+    cut.model.language_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: runs.append(kwargs["atp_patch_run"]), with_kwargs=True
+    )
 
     def stop(_: Any, args: Any, kwargs: Any) -> Any:
         # VoCo tokens of zeros that stay zeros: text then knows nothing of the image.
         mask = kwargs["attention_mask"].clone()
-        voco = require_patch(cut).seam._run.slots.voco >= 0
+        voco = runs[-1].slots.voco >= 0
         blind = voco[:, None, :, None] & ~torch.eye(voco.shape[1], dtype=torch.bool)
         seen.append(int(voco.sum()))
         return args, {**kwargs, "attention_mask": mask & ~blind}

@@ -15,10 +15,22 @@ from torch import Tensor
 
 from atp_patch.contract.errors import InputError
 from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.replaced import Replaced
 
 IGNORED_LABEL = -100
 _OWN_LABEL = -1  # stands for the caller's own -100 while the embedding method runs
+
+
+class _Embedded(PerThread):
+    """What the embedding method of the model around made in the running thread.
+
+    Attributes:
+        visual: (B, L) bool, the visual positions, until a pass has taken them.
+    """
+
+    def __init__(self) -> None:
+        self.visual: Tensor | None = None
 
 
 class Outside:
@@ -26,7 +38,7 @@ class Outside:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self._embedded: Tensor | None = None
+        self._embedded = _Embedded()
         self._embed: Replaced | None = None
 
     def install(self) -> None:
@@ -69,9 +81,9 @@ class Outside:
         if outer.image_token is not None:
             return self._placeholders(given.get("input_ids"), outer.image_token)
         embeds = given.get("inputs_embeds")
-        if embeds is None or self._embedded is None:
+        if embeds is None or self._embedded.visual is None:
             return None
-        visual, self._embedded = self._embedded, None
+        visual, self._embedded.visual = self._embedded.visual, None
         if visual.shape != embeds.shape[:2]:
             raise InputError(
                 f"{outer.embed} made {tuple(visual.shape)} embeddings, but the language model got "
@@ -104,7 +116,7 @@ class Outside:
         )
         embeds, marked, mask = original(*bound.args, **bound.kwargs)
         visual = marked == IGNORED_LABEL
-        self._embedded = visual if mask is None else visual & mask.bool()
+        self._embedded.visual = visual if mask is None else visual & mask.bool()
         known = marked == _OWN_LABEL if labels is not None else torch.ones_like(visual)
         return embeds, marked.masked_fill(known, IGNORED_LABEL), mask
 

@@ -1,9 +1,10 @@
 """Recording the post-rotary queries and keys of one layer, whatever its attention implementation.
 
-transformers looks the attention function up by the name in ``self_attn.config`` at every call. For
-the one layer whose q and k are wanted, a copy of that config with our name stands in its place for
-one call; the function below notes q and k, puts the host's config back, and calls the host's
-function. The decoder's own config, from which masks are made, is never touched.
+transformers looks the attention function up by the name in ``self_attn.config`` at every call. A
+watched attention has a view of the host's config in that place: it shares all of the host's
+attributes, and answers with our name while the running thread expects a call of this very
+attention. The function below notes q and k, and calls the host's function, which sees the host's
+name again. The decoder's own config, from which masks are made, is never touched.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atp_patch.contract.errors import UnsupportedModelError
+from atp_patch.seam.host.passes import PerThread
 
 ATTENTION_NAME = "atp_patch_record"
-KEY_WEIGHT = "atp_patch_key_weight"
+ATTEND = "atp_patch_attend"
 
 
 @dataclass
@@ -72,74 +74,146 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
-def arm(
-    attention: Any,
-    sink: Callable[[Recording], None] | None = None,
-    *,
-    attend: Callable[..., Any] | None = None,
-    every: bool = False,
-) -> None:
-    """Have the next call of ``attention`` hand its q and k to ``sink``.
+@dataclass(frozen=True)
+class _Expected:
+    """A call of an attention that a thread expects.
 
-    Args:
-        attend: the attention of every call, until :func:`release`, that brings ``KEY_WEIGHT``
-            (gradient checkpointing calls again long after the forward pass).
-        every: every call until :func:`release` is recorded (some vision towers attend image by
-            image).
+    Attributes:
+        view: the attention's config.
+        sink: takes the recording, or None.
+        every: all calls of the attention's own function until it returns are recorded (some
+            vision towers attend image by image).
     """
-    host = attention.config
-    if _is_armed(host):
-        host = host.__dict__["_atp_host"]
-    armed = copy.copy(host)
-    armed.__dict__.update(
-        _attn_implementation_internal=ATTENTION_NAME,
-        _atp_host=host,
-        _atp_sink=sink,
-        _atp_stays=attend is not None or every,
-        _atp_attend=attend,
-        _atp_every=every,
-    )
-    attention.config = armed
+
+    view: Any
+    sink: Callable[[Recording], None] | None
+    every: bool
 
 
-def overhear(attention: Any, also: Callable[[Recording], None]) -> None:
-    """Have the recording that :func:`arm` asked for go to ``also`` too."""
-    sink = attention.config.__dict__["_atp_sink"]
+class _Expectation(PerThread):
+    """The call that the running thread expects."""
 
-    def both(recording: Recording) -> None:
-        also(recording)
-        sink(recording)
-
-    attention.config.__dict__["_atp_sink"] = both
+    def __init__(self) -> None:
+        self.call: _Expected | None = None
 
 
-def replay(attention: Any, recording: Recording) -> None:
-    """Hand on a recording in place of the call that :func:`arm` waits for."""
-    sink = attention.config.__dict__["_atp_sink"]
-    disarm(attention)
-    sink(recording)
+class Recorder:
+    """Records the attention of one model's modules, for each thread apart."""
+
+    def __init__(self) -> None:
+        self._thread = _Expectation()
+
+    def watch(self, attention: Any) -> None:
+        """Be able to record a module's attention, until :meth:`release`."""
+        attention.config = _viewed(attention.config, self)
+
+    def release(self, attention: Any) -> None:
+        """Give a watched module the host's config back."""
+        if isinstance(attention.config, _View):
+            attention.config = attention.config._atp_host
+
+    def expect(
+        self, attention: Any, sink: Callable[[Recording], None] | None, *, every: bool = False
+    ) -> None:
+        """Have the next call of a watched module go through our function, which hands its q and k
+        to ``sink``, and attends as the keyword ``ATTEND`` of that call says, where it has one.
+
+        Args:
+            every: as long as the module's call lasts; then :meth:`forget` is to be called.
+        """
+        self._thread.call = _Expected(attention.config, sink, every)
+
+    def forget(self) -> None:
+        """The running thread expects nothing any more."""
+        self._thread.call = None
+
+    def expects(self, view: Any) -> bool:
+        """Whether the running thread expects a call of the module with this config."""
+        call = self._thread.call
+        return call is not None and call.view is view
+
+    def awaits(self, attention: Any) -> bool:
+        """Whether the next call of a module is to be recorded."""
+        call = self._thread.call
+        return call is not None and call.view is attention.config and call.sink is not None
+
+    def overhear(self, also: Callable[[Recording], None]) -> None:
+        """Have the recording that is awaited go to ``also`` too."""
+        call = self._awaited()
+
+        def both(recording: Recording) -> None:
+            also(recording)
+            call.sink(recording)
+
+        self._thread.call = _Expected(call.view, both, call.every)
+
+    def replay(self, recording: Recording) -> None:
+        """Hand on a recording in place of the call that is awaited."""
+        call = self._awaited()
+        self.forget()
+        call.sink(recording)
+
+    def take(self) -> _Expected | None:
+        """The expected call, which has come."""
+        call = self._thread.call
+        self.forget()
+        return call
+
+    def resume(self, call: _Expected | None) -> None:
+        """Expect further calls, if all are wanted."""
+        if call is not None and call.every:
+            self._thread.call = call
+
+    def _awaited(self) -> Any:
+        call = self._thread.call
+        assert call is not None, "no recording is awaited"
+        assert call.sink is not None, "no recording is awaited"
+        return call
 
 
-def awaited(attention: Any) -> bool:
-    """Whether the next call of ``attention`` is to be recorded."""
-    return _is_armed(attention.config) and attention.config.__dict__["_atp_sink"] is not None
+class _View:
+    """A config that shares the attributes of the host's, and answers for its attention's name.
+
+    Slots: the host's config, and the recorder.
+    """
+
+    __slots__ = ()
+    _atp_host: Any
+    _atp_recorder: Recorder
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Nothing: transformers would make a dataclass of it."""
+
+    @property
+    def _attn_implementation(self) -> Any:
+        if self._atp_recorder.expects(self):
+            return ATTENTION_NAME
+        return self._atp_host._attn_implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self._atp_host._attn_implementation = value
+
+    def __copy__(self) -> Any:
+        """A copy is a config like the host's, which nothing watches."""
+        return copy.copy(self._atp_host)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _viewed(*(copy.deepcopy(x, memo) for x in (self._atp_host, self._atp_recorder)))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _viewed, (self._atp_host, self._atp_recorder)
 
 
-def disarm(attention: Any) -> None:
-    """Undo a recording for which the call never came."""
-    config = attention.config
-    if _is_armed(config) and not config.__dict__["_atp_stays"]:
-        attention.config = config.__dict__["_atp_host"]
-
-
-def release(attention: Any) -> None:
-    """Give the host's config back, whatever :func:`arm` did."""
-    if _is_armed(attention.config):
-        attention.config = attention.config.__dict__["_atp_host"]
-
-
-def _is_armed(config: Any) -> bool:
-    return "_atp_host" in getattr(config, "__dict__", {})
+def _viewed(host: Any, recorder: Recorder) -> Any:
+    """A view of a config."""
+    kind = type(host)
+    names = {"__slots__": ("_atp_host", "_atp_recorder"), "__module__": kind.__module__}
+    made: Any = object.__new__(type(kind.__name__, (_View, kind), names))
+    made.__dict__ = host.__dict__
+    object.__setattr__(made, "_atp_host", host)
+    object.__setattr__(made, "_atp_recorder", recorder)
+    return made
 
 
 def _attend(
@@ -151,41 +225,33 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Hand on q and k where they are waited for, then attend as the host would, or weighted."""
-    armed = module.config
+    """Hand on q and k where they are waited for, then attend as the host would, or as told."""
+    recorder: Recorder = module.config._atp_recorder
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sink = armed.__dict__["_atp_sink"]
-    if not armed.__dict__["_atp_every"]:
-        armed.__dict__["_atp_sink"] = None  # a replay must not record again
+    call = recorder.take()
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    if sink is not None:
+    if call is not None and call.sink is not None:
         found = Recording(query, key, attention_mask, scale, module, softcap=softcap, sinks=sinks)
-        sink(found)
-    weight = kwargs.pop(KEY_WEIGHT, None)
-    if weight is not None:
-        dropout = kwargs.get("dropout", 0.0)
-        wanted = armed.__dict__["_atp_host"]._attn_implementation == "eager"
-        return armed.__dict__["_atp_attend"](
+        call.sink(found)
+    implementation = module.config._attn_implementation
+    attend = kwargs.pop(ATTEND, None)
+    if attend is not None:
+        return attend(
             query,
             key,
             value,
             attention_mask,
             scale,
-            weight,
-            dropout,
+            dropout=kwargs.get("dropout", 0.0),
             softcap=softcap,
             sinks=sinks,
-            probabilities=wanted,
+            probabilities=implementation == "eager",
         )
-    module.config = armed.__dict__["_atp_host"]
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_function(module))
     try:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            module.config._attn_implementation, _eager_function(module)
-        )
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     finally:
-        if armed.__dict__["_atp_stays"]:
-            module.config = armed
+        recorder.resume(call)
 
 
 def _eager_function(module: Any) -> Callable[..., Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from atp_patch.contract import Decision
-from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.seam.host.outside import Outside
 
 
@@ -28,7 +27,6 @@ class Session:
         grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where they were given:
             ``generate`` keeps them from the passes within.
         choices: layer -> the decision of the first pass, for passes without a cache.
-        thread: in which it runs.
     """
 
     prompt_length: int | None
@@ -39,7 +37,6 @@ class Session:
     attention_mask: Tensor | None = None
     samples: int = 0
     grid_thw: dict[str, Tensor] = field(default_factory=dict)
-    thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
     def of_generate(
@@ -77,14 +74,6 @@ class Session:
             samples=len(prompts[0]) if prompts else 0,
             grid_thw=grids_given(given),
         )
-
-    def check_thread(self) -> None:
-        """Raise ConfigError in another thread than its own."""
-        if self.thread != threading.get_ident():
-            raise ConfigError(
-                "another thread is in this model's generate: a patched model serves one at a time. "
-                "Guard it with a lock, or give each thread a model of its own."
-            )
 
 
 def grids_given(given: dict[str, Any]) -> dict[str, Tensor]:

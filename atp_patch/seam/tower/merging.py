@@ -17,8 +17,8 @@ from atp_patch.contract import Merge, Quota, TokenGroups, Tower
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.maths import cross_scores
 from atp_patch.seam.door.tombstones import with_tombstones
-from atp_patch.seam.host import recorder
-from atp_patch.seam.host.recorder import Recording
+from atp_patch.seam.host.passes import PerThread
+from atp_patch.seam.host.recorder import Recorder, Recording
 
 
 class Sharer(Protocol):
@@ -35,7 +35,23 @@ class VisionHooks(Protocol):
         """Register them; ``add`` takes their handles."""
 
     def remove(self) -> None:
-        """Take back what a pass that was broken off may have left."""
+        """Take back what is no hook."""
+
+
+class _Merging(PerThread):
+    """What the tower left for the projector in the running thread.
+
+    Attributes:
+        grids: frames, height and width in patches of each picture, of towers that get rows of
+            patches.
+        recorded: the attention of the block that is watched, one call or more.
+        merged: the groups, what was chosen of them, and the row of each token.
+    """
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, int, int]] = []
+        self.recorded: list[Recording] = []
+        self.merged: tuple[TokenGroups, Merge, Tensor] | None = None
 
 
 class MergeHooks:
@@ -46,6 +62,7 @@ class MergeHooks:
         tower: where things are.
         merge: the method; ``quotas``: the budget; ``minimum``: tokens of a group at least.
         active: whether this call of the tower is part of a pass that may be pruned.
+        recorder: records the tower's attention.
     """
 
     def __init__(
@@ -56,12 +73,11 @@ class MergeHooks:
         quotas: Sharer,
         minimum: int,
         active: Callable[[], bool],
+        recorder: Recorder,
     ) -> None:
         self.base, self.tower, self.merge, self.quotas = base, tower, merge, quotas
-        self.minimum, self.active = minimum, active
-        self._recorded: list[Recording] = []
-        self._grids: list[tuple[int, int, int]] = []
-        self._merged: tuple[TokenGroups, Merge, Tensor] | None = None
+        self.minimum, self.active, self.recorder = minimum, active, recorder
+        self._here = _Merging()
 
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
@@ -69,6 +85,7 @@ class MergeHooks:
             if self.tower.packed:
                 add(tower.register_forward_pre_hook(self._before_tower, with_kwargs=True))
             attention = self._attention(tower)
+            self.recorder.watch(attention)
             add(attention.register_forward_pre_hook(self._before_attention))
             add(attention.register_forward_hook(self._after_attention, always_call=True))
         projector = self.base.get_submodule(self.tower.projector)
@@ -77,9 +94,9 @@ class MergeHooks:
         add(projector.register_forward_hook(self._after_projector))
 
     def remove(self) -> None:
-        """Take back what a pass that was broken off may have left."""
+        """Give the towers' attention its own config back."""
         for tower in self._towers():
-            recorder.release(self._attention(tower))
+            self.recorder.release(self._attention(tower))
 
     def _towers(self) -> list[nn.Module]:
         return [self.base.get_submodule(name) for name in self.tower.modules]
@@ -94,31 +111,30 @@ class MergeHooks:
 
     def _before_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        self._grids = [(t, h, w) for t, h, w in grid.tolist()]
+        self._here.grids = [(t, h, w) for t, h, w in grid.tolist()]
 
     def _before_attention(self, module: nn.Module, args: Any) -> None:
-        self._recorded, self._merged = [], None
+        self._here.recorded, self._here.merged = [], None
         if self.active():
-            recorder.arm(module, self._recorded.append, every=True)
+            self.recorder.expect(module, self._here.recorded.append, every=True)
 
     def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
-        recorder.release(module)
+        self.recorder.forget()
 
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if not self._recorded:
+        if not self._here.recorded:
             return None
         features, *rest = args
         groups, place = self._groups(features)
         return (self._merge_rows(features, groups, place), *rest)
 
     def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if self._recorded and not self.tower.tokenwise:
+        if self._here.recorded and not self.tower.tokenwise:
             groups, place = self._groups(output)
             output = self._merge_rows(output, groups, place)
-        if self._merged is None:
+        if self._here.merged is None:
             return None
-        groups, merge, place = self._merged
-        self._merged = None
+        (groups, merge, place), self._here.merged = self._here.merged, None
         gone = groups.valid & ~merge.keep
         parity = groups.row + groups.column
         flat = output.reshape(-1, output.shape[-1])
@@ -132,7 +148,7 @@ class MergeHooks:
         projector.
         """
         merge = self.merge(groups)
-        self._merged = (groups, merge, place)
+        self._here.merged = (groups, merge, place)
         flat, home = features.reshape(-1, features.shape[-1]), groups.valid.device
         given = flat.to(home)[place].masked_fill(~groups.valid[..., None], 0)
         made = (merge.weight @ given.float())[merge.changed]
@@ -146,7 +162,7 @@ class MergeHooks:
 
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:
         """The groups of tokens, and the row of ``features`` in which each token stands (G, n)."""
-        recorded, self._recorded = self._recorded, []
+        recorded, self._here.recorded = self._here.recorded, []
         with torch.no_grad():
             if self.tower.packed:
                 return self._packed(recorded)
@@ -192,7 +208,7 @@ class MergeHooks:
         query, key = (
             torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
         )
-        frames = [(h // cell, w // cell) for t, h, w in self._grids for _ in range(t)]
+        frames = [(h // cell, w // cell) for t, h, w in self._here.grids for _ in range(t)]
         tokens = [height * width for height, width in frames]
         device, longest = query.device, max(tokens)
         shape = (len(frames), longest)

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from atp_patch.contract import Quota, Tower
 from atp_patch.contract.errors import InputError
 from atp_patch.seam.door.tombstones import with_tombstones
+from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.tower.merging import Sharer
 
 Size = tuple[int, int]
@@ -22,6 +23,19 @@ class GridChooser(Protocol):
 
     def __call__(self, height: int, width: int, count: int, least: int, *, square: bool) -> Size:
         """(height, width) of the smaller grid."""
+
+
+class _Shrinking(PerThread):
+    """What the tower left for what follows it, in the running thread.
+
+    Attributes:
+        sizes: of each grid, before and after; empty where nothing became smaller.
+        lead: tokens in front of each grid.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[Size, Size]] = []
+        self.lead = 0
 
 
 class ShrinkHooks:
@@ -44,8 +58,7 @@ class ShrinkHooks:
     ) -> None:
         self.base, self.tower, self.grid, self.quotas = base, tower, grid, quotas
         self.active = active
-        self._sizes: list[tuple[Size, Size]] = []  # of each grid, before and after
-        self._lead = 0
+        self._here = _Shrinking()
 
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
@@ -60,14 +73,17 @@ class ShrinkHooks:
             add(projector.register_forward_hook(self._after_projector))
 
     def remove(self) -> None:
-        """Nothing of a broken-off pass is left anywhere but here."""
-        self._sizes = []
+        """Nothing: there are only hooks."""
+
+    def begin(self) -> None:
+        """A call of the tower begins; what one that was broken off left is forgotten."""
+        self._here.sizes = []
 
     # -- towers that get pictures -----------------------------------------------------------------
 
     def shrink(self, pixels: Tensor, lead: int) -> Tensor:
         """(N, 3, H, W) pictures of one size -> smaller ones, or the same where nothing changes."""
-        self._sizes, self._lead = [], lead
+        self._here.sizes, self._here.lead = [], lead
         step = self.tower.patch * self.tower.cell
         number, height, width = pixels.shape[0], pixels.shape[2] // step, pixels.shape[3] // step
         tokens = height * width
@@ -81,13 +97,13 @@ class ShrinkHooks:
         small = self.grid(height, width, *found[0], square=self.tower.square)
         if small == (height, width):
             return pixels
-        self._sizes = [((height, width), small)] * number
+        self._here.sizes = [((height, width), small)] * number
         return _resized(pixels, small[0] * step, small[1] * step)
 
     def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self._sizes:
+        if not self._here.sizes:
             return None
-        lead, sizes, self._sizes = self._lead, self._sizes, []
+        lead, sizes, self._here.sizes = self._here.lead, self._here.sizes, []
         features = output[:, lead:].flatten(0, 1)
         spread = _spread(features, sizes).unflatten(0, (len(sizes), -1))
         return torch.cat([output[:, :lead], spread], dim=1)
@@ -95,7 +111,7 @@ class ShrinkHooks:
     # -- towers that get rows of patches ----------------------------------------------------------
 
     def _before_packed(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._sizes = []
+        self.begin()
         if not self.active():
             return None
         names = ("hidden_states", "grid_thw")
@@ -113,7 +129,7 @@ class ShrinkHooks:
             return None
         parts, made = patches.split([n * cell**2 for n in tokens]), []
         for part, (t, h, w), size in zip(parts, films, small, strict=True):
-            self._sizes += [((h, w), size)] * t
+            self._here.sizes += [((h, w), size)] * t
             made.append(part if size == (h, w) else self._repatched(part, (t, h, w), size))
         grid = [[t, h * cell, w * cell] for (t, _, _), (h, w) in zip(films, small, strict=True)]
         replaced = {"hidden_states": torch.cat(made), "grid_thw": grids.new_tensor(grid)}
@@ -133,9 +149,9 @@ class ShrinkHooks:
         return table.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, patches.shape[1])
 
     def _after_packed(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self._sizes:
+        if not self._here.sizes:
             return None
-        sizes, self._sizes = self._sizes, []
+        sizes, self._here.sizes = self._here.sizes, []
         output.pooler_output = _spread(output.pooler_output, sizes)
         return output
 
@@ -153,7 +169,7 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Shrink the pictures; the tower is told to fit its positions to them."""
-        self.hooks._sizes = []
+        self.hooks.begin()
         if not self.hooks.active():
             return None
         pixels = args[0] if args else kwargs["pixel_values"]

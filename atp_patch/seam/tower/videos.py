@@ -5,20 +5,24 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.replaced import Replaced
 
 METHOD = "get_video_features"
 
 
-class Videos:
-    """Stands in for the base model's method that reads videos, where it has one.
+class _Reading(PerThread):
+    """Whether the running thread is reading videos."""
 
-    Attributes:
-        being_read: whether a call of it is under way.
-    """
+    def __init__(self) -> None:
+        self.under_way = False
+
+
+class Videos:
+    """Stands in for the base model's method that reads videos, where it has one."""
 
     def __init__(self, base: Any) -> None:
-        self.base, self.being_read = base, False
+        self.base, self._reading = base, _Reading()
         self._replaced: Replaced | None = None
 
     def install(self) -> None:
@@ -32,6 +36,11 @@ class Videos:
             self._replaced.restore()
 
     @property
+    def being_read(self) -> bool:
+        """Whether a call of the method is under way in the running thread."""
+        return self._reading.under_way
+
+    @property
     def __signature__(self) -> inspect.Signature:
         """The host's: ``generate`` reads off it which arguments to give."""
         assert self._replaced is not None
@@ -40,8 +49,8 @@ class Videos:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own method, in the knowledge that it runs."""
         assert self._replaced is not None
-        self.being_read = True
+        self._reading.under_way = True
         try:
             return self._replaced.original(*args, **kwargs)
         finally:
-            self.being_read = False
+            self._reading.under_way = False

@@ -1,0 +1,293 @@
+"""Any number of threads use one patched model, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from tests.families import outside
+from tests.families.kinds import Picture, sample
+from tests.families.kinds import Words as Text
+from tests.helpers import inputs as prompts
+from tests.helpers import tiny
+from tests.helpers.inputs import batch
+from tests.helpers.run import FASTV, patched
+from tests.helpers.voco import voco_model
+
+THREADS, CALLS = 8, 50
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One patched model and keyword arguments of its calls: pairs for ``forward``, ``generate``."""
+
+    model: Any
+    inputs: list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _tiny(model: Any, *cases: tuple[prompts.Prompt, ...]) -> Subject:
+    made = [batch(model, case, side) for case in cases for side in ("left", "right")]
+    left = [batch(model, case) for case in cases for _ in range(2)]
+    return Subject(model, list(zip(made, left, strict=True)))
+
+
+def _still(model: Any) -> Subject:
+    return _tiny(model, prompts.SINGLE, prompts.MIXED, prompts.RAGGED)
+
+
+def _film(model: Any) -> Subject:
+    return _tiny(model, prompts.SINGLE, prompts.VIDEO, prompts.RAGGED)
+
+
+def _vila() -> Subject:
+    case = next(case for case in outside.CASES if case.name == "vila-llama")
+    model = atp_patch.patch_model(case.build(), **FASTV)
+    samples = (
+        (sample(Text(3), Picture(0), Text(9), seed=1),),
+        (
+            sample(Text(2), Picture(1), Text(4), seed=2),
+            sample(Text(6), Picture(0), Text(3), seed=3),
+        ),
+    )
+    given = [case.batch(model, one) for one in samples]
+    return Subject(model, [(one.forward, one.generate) for one in given])
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "in the decoder": lambda: _still(patched("llava-llama")),
+    "video": lambda: _film(patched("qwen2_vl")),
+    "pair": lambda: _still(
+        patched("llava-llama", method=["prumerge+", "atp"], layers=[2, 4], target_tokens=9)
+    ),
+    "tower of a budget": lambda: _film(patched("qwen2_vl", method="prumerge", target_tokens=8)),
+    "smaller pictures": lambda: _film(patched("qwen2_vl", method="downsample", target_tokens=10)),
+    "voco": lambda: _still(voco_model("llava-llama")),
+    "outside": _vila,
+}
+
+
+def calls_of(subject: Subject) -> list[tuple[str, Callable[[], list[Tensor]]]]:
+    """Every kind of call with every input, by name; each returns what it is to be compared by."""
+    model, found = subject.model, []
+
+    def forward(given: dict[str, Any]) -> list[Tensor]:
+        with torch.no_grad():
+            logits = model(**given).logits
+        return [logits, *traced()]
+
+    def generate(given: dict[str, Any]) -> list[Tensor]:
+        return [model.generate(**given, max_new_tokens=4, do_sample=False), *traced()]
+
+    def plain(given: dict[str, Any]) -> list[Tensor]:
+        with atp_patch.disabled(model), torch.no_grad():
+            return [model(**given).logits]
+
+    def traced() -> list[Tensor]:
+        trace = atp_patch.last_trace(model)
+        return [trace.tokens_per_layer, *(layer.kept for layer in trace.layers.values())]
+
+    def bound(call: Callable[..., list[Tensor]], given: Any) -> Callable[[], list[Tensor]]:
+        return lambda: call(given)
+
+    for number, (of_forward, of_generate) in enumerate(subject.inputs):
+        found += [
+            (f"forward {number}", bound(forward, of_forward)),
+            (f"generate {number}", bound(generate, of_generate)),
+            (f"plain {number}", bound(plain, of_forward)),
+        ]
+    return found
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns a thousand times as often as usual."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("in the decoder", "pair") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SUBJECTS
+    ],
+)
+@pytest.mark.usefixtures("switching")
+def test_every_thread_gets_what_it_would_get_alone(name: str) -> None:
+    calls = calls_of(SUBJECTS[name]())
+    alone = {call: run() for call, run in calls}
+    wrong: list[str] = []
+    together = threading.Barrier(THREADS)
+
+    def work(number: int) -> None:
+        drawn = random.Random(number)
+        together.wait()
+        for _ in range(CALLS):
+            call, run = drawn.choice(calls)
+            try:
+                got = run()
+            except Exception as error:
+                wrong.append(f"{call}: {type(error).__name__}: {error}")
+                continue
+            wanted = alone[call]
+            same = [x.shape for x in got] == [x.shape for x in wanted] and all(
+                float((x.double() - y.double()).abs().max()) <= TOLERANCE
+                for x, y in zip(got, wanted, strict=True)
+            )
+            if not same:
+                wrong.append(f"{call}: another answer than alone")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, f"{len(wrong)} of {THREADS * CALLS} calls went wrong: {sorted(wrong)[:5]}"
+
+
+def test_disabled_in_one_thread_leaves_the_others_pruned() -> None:
+    model = patched("llava-llama")
+    inputs = batch(model, prompts.SINGLE)
+    with torch.no_grad():
+        pruned = model(**inputs).logits
+    found: list[Tensor] = []
+
+    def ask() -> None:
+        with torch.no_grad():
+            found.append(model(**inputs).logits)
+
+    with atp_patch.disabled(model):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], pruned)
+
+
+def test_overlapping_contexts_of_disabled_end_together() -> None:
+    """Contexts need not end in the order in which they began, as those of generators do not."""
+    plain, model = tiny.tiny_model("llava-llama"), patched("llava-llama")
+    inputs = batch(model, prompts.SINGLE)
+    with torch.no_grad():
+        pruned, whole = model(**inputs).logits, plain(**inputs).logits
+    first, second = atp_patch.disabled(model), atp_patch.disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, whole)
+    second.__exit__(None, None, None)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, pruned)
+
+
+def test_a_trace_is_the_threads_own() -> None:
+    model = patched("llava-llama")
+    one, other = batch(model, prompts.SINGLE), batch(model, prompts.MIXED)
+    with torch.no_grad():
+        model(**one)
+    errors: list[BaseException] = []
+    shapes: list[torch.Size] = []
+
+    def ask() -> None:
+        try:
+            atp_patch.last_trace(model)
+        except atp_patch.NotPatchedError as error:
+            errors.append(error)
+        with torch.no_grad():
+            model(**other)
+        shapes.append(atp_patch.last_trace(model).layers[2].kept.shape)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert "thread" in str(errors[0])
+    assert shapes == [other["input_ids"].shape]
+    assert atp_patch.last_trace(model).layers[2].kept.shape == one["input_ids"].shape
+
+
+def _parts_of_a_patch(model: Any) -> dict[str, Any]:
+    """By name: the modules with their configs, and what patching has put behind their hooks."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[name] = module
+        if hasattr(module, "config"):
+            found[f"{name}.config"] = module.config
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        for number, hook in enumerate(hooks):
+            owner = getattr(hook, "__self__", hook)
+            if type(owner).__module__.startswith("atp_patch"):
+                found[f"{name} {number}"] = owner
+    found["patch"], found["seam"] = model._atp_patch, model._atp_patch.seam
+    for name, part in vars(model._atp_patch.seam).items():
+        if type(part).__module__.startswith("atp_patch"):
+            found[f"seam.{name}"] = part
+    return found
+
+
+def _held(model: Any) -> dict[str, dict[str, Any]]:
+    """Attribute -> identity or printed value, of every such part; that of threads left out."""
+    return {
+        name: {
+            key: repr(value) if isinstance(value, (list, dict, set, tuple, int, float)) else value
+            for key, value in vars(part).items()
+            if not isinstance(value, threading.local) and key != "rope_deltas"
+        }
+        for name, part in _parts_of_a_patch(model).items()
+        if hasattr(part, "__dict__") and not isinstance(part, threading.local)
+    }
+
+
+@pytest.mark.parametrize("broken", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "options",
+    [
+        FASTV,
+        {"method": ["prumerge+", "atp"], "layers": [2, 4], "target_tokens": 9},
+        {"method": "downsample", "keep": 0.25},
+        {"method": "voco", "num_tokens": 2},
+    ],
+    ids=["fastv", "pair", "downsample", "voco"],
+)
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_nothing_of_a_pass_lives_on_the_model(
+    kind: str, options: dict[str, Any], broken: type[BaseException] | None
+) -> None:
+    model = patched(kind, **options)
+    inputs = batch(model, prompts.MIXED)
+    with torch.no_grad():
+        model(**inputs)  # transformers installs hooks of its own in the first pass
+    before = _held(model)
+    assert any(name.startswith("model") and " " in name for name in before), "no hook was found"
+    places = [
+        model.model.get_submodule("vision_tower" if tiny.is_llava(model) else "visual"),
+        tiny.decoder_layers(model)[1].input_layernorm,
+        tiny.decoder_layers(model)[5].mlp,
+    ]
+    for place in places:
+
+        def stop(*_: Any) -> None:
+            if broken is not None:
+                raise broken
+
+        handle = place.register_forward_pre_hook(stop)
+        for call, more in ((model, {}), (model.generate, {"max_new_tokens": 2})):
+            with torch.no_grad():
+                if broken is None:
+                    call(**inputs, **more)
+                    continue
+                with pytest.raises(broken):
+                    call(**inputs, **more)
+        handle.remove()
+        assert _held(model) == before
