@@ -121,9 +121,12 @@ class Seam:
         add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(parts.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
         for idx, layer in enumerate(parts.layers):
-            hook = LayerHook(self, idx)
-            add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            before_layer = LayerHook(self, idx)
+            add(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             self.recorder.watch(layer.self_attn)
+            if self.pruner.learned:
+                hook = self._before_attention
+                add(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
         if self.vision is not None:
             self.vision.install(add)
             self.videos.install()
@@ -134,13 +137,7 @@ class Seam:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A patched model that is unpickled needs its attention function known in that process."""
         self.__dict__.update(state)
-        self.disabled_depth = 0  # no context will ever enable the copy again
         recorder.register()
-
-    @property
-    def enabled(self) -> bool:
-        """Whether passes with images are pruned."""
-        return self.disabled_depth == 0
 
     def remove(self) -> None:
         """Take everything back."""
@@ -275,9 +272,16 @@ class Seam:
         weight = run.weight_in(layer) if isinstance(run, LearningPass) else None
         if weight is not None:
             kwargs[ATTEND] = partial(weighted_attention, weight=weight.to(hidden.device))
-        if weight is not None or sink is not None:
+        if sink is not None:
             self.recorder.expect(attention, sink)
         return (hidden, *rest)
+
+    def _before_attention(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """A call of the attention that is to be weighed goes through our function. That this hook
+        says so, not the layer's, holds where checkpointing replays a layer without its hooks.
+        """
+        if ATTEND in kwargs and not self.recorder.expects(module.config):
+            self.recorder.expect(module, None)
 
     def _needs_scores(self, layer: int, run: Prefill) -> bool:
         if layer in run.records or (run.frozen is not None and layer in run.frozen):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import atp_patch
+from atp_patch.patching.patch import require_patch
 from tests.families import outside
 from tests.families.kinds import Picture, sample
 from tests.families.kinds import Words as Text
@@ -229,8 +230,9 @@ def _parts_of_a_patch(model: Any) -> dict[str, Any]:
             owner = getattr(hook, "__self__", hook)
             if type(owner).__module__.startswith("atp_patch"):
                 found[f"{name} {number}"] = owner
-    found["patch"], found["seam"] = model._atp_patch, model._atp_patch.seam
-    for name, part in vars(model._atp_patch.seam).items():
+    patch = require_patch(model)
+    found["patch"], found["seam"] = patch, patch.seam
+    for name, part in vars(patch.seam).items():
         if type(part).__module__.startswith("atp_patch"):
             found[f"seam.{name}"] = part
     return found
