@@ -19,7 +19,7 @@ from atp_patch.seam import Parts, VoCoPass, VoCoSeam, decoder_shape
 SAMPLED_ROWS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressionTrace(PruningTrace):
     """One forward pass with images through a model with VoCo tokens.
 

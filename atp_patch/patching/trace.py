@@ -10,15 +10,27 @@ from torch import Tensor
 
 from atp_patch.contract import Decision, DecoderShape, Layout, VisualGrid
 from atp_patch.maths import kv_bytes, prefill_flops
+from atp_patch.patching.trace_table import Table, as_html, as_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerTrace:
-    """What happened before one pruning layer.
+    """What happened before one pruning layer: which tokens went on, and by which scores.
+
+    ``print(trace)`` shows a table of the samples. ``B`` samples, ``L`` tokens of the forward pass,
+    ``V`` visual tokens that the method saw, padded to the longest sample, ``N`` kept tokens.
 
     Attributes:
-        kept_counts: visual tokens of each sample that went on.
-        thresholds: name -> (B,) float32, where the method has them.
+        layout: where the prunable visual tokens of the prompt lie.
+        kept_counts: for each of the B samples, the visual tokens that went on.
+        decision: what a method inside the decoder decided, over the V tokens that it saw; None
+            where none was asked: before the decoder, and where the budget keeps everything.
+        token: (B, V) int64: for each token that the method saw, its column in ``layout``.
+        token_valid: (B, V) bool: False in padding slots of ``token``.
+        alive: the tokens that went on, text included: (B, N) int64 positions in the sequence, and
+            (B, N) bool that is False in padding slots, or None where there are none. None where
+            nothing was pruned yet.
+        attended: (B, L) bool: the tokens that are not padding; None where there is no padding.
     """
 
     layout: Layout
@@ -28,6 +40,29 @@ class LayerTrace:
     token_valid: Tensor
     alive: tuple[Tensor, Tensor | None] | None
     attended: Tensor | None
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.kept_counts)} samples, kept {sum(self.kept_counts)} "
+            f"of {sum(self.layout.totals)} visual tokens)"
+        )
+
+    def __str__(self) -> str:
+        return as_text(repr(self), [self._table])
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), [self._table])
+
+    @property
+    def _table(self) -> Table:
+        rows = [
+            (str(b), str(total), str(kept), _listed(self.thresholds, [b]))
+            for b, (total, kept) in enumerate(
+                zip(self.layout.totals, self.kept_counts, strict=True)
+            )
+        ]
+        columns = ("sample", "visual tokens in the prompt", "kept", "thresholds")
+        return Table(columns, rows, words=frozenset({"thresholds"}))
 
     @property
     def thresholds(self) -> dict[str, Tensor]:
@@ -65,12 +100,15 @@ class LayerTrace:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningTrace:
     """One forward pass with images through a patched model.
 
+    ``print(trace)`` shows what each pruning layer kept and what was saved, as a notebook does.
+
     Attributes:
         layers: pruning layer -> what happened before it.
+        layout: where the prunable visual tokens of the prompt lie.
         shape: sizes of the decoder.
         text_tokens: tokens of each sample that no method may prune.
         bytes_per_element: of the key/value cache.
@@ -83,6 +121,51 @@ class PruningTrace:
     text_tokens: tuple[int, ...]
     bytes_per_element: int
     losses: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.layout.totals)} samples, "
+            f"{self.visual_tokens:.1f} visual tokens, {self.average_tokens:.1f} on average over "
+            f"{self.shape.num_layers} layers, pruned before {list(self.layers)})"
+        )
+
+    def __str__(self) -> str:
+        return as_text(repr(self), self._tables)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self._tables)
+
+    @property
+    def _tables(self) -> tuple[Table, Table]:
+        """What each pruning layer kept, means over the samples with images; and the costs."""
+        seen = self._with_images
+        counts = self.tokens_per_layer[seen].double().mean(0).tolist()
+        rows = [
+            (
+                str(layer),
+                f"{counts[layer - 1] if layer else self.visual_tokens:.1f}",
+                f"{counts[layer]:.1f}",
+                _listed(record.thresholds, seen),
+            )
+            for layer, record in self.layers.items()
+        ]
+        columns = ("before layer", "visual tokens in", "kept", "thresholds")
+        costs = [
+            (name, f"{plain:.2f}", f"{pruned:.2f}")
+            for name, plain, pruned in (
+                ("visual tokens, mean over layers", self.visual_tokens, self.average_tokens),
+                ("prefill, GFLOPs", self.flops_plain / 1e9, self.flops / 1e9),
+                ("key/value cache, MB", self.kv_bytes_plain / 1e6, self.kv_bytes / 1e6),
+            )
+        ]
+        return (
+            Table(columns, rows, words=frozenset({"thresholds"})),
+            Table(("", "plain", "pruned"), costs, words=frozenset({""})),
+        )
+
+    @property
+    def _with_images(self) -> list[int]:
+        return [b for b, total in enumerate(self.layout.totals) if total]
 
     @property
     def visual(self) -> Tensor:
@@ -110,8 +193,7 @@ class PruningTrace:
     @property
     def average_tokens(self) -> float:
         """Visual tokens averaged over all decoder layers and the samples that have images."""
-        seen = [b for b, total in enumerate(self.layout.totals) if total]
-        return float(self.tokens_per_layer[seen].double().mean())
+        return float(self.tokens_per_layer[self._with_images].double().mean())
 
     @property
     def visual_tokens(self) -> float:
@@ -165,3 +247,9 @@ class PruningTrace:
         return kv_bytes(
             tokens_per_layer, shape.num_kv_heads, shape.head_dim, self.bytes_per_element
         )
+
+
+def _listed(thresholds: dict[str, Tensor], samples: list[int]) -> str:
+    """Each threshold's mean over some samples, or a dash."""
+    means = {name: float(value[samples].double().mean()) for name, value in thresholds.items()}
+    return ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()) or "-"
