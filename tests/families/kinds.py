@@ -7,7 +7,6 @@ that the package finds are compared with those places.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.helpers import tiny
+from tests.helpers.copies import Template
 from tests.helpers.inputs import Inputs
 
 Place = tuple[int, int, int, int]  # number of the grid within the picture, frame, row, column
@@ -170,11 +170,11 @@ class Kind:
 
     def build(self) -> PreTrainedModel:
         """A fresh copy of the tiny model; equal weights in every call."""
-        return copy.deepcopy(_built(self))
+        return _built(self).copy()
 
 
 @cache
-def _built(kind: Kind) -> PreTrainedModel:
+def _built(kind: Kind) -> Template:
     torch.manual_seed(0)
     config = kind.config()
     for part in (config, config.get_text_config()):
@@ -187,7 +187,13 @@ def _built(kind: Kind) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = tiny.PAD
     model.generation_config.suppress_tokens = list(range(tiny.FIRST_WORD))
-    return model.float().eval()
+    return Template(model.float().eval())
+
+
+@cache
+def _config(kind: Kind) -> PreTrainedConfig:
+    """For reading alone: the batches of a row share it."""
+    return kind.config()
 
 
 @dataclass
@@ -218,7 +224,7 @@ def make(
     kind: Kind, samples: Sequence[Sample], padding: str = "left", paint: Paint | None = None
 ) -> Batch:
     """The samples as the family's processor would give them to the model."""
-    config = kind.config()
+    config = _config(kind)
     drawn = [_draw(kind, config, one, paint) for one in samples]
     length = max(len(ids) for ids, _, _ in drawn)
     ids, mask, places = [], [], []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from tests.families import kinds
 from tests.families.kinds import TEXT, TOWER, Drawn, Kind, Paint, Place, Sample, stacked
 from tests.families.standins import InternVLChatConfig, InternVLChatModel, VilaConfig, VilaModel
 from tests.helpers import tiny
+from tests.helpers.copies import Template
 from tests.helpers.inputs import Inputs
 
 SIDE = 6
@@ -98,7 +98,7 @@ class Case:
 
     def build(self) -> Any:
         """A fresh copy; equal weights in every call."""
-        return copy.deepcopy(_built(self))
+        return _built(self).copy()
 
     def language_model(self, model: Any) -> Any:
         """The causal language model within."""
@@ -136,7 +136,7 @@ def _collapsed(ids: Tensor, real: Tensor) -> Inputs:
 
 
 @cache
-def _built(case: Case) -> Any:
+def _built(case: Case) -> Template:
     torch.manual_seed(0)
     model = case.kind.model(case.kind.config())
     tiny._scale_weights(model)
@@ -145,7 +145,7 @@ def _built(case: Case) -> Any:
     settings = case.language_model(model).generation_config
     settings.eos_token_id, settings.pad_token_id = None, tiny.PAD
     settings.suppress_tokens = list(range(tiny.FIRST_WORD))
-    return model.float().eval()
+    return Template(model.float().eval())
 
 
 def _case(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tests.families.kinds import MIXED, TEXT, make
 from tests.families.towers import KINDS as TOWERS
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice, snapshot
+from tests.helpers.copies import Template
 from tests.helpers.oracle import masked
 from tests.helpers.run import kept_of
 
@@ -35,18 +35,18 @@ paddings = pytest.mark.parametrize("padding", ["left", "right"])
 
 
 @cache
-def _built(name: str) -> Any:
+def _built(name: str) -> Template:
     model, config = CLASSES[name]
     torch.manual_seed(0)
     made = model._from_config(config(**TEXT), attn_implementation="sdpa")
     tiny._scale_weights(made)
     made.generation_config.eos_token_id = None
     made.generation_config.pad_token_id = tiny.PAD
-    return made.float().eval()
+    return Template(made.float().eval())
 
 
 def plain(name: str = "llama") -> Any:
-    return copy.deepcopy(_built(name))
+    return _built(name).copy()
 
 
 def patched(name: str = "llama", **options: Any) -> Any:

@@ -7,7 +7,6 @@ far from flat: a wrong key, position or mask shows in the logits.
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import cache
 
@@ -27,6 +26,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+
+from tests.helpers.copies import Template
 
 PAD, BOS, EOS = 0, 1, 2
 IMAGE, VISION_START, VISION_END, VIDEO = 5, 6, 7, 8
@@ -49,7 +50,7 @@ ALL_KINDS = (*LLAVA, *QWEN)
 
 def tiny_model(kind: str, attention: str = "sdpa") -> PreTrainedModel:
     """A fresh copy of the tiny model of this kind; equal weights in every call."""
-    return copy.deepcopy(_built(kind, attention))
+    return _built(kind, attention).copy()
 
 
 def is_llava(model: PreTrainedModel) -> bool:
@@ -65,7 +66,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @cache
-def _built(kind: str, attention: str) -> PreTrainedModel:
+def _built(kind: str, attention: str) -> Template:
     config = _config(kind)
     classes = {
         "llava": LlavaForConditionalGeneration,
@@ -80,7 +81,7 @@ def _built(kind: str, attention: str) -> PreTrainedModel:
     model.generation_config.pad_token_id = PAD
     # A random model must not write image placeholders of its own.
     model.generation_config.suppress_tokens = list(range(FIRST_WORD))
-    return model.float().eval()
+    return Template(model.float().eval())
 
 
 def _scale_weights(model: PreTrainedModel) -> None:
