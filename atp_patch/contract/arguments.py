@@ -1,66 +1,143 @@
-"""Arguments as Python's own numbers, which JSON can hold; what is of another kind is named."""
+"""Arguments and what JSON holds, by one and the same rules: Python's own values of the right kind.
+
+A truth is no number, 1.5 is no whole number, and nothing is NaN or infinite. Kinds are written as a
+dataclass annotates its fields: "int", "float | None", "tuple[int, ...]" and so on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from inspect import formatannotation
 from numbers import Integral, Real
 from operator import index
 from typing import Any
 
 from atp_patch.contract.errors import ConfigError
 
+MOST_TOKENS = 2**31 - 1  # of a prompt: more than any model can read
+_INT_BOUND = 2**63  # integers go into int64 tensors
+_FLOAT_BOUND = 3e38  # numbers go into float32 tensors
+_SHOWN = 120  # characters of a wrong value that a message repeats
+_SAID = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "a word",
+    "dict[str, Any]": "a table of names and values",
+}
+
+
+def as_kind(name: str, value: Any, kind: str) -> Any:
+    """A value of a kind as Python's own, which JSON can hold.
+
+    Args:
+        name: what errors call it.
+        kind: "int", "float", "bool", "str", "dict[str, Any]", a tuple of those as
+            "tuple[int, ...]", or one of them and " | None". A value of any other kind, which only
+            the user's own method knows, comes back as it is.
+
+    Raises:
+        ConfigError: where the value is of another kind, not finite, or too large.
+    """
+    if kind.endswith(" | None"):
+        return None if value is None else as_kind(name, value, kind.removesuffix(" | None"))
+    if kind.startswith("tuple[") and kind.endswith(", ...]"):
+        return _as_tuple(name, value, kind.removeprefix("tuple[").removesuffix(", ...]"))
+    value = _unwrapped(value)
+    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
+        number = index(value)
+        if not -_INT_BOUND <= number < _INT_BOUND:
+            raise ConfigError(f"{name}={shown(number)} is too large a number.")
+        return number
+    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
+        return _finite(name, value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str) and _encodable(value):
+        return value
+    if kind == "dict[str, Any]" and isinstance(value, Mapping):
+        return dict(value)
+    if kind in _SAID:
+        raise ConfigError(f"{name}={shown(value)}: give {_SAID[kind]}.")
+    return value
+
 
 def as_shares(
     keep: float | Sequence[float] | None, layers: Sequence[int]
 ) -> tuple[float, ...] | None:
-    """One share for every pruning layer."""
+    """One share for every pruning layer, from one share or one for each."""
     if keep is None:
         return None
-    try:
-        if isinstance(keep, Iterable):
-            return tuple(float(share) for share in keep)
-        return (float(keep),) * max(len(layers), 1)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"keep={keep!r}: give a number, or one for each layer.") from error
+    if isinstance(_unwrapped(keep), Iterable) and not isinstance(keep, str):
+        return tuple(as_kind("keep", keep, "tuple[float, ...]"))
+    return (as_kind("keep", keep, "float"),) * max(len(layers), 1)
 
 
-def as_tokens(target: float | None) -> float | None:
-    """A number of tokens that JSON can hold."""
-    try:
-        return target if target is None or isinstance(target, int) else float(target)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"target_tokens={target!r} is no number.") from error
+def kinds_of(cls: Any) -> dict[str, str]:
+    """Name -> kind of the fields of a dataclass, or of an object of one."""
+    return {
+        field.name: field.type if isinstance(field.type, str) else formatannotation(field.type)
+        for field in fields(cls)
+    }
 
 
-def as_layers(layers: Iterable[int]) -> tuple[int, ...]:
-    """Whole numbers, of whatever kind."""
-    try:
-        return tuple(index(layer) for layer in layers)
-    except TypeError as error:
-        raise ConfigError(
-            f"layers={layers!r}: give a list of whole numbers, as [4, 14, 24]."
-        ) from error
-
-
-def as_kind(name: str, value: Any, kind: str) -> Any:
-    """An option of a kind ("int", "float | None", ...) as Python's own, which JSON can hold.
+def check_fields(made: Any) -> None:
+    """Bring the fields of a dataclass's object, which may be frozen, to the kinds it declares.
 
     Raises:
-        ConfigError: where the value is of another kind.
+        ConfigError: where a field holds something of another kind.
     """
-    if value is None and kind.endswith("| None"):
-        return None
-    wanted = kind.removesuffix(" | None")
-    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
-    if wanted == "int" and isinstance(value, Integral) and not truth:
-        return index(value)
-    if wanted == "float" and isinstance(value, Real) and not truth:
-        return value if isinstance(value, int) else float(value)
-    if wanted == "bool" and truth:
-        return bool(value)
-    if wanted == "str" and isinstance(value, str):
-        return value
-    said = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a word"}
-    if wanted in said:
-        raise ConfigError(f"{name}={value!r}: give {said[wanted]}.")
-    return value  # of a kind that only the user's own method knows
+    for name, kind in kinds_of(made).items():
+        object.__setattr__(made, name, as_kind(name, getattr(made, name), kind))
+
+
+def shown(value: Any) -> str:
+    """A value for a message: one line, not too long, of whatever size and depth."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # integers of thousands of digits; lists in lists
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _as_tuple(name: str, value: Any, kind: str) -> tuple[Any, ...]:
+    """Each of several values as one of a kind."""
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    try:
+        items = tuple(value) if several else None
+    except TypeError:  # a tensor without dimensions has an __iter__ all the same
+        items = None
+    said = f"{name}={shown(value)}: give a list, each {_SAID.get(kind, kind)}"
+    if items is None:
+        raise ConfigError(f"{said}.")
+    try:
+        return tuple(as_kind(f"{name}[{at}]", item, kind) for at, item in enumerate(items))
+    except ConfigError as error:
+        raise ConfigError(f"{said} ({error})") from error
+
+
+def _unwrapped(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _finite(name: str, value: Any) -> float:
+    """A number within float32's range; a whole one stays whole."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _FLOAT_BOUND:
+        raise ConfigError(f"{name}={shown(value)}: give a finite number.")
+    return value if isinstance(value, int) else number
+
+
+def _encodable(text: str) -> bool:
+    """Whether the text is whole: JSON's escapes can name halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

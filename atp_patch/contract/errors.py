@@ -27,6 +27,10 @@ class WeightsError(ATPError, ValueError):
     """Adapter files are missing, empty, foreign, or made for another base model."""
 
 
+class HubError(ATPError, OSError):
+    """The Hugging Face Hub could not be reached, or refused what was asked of it."""
+
+
 class CacheError(ATPError, ValueError):
     """The key/value cache cannot carry pruned layers, or cannot do what was asked of it."""
 

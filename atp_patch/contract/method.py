@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from atp_patch.contract.arguments import check_fields
 from atp_patch.contract.decision import Decision
 from atp_patch.contract.errors import ConfigError
 from atp_patch.contract.method_learning import LearningStep, ModuleSpec
@@ -61,6 +62,10 @@ class Method(ABC):
             )
             others = tuple(base for base in cls.__bases__ if base is not Method)
             cls.__bases__ = (*others, LayerMethod)
+
+    def __post_init__(self) -> None:
+        """Check that each option is of the kind that its field declares."""
+        check_fields(self)
 
     @property
     def needs_budget(self) -> bool:
@@ -158,6 +163,7 @@ class DoorMethod(Method):
     share: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.share is not None and not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share} must be above 0 and at most 1, or None.")
 
@@ -206,7 +212,11 @@ class LayerMethod(Method):
         """Choose which of the view's visual tokens go on (``module`` is what ``build`` made)."""
 
     def build(self, spec: ModuleSpec) -> nn.Module | None:
-        """The module that holds what the method learns, or None."""
+        """The module that holds what the method learns, or None.
+
+        It is also called under ``torch.device("meta")``, to know the names and shapes that an
+        adapter must hold before any of its weights is read.
+        """
         return None
 
     def losses(

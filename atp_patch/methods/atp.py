@@ -39,6 +39,8 @@ from atp_patch.methods.base import (
 )
 from atp_patch.methods.fixed import Scored
 
+_STEEPEST = 1e9  # slope of a sigmoid; the paper's 1e6 is a step already
+_WIDEST, _FINEST = 4096, 128  # width of z, and side of the grid that it sees
 _NEVER = -1e4  # so far below every threshold that its sigmoid is 0
 
 
@@ -123,8 +125,13 @@ class ATP(Scored):
             raise ConfigError("slopes must be positive, lambda_atp and lambda_target not negative.")
         if self.lambda_sample <= 0:
             raise ConfigError(f"lambda_sample={self.lambda_sample} is not positive.")
-        if self.heads_hidden_size < 1 or self.reference_grid < 1:
-            raise ConfigError("heads_hidden_size and reference_grid must be at least 1.")
+        if max(self.slope, self.slope_end or 0.0) > _STEEPEST:
+            raise ConfigError(f"slopes must be at most {_STEEPEST:g}.")
+        if not 1 <= self.heads_hidden_size <= _WIDEST or not 1 <= self.reference_grid <= _FINEST:
+            raise ConfigError(
+                f"heads_hidden_size={self.heads_hidden_size} must be from 1 to {_WIDEST}, and "
+                f"reference_grid={self.reference_grid} from 1 to {_FINEST}."
+            )
 
     @property
     def compared(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class Thresholds(LearnedThresholds):
         """
         if view.step == 0:
             self.passes += 1
-        done = ((self.passes - 1) / over).clamp(max=1.0)
+        done = ((self.passes - 1) / over).clamp(0.0, 1.0)
         return first * (last / first) ** done
 
 

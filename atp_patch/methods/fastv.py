@@ -31,6 +31,7 @@ class FastV(Ranking):
     rope: str = "after"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("rope", self.rope, ("after", "before"))
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:

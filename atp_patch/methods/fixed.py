@@ -31,6 +31,7 @@ class Scored(LayerMethod):
     causal_self: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("score", self.score, ("mean", "cross", "self"))
         choice("score_norm", self.score_norm, ("rank", "minmax", "none"))
         choice("cross_over", self.cross_over, ("all", "visual"))

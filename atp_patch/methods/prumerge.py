@@ -38,6 +38,7 @@ class PruMerge(TowerMethod):
     neighbours: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.neighbours < 0:
             raise ConfigError(
                 f"neighbours={self.neighbours} must be at least 0 (0: merge nothing)."

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from atp_patch.contract import DoorMethod, LayerMethod, Method, PictureMethod, TowerMethod
-from atp_patch.contract.arguments import as_kind
+from atp_patch.contract.arguments import as_kind, check_fields, kinds_of, shown
 from atp_patch.contract.errors import ConfigError
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.baselines import Random, Uniform
@@ -72,8 +72,8 @@ def method_class(name: str) -> type[Method]:
     if points:
         return _loaded(points[0])
     raise ConfigError(
-        f"unknown method {name!r}; known are: {', '.join(available_methods())}. A method of your "
-        "own must be defined first."
+        f"unknown method {shown(name)}; known are: {', '.join(available_methods())}. A method of "
+        "your own must be defined first."
     )
 
 
@@ -125,6 +125,7 @@ def make_method(method: str | Method, options: dict[str, Any]) -> Method:
                 f"unknown arguments {', '.join(sorted(options))}: a method given as an object "
                 f"brings its options along."
             )
+        check_fields(method)
         return _standing(method)
     if not isinstance(method, str):
         mend = "give a name, or an object of a class that derives from atp_patch.Method"
@@ -132,12 +133,12 @@ def make_method(method: str | Method, options: dict[str, Any]) -> Method:
             mend = f"give an object of the class: method={method.__name__}()"
         raise ConfigError(f"method={method!r} is no method; {mend}.")
     cls = method_class(method)
-    kinds = {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(cls)}
+    kinds = kinds_of(cls)
     unknown = sorted(set(options) - set(kinds))
     if unknown:
+        wrong = shown(", ".join(unknown)).strip("'")
         raise ConfigError(
-            f"method {method!r} has no option {', '.join(unknown)}; it has: "
-            f"{', '.join(kinds) or 'none'}."
+            f"method {shown(method)} has no option {wrong}; it has: {', '.join(kinds) or 'none'}."
         )
     required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
     missing = [name for name in required if name not in options]

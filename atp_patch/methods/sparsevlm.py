@@ -57,6 +57,7 @@ class SparseVLM(Ranking):
     merge: str = "sum"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("merge", self.merge, ("sum", "mean"))
         if not 0 < self.scale <= 1:
             raise ConfigError(f"scale={self.scale} must be above 0 and at most 1.")

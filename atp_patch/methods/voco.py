@@ -11,6 +11,8 @@ from torch import nn
 from atp_patch.contract import Method
 from atp_patch.contract.errors import ConfigError
 
+_MOST = 65_536  # VoCo tokens of a segment, far more than any image has tokens
+
 
 class VoCoTokens(nn.Module):
     """The learned input embeddings of the VoCo tokens.
@@ -43,8 +45,12 @@ class VoCo(Method):
     segment_frames: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ConfigError(f"num_tokens={self.num_tokens}: at least one VoCo token is needed.")
+        super().__post_init__()
+        if not 1 <= self.num_tokens <= _MOST:
+            raise ConfigError(
+                f"num_tokens={self.num_tokens}: at least one VoCo token is needed, and at most "
+                f"{_MOST} are made."
+            )
         if self.segment_frames is not None and self.segment_frames < 1:
             raise ConfigError(f"segment_frames={self.segment_frames} must be at least 1, or None.")
 

@@ -6,21 +6,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import ModelHubMixin
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from atp_patch.contract.errors import ConfigError, WeightsError
-from atp_patch.methods import LayerMethod, ModuleSpec, VoCo, make_method
+from atp_patch.contract.arguments import shown
+from atp_patch.contract.errors import ATPError, ConfigError, HubError, WeightsError
+from atp_patch.methods import (
+    BeforeDecoder,
+    LayerMethod,
+    ModuleSpec,
+    VoCo,
+    make_method,
+    make_methods,
+)
+from atp_patch.patching.compression import check_alone
 from atp_patch.patching.config import BaseModel, PruningConfig
 
 CONFIG_FILE = "atp_config.json"
 WEIGHTS_FILE = "atp_model.safetensors"
 CARD_FILE = "README.md"
 _MODELS_FILES = ("config.json", "adapter_config.json", CARD_FILE)
+_MOST_CONFIG_BYTES = 2**20
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e6  # of learned weights: a sum over any heads' inputs stays within float32
+# What the Hub's client raises: errors of its HTTP library, of files and sockets, and of uploads.
+_HUB_ERRORS: tuple[type[Exception], ...] = (
+    *HfHubHTTPError.__bases__,
+    EntryNotFoundError,
+    HFValidationError,
+    RuntimeError,
+)
 Beside = Literal["lora", "model"]  # what learned with an adapter, and a folder's name
 
 
@@ -46,7 +66,8 @@ class Adapter(ModelHubMixin):
         """As the mixin's, which takes a folder for its own: it removes any config.json there.
 
         Raises:
-            ConfigError: where the folder holds something else.
+            ConfigError: where the folder holds something else or cannot be written to.
+            WeightsError: where what was learned is NaN, infinite or absurdly large.
         """
         folder = Path(save_directory)
         own = {CARD_FILE} if (folder / CONFIG_FILE).exists() else set()
@@ -56,7 +77,33 @@ class Adapter(ModelHubMixin):
                 f"{folder} holds {foreign[0]} of something else; save the adapter to a folder of "
                 "its own."
             )
-        return super().save_pretrained(folder, **kwargs)
+        check_values(self.tensors, "what was learned")
+        try:
+            return super().save_pretrained(folder, **kwargs)
+        except ATPError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"the adapter cannot be written to {folder} ({_reason(error)}); give another "
+                "folder."
+            ) from error
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As the mixin's.
+
+        Raises:
+            HubError: where the Hub refuses it or cannot be reached.
+        """
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        except ATPError:
+            raise
+        except _HUB_ERRORS as error:
+            raise HubError(
+                f"the adapter was not pushed to {shown(repo_id)} ({_reason(error)}). Give a name "
+                "like USER/REPOSITORY that you may write to, log in with `hf auth login` or give "
+                "token=, check the network, and push again."
+            ) from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(self.pruning.to_json(), encoding="utf-8")
@@ -155,34 +202,145 @@ def adapter_of(
     return Adapter(config, tensors, beside)
 
 
-def load_adapter(source: str | Path, base: BaseModel) -> tuple[PruningConfig, dict[str, Tensor]]:
+def load_adapter(
+    source: str | Path, base: BaseModel
+) -> tuple[PruningConfig, BeforeDecoder | VoCo | None, LayerMethod | None, dict[str, Tensor]]:
     """Read an adapter from a folder or the Hub and check that it is whole and made for ``base``.
 
+    Nothing of the size that it names is allocated before its files are found to hold that much.
+
+    Returns:
+        The configuration, the method before the decoder, the one inside it, and what was learned,
+        in the types that the method's module has.
+
     Raises:
-        WeightsError: naming what is missing, foreign, or made for another model.
+        WeightsError: naming the file, and what is missing, foreign, or made for another model.
     """
-    config_file = _fetch(source, CONFIG_FILE)
-    config = PruningConfig.from_json(
-        config_file.read_text(encoding="utf-8"), f"{source}/{CONFIG_FILE}"
-    )
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"weights={shown(source)}: give a folder or the name of a Hub repository."
+        )
+    config = _read_config(source)
     if config.base != base:
         raise WeightsError(
             f"{source} was made for {_describe(config.base)}, but this model is "
             f"{_describe(base)}; load "
             "the model it was made for, or patch without weights."
         )
-    expected = _module(config)
-    if expected is None:
-        return config, {}
-    weights_file = _fetch(source, WEIGHTS_FILE)
     try:
-        tensors = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
+        before, inside = _methods_of(config)
+        expected = _expected(config, before, inside)
+    except ConfigError as error:
+        raise WeightsError(f"{source}/{CONFIG_FILE}: {error}") from error
+    if expected:
+        return config, before, inside, _read_tensors(source, expected)
+    if is_folder(source) and (Path(source) / WEIGHTS_FILE).exists():
         raise WeightsError(
-            f"{source}/{WEIGHTS_FILE} is not a safetensors file ({error})."
-        ) from error
-    _check_tensors(source, tensors, {k: v.shape for k, v in expected.state_dict().items()})
-    return config, tensors
+            f"{source}/{WEIGHTS_FILE} holds weights, but by {CONFIG_FILE} nothing was learned. "
+            "Save the adapter anew with atp_patch.save_pretrained."
+        )
+    return config, before, inside, {}
+
+
+def is_folder(source: str | Path) -> bool:
+    """Whether there is a folder of this name, which may be one that no file system takes."""
+    try:
+        return Path(source).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that learned tensors hold numbers that can be computed with.
+
+    Raises:
+        WeightsError: for NaN, infinite and absurdly large ones.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
+        wrong = None
+        if not tensor.isfinite().all():
+            wrong = "NaN or infinite values"
+        elif tensor.is_floating_point() and (tensor.abs() > _LARGEST).any():
+            wrong = f"values beyond {_LARGEST:g}"
+        if wrong is not None:
+            raise WeightsError(
+                f"{where}: {name} holds {wrong}. The training that made it has diverged or the "
+                "file is damaged; take an earlier adapter."
+            )
+
+
+def _read_config(source: str | Path) -> PruningConfig:
+    """The configuration in an adapter's JSON."""
+    where, file = f"{source}/{CONFIG_FILE}", _fetch(source, CONFIG_FILE)
+    try:
+        if file.stat().st_size > _MOST_CONFIG_BYTES:
+            raise WeightsError(f"{where} is too large for a configuration.")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{where} is no text in UTF-8 ({error}).") from error
+    except OSError as error:
+        raise WeightsError(f"{where} cannot be read ({_reason(error)}).") from error
+    return PruningConfig.from_json(text, where)
+
+
+def _methods_of(
+    config: PruningConfig,
+) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
+    """The methods that a configuration names, each of the kind that its place is for.
+
+    Raises:
+        ConfigError: where they are not, or their options are wrong.
+    """
+    stages = [] if config.before is None else [(config.before.method, config.before.options)]
+    stages += [] if config.method is None else [(config.method, config.options)]
+    before, inside = make_methods([make_method(*stage) for stage in stages], {})
+    if (before is None) != (config.before is None):
+        raise ConfigError(
+            f"{config.name} stands in the wrong place: before= is for what prunes before the "
+            "decoder, method= for what prunes inside it."
+        )
+    if isinstance(before, VoCo):
+        check_alone(config)
+    return before, inside
+
+
+def _expected(
+    config: PruningConfig, before: BeforeDecoder | VoCo | None, inside: LayerMethod | None
+) -> dict[str, Tensor]:
+    """Names, shapes and types of what the adapter of this configuration brings, without memory."""
+    module: nn.Module | None = None
+    with torch.device("meta"):
+        if inside is not None:
+            spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
+            module = inside.build(spec)
+        elif isinstance(before, VoCo):
+            module = before.build(config.base.hidden_size)
+    return {} if module is None else dict(module.state_dict())
+
+
+def _read_tensors(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was learned, read after the file's header was found to hold just that."""
+    where, file = f"{source}/{WEIGHTS_FILE}", _fetch(source, WEIGHTS_FILE)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+            _check_shapes(where, shapes, {name: tuple(one.shape) for name, one in expected.items()})
+            read = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{where} is not a safetensors file ({_reason(error)}).") from error
+    for name, tensor in read.items():
+        wanted = expected[name].dtype
+        if tensor.dtype not in (_FLOATS if wanted in _FLOATS else (wanted,)):
+            raise WeightsError(
+                f"{where}: {name} is of {tensor.dtype}, not of {wanted}. Save the adapter anew "
+                "with atp_patch.save_pretrained."
+            )
+    tensors = {name: tensor.to(expected[name].dtype) for name, tensor in read.items()}
+    check_values(tensors, where)
+    return tensors
 
 
 def _in_parts(tensor: Tensor) -> bool:
@@ -191,30 +349,18 @@ def _in_parts(tensor: Tensor) -> bool:
     return shard or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
 
-def _module(config: PruningConfig) -> nn.Module | None:
-    """A module like the one whose tensors the adapter of this configuration brings."""
-    if config.method is not None:
-        method = make_method(config.method, config.options)
-        assert isinstance(method, LayerMethod)
-        spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
-        return method.build(spec)
-    before = None
-    if config.before is not None:
-        before = make_method(config.before.method, config.before.options)
-    return before.build(config.base.hidden_size) if isinstance(before, VoCo) else None
-
-
-def _check_tensors(
-    source: str | Path, tensors: dict[str, Tensor], expected: dict[str, Any]
+def _check_shapes(
+    where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    missing = sorted(set(expected) - set(tensors))
-    unknown = sorted(set(tensors) - set(expected))
-    wrong = sorted(k for k in set(expected) & set(tensors) if tensors[k].shape != expected[k])
+    """Raise WeightsError where a file holds other tensors than were expected."""
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    wrong = sorted(k for k in set(expected) & set(found) if found[k] != expected[k])
     if missing or unknown or wrong:
         raise WeightsError(
-            f"{source}/{WEIGHTS_FILE} does not hold this adapter's tensors: {len(missing)} missing "
-            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(wrong)} of wrong shape "
-            f"{wrong[:3]}. Save the adapter anew with atp_patch.save_pretrained."
+            f"{where} does not hold this adapter's tensors: {len(missing)} missing "
+            f"{missing[:3]}, {len(unknown)} unknown {shown(unknown[:3])}, {len(wrong)} of wrong "
+            f"shape {wrong[:3]}. Save the adapter anew with atp_patch.save_pretrained."
         )
 
 
@@ -225,30 +371,35 @@ def adapter_files(source: str | Path) -> Path:
         WeightsError: where there is none.
     """
     file = _fetch(source, CONFIG_FILE)
-    if not Path(source).is_dir():
-        text = file.read_text(encoding="utf-8")
-        if _module(PruningConfig.from_json(text, f"{source}/{CONFIG_FILE}")) is not None:
+    if not is_folder(source):
+        config = _read_config(source)
+        if _expected(config, *_methods_of(config)):
             _fetch(source, WEIGHTS_FILE)
     return file.parent
 
 
 def _fetch(source: str | Path, name: str) -> Path:
     """A file of an adapter: from a folder where there is one, else from the Hub."""
-    folder = Path(source)
-    if folder.is_dir():
-        file = folder / name
+    if is_folder(source):
+        folder, file = Path(source), Path(source, name)
         if file.is_file():
             return file
         raise WeightsError(f"{folder} has no {name}; give a folder that save_pretrained wrote.")
     try:
         return Path(hf_hub_download(str(source), name))
-    except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except _HUB_ERRORS as error:
         raise WeightsError(
-            f"{source!s} is neither a folder nor an adapter on the Hub that can be reached "
-            f"({type(error).__name__}); check the name, or give a folder that save_pretrained "
-            "wrote."
+            f"{shown(str(source))} is neither a folder nor an adapter on the Hub that can be "
+            f"reached ({type(error).__name__}); check the name, or give a folder that "
+            "save_pretrained wrote."
         ) from error
 
 
 def _describe(base: BaseModel) -> str:
     return f"a {base.family} model of {base.num_layers} layers, hidden size {base.hidden_size}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -130,9 +130,17 @@ def check_compressible(family: Family, config: Any) -> None:
         )
 
 
-def check_alone(**given: Any) -> None:
+def check_alone(config: PruningConfig) -> None:
     """Raise ConfigError where a budget was given: ``num_tokens`` is the budget."""
-    wrong = [name for name, value in given.items() if value is not None]
+    left_out: dict[str, Any] = {
+        "keep": None,
+        "target_tokens": None,
+        "min_tokens": 1,
+        "min_tokens_per_image": 0,
+        "rope_2d": False,
+        "prune_marks": False,
+    }
+    wrong = [name for name, value in left_out.items() if getattr(config, name) != value]
     if wrong:
         raise ConfigError(
             f"{' and '.join(wrong)} cannot be given to voco: num_tokens= says how many tokens "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any
 
-from atp_patch.contract.arguments import as_layers
+from atp_patch.contract.arguments import MOST_TOKENS, as_kind, check_fields, shown
 from atp_patch.contract.errors import BudgetError, ConfigError, WeightsError
 from atp_patch.families import scaled_layers
 from atp_patch.maths import average_tokens, keep_counts, least_target, target_counts
@@ -25,6 +25,9 @@ class BaseModel:
     num_layers: int
     hidden_size: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -32,6 +35,9 @@ class Stage:
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,13 @@ class PruningConfig:
     prune_marks: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.method is not None:
             self._check_layers()
-        elif self.layers or self.before is None:
-            raise ConfigError("layers belong to a method that prunes inside the decoder.")
+        elif self.layers or self.options or self.before is None:
+            raise ConfigError(
+                "layers and options belong to a method that prunes inside the decoder."
+            )
         if self.keep is not None and self.target_tokens is not None:
             raise ConfigError("keep and target_tokens both set the budget; give one of them.")
         if self.keep is not None:
@@ -79,17 +88,22 @@ class PruningConfig:
                 )
             if not all(0 < share <= 1 for share in self.keep):
                 raise ConfigError(
-                    f"keep={list(self.keep)}: every share must be above 0 and at most 1."
+                    f"keep={shown(list(self.keep))}: every share must be above 0 and at most 1."
                 )
-        if self.target_tokens is not None and not self.target_tokens > 0:
-            raise BudgetError(f"target_tokens={self.target_tokens} must be above 0.")
+        if self.target_tokens is not None and not 0 < self.target_tokens <= MOST_TOKENS:
+            raise BudgetError(
+                f"target_tokens={self.target_tokens} must be above 0 and at most {MOST_TOKENS}."
+            )
         if self.prune_marks and (self.rope_2d or self.before is not None):
             raise ConfigError(
                 "prune_marks goes with methods that prune inside the decoder, without rope_2d: "
                 "marks have no row and column to turn with, and none to be merged by."
             )
-        if self.min_tokens < 0 or self.min_tokens_per_image < 0:
-            raise ConfigError("min_tokens and min_tokens_per_image must be at least 0.")
+        for name in ("min_tokens", "min_tokens_per_image"):
+            if not 0 <= getattr(self, name) <= MOST_TOKENS:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} must be at least 0 and at most {MOST_TOKENS}."
+                )
 
     def _check_layers(self) -> None:
         last = self.base.num_layers - 1
@@ -104,11 +118,11 @@ class PruningConfig:
                     else f"the decoder has layers 1 to {last} to prune before"
                 )
                 raise ConfigError(
-                    f"layers={list(self.layers)}: {why}. In proportion to the paper's choice: "
-                    f"layers={proportional}."
+                    f"layers={shown(list(self.layers))}: {why}. In proportion to the paper's "
+                    f"choice: layers={proportional}."
                 )
         if list(self.layers) != sorted(set(self.layers)):
-            raise ConfigError(f"layers={list(self.layers)} must rise from one to the next.")
+            raise ConfigError(f"layers={shown(list(self.layers))} must rise from one to the next.")
 
     @property
     def has_budget(self) -> bool:
@@ -189,37 +203,53 @@ class PruningConfig:
         """Read :meth:`to_json` back; ``source`` names the file in errors.
 
         Raises:
-            WeightsError: for broken JSON, another version, unknown or missing keys.
+            WeightsError: for broken JSON, another version, unknown or missing keys, and for all
+                that ``patch_model`` would refuse as an argument.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise WeightsError(f"{source} is not JSON ({error}).") from error
-        if not isinstance(data, dict):
-            raise WeightsError(f"{source} holds no configuration.")
-        version = data.pop("version", None)
-        if version != CONFIG_VERSION:
-            raise WeightsError(
-                f"{source} has configuration version {version!r}; this atp_patch reads version "
-                f"{CONFIG_VERSION}. Install the atp_patch that wrote it, or save the adapter anew."
-            )
-        for younger in ("rope_2d", "prune_marks"):  # than the first adapters
-            data.setdefault(younger, False)
-        known = {entry.name for entry in fields(cls)}
-        if set(data) != known:
-            unknown, missing = sorted(set(data) - known), sorted(known - set(data))
-            raise WeightsError(f"{source}: unknown keys {unknown}, missing keys {missing}.")
-        if not isinstance(data["options"], dict):
-            raise WeightsError(f"{source}: options={data['options']!r} is no table of options.")
-        try:
-            base = BaseModel(**data.pop("base"))
-            layers, keep, before = (data.pop(name) for name in ("layers", "keep", "before"))
-            return cls(
-                base=base,
-                layers=as_layers(layers),
-                keep=None if keep is None else tuple(keep),
-                before=None if before is None else Stage(**before),
-                **data,
-            )
-        except (TypeError, ConfigError) as error:
+            data = _table(text)
+            for younger in ("rope_2d", "prune_marks"):  # than the first adapters
+                data.setdefault(younger, False)
+            data = _entries("", data, cls)
+            data["base"] = BaseModel(**_entries("base", data["base"], BaseModel))
+            if data["before"] is not None:
+                data["before"] = Stage(**_entries("before", data["before"], Stage))
+            return cls(**data)
+        except ConfigError as error:
             raise WeightsError(f"{source}: {error}") from error
+
+
+def _table(text: str) -> dict[str, Any]:
+    """The table that a configuration file holds, without its version."""
+
+    def refuse(constant: str) -> None:
+        raise ConfigError(f"{constant} is no number of JSON.")
+
+    try:
+        data = json.loads(text, parse_constant=refuse)
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError("the JSON holds brackets within brackets without end.") from error
+    except ValueError as error:  # broken JSON, or an integer of thousands of digits
+        raise ConfigError(f"the file is not JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise ConfigError("the file holds no configuration.")
+    version = data.pop("version", None)
+    if as_kind("version", version, "int | None") != CONFIG_VERSION:
+        raise ConfigError(
+            f"the configuration has version {version}; this atp_patch reads version "
+            f"{CONFIG_VERSION}. Install the atp_patch that wrote it, or save the adapter anew."
+        )
+    return data
+
+
+def _entries(name: str, data: Any, cls: type) -> dict[str, Any]:
+    """A table whose keys are the fields of a dataclass, all of them and no others."""
+    table: dict[str, Any] = as_kind(name, data, "dict[str, Any]")
+    known = {entry.name for entry in fields(cls)}
+    if set(table) != known:
+        unknown, missing = sorted(set(table) - known), sorted(known - set(table))
+        within = f" in {name}" if name else ""
+        raise ConfigError(f"unknown keys {shown(unknown)}, missing keys {shown(missing)}{within}.")
+    return table

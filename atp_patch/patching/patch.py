@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from atp_patch.contract.arguments import as_kind, as_layers, as_shares, as_tokens
+from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, NotPatchedError
 from atp_patch.families import family_of
 from atp_patch.methods import (
@@ -17,7 +17,6 @@ from atp_patch.methods import (
     Method,
     ModuleSpec,
     VoCo,
-    make_method,
     make_methods,
 )
 from atp_patch.patching.adapter import load_adapter
@@ -102,28 +101,28 @@ def patch_model(
     shape = decoder_shape(parts.config)
     base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
     tensors: dict[str, Tensor] = {}
+    min_tokens = as_kind("min_tokens", min_tokens, "int")
+    min_tokens_per_image = as_kind("min_tokens_per_image", min_tokens_per_image, "int")
+    prune_marks = as_kind("prune_marks", prune_marks, "bool")
+    if rope_2d != "force":
+        if isinstance(rope_2d, str):
+            raise ConfigError(f'rope_2d={shown(rope_2d)} is not True, False or "force".')
+        rope_2d = as_kind("rope_2d", rope_2d, "bool")
     also = {
         "min_tokens": None if min_tokens == 1 else min_tokens,
         "min_tokens_per_image": min_tokens_per_image or None,
         "rope_2d": rope_2d or None,
         "prune_marks": prune_marks or None,
     }
-    if rope_2d not in (False, True, "force"):
-        raise ConfigError(f'rope_2d={rope_2d!r} is not True, False or "force".')
     if weights is not None:
         given = (layers, method, keep, target_tokens, *also.values())
         if options or any(x is not None for x in given):
             raise ConfigError(
                 "weights bring layers, method, budget and options along; give weights alone."
             )
-        config, tensors = load_adapter(weights, base)
-        stages = [] if config.before is None else [(config.before.method, config.before.options)]
-        stages += [] if config.method is None else [(config.method, config.options)]
-        before, inside = make_methods([make_method(*stage) for stage in stages], {})
+        config, before, inside, tensors = load_adapter(weights, base)
     else:
         before, inside = make_methods("atp" if method is None else method, dict(options))
-        if isinstance(before, VoCo):
-            check_alone(keep=keep, target_tokens=target_tokens, **also)
         if layers is None and inside is not None:
             layers = kind.default_layers(whole.config, shape.num_layers)
         places = _places(layers, inside)
@@ -132,14 +131,16 @@ def patch_model(
             layers=places,
             base=base,
             keep=as_shares(keep, places),
-            target_tokens=as_tokens(target_tokens),
-            min_tokens=as_kind("min_tokens", min_tokens, "int"),
-            min_tokens_per_image=as_kind("min_tokens_per_image", min_tokens_per_image, "int"),
+            target_tokens=target_tokens,
+            min_tokens=min_tokens,
+            min_tokens_per_image=min_tokens_per_image,
             options={} if inside is None else inside.options(),
             before=None if before is None else Stage(before.name, before.options()),
             rope_2d=bool(rope_2d),
             prune_marks=prune_marks,
         )
+        if isinstance(before, VoCo):
+            check_alone(config)
     if config.layers:
         kind.check_layers(whole.config, config.layers)
     tower = None
@@ -257,7 +258,7 @@ def _places(layers: Sequence[int] | None, method: LayerMethod | None) -> tuple[i
             "this method prunes before the decoder: leave layers out, or add a method that "
             'prunes inside it, as in method=["prumerge+", "atp"].'
         )
-    return as_layers(layers)
+    return tuple(as_kind("layers", layers, "tuple[int, ...]"))
 
 
 def _build_heads(

@@ -29,8 +29,10 @@ def save_pretrained(
         kwargs: passed on to ``huggingface_hub.ModelHubMixin.save_pretrained``.
 
     Raises:
-        ConfigError: where the folder holds something else.
-        WeightsError: where this process holds a part of what was learned, or ``state_dict`` does.
+        ConfigError: where the folder holds something else or cannot be written to.
+        WeightsError: where this process holds a part of what was learned, or ``state_dict`` does,
+            and where what was learned is NaN, infinite or absurdly large.
+        HubError: where it was to be pushed as well, and was refused.
     """
     adapter(model, state_dict).save_pretrained(folder, **kwargs)
 
@@ -47,6 +49,11 @@ def push_to_hub(
     Args:
         state_dict: as :func:`save_pretrained` takes it.
         kwargs: passed on to ``huggingface_hub.ModelHubMixin.push_to_hub`` (private, token, ...).
+
+    Raises:
+        HubError: where the Hub refuses it (no token, no right to write, a wrong name) or cannot be
+            reached.
+        WeightsError: as :func:`save_pretrained`.
     """
     return adapter(model, state_dict).push_to_hub(repo_id, **kwargs)
 

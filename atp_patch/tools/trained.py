@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atp_patch.builtin import builtin_path
 from atp_patch.contract.errors import WeightsError
+from atp_patch.patching.adapter import is_folder
 from atp_patch.patching.patch import patch_model
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -50,9 +51,9 @@ def find_trained(source: str) -> Trained:
         WeightsError: for the folder of a training whose whole model learned.
     """
     folder = Path(source)
-    if not folder.exists() and source in shipped():
+    if source in shipped() and not folder.exists():
         folder = _shipped() / source
-    if not (folder / "adapter").is_dir():
+    if not is_folder(folder / "adapter"):
         inside = folder.name == "adapter" and folder.is_dir()
         return Trained(source, _lora(folder.parent) if inside else None)
     if (folder / "model").is_dir():

@@ -89,7 +89,7 @@ def test_a_budget_below_the_unpruned_layers_names_the_least_possible() -> None:
         ({"keep": (0.5, 0.0, 0.5)}, "above 0"),
         ({"keep": (0.5, 1.5, 0.5)}, "at most 1"),
         ({"target_tokens": -3}, "above 0"),
-        ({"target_tokens": float("nan")}, "above 0"),
+        ({"target_tokens": float("nan")}, "target_tokens=nan: give a finite number"),
         ({"keep": (0.5,) * 3, "target_tokens": 10}, "give one of them"),
         ({"min_tokens": -1}, "min_tokens"),
     ],

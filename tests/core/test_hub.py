@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 import atp_patch
@@ -147,6 +155,53 @@ def test_push_sends_the_adapter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     assert atp_patch.push_to_hub(learned(), "user/adapter") == "address-of-the-commit"
     assert sent == {"user/adapter": FILES | {"atp_model.safetensors"}}
+
+
+class Unreachable(HfHubHTTPError.__bases__[0]):  # type: ignore[misc, name-defined]
+    """What the Hub's client lets through where there is no network."""
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        HfHubHTTPError("403 Forbidden: no right to write\nRequest ID: 7", response=MagicMock()),
+        RepositoryNotFoundError("404", response=MagicMock()),
+        LocalTokenNotFoundError("Token is required, but no token found."),
+        OfflineModeIsEnabled("offline mode is enabled"),
+        Unreachable("name or service not known"),
+        ConnectionResetError(104, "reset by peer"),
+        RuntimeError("xet: the upload failed"),
+    ],
+    ids=lambda cause: type(cause).__name__,
+)
+@pytest.mark.parametrize("at", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+def test_a_refused_push_says_what_to_do(
+    how: str, at: str, cause: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: HfApi, *args: Any, **kwargs: Any) -> None:
+        raise cause
+
+    repository = type("Repo", (), {"repo_id": "user/adapter"})()
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, **kwargs: repository)
+    monkeypatch.setattr(HfApi, at, refuse)
+    push = partial(atp_patch.push_to_hub, repo_id="user/adapter")
+    if how == "save_pretrained":
+        push = partial(
+            atp_patch.save_pretrained, folder=tmp_path, push_to_hub=True, repo_id="user/adapter"
+        )
+    with pytest.raises(atp_patch.HubError, match=r"user/adapter.*hf auth login") as refusal:
+        push(learned())
+    assert isinstance(refusal.value, atp_patch.ATPError)
+    assert refusal.value.__cause__ is cause
+    assert str(cause).splitlines()[0] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["two/slashes/here", "a" * 300, "\ud800", ""])
+def test_a_push_to_no_name_says_what_to_do(name: str) -> None:
+    with pytest.raises(atp_patch.HubError, match="Give a name like USER/REPOSITORY"):
+        atp_patch.push_to_hub(learned(), name)
 
 
 def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
