@@ -19,6 +19,7 @@ from atp_patch.seam.door.tombstones import find_tombstones
 from atp_patch.seam.host.cache import check_cache
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.packing import refuse_packed
 from atp_patch.seam.host.prompt import TextRows
 from atp_patch.seam.host.session import Session
 from atp_patch.seam.learning.learning_pass import LearningPass, check_checkpointing
@@ -65,6 +66,7 @@ def begin(
     dropped = None if pruner.before is None else find_tombstones(embeds)
     check_features(embeds, prompt, dropped)
     query = grid_query(parts, call, prompt, kwargs, pruner.newline)
+    refuse_packed(call.sequences, query.position_ids, prompt.attended)
     grids = find_grids(pruner.grids, query, prompt)
     layout = Layout.from_grids(grids, embeds.shape[1], embeds.device)
     check_cache(cache, 0 if pruner.before is not None else pruner.layers[0])
@@ -99,6 +101,8 @@ def begin(
         run.entry = layout.valid & ~dropped.gather(1, layout.position)
         kwargs["inputs_embeds"] = embeds.masked_fill(dropped[..., None], 0)
     run.embeds = kwargs["inputs_embeds"]
+    for name in call.sequences:  # They count tokens that may go.
+        kwargs.pop(name, None)
     return run
 
 

@@ -15,6 +15,7 @@ from atp_patch.contract import GridQuery, VisualGrid
 from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.outside import IGNORED_LABEL, Outside
+from atp_patch.seam.host.packing import sequences_given
 from atp_patch.seam.host.prompt import Prompt
 from atp_patch.seam.host.session import Session, grids_given
 
@@ -35,6 +36,7 @@ class Call:
         session: the call of ``generate`` that this pass belongs to, or None.
         grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where this pass itself
             was given them.
+        sequences: the arguments of this pass that tell where sequences begin in a row, if any.
         alone: the model without its head was called, not the top.
         entered: the model without its head has begun.
     """
@@ -55,6 +57,7 @@ class Call:
     visual_grids: Any = None
     session: Session | None = None
     grid_thw: dict[str, Tensor] = field(default_factory=dict)
+    sequences: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -100,7 +103,7 @@ class Call:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.input_ids, self.inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
         self.attention_mask = given.get("attention_mask")
-        self.grid_thw = grids_given(given)
+        self.grid_thw, self.sequences = grids_given(given), sequences_given(given)
         self.embedding = base.get_input_embeddings()
         images = any(_present(given.get(key)) for key in IMAGE_KEYS)
         prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1

@@ -33,6 +33,7 @@ from atp_patch.seam.door.features import check_features
 from atp_patch.seam.host.cache import adopt, check_cache, stored_positions
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.packing import refuse_packed
 
 
 class Compressing(Reader, Protocol):
@@ -162,6 +163,7 @@ def begin(
         return None
     check_features(embeds, prompt)
     query = grid_query(parts, call, prompt, kwargs, pruner.newline)
+    refuse_packed(call.sequences, query.position_ids, prompt.attended)
     grids = find_grids(pruner.grids, query, prompt)
     layout = Layout.from_grids(grids, length, embeds.device)
     segments = [
