@@ -1,4 +1,4 @@
-"""`.ci/install-torch` asks for a CPU build where there is no NVIDIA GPU, in the right order."""
+"""What is installed: a CPU build of torch where there is no NVIDIA GPU, and a small wheel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -23,7 +24,7 @@ echo "$*" >> "$CALLS"
 [ "$(grep -c . "$CALLS")" -gt "$REFUSALS" ] || exit 1
 """
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CUDA wheels are Linux's alone")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA wheels are Linux's alone")
 
 
 def calls(tmp_path: Path, *, gpu: bool = False, refusals: int = 0, index: str = "") -> list[str]:
@@ -49,14 +50,17 @@ def calls(tmp_path: Path, *, gpu: bool = False, refusals: int = 0, index: str = 
     return [line.split(" install --quiet ")[1] for line in asked] + done.stderr.splitlines()
 
 
+@on_linux
 def test_a_gpu_gets_the_default_build(tmp_path: Path) -> None:
     assert calls(tmp_path, gpu=True) == [PIN]
 
 
+@on_linux
 def test_what_pip_is_set_up_with_comes_first(tmp_path: Path) -> None:
     assert calls(tmp_path) == [f"{PIN}+cpu"]
 
 
+@on_linux
 @pytest.mark.parametrize(
     ("index", "asked_of"),
     [
@@ -70,6 +74,7 @@ def test_then_the_index_of_cpu_builds(tmp_path: Path, index: str, asked_of: str)
     assert second.endswith(f"--index-url {asked_of} {PIN}+cpu")
 
 
+@on_linux
 def test_the_fallback_says_what_it_does(tmp_path: Path) -> None:
     *asked, first, second = calls(tmp_path, refusals=2)
     assert len(asked) == 3
@@ -79,6 +84,7 @@ def test_the_fallback_says_what_it_does(tmp_path: Path) -> None:
     assert "CUDA" in second
 
 
+@on_linux
 def test_an_old_python_is_named(tmp_path: Path) -> None:
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
@@ -93,6 +99,62 @@ def test_an_old_python_is_named(tmp_path: Path) -> None:
     assert done.stderr.startswith("Python 3.10 or newer is needed")
 
 
+@on_linux
 def test_the_script_is_executable() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert os.access(ROOT / ".ci" / "install-torch", os.X_OK)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the files that it is made of."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("atp_patch", "workshop"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (made,) = out.glob("*.whl")
+    return made
+
+
+def test_the_wheel_is_small_and_holds_the_package_alone(wheel: Path) -> None:
+    assert wheel.stat().st_size <= 20_000_000
+    with ZipFile(wheel) as file:
+        names = set(file.namelist())
+    own = {name for name in names if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in own} == {"atp_patch"}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "atp_patch").rglob("*.py")}
+    assert modules < own
+    data = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "atp_patch").rglob("*.safetensors")
+    }
+    assert data < own
+
+
+def test_what_the_wheel_holds_runs(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked away from the repository, so that a missing file is missed."""
+    with ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    script = """
+import atp_patch
+from atp_patch.builtin import load_builtin
+from atp_patch.tools.trained import shipped
+assert atp_patch.__file__.startswith(FOLDER)
+for name in shipped():
+    model, _ = load_builtin()
+    atp_patch.load_trained(model, name)
+load_builtin("dynamic")
+print(*shipped())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("FOLDER", repr(str(tmp_path)))],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["atp25", "voco8"]
