@@ -28,6 +28,7 @@ from atp_patch.builtin import DYNAMIC, NAMES, TASKS, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.patching.adapter import Beside
 from atp_patch.patching.saving import adapter
+from atp_patch.tools.command_line import named_values
 from atp_patch.tools.parameter_groups import add_lora
 from workshop.batches import Batch, BatchSpec, batches, make_batch
 from workshop.dynamic.batches import SizedSpec, sized_batch
@@ -47,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="builtin", choices=NAMES)
     add("--method", default="voco", choices=["voco", "prumerge", "prumerge+", "downsample"])
-    add("--option", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method")
     add("--keep", type=float, help="share of the visual tokens (not voco)")
     add("--learn", default="lora", choices=BESIDE, help="beside VoCo tokens, which always learn")
     add("--lora-rank", type=int, help="16 if not given")
@@ -87,10 +88,7 @@ def build(asked: argparse.Namespace) -> tuple[Any, Any]:
     """The patched model, with requires_grad where it is to learn, and its processor."""
     torch.manual_seed(asked.seed)
     model, processor = load_builtin(NAMES[asked.model], device=asked.device)
-    options: dict[str, Any] = {}
-    for text in asked.option:
-        name, value = text.split("=")
-        options[name] = int(value)
+    options = named_values(asked.option)
     atp_patch.patch_model(model, method=asked.method, keep=asked.keep, **options)
     model.requires_grad_(False)
     if asked.learn == "lora":

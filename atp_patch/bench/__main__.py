@@ -28,6 +28,7 @@ from atp_patch.maths import average_tokens
 from atp_patch.methods import VoCo, make_methods
 from atp_patch.tools.command_line import execute, machine
 from atp_patch.tools.loading import first_line
+from atp_patch.tools.method_spec import read_method_spec
 from atp_patch.version import __version__
 
 
@@ -169,19 +170,24 @@ def _settings(
     total = preset.visual_tokens(image)
     found: dict[str, dict[str, Any]] = {}
     budgeted = False
-    for spec in args.methods.split(","):
-        name, _, places = spec.partition("@")
-        before, inside = make_methods(name.split("/"), {})
+    for text in args.methods.split(","):
+        spec = read_method_spec(text)
+        if spec.budgets is not None:
+            raise ConfigError(
+                f"--methods {text}: give --keep, --target-tokens or --schedule, for all."
+            )
+        before, inside = make_methods(spec.stages, {})
         if args.profile and isinstance(before, VoCo):
-            raise ConfigError(f"--profile: {name} reads every token once; leave it out.")
-        given: dict[str, Any] = {"method": name.split("/")}
+            raise ConfigError(f"--profile: {spec.name} reads every token once; leave it out.")
+        given: dict[str, Any] = {"method": spec.stages}
         if inside is not None:
-            given["layers"] = args.layers or scaled_layers(num_layers)
-            if places:
-                given["layers"] = _layers(spec, places)
+            own = None if spec.layers is None else list(spec.layers)
+            given["layers"] = own or args.layers or scaled_layers(num_layers)
         if not isinstance(before, VoCo):  # its number of tokens is its budget
             budgeted = True
-            if args.schedule is not None and places:  # as many on average, before its own layers
+            if (
+                args.schedule is not None and spec.layers
+            ):  # as many on average, before its own layers
                 at = args.layers or scaled_layers(num_layers)
                 _shares(args.schedule, total, at)
                 given["target_tokens"] = average_tokens(total, args.schedule, at, num_layers)
@@ -189,20 +195,13 @@ def _settings(
                 given["keep"] = _shares(args.schedule, total, given.get("layers"))
             elif args.keep is not None or args.target_tokens is not None:
                 given |= {"keep": args.keep, "target_tokens": args.target_tokens}
-        found[spec] = given
+        found[text] = given
     if args.layers and not any("layers" in given for given in found.values()):
         raise ConfigError("--layers: none of --methods prunes inside the decoder; leave it out.")
     budget = (args.keep, args.target_tokens, args.schedule)
     if any(budget) and not budgeted:
         raise ConfigError("voco: its number of tokens is its budget; leave out other budgets.")
     return found
-
-
-def _layers(spec: str, places: str) -> list[int]:
-    try:
-        return [int(place) for place in places.split("+")]
-    except ValueError as error:
-        raise ConfigError(f"--methods {spec}: give layers after @, as in fastv@2+4.") from error
 
 
 def _shares(schedule: Sequence[int], total: int, layers: Sequence[int] | None) -> list[float]:

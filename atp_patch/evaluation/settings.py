@@ -10,8 +10,9 @@ from typing import Any
 from atp_patch.contract.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import LayerMethod, VoCo, available_methods, make_methods, method_class
+from atp_patch.methods import VoCo, available_methods, make_methods, method_class
 from atp_patch.patching.patch import patch_model, require_patch, unpatch_model
+from atp_patch.tools.method_spec import read_method_spec, stages
 from atp_patch.tools.trained import find_trained, merged
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
@@ -69,8 +70,8 @@ class Setting:
     def identity(self) -> dict[str, Any]:
         """As plain data, for files: options with their defaults, the adapter by its hash alone."""
         data = asdict(self) | {"options": dict(self.options), "layers": list(self.layers)}
-        if set(_stages(self.name)) <= set(available_methods()):
-            before, inside = make_methods(_stages(self.name), dict(self.options))
+        if set(stages(self.name)) <= set(available_methods()):
+            before, inside = make_methods(stages(self.name), dict(self.options))
             if before is not None and inside is not None:
                 data["options_before"] = before.options()
             data["options"] = (inside or before).options()  # type: ignore[union-attr]
@@ -104,7 +105,7 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
             options["seed"] = setting.seed
         target = None if setting.budget is None else setting.budget * visual_tokens
         layers = list(setting.layers) or None
-        patch_model(model, layers, _stages(setting.name), target_tokens=target, **options)
+        patch_model(model, layers, stages(setting.name), target_tokens=target, **options)
     try:
         require_patch(model).check_budget(visual_tokens)
         with merged(model, setting.lora):
@@ -145,7 +146,7 @@ def plan(
     Raises:
         ConfigError: for an unknown method, or an option that no chosen method has.
     """
-    named = [_parse(spec, layers, budgets) for spec in methods]
+    named = [_named(text, layers, budgets) for text in methods]
     known = {name for name, _, _ in named}
     named += [(name, tuple(layers), tuple(budgets)) for name in BASELINES if name not in known]
     _check_options(options, [name for name, _, _ in named])
@@ -155,7 +156,7 @@ def plan(
     limited: list[tuple[Setting, tuple[float, ...]]] = []
     for name, places, shares in dict.fromkeys(named):
         given = _options_of(name, options)
-        before, inside = make_methods(_stages(name), given)
+        before, inside = make_methods(stages(name), given)
         method = inside or before
         assert method is not None  # make_methods gives at least one
         drawn = range(seeds) if "seed" in _fields_of(name) and "seed" not in given else [None]
@@ -183,65 +184,32 @@ def _trained(recipe: Recipe, source: str) -> Setting:
     )
 
 
-def _parse(
-    spec: str, layers: Sequence[int], budgets: Sequence[float]
+def _named(
+    text: str, layers: Sequence[int], budgets: Sequence[float]
 ) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
-    """Name, layers and budgets of "NAME@LAYERS:BUDGETS"."""
-    rest, colon, shares = spec.partition(":")
-    name, _, places = rest.partition("@")
-    classes = []
-    for stage in _stages(name):
-        if stage not in available_methods():
-            known = ", ".join(available_methods())
-            raise ConfigError(f"--methods: there is no method {stage!r}; there are {known}.")
-        classes.append(method_class(stage))
-    if any(issubclass(cls, VoCo) for cls in classes):
+    """Name, layers and budgets of a method; those of all methods where it has none of its own."""
+    spec = read_method_spec(text)
+    if any(issubclass(method_class(stage), VoCo) for stage in spec.stages):
         raise ConfigError(
-            f"--methods {spec}: {name} is nothing before it is trained; give the folder of a "
+            f"--methods {text}: {spec.name} is nothing before it is trained; give the folder of a "
             "trained one to --adapters."
         )
-    if len(classes) > 1:
-        make_methods(_stages(name), {})  # says which pairs there are
-    if places and not issubclass(classes[-1], LayerMethod):
-        raise ConfigError(f"--methods {spec}: {name} prunes before the decoder; give {name}.")
-    try:
-        return (
-            name,
-            tuple(int(p) for p in places.split("+")) if places else tuple(layers),
-            tuple(_share(s) for s in shares.split("+")) if colon else tuple(budgets),
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"--methods {spec}: after @ come layers, and after : shares above 0 and at most 1, as "
-            f"in {name}@1+13+25:0.5+0.25."
-        ) from error
+    return spec.name, spec.layers or tuple(layers), spec.budgets or tuple(budgets)
 
 
 def known_options(name: str, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Of a method's options as :meth:`Setting.identity` names them, those that are no defaults and
     can change an answer.
     """
-    if not set(_stages(name)) <= set(available_methods()):
+    if not set(stages(name)) <= set(available_methods()):
         return tuple(sorted(given.items()))
-    before, inside = make_methods(_stages(name), {})
+    before, inside = make_methods(stages(name), {})
     default = (inside or before).options()  # type: ignore[union-attr]
     return tuple(sorted((k, v) for k, v in given.items() if v != default[k] and k not in _LOSSES))
 
 
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise ValueError(f"{text} is no share")
-    return share
-
-
-def _stages(name: str) -> list[str]:
-    """The methods of "FIRST/SECOND", or the one."""
-    return name.split("/")
-
-
 def _fields_of(name: str) -> set[str]:
-    last = _stages(name)[-1]
+    last = stages(name)[-1]
     return (
         {entry.name for entry in fields(method_class(last))}
         if last in available_methods()

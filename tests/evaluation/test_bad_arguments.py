@@ -28,6 +28,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     [
         (["--methods", "magic"], ["'magic'", "atp, fixed, fastv"]),
         (["--methods", "fastv@two"], ["fastv@two", "@1+13+25"]),
+        (["--methods", "fastv@"], ["fastv@", "@1+13+25"]),
         (["--methods", "fastv@8"], ["layers=[8]", "1 to 7"]),
         (["--methods", "prumerge@2"], ["prumerge@2", "before the decoder"]),
         (["--methods", "voco"], ["voco", "trained", "--adapters"]),
