@@ -41,3 +41,9 @@ class InputError(ATPError, ValueError):
 
 class DecisionError(ATPError):
     """A method returned a decision that is none for the tokens that it saw."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's kind where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

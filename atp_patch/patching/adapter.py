@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atp_patch.contract.arguments import shown
-from atp_patch.contract.errors import ATPError, ConfigError, HubError, WeightsError
+from atp_patch.contract.errors import ATPError, ConfigError, HubError, WeightsError, first_line
 from atp_patch.methods import (
     BeforeDecoder,
     LayerMethod,
@@ -84,7 +84,7 @@ class Adapter(ModelHubMixin):
             raise
         except OSError as error:
             raise ConfigError(
-                f"the adapter cannot be written to {folder} ({_reason(error)}); give another "
+                f"the adapter cannot be written to {folder} ({first_line(error)}); give another "
                 "folder."
             ) from error
 
@@ -100,9 +100,9 @@ class Adapter(ModelHubMixin):
             raise
         except _HUB_ERRORS as error:
             raise HubError(
-                f"the adapter was not pushed to {shown(repo_id)} ({_reason(error)}). Give a name "
-                "like USER/REPOSITORY that you may write to, log in with `hf auth login` or give "
-                "token=, check the network, and push again."
+                f"the adapter was not pushed to {shown(repo_id)} ({first_line(error)}). Give a "
+                "name like USER/REPOSITORY that you may write to, log in with `hf auth login` or "
+                "give token=, check the network, and push again."
             ) from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -224,8 +224,7 @@ def load_adapter(
     if config.base != base:
         raise WeightsError(
             f"{source} was made for {_describe(config.base)}, but this model is "
-            f"{_describe(base)}; load "
-            "the model it was made for, or patch without weights."
+            f"{_describe(base)}; load the model it was made for, or patch without weights."
         )
     try:
         before, inside = _methods_of(config)
@@ -271,18 +270,26 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def _read_config(source: str | Path) -> PruningConfig:
-    """The configuration in an adapter's JSON."""
-    where, file = f"{source}/{CONFIG_FILE}", _fetch(source, CONFIG_FILE)
+def read_text(file: Path, where: str) -> str:
+    """The text of a configuration file; errors call it ``where``.
+
+    Raises:
+        WeightsError: where it cannot be read, is too large, or is no UTF-8.
+    """
     try:
         if file.stat().st_size > _MOST_CONFIG_BYTES:
             raise WeightsError(f"{where} is too large for a configuration.")
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise WeightsError(f"{where} is no text in UTF-8 ({error}).") from error
     except OSError as error:
-        raise WeightsError(f"{where} cannot be read ({_reason(error)}).") from error
-    return PruningConfig.from_json(text, where)
+        raise WeightsError(f"{where} cannot be read ({first_line(error)}).") from error
+
+
+def _read_config(source: str | Path) -> PruningConfig:
+    """The configuration in an adapter's JSON."""
+    where, file = f"{source}/{CONFIG_FILE}", _fetch(source, CONFIG_FILE)
+    return PruningConfig.from_json(read_text(file, where), where)
 
 
 def _methods_of(
@@ -330,7 +337,7 @@ def _read_tensors(source: str | Path, expected: Mapping[str, Tensor]) -> dict[st
             _check_shapes(where, shapes, {name: tuple(one.shape) for name, one in expected.items()})
             read = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{where} is not a safetensors file ({_reason(error)}).") from error
+        raise WeightsError(f"{where} is not a safetensors file ({first_line(error)}).") from error
     for name, tensor in read.items():
         wanted = expected[name].dtype
         if tensor.dtype not in (_FLOATS if wanted in _FLOATS else (wanted,)):
@@ -397,9 +404,3 @@ def _fetch(source: str | Path, name: str) -> Path:
 
 def _describe(base: BaseModel) -> str:
     return f"a {base.family} model of {base.num_layers} layers, hidden size {base.hidden_size}"
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, or its name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -207,7 +207,7 @@ class PruningConfig:
                 that ``patch_model`` would refuse as an argument.
         """
         try:
-            data = _table(text)
+            data = _current(parse_table(text))
             for younger in ("rope_2d", "prune_marks"):  # than the first adapters
                 data.setdefault(younger, False)
             data = _entries("", data, cls)
@@ -219,8 +219,12 @@ class PruningConfig:
             raise WeightsError(f"{source}: {error}") from error
 
 
-def _table(text: str) -> dict[str, Any]:
-    """The table that a configuration file holds, without its version."""
+def parse_table(text: str) -> dict[str, Any]:
+    """The table that a file of JSON holds.
+
+    Raises:
+        ConfigError: where it is broken, or holds a number that is none.
+    """
 
     def refuse(constant: str) -> None:
         raise ConfigError(f"{constant} is no number of JSON.")
@@ -235,6 +239,11 @@ def _table(text: str) -> dict[str, Any]:
         raise ConfigError(f"the file is not JSON ({error}).") from error
     if not isinstance(data, dict):
         raise ConfigError("the file holds no configuration.")
+    return data
+
+
+def _current(data: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of the version that is read here, without its number."""
     version = data.pop("version", None)
     if as_kind("version", version, "int | None") != CONFIG_VERSION:
         raise ConfigError(

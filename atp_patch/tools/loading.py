@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import logging
 
 from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.contract.errors import first_line as first_line  # used by the commands too
 from atp_patch.families import family_of
 
 # Architectures of other packages -> what `python -m atp_patch.convert` calls their checkpoints.
@@ -128,12 +129,6 @@ def quiet_transformers(progress: bool) -> Iterator[None]:
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_name(name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from atp_patch.builtin import builtin_path
-from atp_patch.contract.errors import WeightsError
-from atp_patch.patching.adapter import is_folder
+from atp_patch.contract.arguments import as_kind, shown
+from atp_patch.contract.errors import ConfigError, WeightsError, first_line
+from atp_patch.patching.adapter import check_values, is_folder, read_text
+from atp_patch.patching.config import parse_table
 from atp_patch.patching.patch import patch_model
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -175,24 +177,64 @@ def _deltas(
     """Name of a linear layer -> what LoRA adds to its weight, and that weight where PEFT wrote it
     too; ``written`` tells files of one name apart.
     """
-    config = json.loads((Path(folder) / LORA_FILES[0]).read_text(encoding="utf-8"))
-    if config["peft_type"] != "LORA" or any(config.get(name) for name in _NOT_PLAIN):
-        raise WeightsError(f"{folder} is no plain LoRA; merge it into the model and give --model.")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    stored = load_file(Path(folder) / LORA_FILES[1])
+    scale, stored = _scale(folder), _stored(folder)
     changed = [name.removesuffix(_UP) for name in stored if name.endswith(_UP)]
+    alone = sorted(name for name in changed if name + _DOWN not in stored)
+    if alone:
+        raise WeightsError(f"{folder}/{LORA_FILES[1]} holds half of {shown(alone[0])} alone.")
     known = {name + part for name in changed for part in (_UP, _DOWN, _BASE)}
     more = sorted(stored.keys() - known)
     if more:  # modules_to_save, biases, embeddings
         raise WeightsError(
-            f"{folder} holds more than LoRA of linear layers ({more[0]}); load it with PEFT, merge "
-            "it into the model, and give that model."
+            f"{folder} holds more than LoRA of linear layers ({shown(more[0])}); load it with "
+            "PEFT, merge it into the model, and give that model."
         )
-    return {
-        name.removeprefix(_PREFIX): (
-            scale * (stored[name + _UP].float() @ stored[name + _DOWN].float()),
-            stored.get(name + _BASE),
-        )
-        for name in changed
-    }
+    deltas = {}
+    for name in changed:
+        up, down = stored[name + _UP].float(), stored[name + _DOWN].float()
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise WeightsError(
+                f"{folder}/{LORA_FILES[1]}: both halves of {shown(name)} do not fit each other."
+            )
+        deltas[name.removeprefix(_PREFIX)] = scale * (up @ down), stored.get(name + _BASE)
+    return deltas
+
+
+def _scale(folder: str) -> float:
+    """What the product of a LoRA's two halves is multiplied by.
+
+    Raises:
+        WeightsError: where its configuration is broken, or is not that of a plain LoRA.
+    """
+    where = f"{folder}/{LORA_FILES[0]}"
+    text = read_text(Path(folder) / LORA_FILES[0], where)
+    try:
+        config = parse_table(text)
+        if config.get("peft_type") != "LORA" or any(config.get(name) for name in _NOT_PLAIN):
+            raise ConfigError("this is no plain LoRA; merge it into the model and give --model.")
+        rank: int = as_kind("r", config.get("r"), "int")
+        alpha: float = as_kind("lora_alpha", config.get("lora_alpha"), "float")
+        root = as_kind("use_rslora", config.get("use_rslora"), "bool | None")
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    if rank < 1:
+        raise WeightsError(f"{where}: r={rank} must be at least 1.")
+    return alpha / (rank**0.5 if root else rank)
+
+
+def _stored(folder: str) -> dict[str, Tensor]:
+    """The tensors of a LoRA.
+
+    Raises:
+        WeightsError: where the file is broken, or holds what cannot be computed with.
+    """
+    where = f"{folder}/{LORA_FILES[1]}"
+    try:
+        stored = load_file(Path(folder) / LORA_FILES[1])
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{where} is not a safetensors file ({first_line(error)}).") from error
+    for name, tensor in stored.items():
+        if not tensor.is_floating_point():
+            raise WeightsError(f"{where}: {shown(name)} is of {tensor.dtype}, which no LoRA is.")
+    check_values(stored, where)
+    return stored

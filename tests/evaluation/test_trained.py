@@ -18,7 +18,14 @@ from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
 from atp_patch.patching.patch import is_patched
 from atp_patch.tools.parameter_groups import add_lora
-from atp_patch.tools.trained import changes_features, find_trained, load_trained, merged, shipped
+from atp_patch.tools.trained import (
+    LORA_FILES,
+    changes_features,
+    find_trained,
+    load_trained,
+    merged,
+    shipped,
+)
 from tests.evaluation.conftest import TOKENS, build
 
 pytest.importorskip("peft")
@@ -256,6 +263,54 @@ def test_what_cannot_be_merged_is_named(bench: Bench, trained: Path) -> None:
     (trained / "model").mkdir()
     with pytest.raises(WeightsError, match="the model learned too"):
         settings(str(trained))
+
+
+def damaged(trained: Path, fault: str) -> None:
+    """Break the configuration or the tensors of a LoRA."""
+    config, weights = (trained / "lora" / name for name in LORA_FILES)
+    if fault in CONFIGS:
+        config.write_bytes(CONFIGS[fault])
+        return
+    if fault == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-9])
+        return
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    if fault == "half":
+        del tensors[name]
+    elif fault == "shape":
+        tensors[name] = tensors[name][:1].contiguous()
+    elif fault == "nan":
+        tensors[name][0, 0] = float("nan")
+    else:
+        tensors[name] = tensors[name].to(getattr(torch, fault))
+    save_file(tensors, weights)
+
+
+CONFIGS = {
+    "text": b"\xff\xfe{}",
+    "brackets": b"[" * 200_000,
+    "list": b"[]",
+    "empty": b"{}",
+    "rank": b'{"peft_type": "LORA", "r": 0, "lora_alpha": 6}',
+    "rank nan": b'{"peft_type": "LORA", "r": NaN, "lora_alpha": 6}',
+    "rank text": b'{"peft_type": "LORA", "r": "2", "lora_alpha": 6}',
+    "alpha": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}',
+    "root": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 6, "use_rslora": "no"}',
+}
+
+
+@pytest.mark.parametrize(
+    "fault", [*CONFIGS, "cut off", "half", "shape", "nan", "int8", "bool", "complex64"]
+)
+def test_a_damaged_lora_is_refused_and_the_model_stays(trained: Path, fault: str) -> None:
+    model, _ = build()
+    before = model_hash(model)
+    damaged(trained, fault)
+    with pytest.raises(WeightsError, match=r"lora/adapter_(config|model)\."):
+        load_trained(model, str(trained))
+    assert model_hash(model) == before
+    assert not is_patched(model)
 
 
 @pytest.mark.parametrize(
