@@ -1,4 +1,4 @@
-"""One short file a family, data first."""
+"""The families of models that are served: each is one short file that is data first."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision: a whole view, then rows that end in a newline.
 
-An image of any resolution is packed as the g x g view of the whole, then its tiles put together and
-cut to the picture, row by row, a newline feature after each. An image of one tile is the view and
-one newline. Newlines carry the image's id, belong to no grid and are never pruned. Where they stand
-is all that is needed: ``image_sizes`` is not known to every forward pass (``generate`` keeps it).
+An image of any resolution is packed as the g x g view of the whole, and behind it the tiles, which
+are put together and cut to the picture, row by row, with a newline feature behind each row. An
+image of one tile is the view and one newline. Newlines carry the image's id, belong to no grid and
+are not pruned unless ``prune_marks`` says so. The places of the newlines are all that is needed;
+``image_sizes`` is not known to every forward pass, since ``generate`` keeps it to itself.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
     """The views and unpadded pictures of one run of placeholders.
 
     Args:
-        newlines: positions of the newline features within the run, in order.
-        side: tokens along a side of one tile.
+        span: the run of placeholders.
+        newlines: the positions of the newline features within the run, in order.
+        side: how many tokens lie along a side of one tile.
     """
     if not newlines:
         raise InputError(
@@ -60,14 +62,17 @@ def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
 
 
 def _frames(span: Span, start: int, stop: int, side: int) -> VisualGrid:
-    """A video of square frames without gaps."""
+    """A video whose frames are squares that follow each other without gaps."""
     if (stop - start) % side**2:
         raise _refuse(span)
     return VisualGrid(start, (stop - start) // side**2, side, side)
 
 
 def _videos(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
-    """OneVision: each video of the run ends in a newline. NeXT-Video: the run is one video."""
+    """The videos of one run of placeholders.
+
+    Each video of LLaVA-OneVision ends in a newline; a run of LLaVA-NeXT-Video is one video.
+    """
     ends = newlines or [span.stop]
     starts = [span.start, *(end + 1 for end in ends[:-1])]
     return [_frames(span, start, end, side) for start, end in zip(starts, ends, strict=True)]
@@ -101,7 +106,7 @@ def _check(config: Any) -> None:
     if clip and config.vision_feature_select_strategy == "full":
         raise UnsupportedModelError(
             'vision_feature_select_strategy="full" puts the class token of every tile into the '
-            'picture, which then is no grid; use "default".'
+            'picture, which is then no grid; set it to "default" in the config.'
         )
 
 

@@ -1,4 +1,4 @@
-"""What a family file says about its models, and the registry of families."""
+"""What a family says about its models, and helpers that several families share."""
 
 from __future__ import annotations
 
@@ -35,20 +35,25 @@ class Family:
     """Facts about one family of vision-language models.
 
     Attributes:
-        name: what errors, adapters and tables call it.
-        model_types: ``config.model_type`` values that belong to it.
-        grids: where the grids of each sample's placeholders lie.
-        token_ids: config attributes that hold the ids of visual placeholders.
-        causal: whether the decoder attends causally everywhere (no prefix, no images attending both
-            ways), so that without padding no mask is needed.
-        newline: name of the parameter of the model without its head that stands at the end of rows
-            of features, under the image's id; it belongs to no grid.
-        visual_tokens: prunable tokens of one image where the config alone fixes them, else None.
-        late_layers: after how many of the first decoder layers visual features are still added.
-        check: raises UnsupportedModelError for configs that the family cannot serve.
-        tower: where its vision tower is for pruning before the decoder, None where it cannot.
-        resizable: its tower takes pictures of any size.
-        outer: how a model of another package holds its language model; None for transformers' own.
+        name: the name by which errors, adapters and tables call the family.
+        model_types: the values of ``config.model_type`` that belong to the family.
+        grids: a function that says where the grids of each sample's placeholders lie.
+        token_ids: the names of the config's attributes that hold the ids of visual placeholders.
+        causal: True where the decoder attends causally everywhere (it has no prefix, and images do
+            not attend both ways), so that no mask is needed without padding.
+        newline: the name of the parameter, in the model without its head, that ends each row of
+            features. It has the image's id and belongs to no grid. None where there is none.
+        visual_tokens: a function from the config to the prunable tokens of one image, or to None
+            where images have different sizes.
+        late_layers: a function from the config to the number of first decoder layers after which
+            visual features are still added.
+        check: a function that raises UnsupportedModelError for configs that the family cannot
+            serve.
+        tower: a function from the config to the vision tower's parts, which pruning before the
+            decoder needs, or to None where the tower cannot be pruned.
+        resizable: True where the tower takes pictures of any size.
+        outer: how a model of another package holds its language model; None for models of
+            transformers.
     """
 
     name: str
@@ -66,15 +71,15 @@ class Family:
 
     @property
     def has_tower(self) -> bool:
-        """Whether models of the family, or some, can be pruned before the decoder."""
+        """Whether at least some models of the family can be pruned in the vision tower."""
         return self.tower is not _no_tower
 
     @property
     def compressible(self) -> bool:
-        """Whether learned tokens can stand behind images, in models of the family or in some.
+        """Whether learned tokens can stand behind images, in at least some models of the family.
 
-        Not where images or prefixes attend both ways, where visual features are added inside the
-        decoder, or where another package feeds it.
+        They cannot where images or prefixes attend both ways, where visual features are added
+        inside the decoder, or where another package feeds the decoder.
         """
         return self.causal and self.outer is None and self.late_layers is _none
 
@@ -84,12 +89,14 @@ class Family:
         return tuple(int(token_id) for token_id in ids if token_id is not None)
 
     def default_layers(self, config: Any, num_layers: int) -> tuple[int, ...]:
-        """Where tokens are pruned if nobody says so: the paper's layers in proportion to the depth,
-        and none before the last visual features are added.
+        """The pruning layers where the caller names none.
+
+        They are the paper's layers in proportion to the decoder's depth, and none comes before the
+        last visual features are added.
 
         Args:
-            config: of the whole vision-language model.
-            num_layers: of its decoder.
+            config: the config of the whole vision-language model.
+            num_layers: how many layers its decoder has.
         """
         late = self.late_layers(config)
         latest = max(1, num_layers - 1)
@@ -108,7 +115,7 @@ class Family:
 
 
 def scaled_layers(num_layers: int) -> list[int]:
-    """The paper's [4, 14, 24] of 32 in proportion for a decoder of ``num_layers``.
+    """The paper's pruning layers, [4, 14, 24] of 32, in proportion to ``num_layers``.
 
     >>> scaled_layers(28)
     [4, 12, 21]
@@ -125,8 +132,14 @@ def scaled_layers(num_layers: int) -> list[int]:
 
 
 def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
-    """Cut runs of placeholders into images of ``tokens`` each (images may follow each other
-    directly).
+    """Cut runs of placeholders into images of ``tokens`` each.
+
+    One run may hold several images that follow each other directly.
+
+    Args:
+        spans: the runs of one sample.
+        tokens: how many placeholders an image has.
+        mend: the end of the error message, which says what the caller can do.
 
     Raises:
         UnsupportedModelError: where a run is no multiple of ``tokens``.
@@ -144,6 +157,6 @@ def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:
 
 
 def square_grids(spans: Sequence[Span], side: int) -> list[VisualGrid]:
-    """Runs of placeholders as squares of ``side`` x ``side`` tokens, one after the other."""
+    """Cut runs of placeholders into squares of ``side`` x ``side`` tokens."""
     mend = "let the model's own processor expand the image to placeholders."
     return [VisualGrid(tile.start, 1, side, side) for tile in equal_images(spans, side**2, mend)]

@@ -1,10 +1,11 @@
-"""Any decoder whose layers keep the contract, where each call says which tokens are visual.
+"""The generic family: any decoder of transformers' layers, told which tokens are visual.
 
-It is never found by itself: ``patch_model(model, family="generic")`` asks for it. Calls then bring
-``visual_mask``, (batch, sequence) bool, and may bring ``visual_grids``: of each sample a list of
-(frames, height, width), one for each image in order. Marked tokens fill these grids row by row.
-Gaps are allowed where they are even (a row mark behind each row, a class token before each frame).
-Without grids each run of marked tokens is one image of a single row.
+It is never found by itself: ``patch_model(model, family="generic")`` asks for it. Each call then
+brings ``visual_mask``, (batch, sequence) bool, and may bring ``visual_grids``, which holds for each
+sample a list of (frames, height, width), one for each image in order. The tokens that the mask
+marks fill these grids row by row. Gaps are allowed where they are even (a newline token behind each
+row, a class token before each frame). Without grids each run of marked tokens is one image of a
+single row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from atp_patch.families.base import Family, Grids
 
 
 def _runs(visual: Tensor) -> list[VisualGrid]:
-    """Runs of True in an (L,) mask as images of one row."""
+    """Each run of True in an (L,) mask as an image of one row."""
     places = visual.nonzero().flatten()
     if not len(places):
         return []
@@ -32,7 +33,7 @@ def _runs(visual: Tensor) -> list[VisualGrid]:
 
 
 def _filled(visual: Tensor, sizes: Sequence[tuple[int, int, int]]) -> list[VisualGrid]:
-    """Grids of these sizes, filled one after the other with the True of an (L,) mask."""
+    """Grids of these sizes, filled in order with the places where an (L,) mask is True."""
     places = visual.nonzero().flatten()
     wanted = sum(t * h * w for t, h, w in sizes)
     if len(places) != wanted:
@@ -70,7 +71,7 @@ def _grids(query: GridQuery) -> Grids:
     if len(query.sizes) != len(query.visual):
         raise InputError(
             f"visual_grids has {len(query.sizes)} lists for {len(query.visual)} samples; give one "
-            "a sample, empty where it has no image."
+            "list for each sample, and an empty one where it has no image."
         )
     return [_filled(row, sizes) for row, sizes in zip(query.visual, query.sizes, strict=True)]
 

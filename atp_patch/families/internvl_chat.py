@@ -1,4 +1,4 @@
-"""InternVL-2 objects of the code that comes with its checkpoints, with Qwen2 or LLaMA inside."""
+"""InternVL-2 models of the code beside their checkpoints, whose decoder is a Qwen2 or a LLaMA."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _check(config: Any) -> None:
     backbone = getattr(config.llm_config, "model_type", None)
     if backbone not in BACKBONES:
         raise UnsupportedModelError(
-            f"its language model is of type {backbone!r}, whose own code knows neither "
-            f"transformers' caches nor its attention interface. {MEND}"
+            f"the language model of this InternVL-2 is of type {backbone!r}, whose own code knows "
+            f"neither transformers' caches nor its attention interface. {MEND}"
         )
 
 

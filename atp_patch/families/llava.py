@@ -1,6 +1,6 @@
-"""LLaVA, VipLLaVA and Video-LLaVA: one square grid an image or frame, from a CLIP-like tower.
+"""LLaVA, VipLLaVA and Video-LLaVA: each image or frame is one square, from a tower like CLIP's.
 
-LLaVA with a Pixtral tower has a grid of its own for every image.
+LLaVA with a Pixtral tower has images of any size, each with a grid of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def _visual_tokens(config: Any) -> int | None:
 
 
 def _class_tokens(config: Any) -> int:
-    """The strategy "full" keeps the tower's class token in front of the patches."""
+    """How many class tokens stand in front of an image's patches.
+
+    The strategy "full" keeps the class token of a tower that has one.
+    """
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     has_class = config.vision_config.model_type.startswith("clip")
     return int(strategy == "full" and has_class)
@@ -51,12 +54,12 @@ def _grids(query: GridQuery) -> Grids:
 
 
 def _video(span: Span, side: int) -> VisualGrid:
-    """The frames of one run of placeholders, a class token in front of each."""
+    """The video of one run of placeholders, in which a class token stands before each frame."""
     stride = side * side + 1
     if span.length % stride:
         raise InputError(
-            f"{span.length} visual tokens are no whole frames of {stride}: let the model's own "
-            "processor expand <video> to placeholders."
+            f"{span.length} visual tokens from position {span.start} on are no whole frames of "
+            f"{stride}; let the model's own processor expand <video> to placeholders."
         )
     return VisualGrid(span.start + 1, span.length // stride, side, side, frame_stride=stride)
 

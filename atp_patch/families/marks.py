@@ -1,4 +1,7 @@
-"""Newline and class tokens: placeholders of visual tokens that stand in no grid."""
+"""Marks: newline and class tokens, which are visual tokens by their ids and stand in no grid.
+
+They are never pruned unless ``patch_model(..., prune_marks=True)`` says so.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from atp_patch.families.base import Grids
 
 
 def with_marks(grids: Sequence[Sequence[VisualGrid]], spans: Sequence[Sequence[Span]]) -> Grids:
-    """The grids of each sample, and behind them its marks, in columns of one token a row.
+    """The grids of each sample, and behind them its marks as grids of one column.
 
     Marks that follow each other at equal distances, like the newlines of one picture, make one
     column.
+
+    Args:
+        grids: the grids of each sample, without marks.
+        spans: the runs of placeholders of each sample.
     """
     return [
         [*sample, *_columns(_left_over(sample, runs))]

@@ -1,8 +1,9 @@
 """Molmo 2: a view of the whole and the picture itself, or the frames of a video.
 
-Rows end in an id of their own (a column mark), so rows that lie one id apart are one grid. Where
-the processor leaves the marks out, as the released ones do in the view of the whole and in video
-frames, a grid is one run; it is a square, since such pictures are shrunk to squares first.
+Each row ends in an id of its own, the column id, so that rows which lie one id apart are one grid.
+Where the processor leaves the column ids out, as the released ones do in the view of the whole and
+in video frames, a grid is one run. It is then a square, because such pictures are shrunk to squares
+first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _grid(rows: list[Span]) -> VisualGrid:
     side = math.isqrt(run.length)
     if side**2 != run.length:
         raise InputError(
-            f"{run.length} visual tokens from position {run.start} on have no column marks between "
+            f"{run.length} visual tokens from position {run.start} on have no column ids between "
             "them and are no square; let the model's own processor make input_ids and pixel values "
             "together."
         )

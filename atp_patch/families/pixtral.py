@@ -1,8 +1,8 @@
-"""Mistral 3, LLaVA with a Pixtral tower: every image has its own grid, rows end in a text id.
+"""Mistral 3, and LLaVA with a Pixtral tower: images of any size whose rows end in a text id.
 
-An image is written as rows of placeholders with a break id after each but the last, and an end id
-after that. Rows of one image lie one id apart; where images follow each other directly, the end ids
-tell them apart.
+An image is written as rows of placeholders. A break id stands behind each row but the last, and an
+end id stands behind the last one. So the rows of one image lie one id apart, and where images
+follow each other directly, the end ids tell them apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from atp_patch.families.base import Family, Grids
 
 
 def chains(spans: Sequence[Span]) -> list[list[Span]]:
-    """Runs of rows that lie one id apart: one image, or images without text between them."""
+    """Rows that lie one id apart, in groups: each is one image, or images without text between."""
     found: list[list[Span]] = []
     for span in spans:
         if found and span.start == found[-1][-1].stop + 1:
@@ -26,10 +26,10 @@ def chains(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def stacked(rows: Sequence[Span]) -> VisualGrid:
-    """The image of rows that lie one id apart.
+    """The grid of one image, given its rows, which lie one id apart.
 
     Raises:
-        InputError: where they have different lengths.
+        InputError: where the rows have different lengths.
     """
     start, width = rows[0].start, rows[0].length
     if any(row.length != width for row in rows):
@@ -41,7 +41,7 @@ def stacked(rows: Sequence[Span]) -> VisualGrid:
 
 
 def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
-    """The images of a chain; ``ids`` are those of the whole sample."""
+    """The images of a chain of rows; ``ids`` are those of the whole sample."""
     after = [ids[row.stop] if row.stop < len(ids) else -1 for row in chain]
     for row, behind in zip(chain, after, strict=True):
         if behind == row.token_id:
@@ -49,7 +49,7 @@ def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
                 f"the row of visual tokens from position {row.start} on ends before its last "
                 "placeholder; mark all tokens of a row as visual, or none."
             )
-    end = after[-1]  # what stands behind the last row of a chain ends every image in it
+    end = after[-1]  # The id behind the last row of a chain ends every image in it.
     grids = []
     first = 0
     for last, mark in enumerate(after):
@@ -61,7 +61,11 @@ def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
 
 
 def pixtral_grids(query: GridQuery) -> Grids:
-    """Grids of images whose rows are told apart by ids."""
+    """The grids of images whose rows are told apart by the ids between them.
+
+    Raises:
+        InputError: where the prompt came as embeddings alone, or its rows form no images.
+    """
     if query.ids is None:
         raise InputError(
             "rows of an image are told apart by the ids between them: pass input_ids in place of "

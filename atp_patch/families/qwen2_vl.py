@@ -143,7 +143,7 @@ def _filled(span: Span, name: str, films: Films) -> list[VisualGrid]:
 
 
 def _deepstack_layers(config: Any) -> int:
-    """How many decoder layers get features of earlier tower blocks added to their output."""
+    """After how many decoder layers the features of earlier tower blocks are added."""
     return len(config.vision_config.deepstack_visual_indexes)
 
 

@@ -1,4 +1,4 @@
-"""Models that cannot be pruned: why, and what to use in their place."""
+"""Models that cannot be pruned: the reason, and the model to use in their place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Families whose images, or tiles of images, are squares of one size that the config fixes.
 
-A tile is a grid of its own: the processors that cut images into tiles do not tell the model how the
-tiles lie next to each other. Markers between tiles and rows of tiles are text.
+Each tile is a grid of its own, because the processors that cut images into tiles do not tell the
+model how the tiles lie next to each other. The ids between tiles and rows of tiles are text.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from atp_patch.families.towers import shuffled_tower
 
 
 def _number(size: Any) -> int:
-    """A side that a config gives as one number or as (height, width)."""
+    """The side of a square, which a config gives as one number or as (height, width)."""
     return int(size if isinstance(size, int) else size[0])
 
 
 def _patches(config: Any) -> int:
-    """Patches along a side of the vision tower's picture."""
+    """How many patches lie along a side of the vision tower's picture."""
     vision = config.vision_config
     return _number(vision.image_size) // _number(vision.patch_size)
 
@@ -48,8 +48,10 @@ def _ovis2_side(config: Any) -> int:
 
 
 def _fast_vlm_side(config: Any, span: Span) -> int:
-    """Its config knows no patches, only how many tokens an image of the usual size has; a run of
-    another length is one image.
+    """The side of the images in a run of FastVLM's placeholders.
+
+    The config knows how many tokens an image of the usual size has, and nothing of patches. A run
+    that is no multiple of that number is one image.
     """
     usual = int(config.image_seq_length)
     return math.isqrt(span.length if span.length % usual else usual)
@@ -67,7 +69,7 @@ def _fast_vlm_grids(query: GridQuery) -> Grids:
 
 
 def _perception_lm_side(config: Any) -> int:
-    """Patches of its timm tower, pooled."""
+    """Tokens along a side of PerceptionLM's tiles: the patches of its timm tower, pooled."""
     patches = (config.vision_config.model_args or {}).get("ref_feat_shape")
     if patches is None:
         raise UnsupportedModelError(
@@ -78,7 +80,7 @@ def _perception_lm_side(config: Any) -> int:
 
 
 def _perception_lm_grids(query: GridQuery) -> Grids:
-    """A run of image placeholders is tiles; one of a video is its frames."""
+    """Each run of image placeholders holds tiles, and each run of a video its frames."""
     config: Any = query.config
     side = _perception_lm_side(config)
 

@@ -1,4 +1,4 @@
-"""Vision towers as families describe them: where the attention is that PruMerge reads."""
+"""Vision towers as families describe them: where their attention, blocks and projector are."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ _PROJECTOR = "multi_modal_projector"
 
 
 def feature_block(config: Any, *names: str) -> int:
-    """The number of the tower's block whose output the model uses (of several the deepest).
+    """The number of the tower's block whose output the model uses; of several the deepest.
 
     Args:
-        config: of the whole model; ``names``: its attributes that may say so, the first there is.
+        config: the config of the whole model.
+        names: the attributes of the config that may say so; the first that exists counts.
 
     Raises:
-        UnsupportedModelError: where the model uses what enters the first block.
+        UnsupportedModelError: where the model uses the input of the first block.
     """
     chosen = next(getattr(config, name) for name in names if hasattr(config, name))
     depth = int(config.vision_config.num_hidden_layers)
@@ -25,7 +26,8 @@ def feature_block(config: Any, *names: str) -> int:
     block = max(layer + depth if layer < 0 else layer - 1 for layer in layers)
     if not 0 <= block < depth:
         raise UnsupportedModelError(
-            f"the model uses layer {chosen} of a tower of {depth} blocks: no attention led to it."
+            f"the model uses layer {chosen} of a vision tower of {depth} blocks, and no attention "
+            "led to it; use a method that prunes inside the decoder."
         )
     return block
 
@@ -33,7 +35,13 @@ def feature_block(config: Any, *names: str) -> int:
 def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None:
     """A CLIP or SigLIP tower whose projector works token by token; None for other towers.
 
-    A tower for videos hands on the class token of every frame; others do under the strategy "full".
+    A tower for videos hands on the class token of every frame; others do so under the strategy
+    "full".
+
+    Args:
+        config: the config of the whole model.
+        modules: the names of the towers in the model without its head; by default "vision_tower".
+        whole: whether every token of the projector has a placeholder.
     """
     vision = config.vision_config
     kind = str(vision.model_type)
@@ -56,7 +64,7 @@ def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None
 
 
 def shuffled_tower(config: Any) -> Tower:
-    """InternVL's: a class token, and cells of patches joined before the projector."""
+    """InternVL's tower, which has a class token and joins cells of patches before the projector."""
     vision = config.vision_config
     size = vision.patch_size
     return Tower(
@@ -74,9 +82,10 @@ def shuffled_tower(config: Any) -> Tower:
 
 
 def packed_tower(config: Any) -> Tower:
-    """Qwen2-VL's and Qwen2.5-VL's: all images in one row, cells of patches joined by the merger.
+    """The tower of Qwen2-VL and Qwen2.5-VL, which takes all images in one row.
 
-    Of a tower with windows the last block without them counts.
+    Its merger joins cells of patches. In a tower with windows the last block without windows
+    counts.
     """
     vision = config.vision_config
     cell, patch = int(vision.spatial_merge_size), int(vision.patch_size)

@@ -1,7 +1,7 @@
-"""VILA-1.5 and NVILA objects of their own package: a language model that is given embeddings.
+"""VILA-1.5 and NVILA models of their own package, whose language model is given embeddings.
 
-``_embed`` writes each image's features, and the embeddings of the encoder's closing tokens behind
-them, in the place of one id of the prompt; runs of images follow each other without text between.
+``_embed`` puts each image's features, and behind them the embeddings of the encoder's closing
+tokens, in the place of one id of the prompt. Images may follow each other without text between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from atp_patch.contract import GridQuery, Outer, Span, VisualGrid
 from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.families.base import Family, Grids
 
-# mm_projector_type -> how many patches along a side become one token
+# mm_projector_type -> how many patches along a side become one token.
 DOWNSAMPLING = {
     "linear": 1,
     "mlp2x_gelu": 1,
@@ -25,7 +25,7 @@ DOWNSAMPLING = {
 
 
 def _part(config: Any, name: str) -> Mapping[str, Any]:
-    """A part of the config, which stands in it as a mapping or as a config of its own."""
+    """A part of the config, which holds it as a mapping or as a config of its own."""
     part: Any = getattr(config, name, None)
     if isinstance(part, Mapping):
         return part
@@ -33,22 +33,22 @@ def _part(config: Any, name: str) -> Mapping[str, Any]:
 
 
 def _side(config: Any) -> int:
-    """Visual tokens along a side of one image."""
+    """How many visual tokens lie along a side of one image."""
     tower, projector = _part(config, "vision_tower_cfg"), _part(config, "mm_projector_cfg")
     patches = int(tower["image_size"]) // int(tower["patch_size"])
     return math.ceil(patches / DOWNSAMPLING[projector["mm_projector_type"]])
 
 
 def _images(span: Span, side: int) -> list[VisualGrid]:
-    """The images of one run, whose closing embeddings are found by count."""
+    """The images of one run; how many closing embeddings each has follows from the counts."""
     tokens = side**2
     count = span.length // tokens
     closing, odd = divmod(span.length - count * tokens, count) if count else (0, 1)
     if odd:
         raise InputError(
             f"{span.length} visual embeddings from position {span.start} on are no whole images of "
-            f"{tokens}: videos whose frames are pooled cannot be pruned; give images, or call the "
-            "model within atp_patch.disabled(model)."
+            f"{tokens}, as in videos whose frames are pooled, which cannot be pruned; give images, "
+            "or call the model within atp_patch.disabled(model)."
         )
     starts = range(span.start, span.stop, tokens + closing)
     return [VisualGrid(start, 1, side, side) for start in starts]
@@ -64,14 +64,14 @@ def _check(config: Any) -> None:
     kind = projector.get("mm_projector_type")
     if kind not in DOWNSAMPLING or not {"image_size", "patch_size"} <= set(tower):
         raise UnsupportedModelError(
-            f"this config has mm_projector_cfg of type {kind!r} and vision_tower_cfg with "
-            f"{sorted(tower)}; known types are {', '.join(DOWNSAMPLING)}, and image_size and "
+            f"the config's mm_projector_cfg is of type {kind!r} and its vision_tower_cfg has "
+            f"{sorted(tower)}; the known types are {', '.join(DOWNSAMPLING)}, and image_size and "
             f"patch_size are needed. {CONVERT}"
         )
     if getattr(config, "dynamic_s2", False):
         raise UnsupportedModelError(
-            "dynamic_s2 gives images of any size, whose rows and columns the language model does "
-            "not get to know; set config.dynamic_s2 = False before the model is loaded."
+            "dynamic_s2 makes images of any size, whose rows and columns the language model is "
+            "never told; set config.dynamic_s2 = False before the model is loaded."
         )
 
 
