@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import transformers
 
+from atp_patch.bench.comparison_tables import entries, same_lengths, table
 from atp_patch.bench.follow_up import compare_questions, questions_case, questions_table
 from atp_patch.bench.lengths import time_same_lengths
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched
 from atp_patch.bench.options import check_mode, parser
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
-from atp_patch.bench.report import entries, same_lengths, table
 from atp_patch.bench.training import as_data, compare_steps, steps_table
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today

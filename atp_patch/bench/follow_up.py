@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from atp_patch.bench.clock import Times, between_ms, mark
+from atp_patch.bench.comparison_tables import listing, milliseconds
 from atp_patch.bench.measure import (
     Contender,
     Inputs,
@@ -19,7 +20,6 @@ from atp_patch.bench.measure import (
     patched,
     turned,
 )
-from atp_patch.bench.report import listing, milliseconds
 from atp_patch.tools.visual_cache import compress
 
 AGAIN, KEPT = "plain, image read again", "plain, KV cache of the image kept"

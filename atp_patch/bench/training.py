@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.bench.comparison_tables import listing
 from atp_patch.bench.measure import turned
-from atp_patch.bench.report import listing
 from atp_patch.patching.patch import patch_model, unpatch_model
 from atp_patch.patching.pruner import HEADS
 

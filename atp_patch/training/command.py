@@ -30,11 +30,12 @@ from atp_patch.tools.files import check_folder, parse_json, replaced, write_text
 from atp_patch.tools.loading import choose_device, load_checkpoint, quiet_transformers
 from atp_patch.tools.parameter_groups import add_lora, freeze
 from atp_patch.tools.trained import find_trained
+from atp_patch.training.card import card
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
 from atp_patch.training.options import flags_of, parser
+from atp_patch.training.progress import Progress
 from atp_patch.training.records import LlavaFile, Scenes, Source, check_source
-from atp_patch.training.report import Progress, card
 from atp_patch.training.settings import BUILTIN, Settings, read_settings
 from atp_patch.training.trainer import PruningTrainer, arguments
 from atp_patch.training.zero3 import whole_model

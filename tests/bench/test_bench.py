@@ -13,9 +13,9 @@ import torch
 import atp_patch
 from atp_patch.bench.__main__ import main
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
+from atp_patch.bench.comparison_tables import entries
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched, timed_seam
 from atp_patch.bench.presets import PRESETS, Preset
-from atp_patch.bench.report import entries
 from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.patch import require_patch
 
