@@ -66,8 +66,8 @@ class TowerTokens:
             frame, averaged over heads: that of the class token, or of all patches on average where
             the tower has none. Of several patches that become one token it is the sum.
         key: (B, V, d) float32, all heads' keys of each token; the mean of several patches.
-        class_token: (B, V, Dt), what the block made of the class token of each token's image, tile
-            or frame; None where the tower has none.
+        class_token: (B, V, Dt) float32, what the block made of the class token of each token's
+            image, tile or frame; None where the tower has none.
     """
 
     attention: Tensor

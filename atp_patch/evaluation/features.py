@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from atp_patch.evaluation.prepare import ENCODED, PICTURE, Sample, collate
-from atp_patch.methods import DoorMethod, TowerMethod
+from atp_patch.methods import TowerMethod
 from atp_patch.patching.patch import is_patched, require_patch
 from atp_patch.tools.trained import changes_features
 
@@ -57,8 +57,8 @@ def seen_by(
     """
     before = require_patch(model).before if is_patched(model) else None
     same = lora is None or not changes_features(model, lora)
-    if (before is None or isinstance(before, DoorMethod)) and same:
+    if before is None and same:
         return samples
-    if before is None or isinstance(before, (TowerMethod, DoorMethod)):
+    if before is None or isinstance(before, TowerMethod):
         return see(model, samples, pad_id, positions)
     return [replace(sample, features=None) for sample in samples]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, NotPatchedError
-from atp_patch.families import Family, family_of
+from atp_patch.families import family_of
 from atp_patch.methods import (
+    DoorMethod,
     LayerMethod,
     Method,
     ModuleSpec,
@@ -29,7 +30,15 @@ from atp_patch.patching.attached import (
 )
 from atp_patch.patching.compression import Compression, check_alone, check_compressible, voco_module
 from atp_patch.patching.config import BaseModel, PruningConfig, Stage
-from atp_patch.patching.pruner import HEADS, IGNORED, Patch, check_turned, follows_budget, tower_of
+from atp_patch.patching.pruner import (
+    HEADS,
+    IGNORED,
+    Patch,
+    check_turned,
+    follows_budget,
+    tower_of,
+    tower_read_by,
+)
 from atp_patch.patching.rollback import unchanged_on_failure
 from atp_patch.patching.trace import PruningTrace
 from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
@@ -45,7 +54,7 @@ def patch_model(
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
     weights: str | Path | None = None,
-    family: str | Family | None = None,
+    family: str | None = None,
     min_tokens: int = 1,
     min_tokens_per_image: int = 0,
     rope_2d: bool | str = False,
@@ -63,16 +72,14 @@ def patch_model(
             one that prunes before the decoder and then one that prunes inside it, which takes
             layers, budget and options.
         keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
-            Of a method that prunes before the decoder: share of the tokens of each image, tile or
-            frame.
+            Of a method on the vision tower: share of the tokens of each image, tile or frame. Of
+            one at the decoder's door: share of the sample's visual tokens that enter.
         target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget
             of either kind it is a quarter of the sample's visual tokens, or what the method
             itself decides.
         weights: a folder or Hub id of a saved adapter, which brings all of the above along.
-        family: the family that serves the model's type where it is left out; a
-            :class:`atp_patch.Family` of your own; or "generic" for any decoder of transformers,
-            where each call says which tokens are visual, by ``visual_mask=`` and, if wanted,
-            ``visual_grids=``.
+        family: "generic" for a decoder of transformers that no family knows; each call then says
+            which tokens are visual, by ``visual_mask=`` and, if wanted, ``visual_grids=``.
         min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
             image.
         rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
@@ -148,6 +155,8 @@ def patch_model(
     tower = None
     if isinstance(before, VoCo):
         check_compressible(kind, whole.config)
+    elif isinstance(before, DoorMethod):
+        tower = tower_read_by(kind, whole.config, before)
     elif before is not None:
         tower = tower_of(kind, whole.config, before, config)
     total = kind.visual_tokens(whole.config)

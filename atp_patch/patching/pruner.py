@@ -9,14 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp_patch.contract import Decision, GridQuery, LearningStep, Quota, Tower, View, VisualGrid
+from atp_patch.contract import (
+    Decision,
+    DoorView,
+    GridQuery,
+    LearningStep,
+    Quota,
+    Tower,
+    View,
+    VisualGrid,
+)
 from atp_patch.contract.decision import check_decision
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
 from atp_patch.families.marks import with_marks
-from atp_patch.methods import BeforeDecoder, LayerMethod, PictureMethod, TowerMethod
+from atp_patch.methods import (
+    BeforeDecoder,
+    DoorMethod,
+    LayerMethod,
+    PictureMethod,
+    TowerMethod,
+)
 from atp_patch.patching.config import PruningConfig
-from atp_patch.patching.quotas import least_of_group, quotas
+from atp_patch.patching.quotas import door_counts, least_of_group, quotas
 from atp_patch.patching.trace import LayerTrace, PruningTrace
 from atp_patch.seam import (
     LearningPass,
@@ -24,6 +39,7 @@ from atp_patch.seam import (
     Parts,
     PerThread,
     Prefill,
+    ReadingHooks,
     Recorder,
     Seam,
     ShrinkHooks,
@@ -62,7 +78,9 @@ class Patch:
         tower: Tower | None,
     ) -> None:
         self.parts, self.family, self.method, self.config = parts, family, method, config
-        self.before, self.heads, self.tower = before, heads, tower
+        self.door = before if isinstance(before, DoorMethod) else None
+        self.before = None if isinstance(before, DoorMethod) else before
+        self.heads, self.tower = heads, tower
         self.layers = config.layers
         self.minimum = {
             "min_tokens": config.min_tokens,
@@ -94,14 +112,27 @@ class Patch:
             self.config.counts(visual_tokens)
 
     def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
-        """What prunes before the decoder, on the vision tower."""
-        if self.before is None or self.tower is None:
+        """What prunes on the vision tower, or reads it for a method at the door."""
+        if self.tower is None:
             return None
+        if self.door is not None:
+            return ReadingHooks(
+                self.parts.base,
+                self.tower,
+                self.door.tower_blocks,
+                active,
+                recorder,
+                self.reads_videos,
+            )
         base, shares, least = self.parts.base, self.quotas, least_of_group(self.config)
         if isinstance(self.before, PictureMethod):
             return ShrinkHooks(base, self.tower, self.before.grid, shares, active)
         assert isinstance(self.before, TowerMethod)
         return MergeHooks(base, self.tower, self.before.merge, shares, least, active, recorder)
+
+    def reads_videos(self) -> bool:
+        """Whether the running thread has the model read videos."""
+        return self.seam.videos.being_read
 
     def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
         """How many tokens each group keeps before the decoder; None: as many as it needs.
@@ -130,6 +161,18 @@ class Patch:
             for grids, total, remaining in samples
         )
 
+    def door_counts(self, run: Prefill) -> tuple[int, ...] | None:
+        """How many visual tokens of each sample enter the decoder; None: as many as the method
+        decides.
+        """
+        assert self.door is not None
+        return door_counts(self.config, self.door, run.layout.grids)
+
+    def decide_at_door(self, view: DoorView) -> Decision:
+        """The choice of the method at the door."""
+        assert self.door is not None
+        return check_decision(self.door.decide(view), view, self.door.name)
+
     def check_heads(self) -> None:
         """Raise ConfigError where other heads than these would learn."""
         if hasattr(getattr(self.parts.model, HEADS, None), "modules_to_save"):
@@ -150,7 +193,7 @@ class Patch:
         """Note what a forward pass with images did."""
         layers = {}
         previous = run.layout.totals
-        for layer in self.layers if self.before is None else (0, *self.layers):
+        for layer in (0, *self.layers) if self.config.before is not None else self.layers:
             record = run.records.get(layer)
             if record is not None:
                 previous = record.kept
@@ -234,6 +277,26 @@ def check_turned(family: Family, parts: Parts, *, forced: bool = False) -> None:
             "rope_2d changes what the decoder has learned, and it is frozen: let it learn (or "
             'LoRA in it), or give rope_2d="force".'
         )
+
+
+def tower_read_by(family: Family, config: Any, method: DoorMethod) -> Tower | None:
+    """The vision tower that a method at the door reads; None where it wants to know nothing of it.
+
+    Raises:
+        UnsupportedModelError: where the family's cannot be read, naming those that can.
+    """
+    if not method.tower_blocks:
+        return None
+    tower = family.tower(config)
+    if tower is None or not tower.whole:
+        # Where rows of features end in a newline, tiles are cut after the tower has made them.
+        able = [f.name for f in FAMILIES if f.has_tower and f.newline is None and f is not family]
+        raise UnsupportedModelError(
+            f"{method.name} reads the vision tower, whose tokens cannot be followed to their "
+            f"places in this {config.model_type} model; families where they can: "
+            f"{', '.join(able)}. A method at the door that asks for no tower_blocks works here."
+        )
+    return tower
 
 
 def tower_of(family: Family, config: Any, method: BeforeDecoder, asked: PruningConfig) -> Tower:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from atp_patch.contract import Quota
+from atp_patch.contract import DoorMethod, Quota, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.maths import even_counts
 from atp_patch.patching.config import DEFAULT_SHARE, PruningConfig
@@ -45,6 +45,34 @@ def quotas(
         "images and placeholders do not match sample by sample, so target_tokens cannot be shared "
         "out; give keep=."
     )
+
+
+def door_counts(
+    config: PruningConfig, method: DoorMethod, grids: Sequence[Sequence[VisualGrid]]
+) -> tuple[int, ...] | None:
+    """How many visual tokens of each sample a method at the door lets in; None: it decides.
+
+    Alone, the method has the budget that was given. In a pair that is the other method's, and this
+    one keeps its own share.
+
+    Args:
+        grids: of each sample.
+    """
+    share, target = method.share, None
+    if config.method is None and config.has_budget and method.takes_budget:
+        share = None if config.keep is None else config.keep[0]
+        target = config.target_tokens
+    elif share is None and method.needs_budget:
+        share = DEFAULT_SHARE
+    if share is None and target is None:
+        return None
+    found = []
+    for sample in grids:
+        total = sum(grid.length for grid in sample)
+        wanted = round(share * total) if share is not None else round(target or 0)
+        least = max(config.min_tokens, len(sample) * config.min_tokens_per_image)
+        found.append(min(max(wanted, least), total))
+    return tuple(found)
 
 
 def least_of_group(config: PruningConfig) -> int:

@@ -7,6 +7,7 @@ from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
 from atp_patch.seam.learning.learning_pass import LearningPass
 from atp_patch.seam.tower.merging import MergeHooks, VisionHooks
+from atp_patch.seam.tower.reading import ReadingHooks
 from atp_patch.seam.tower.shrinking import ShrinkHooks
 from atp_patch.seam.voco.held import Held, for_model
 from atp_patch.seam.voco.voco_pass import VoCoPass
@@ -16,6 +17,7 @@ __all__ = ["LearningPass", "MergeHooks", "Parts", "Prefill", "Pruner", "Seam"]
 __all__ += [
     "Held",
     "PerThread",
+    "ReadingHooks",
     "Recorder",
     "Recording",
     "ShrinkHooks",

@@ -35,6 +35,7 @@ from atp_patch.seam.host.session import Session
 from atp_patch.seam.learning.learning_pass import LearningPass
 from atp_patch.seam.learning.weighted import weighted_attention
 from atp_patch.seam.tower.merging import VisionHooks
+from atp_patch.seam.tower.reading import ReadingHooks
 from atp_patch.seam.tower.videos import Videos
 
 RUN = "atp_patch_run"
@@ -105,6 +106,7 @@ class Seam:
         self.parts, self.pruner, self.outside = parts, pruner, Outside(parts)
         self.thread, self.recorder = ThreadState(), Recorder()
         self.vision = pruner.vision_hooks(self._in_pass, self.recorder)
+        self.reader = self.vision if isinstance(self.vision, ReadingHooks) else None
         self._handles: list[Any] = []
         self._generate: Replaced | None = None
         self.videos = Videos(parts.base)
@@ -163,6 +165,8 @@ class Seam:
         outer = self.thread.session
         if self.enabled:
             self.thread.session = Session.of_generate(self.outside, args, kwargs)
+            if self.reader is not None:
+                self.reader.forget()
         for name in ("visual_mask", "visual_grids"):
             kwargs.pop(name, None)
         assert self._generate is not None
@@ -217,12 +221,14 @@ class Seam:
     def _begin_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
         self.recorder.forget()
         call = Call.begin(self.outside, args, kwargs, self.thread.session)
+        if self.reader is not None and self.thread.session is None:
+            self.reader.forget()
         self.thread.call = call
         return call
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.recorder.forget()
-        if self.vision is not None and hasattr(output, "image_hidden_states"):
+        if self.pruner.before is not None and hasattr(output, "image_hidden_states"):
             output.image_hidden_states = without_tombstones(output.image_hidden_states)
         call = self.thread.call
         if module is not self.parts.top and not (call is not None and call.alone):
@@ -246,7 +252,7 @@ class Seam:
         explicit = self.pruner.explicit
         if self.enabled and call is not None and (call.has_images or explicit):
             check_implementation(implementation)
-            run = begin(self.parts, self.pruner, call, self.thread.session, kwargs)
+            run = begin(self.parts, self.pruner, call, self.thread.session, kwargs, self.reader)
         if run is None and cache is not None and pruned_layer(cache, len(cache.layers) - 1):
             return Decode(cache, is_flash(implementation))
         return run

@@ -171,6 +171,11 @@ class Prefill:
         self.entered = self.left
         return changed
 
+    def choose_entry(self, decision: Decision) -> None:
+        """Drop the visual tokens that a method at the door does not let in."""
+        self.apply(0, decision, None)
+        self.entered = self.left
+
     def apply(self, layer: int, decision: Decision, counts: tuple[int, ...] | None) -> bool:
         """Drop what the decision does not keep; False where everything stays and nothing
         changes.
@@ -230,10 +235,12 @@ class Prefill:
         survivors.
         """
         record, before, after = self.records.get(layer), self.at(layer - 1), self.entering(layer)
-        if record is None or after is before or after is None:
+        if record is None:
             return hidden
         if record.decision.recycled is not None:
             hidden = _recycle(hidden, record.slot, record.decision.recycled)
+        if after is before or after is None:
+            return hidden
         index = after.index
         if before is not None:
             index = before.slots(self.layout.length).gather(1, index.to(before.index.device))

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from atp_patch.contract import GridQuery, Layout, VisualGrid
+from atp_patch.contract import GridQuery, Layout, TowerTokens, VisualGrid
 from atp_patch.contract.errors import CacheError, InputError
 from atp_patch.seam.decoder.host_pass import HostPass
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.decoder.rope_2d import RotaryPlaces
+from atp_patch.seam.door.choosing import Chooser, choose
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.door.tombstones import find_tombstones
 from atp_patch.seam.host.cache import check_cache
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
-from atp_patch.seam.host.prompt import TextRows
+from atp_patch.seam.host.prompt import Prompt, TextRows
 from atp_patch.seam.host.session import Session
 from atp_patch.seam.learning.learning_pass import LearningPass, check_checkpointing
 
 
-class Reader(Protocol):
+class Reader(Chooser, Protocol):
     """What the rest of the package says about a model's prompts."""
 
     layers: tuple[int, ...]
@@ -35,18 +36,32 @@ class Reader(Protocol):
     explicit: bool
     learned: bool
     before: Any
+    door: Any
     rope_2d: bool
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
         """The grids of each sample's visual tokens."""
 
 
+class TowerReader(Protocol):
+    """What reads the vision tower for a method at the door."""
+
+    def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> Mapping[int, TowerTokens]:
+        """What blocks of the tower did, in the layout's places."""
+
+
 def begin(
-    parts: Parts, pruner: Reader, call: Call, session: Session | None, kwargs: dict[str, Any]
+    parts: Parts,
+    pruner: Reader,
+    call: Call,
+    session: Session | None,
+    kwargs: dict[str, Any],
+    reader: TowerReader | None,
 ) -> Prefill | None:
     """The state of a pass with images, from what the decoder is about to get; None without any.
 
-    Tombstones of tokens that were dropped before the decoder are taken out of ``inputs_embeds``.
+    Tombstones of tokens that were dropped before the decoder are taken out of ``inputs_embeds``. A
+    method at the door makes its choice here, with what ``reader`` has read of the vision tower.
     """
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -69,7 +84,8 @@ def begin(
     refuse_packed(call.sequences, query.position_ids, prompt.attended)
     grids = find_grids(pruner.grids, query, prompt)
     layout = Layout.from_grids(grids, embeds.shape[1], embeds.device)
-    check_cache(cache, 0 if pruner.before is not None else pruner.layers[0])
+    early = pruner.before is not None or pruner.door is not None
+    check_cache(cache, 0 if early else pruner.layers[0])
     if past and cache is not None:
         _check_later_turn(parts, cache, past + layout.length)
     host = HostPass(
@@ -103,7 +119,24 @@ def begin(
     run.embeds = kwargs["inputs_embeds"]
     for name in call.sequences:  # They count tokens that may go.
         kwargs.pop(name, None)
+    if pruner.door is not None:
+        choose(run, prompt, pruner, partial(_tower, reader, pruner, prompt, layout), kwargs)
     return run
+
+
+def _tower(
+    reader: TowerReader | None, pruner: Reader, prompt: Prompt, layout: Layout
+) -> Mapping[int, TowerTokens]:
+    """What the vision tower did, as far as the method wants to know."""
+    if reader is None:
+        return {}
+    image = pruner.visual_token_ids[0]  # ids of videos follow
+    ids = prompt.ids
+    videos = [
+        [ids is not None and int(ids[number, grid.start]) != image for grid in grids]
+        for number, grids in enumerate(layout.grids)
+    ]
+    return reader.read(layout, videos)
 
 
 def _check_explicit(call: Call, embeds: Tensor | None, past: int) -> None:

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from atp_patch.contract import Merge, Quota, TokenGroups, Tower
-from atp_patch.contract.errors import UnsupportedModelError
-from atp_patch.maths import cross_scores
 from atp_patch.seam.door.tombstones import with_tombstones
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
+from atp_patch.seam.tower.groups import blocks_of, tower_groups
 
 
 class Sharer(Protocol):
@@ -102,10 +100,7 @@ class MergeHooks:
         return [self.base.get_submodule(name) for name in self.tower.modules]
 
     def _attention(self, tower: nn.Module) -> Any:
-        # In early versions of transformers the tower is a model around the one that has the blocks.
-        inner: Any = getattr(tower, "vision_model", tower)
-        blocks: Any = inner.get_submodule(self.tower.blocks)
-        return blocks[self.tower.block].get_submodule(self.tower.attention)
+        return blocks_of(tower, self.tower)[self.tower.block].get_submodule(self.tower.attention)
 
     # -- hooks ------------------------------------------------------------------------------------
 
@@ -162,112 +157,8 @@ class MergeHooks:
 
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:
         """The groups of tokens, and the row of ``features`` in which each token stands (G, n)."""
-        recorded, self._here.recorded = self._here.recorded, []
-        with torch.no_grad():
-            if self.tower.packed:
-                return self._packed(recorded)
-            return self._square(recorded[0], features.shape[:2])
-
-    def _square(self, recording: Recording, shape: Sequence[int]) -> tuple[TokenGroups, Tensor]:
-        number, rows = shape
-        lead = int(self.tower.class_token)
-        patches = recording.key.shape[2] - lead
-        extra = lead if rows == recording.key.shape[2] else 0
-        side, cells = round(patches**0.5), round((patches / max(rows - extra, 1)) ** 0.5)
-        small = side // max(cells, 1)
-        if side**2 != patches or small**2 != rows - extra or small * cells != side:
-            raise UnsupportedModelError(
-                f"{patches} patches became {rows} tokens: no square grid, so they cannot be "
-                "matched; use a method that prunes inside the decoder."
-            )
-        attention, key = _received(recording, lead)
-        device = attention.device
-
-        def joined(table: Tensor) -> Tensor:  # (G, patches, *) -> (G, tokens, cell, *)
-            parts = table.unflatten(1, (small, cells, small, cells)).transpose(2, 3)
-            return parts.flatten(3, 4).flatten(1, 2)
-
-        token = torch.arange(small**2, device=device).expand(number, -1)
-        place = torch.arange(number, device=device)[:, None] * rows + extra + token
-        tokens = [small**2] * number
-        groups = TokenGroups(
-            attention=joined(attention).sum(2),
-            key=joined(key).mean(2),
-            valid=torch.ones_like(token, dtype=torch.bool),
-            row=token // small,
-            column=token % small,
-            heights=[small] * number,
-            widths=[small] * number,
-            counts=self._counts(tokens, [rows] * number),
-            minimum=self.minimum,
+        here = self._here
+        recorded, here.recorded = here.recorded, []
+        return tower_groups(
+            self.tower, recorded, here.grids, features.shape[:2], self._counts, self.minimum
         )
-        return groups, place
-
-    def _packed(self, recorded: list[Recording]) -> tuple[TokenGroups, Tensor]:
-        cell = self.tower.cell
-        query, key = (
-            torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
-        )
-        frames = [(h // cell, w // cell) for t, h, w in self._here.grids for _ in range(t)]
-        tokens = [height * width for height, width in frames]
-        device, longest = query.device, max(tokens)
-        shape = (len(frames), longest)
-        attention = torch.zeros(shape, device=device)
-        keys = torch.zeros(*shape, key.shape[1] * key.shape[3], device=device)
-        row, column, place = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(3))
-        start = 0
-        for number, (height, width) in enumerate(frames):
-            count = tokens[number]
-            part = slice(start * cell**2, (start + count) * cell**2)
-            one = Recording(query[:, :, part], key[:, :, part], None, recorded[0].scaling)
-            paid, made = _received(one, 0)
-            attention[number, :count] = paid[0].unflatten(0, (count, -1)).sum(1)
-            keys[number, :count] = made[0].unflatten(0, (count, -1)).mean(1)
-            order = window_order(height, width, self.tower.window).to(device)
-            row[number, :count], column[number, :count] = order // width, order % width
-            place[number, :count] = torch.arange(start, start + count, device=device)
-            start += count
-        valid = torch.arange(longest, device=device) < torch.tensor(tokens, device=device)[:, None]
-        heights, widths = zip(*frames, strict=True)
-        counts = self._counts(tokens, tokens)
-        groups = TokenGroups(
-            attention, keys, valid, row, column, heights, widths, counts, self.minimum
-        )
-        return groups, place
-
-
-def window_order(height: int, width: int, window: int) -> Tensor:
-    """(height * width,) int64: the grid's places, window by window, in reading order within.
-
-    Args:
-        window: tokens along a side; 0: the whole grid is one.
-    """
-    place = torch.arange(height * width)
-    if not window:
-        return place
-    row, column = place // width, place % width
-    across = -(-width // window)
-    return ((row // window) * across + column // window).argsort(stable=True)
-
-
-def _received(recording: Recording, lead: int) -> tuple[Tensor, Tensor]:
-    """What attention each patch gets (G, n), and all heads' keys of each (G, n, d), both float32.
-
-    With a class token (``lead`` 1) it is the class token's attention among the patches (PruMerge
-    eq. 2), else that of all patches on average.
-    """
-    query, key = recording.query, recording.key
-    batch, device = key.shape[0], key.device
-    patch = torch.arange(lead, key.shape[2], device=device).expand(batch, -1)
-    rows = query[:, :, :1] if lead else query
-    attention = cross_scores(
-        rows,
-        key,
-        torch.ones(batch, rows.shape[2], dtype=torch.bool, device=device),
-        patch,
-        torch.ones_like(patch, dtype=torch.bool),
-        recording.scaling,
-        renormalise=True,
-        chunk_rows=256,
-    )
-    return attention, key[:, :, lead:].transpose(1, 2).flatten(2).float()

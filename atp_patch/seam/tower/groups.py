@@ -1,0 +1,172 @@
+"""What a block of a vision tower paid attention to, by tokens of the decoder, group by group.
+
+A group is one image, tile or frame: what the tower attends within.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_patch.contract import TokenGroups, Tower
+from atp_patch.contract.errors import UnsupportedModelError
+from atp_patch.maths import cross_scores
+from atp_patch.seam.host.recorder import Recording
+
+# tokens of each group, and its placeholders -> how many to keep; None: the method decides
+Counter = Callable[[Sequence[int], Sequence[int]], tuple[int, ...] | None]
+
+
+def blocks_of(tower: nn.Module, about: Tower) -> Any:
+    """The list of a tower's blocks."""
+    # In early versions of transformers the tower is a model around the one that has the blocks.
+    inner: Any = getattr(tower, "vision_model", tower)
+    return inner.get_submodule(about.blocks)
+
+
+@torch.no_grad()
+def tower_groups(
+    about: Tower,
+    recorded: Sequence[Recording],
+    grids: Sequence[tuple[int, int, int]],
+    shape: Sequence[int],
+    counts: Counter,
+    minimum: int,
+) -> tuple[TokenGroups, Tensor]:
+    """The groups of one call of a tower, and (G, n) the row of its features of each token.
+
+    Args:
+        recorded: the attention of one block, in one call or more.
+        grids: frames, height and width in patches of each picture, of towers that get rows of
+            patches.
+        shape: of the projector's features, without the last dimension.
+        counts: the budget; ``minimum``: tokens of a group at least.
+
+    Raises:
+        UnsupportedModelError: where the patches cannot be matched with tokens.
+    """
+    if about.packed:
+        return _packed(about, recorded, grids, counts, minimum)
+    return _square(about, recorded[0], shape, counts, minimum)
+
+
+def _square(
+    about: Tower,
+    recording: Recording,
+    shape: Sequence[int],
+    counts: Counter,
+    minimum: int,
+) -> tuple[TokenGroups, Tensor]:
+    """Groups of a tower that gets square pictures one by one."""
+    number, rows = shape
+    lead = int(about.class_token)
+    patches = recording.key.shape[2] - lead
+    extra = lead if rows == recording.key.shape[2] else 0
+    side, cells = round(patches**0.5), round((patches / max(rows - extra, 1)) ** 0.5)
+    small = side // max(cells, 1)
+    if side**2 != patches or small**2 != rows - extra or small * cells != side:
+        raise UnsupportedModelError(
+            f"{patches} patches became {rows} tokens: no square grid, so they cannot be "
+            "matched; use a method that prunes inside the decoder."
+        )
+    attention, key = _received(recording, lead)
+    device = attention.device
+
+    def joined(table: Tensor) -> Tensor:  # (G, patches, *) -> (G, tokens, cell, *)
+        parts = table.unflatten(1, (small, cells, small, cells)).transpose(2, 3)
+        return parts.flatten(3, 4).flatten(1, 2)
+
+    token = torch.arange(small**2, device=device).expand(number, -1)
+    place = torch.arange(number, device=device)[:, None] * rows + extra + token
+    tokens = [small**2] * number
+    groups = TokenGroups(
+        attention=joined(attention).sum(2),
+        key=joined(key).mean(2),
+        valid=torch.ones_like(token, dtype=torch.bool),
+        row=token // small,
+        column=token % small,
+        heights=[small] * number,
+        widths=[small] * number,
+        counts=counts(tokens, [rows] * number),
+        minimum=minimum,
+    )
+    return groups, place
+
+
+def _packed(
+    about: Tower,
+    recorded: Sequence[Recording],
+    grids: Sequence[tuple[int, int, int]],
+    counts: Counter,
+    minimum: int,
+) -> tuple[TokenGroups, Tensor]:
+    """Groups of a tower that gets all pictures as one row of patches."""
+    cell = about.cell
+    query, key = (
+        torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
+    )
+    frames = [(h // cell, w // cell) for t, h, w in grids for _ in range(t)]
+    tokens = [height * width for height, width in frames]
+    device, longest = query.device, max(tokens)
+    shape = (len(frames), longest)
+    attention = torch.zeros(shape, device=device)
+    keys = torch.zeros(*shape, key.shape[1] * key.shape[3], device=device)
+    row, column, place = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(3))
+    start = 0
+    for number, (height, width) in enumerate(frames):
+        count = tokens[number]
+        part = slice(start * cell**2, (start + count) * cell**2)
+        one = Recording(query[:, :, part], key[:, :, part], None, recorded[0].scaling)
+        paid, made = _received(one, 0)
+        attention[number, :count] = paid[0].unflatten(0, (count, -1)).sum(1)
+        keys[number, :count] = made[0].unflatten(0, (count, -1)).mean(1)
+        order = window_order(height, width, about.window).to(device)
+        row[number, :count], column[number, :count] = order // width, order % width
+        place[number, :count] = torch.arange(start, start + count, device=device)
+        start += count
+    valid = torch.arange(longest, device=device) < torch.tensor(tokens, device=device)[:, None]
+    heights, widths = zip(*frames, strict=True)
+    groups = TokenGroups(
+        attention, keys, valid, row, column, heights, widths, counts(tokens, tokens), minimum
+    )
+    return groups, place
+
+
+def window_order(height: int, width: int, window: int) -> Tensor:
+    """(height * width,) int64: the grid's places, window by window, in reading order within.
+
+    Args:
+        window: tokens along a side; 0: the whole grid is one.
+    """
+    place = torch.arange(height * width)
+    if not window:
+        return place
+    row, column = place // width, place % width
+    across = -(-width // window)
+    return ((row // window) * across + column // window).argsort(stable=True)
+
+
+def _received(recording: Recording, lead: int) -> tuple[Tensor, Tensor]:
+    """What attention each patch gets (G, n), and all heads' keys of each (G, n, d), both float32.
+
+    With a class token (``lead`` 1) it is the class token's attention among the patches (PruMerge
+    eq. 2), else that of all patches on average.
+    """
+    query, key = recording.query, recording.key
+    batch, device = key.shape[0], key.device
+    patch = torch.arange(lead, key.shape[2], device=device).expand(batch, -1)
+    rows = query[:, :, :1] if lead else query
+    attention = cross_scores(
+        rows,
+        key,
+        torch.ones(batch, rows.shape[2], dtype=torch.bool, device=device),
+        patch,
+        torch.ones_like(patch, dtype=torch.bool),
+        recording.scaling,
+        renormalise=True,
+        chunk_rows=256,
+    )
+    return attention, key[:, :, lead:].transpose(1, 2).flatten(2).float()

@@ -1,0 +1,256 @@
+"""What blocks of a vision tower did, read while it runs and brought into the tokens' places.
+
+The tower runs before the prompt is read, once for images and once for videos, maybe for fewer
+samples than the decoder gets (beams). What it made is put into the places of the prompt by order:
+of the tower's pictures, and of the grids in the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from atp_patch.contract import Layout, TokenGroups, Tower, TowerTokens
+from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.seam.host.passes import PerThread
+from atp_patch.seam.host.recorder import Recorder, Recording
+from atp_patch.seam.tower.groups import blocks_of, tower_groups
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of the tower and its projector.
+
+    Attributes:
+        videos: it read videos.
+        groups: block -> what its tokens got.
+        classes: block -> (G, Dt) the class token of each group; empty without class tokens.
+    """
+
+    videos: bool
+    groups: Mapping[int, TokenGroups]
+    classes: Mapping[int, Tensor]
+
+
+class _Reading(PerThread):
+    """What the tower did in the running thread's pass.
+
+    Attributes:
+        grids: frames, height and width in patches of each picture, of towers that get rows of
+            patches.
+        recorded, classes: of the call that is under way, by block.
+        runs: the calls that have ended.
+    """
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, int, int]] = []
+        self.recorded: dict[int, list[Recording]] = {}
+        self.classes: dict[int, Tensor] = {}
+        self.runs: list[_Run] = []
+
+
+class ReadingHooks:
+    """Hooks on a vision tower that read its blocks and change nothing.
+
+    Args:
+        base: the model without its head.
+        tower: where things are.
+        asked: the blocks, as a method names them (:attr:`DoorMethod.tower_blocks`).
+        active: whether this call of the tower is part of a pass that may be pruned.
+        recorder: records the tower's attention.
+        videos: whether videos are being read.
+
+    Raises:
+        ConfigError: where the tower has no such block.
+        UnsupportedModelError: where the block attends within windows.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        tower: Tower,
+        asked: Sequence[int],
+        active: Callable[[], bool],
+        recorder: Recorder,
+        videos: Callable[[], bool],
+    ) -> None:
+        self.base, self.tower, self.active = base, tower, active
+        self.recorder, self.videos = recorder, videos
+        self._here = _Reading()
+        depth = min(len(blocks_of(module, tower)) for module in self._towers())
+        self.blocks = {number: _block(number, tower, depth) for number in asked}
+
+    def install(self, add: Callable[[Any], None]) -> None:
+        """Register the hooks; ``add`` takes their handles."""
+        for tower in self._towers():
+            if self.tower.packed:
+                add(tower.register_forward_pre_hook(self._before_tower, with_kwargs=True))
+            for number, block, attention in self._watched(tower):
+                self.recorder.watch(attention)
+                before = partial(self._before_attention, number)
+                add(attention.register_forward_pre_hook(before))
+                add(attention.register_forward_hook(self._after_attention, always_call=True))
+                if self.tower.class_token:
+                    add(block.register_forward_hook(partial(self._after_block, number)))
+        projector = self.base.get_submodule(self.tower.projector)
+        add(projector.register_forward_hook(self._after_projector))
+
+    def remove(self) -> None:
+        """Give the towers' attention its own config back."""
+        for tower in self._towers():
+            for _, _, attention in self._watched(tower):
+                self.recorder.release(attention)
+
+    def forget(self) -> None:
+        """A new pass begins in the running thread."""
+        here = self._here
+        here.recorded, here.classes, here.runs = {}, {}, []
+
+    def _towers(self) -> list[nn.Module]:
+        return [self.base.get_submodule(name) for name in self.tower.modules]
+
+    def _watched(self, tower: nn.Module) -> Iterator[tuple[int, Any, Any]]:
+        """Number, block and attention of each block that is read."""
+        blocks = blocks_of(tower, self.tower)
+        for number in sorted(set(self.blocks.values())):
+            yield number, blocks[number], blocks[number].get_submodule(self.tower.attention)
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    def _before_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        self._here.grids = [(t, h, w) for t, h, w in grid.tolist()]
+
+    def _before_attention(self, number: int, module: nn.Module, args: Any) -> None:
+        if self.active():
+            self._here.recorded[number] = []
+            self.recorder.expect(module, self._here.recorded[number].append, every=True)
+
+    def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.recorder.forget()
+
+    def _after_block(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
+        if number in self._here.recorded:
+            states = output[0] if isinstance(output, tuple) else output
+            self._here.classes[number] = states[:, 0].detach()
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        here = self._here
+        if not here.recorded:
+            return
+        features = args[0] if self.tower.tokenwise else output
+        groups = {
+            number: tower_groups(
+                self.tower, recorded, here.grids, features.shape[:2], _no_counts, 0
+            )[0]
+            for number, recorded in here.recorded.items()
+        }
+        here.runs.append(_Run(self.videos(), groups, here.classes))
+        here.recorded, here.classes = {}, {}
+
+    # -- places -----------------------------------------------------------------------------------
+
+    def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> dict[int, TowerTokens]:
+        """The number by which a block was asked for -> what it did, in the layout's places.
+
+        Args:
+            videos: for each grid of each sample, whether it is a video.
+
+        Raises:
+            InputError: where the tower has not run for these images.
+        """
+        runs, self._here.runs = self._here.runs, []
+        made = {number: _placed(runs, number, layout, videos) for number in self.blocks.values()}
+        return {asked: made[number] for asked, number in self.blocks.items()}
+
+
+def _no_counts(tokens: Sequence[int], places: Sequence[int]) -> None:
+    """No budget is shared out among groups."""
+
+
+def _block(number: int, tower: Tower, depth: int) -> int:
+    """The block that a number names, counted from the front."""
+    block = number if number >= 0 else tower.block + 1 + number
+    if not 0 <= block < depth:
+        raise ConfigError(
+            f"tower_blocks: there is no block {number} in a tower of {depth} blocks whose block "
+            f"{tower.block} makes the features; -1 names that one, and -{tower.block + 1} the "
+            "first."
+        )
+    if tower.window and block != tower.block:
+        raise UnsupportedModelError(
+            f"tower_blocks: block {number} may attend within windows, which says little about "
+            "whole pictures; of this tower ask for block -1 alone."
+        )
+    return block
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One image, tile or frame: (height * width, channels) float32 in reading order, of attention,
+    key and class token side by side.
+    """
+
+    size: tuple[int, int]
+    table: Tensor
+
+
+def _groups(run: _Run, block: int) -> Iterator[_Group]:
+    """The groups of one call."""
+    made, classes = run.groups[block], run.classes.get(block)
+    for number, size in enumerate(zip(made.heights, made.widths, strict=True)):
+        valid = made.valid[number]
+        place = (made.row[number] * size[1] + made.column[number])[valid]
+        parts = [made.attention[number][valid][:, None], made.key[number][valid]]
+        if classes is not None:
+            parts.append(classes[number].float().to(place.device).expand(len(place), -1))
+        table = torch.cat(parts, dim=1)
+        yield _Group(size, torch.empty_like(table).index_copy_(0, place, table))
+
+
+def _placed(
+    runs: Sequence[_Run], block: int, layout: Layout, videos: Sequence[Sequence[bool]]
+) -> TowerTokens:
+    """One block's groups in the layout's places."""
+    groups = {
+        kind: [group for run in runs if run.videos == kind for group in _groups(run, block)]
+        for kind in (False, True)
+    }
+    every = groups[False] + groups[True]
+    needed = sum(grid.frames for sample in layout.grids for grid in sample)
+    repeats = needed // max(len(every), 1)  # beams and sequences share what was read once
+    if repeats == 0 or len(every) * repeats != needed or len(layout.grids) % repeats:
+        raise InputError(
+            f"the vision tower ran for {len(every)} images, tiles or frames, and the prompt holds "
+            f"{needed}; a method that reads the tower needs the pixel values of its images in the "
+            "same call."
+        )
+    rows: list[Tensor] = []
+    left = {kind: iter(found) for kind, found in groups.items()}
+    for number, (grids, kinds) in enumerate(zip(layout.grids, videos, strict=True)):
+        if number % repeats:
+            rows.append(rows[-1])
+            continue
+        parts = [every[0].table[:0]]
+        for grid, kind in zip(grids, kinds, strict=True):
+            for _ in range(grid.frames):
+                group = next(left[kind], None)
+                if group is None or group.size != (grid.height, grid.width):
+                    raise InputError(
+                        f"sample {number} has a grid of {grid.height} x {grid.width} visual "
+                        "tokens in a place where the vision tower made "
+                        f"{'nothing' if group is None else group.size}; give the images in the "
+                        "order of their places in the prompts."
+                    )
+                parts.append(group.table)
+        rows.append(torch.cat(parts))
+    table = pad_sequence(rows, batch_first=True).to(layout.position.device)
+    size = runs[0].groups[block].key.shape[-1]
+    attention, key, classes = table.tensor_split((1, 1 + size), dim=-1)
+    return TowerTokens(attention[..., 0], key, classes if classes.shape[-1] else None)
