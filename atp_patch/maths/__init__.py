@@ -1,4 +1,4 @@
-"""Pure torch: every function cites its equation and gives shapes."""
+"""The mathematics of pruning in pure torch. Each function cites its equation and gives shapes."""
 
 from atp_patch.maths.budget import (
     average_tokens,

@@ -1,11 +1,11 @@
-"""How many visual tokens to keep after each pruning layer: plain integers, no tensors."""
+"""How many visual tokens to keep after each pruning layer, in plain Python numbers."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-# ATP-LLaVA: [126, 88, 20] after layers [4, 14, 24], 144 on average
+# ATP-LLaVA keeps [126, 88, 20] tokens after layers [4, 14, 24], which are 144 on average.
 _PAPER_COUNTS = (126.0, 88.0, 20.0)
 
 
@@ -38,7 +38,7 @@ def average_tokens(
 
 
 def least_target(total: int, layers: Sequence[int], num_layers: int, minimum: int = 1) -> float:
-    """The least average possible: all tokens before the first pruning, ``minimum`` after it."""
+    """The least possible average: all tokens before the first pruning, ``minimum`` after it."""
     return average_tokens(total, [min(minimum, total)] * len(layers), layers, num_layers)
 
 
@@ -53,13 +53,17 @@ def target_counts(
     """Counts after each pruning layer whose average over all layers is ``target``.
 
     Args:
-        total: visual tokens before pruning.
-        proportions: of the counts to each other, on any scale; the paper's by default.
-        minimum: of each count.
+        total: how many visual tokens there are before pruning.
+        layers: the pruning layers.
+        num_layers: how many layers the decoder has.
+        target: visual tokens on average over all decoder layers.
+        proportions: the proportions of the counts to each other, on any scale; by default those of
+            the paper.
+        minimum: the least value of each count.
 
     Returns:
         Integers from ``minimum`` to ``total`` that never rise, with an average within half a token
-        of the target; all ``total`` if the target is no less.
+        of the target. All are ``total`` where the target is no less.
 
     Raises:
         ValueError: where the target is below :func:`least_target`, or the proportions are not one
@@ -87,8 +91,8 @@ def target_counts(
     def average(scale: float) -> float:
         return average_tokens(total, counts(scale), layers, num_layers)
 
-    # The average is a staircase in the scale: take the nearer of the two steps around the target.
-    # No share is above 1, so one step of the scale moves no count by more than 1.
+    # The average rises with the scale in steps: of the two steps around the target take the nearer.
+    # No share is above 1, so that one step of the scale changes no count by more than 1.
     step = 0.01
     scales = range(int(total / min(shares) / step) + 2)
     at = bisect_left(scales, target, key=lambda i: average(i * step))
@@ -104,12 +108,14 @@ def starting_thresholds(
     """Thresholds, the same for every image, that are expected to leave the given shares.
 
     The spatial score of the j-th of V places is ``1 - lambda_sample (j + 1) / V`` (eq. 5 with every
-    rate) and never below 0, so it can take ``1 / lambda_sample`` of the places at most. The others
-    are taken by rank, as if rank and place were independent.
+    rate) and never below 0, so that it can keep at most ``1 / lambda_sample`` of the places. The
+    others are kept by rank, as if rank and place were independent.
 
     Args:
-        shares: of all visual tokens, left after each pruning layer; never rising.
-        spatial_share: part of those that the spatial score gets.
+        shares: the shares of all visual tokens that are left after each pruning layer, which never
+            rise.
+        spatial_share: the part of each share that is kept by spatial score.
+        lambda_sample: the slope of the spatial score.
 
     Returns:
         (theta_redundant, theta_spatial) of each pruning layer.
@@ -126,8 +132,12 @@ def starting_thresholds(
 
 
 def keep_counts(total: int, keep: Sequence[float], minimum: int = 1) -> tuple[int, ...]:
-    """Counts where each pruning layer keeps a share of what reached it, but ``minimum`` at
-    least.
+    """Counts where each pruning layer keeps a share of the tokens that reached it.
+
+    Args:
+        total: how many visual tokens there are before pruning.
+        keep: the share that each pruning layer keeps.
+        minimum: the least value of each count, where as many tokens are left.
     """
     kept: list[int] = []
     for share in keep:

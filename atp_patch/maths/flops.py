@@ -1,4 +1,4 @@
-"""Costs of a decoder: the papers' formula, exact FLOPs, bytes of the key/value cache."""
+"""Costs of a decoder: the paper's formula, exact FLOPs, and bytes of the key/value cache."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Sequence
 
 
 def paper_layer_flops(tokens: float, hidden_size: int, mlp_size: int) -> float:
-    """Eq. 15 as printed: ``4 L D^2 + 2 L^2 D + 2 L D m``.
+    """FLOPs of one layer by ATP-LLaVA's eq. 15 as printed: ``4 L D^2 + 2 L^2 D + 2 L D m``.
 
-    It counts a multiply-add as one and two MLP matrices; :func:`layer_flops` is exact.
+    The equation counts a multiply-add as one operation, and two matrices of the MLP.
+    :func:`layer_flops` is exact.
+
+    Args:
+        tokens: ``L``, how many tokens the layer runs on.
+        hidden_size: ``D``.
+        mlp_size: ``m``, the inner size of the MLP.
     """
     return (
         4 * tokens * hidden_size**2
@@ -25,7 +31,15 @@ def paper_flops_reduction(
     hidden_size: int,
     mlp_size: int,
 ) -> float:
-    """Eq. 16: what pruning from ``tokens`` to ``kept`` at ``layers`` saves over the decoder."""
+    """The FLOPs that pruning saves over the whole decoder, by ATP-LLaVA's eq. 16.
+
+    Args:
+        tokens: how many tokens enter the decoder.
+        kept: how many are left after each pruning layer.
+        layers: the pruning layers.
+        num_layers: how many layers the decoder has.
+        hidden_size, mlp_size: as of :func:`paper_layer_flops`.
+    """
     full = paper_layer_flops(tokens, hidden_size, mlp_size)
     ends = [*layers[1:], num_layers]
     return sum(
@@ -44,10 +58,16 @@ def layer_flops(
     head_dim: int,
     gated: bool = True,
 ) -> float:
-    """Exact FLOPs of one decoder layer: 2 a multiply-add, grouped key/value heads, gated MLP.
+    """Exact FLOPs of one decoder layer, with 2 for each multiply-add.
 
-    The attention products are counted over all queries and keys, as kernels without causal skipping
-    compute them. Norms, rotary embedding and softmax are left out.
+    The attention products are counted over all queries and keys, as kernels that do not skip hidden
+    keys compute them. Norms, rotary embedding and softmax are left out.
+
+    Args:
+        queries, keys: how many tokens attend, and how many are attended to.
+        hidden_size, mlp_size: sizes of the hidden states and inside the MLP.
+        num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the size of one head.
+        gated: the MLP has three matrices, not two.
     """
     projections = 2 * queries * hidden_size * head_dim * 2 * (num_heads + num_kv_heads)
     attention = 2 * 2 * queries * keys * num_heads * head_dim
@@ -69,9 +89,13 @@ def prefill_flops(
     """Exact FLOPs of a prefill of one sample, and of the head for ``logits_rows`` tokens.
 
     Args:
-        tokens_per_layer: tokens that enter each decoder layer, text included.
-        mlp_sizes: of each layer; of a mixture, the experts together that a token visits. What
-            chooses them is left out.
+        tokens_per_layer: how many tokens enter each decoder layer, text included.
+        hidden_size: the size of the hidden states.
+        mlp_sizes: the inner size of each layer's MLP. In a mixture of experts it is that of all
+            experts together that one token visits, and the router is left out.
+        num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the size of one head.
+        vocab_size: how many logits the head computes for one token.
+        logits_rows: how many tokens the head runs on.
     """
     layers = sum(
         layer_flops(n, n, hidden_size, mlp_size, num_heads, num_kv_heads, head_dim)
@@ -83,7 +107,7 @@ def prefill_flops(
 def kv_bytes(
     tokens_per_layer: Sequence[int], num_kv_heads: int, head_dim: int, bytes_per_element: int
 ) -> int:
-    """Bytes of keys and values over all layers.
+    """Bytes of the keys and values of all layers.
 
     ATP-LLaVA (Table 6) gives 302.4 and 75.6 MB for 576 and 144 visual tokens of LLaVA-1.5-7B in
     16 bits: both are 0.525 MB a token, where this function counts 524,288 bytes. So MB are 10^6

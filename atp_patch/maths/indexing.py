@@ -1,7 +1,8 @@
-"""Ragged keep-index algebra: which tokens are left, where they came from, where they go back to.
+"""Indices of kept tokens: packing them, gathering their rows, and putting the rows back.
 
-``B`` batch, ``L`` sequence, ``n`` kept tokens of the longest sample. Samples that keep fewer are
-padded at the end; ``valid`` is False there, and nothing in those slots ever writes or counts.
+Shapes: ``B`` batch, ``L`` sequence, ``n`` kept tokens of the longest sample. Samples that keep
+fewer are padded at the end. ``valid`` is False there, and what stands in those slots is never
+written back and never counts.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from torch import Tensor
 
 
 def pack(keep: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Positions of the True entries of each row, in order, packed to the left.
+    """The positions of the True entries of each row, in order, packed to the left.
 
     Args:
         keep: (B, L) bool.
-        length: slots of the result; None counts the longest row, which waits for the device.
+        length: ``n`` of the result. None counts the entries of the longest row, which waits for
+            the device.
 
     Returns:
         index (B, n) int64, 0 in unused slots, and valid (B, n) bool.
@@ -24,7 +26,7 @@ def pack(keep: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
     if length is None:
         length = int(counts.max()) if keep.numel() else 0
     slot = keep.cumsum(1) - 1
-    # Entries that are not kept, or do not fit, write to a spare last slot.
+    # Entries that are not kept, or do not fit, write to an extra last slot, which is cut off.
     target = torch.where(keep & (slot < length), slot, length)
     places = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
     index = torch.zeros(keep.shape[0], length + 1, dtype=torch.long, device=keep.device)
@@ -34,15 +36,15 @@ def pack(keep: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of a sequence: (B or 1, L, *) and (B, n) -> (B, n, *)."""
-    # Whole rows are copied at once, which `gather` does number by number.
+    """Rows of a sequence: (B or 1, L, *) and index (B, n) -> (B, n, *)."""
+    # This copies whole rows at once; `gather` would copy number by number.
     if x.shape[0] > 1:
         index = index + x.shape[1] * torch.arange(x.shape[0], device=index.device)[:, None]
     return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def gather_heads(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each head's sequence: (B, H, L, d) and (B, n) -> (B, H, n, d)."""
+    """Rows of each head's sequence: (B, H, L, d) and index (B, n) -> (B, H, n, d)."""
     rows = x.transpose(1, 2)
     if rows.is_contiguous():  # as queries and keys are before they are cached
         return gather_tokens(rows, index).transpose(1, 2)
@@ -54,9 +56,10 @@ def gather_heads(x: Tensor, index: Tensor) -> Tensor:
 def scatter_tokens(
     x: Tensor, index: Tensor, valid: Tensor, length: int, fill: float = 0.0
 ) -> Tensor:
-    """Put rows back: (B, n, *) -> (B, length, *), ``fill`` where nothing was kept.
+    """Put rows back into a sequence: (B, n, *) -> (B, length, *).
 
-    Inverse of :func:`gather_tokens`; rows of invalid slots are dropped.
+    This is the inverse of :func:`gather_tokens`. Places that were not kept hold ``fill``, and the
+    rows of invalid slots are dropped.
     """
     batch, n = index.shape
     rest = x.shape[2:]
@@ -66,18 +69,18 @@ def scatter_tokens(
 
 
 def local_index(index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """Inverse map of :func:`pack`: (B, length) int64, the slot of each position, -1 if not kept."""
+    """(B, length) int64: the slot of each position, -1 if it was not kept; inverts :func:`pack`."""
     slots = torch.arange(index.shape[1], device=index.device).expand(index.shape)
     return scatter_tokens(slots, index, valid, length, fill=-1)
 
 
 def top_k_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """The best ``counts[b]`` valid tokens of each sample.
+    """The ``counts[b]`` valid tokens of each sample with the highest scores.
 
     Args:
-        scores: (B, V); on ties the earlier token is taken.
+        scores: (B, V); of equal scores the earlier token is taken.
         valid: (B, V) bool.
-        counts: (B,) int64; more than there are valid tokens means all of them.
+        counts: (B,) int64; all valid tokens are taken where it is larger than their number.
 
     Returns:
         (B, V) bool with exactly ``min(counts, valid tokens)`` True entries a row.
@@ -86,8 +89,11 @@ def top_k_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
 
 
 def descending_rank(scores: Tensor, valid: Tensor) -> Tensor:
-    """(B, V) int64 place of each token from the best (0); ties by position, invalid tokens last."""
-    # Two stable sorts: by score, then valid before invalid (a valid score may itself be -inf).
+    """(B, V) int64: the rank of each token, 0 for the best.
+
+    Equal scores are ranked by position, and invalid tokens come last.
+    """
+    # Two stable sorts: by score, then valid before invalid, since a valid score may be -inf itself.
     finite = scores.masked_fill(~valid, -torch.inf)
     by_score = finite.argsort(dim=1, descending=True, stable=True)
     last = (~valid).gather(1, by_score).to(torch.int8).argsort(dim=1, stable=True)

@@ -1,4 +1,4 @@
-"""Budget-constrained training (ATP-LLaVA eq. 12-13). ``B`` samples, counts may be soft."""
+"""Losses of training under a budget (ATP-LLaVA eq. 12-13). ``B`` samples; counts may be soft."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def atp_loss(counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int]) -> Tensor:
-    """L_atp of eq. 12: tokens left as a share, weighted by depth, summed over pruning layers.
+    """L_atp of eq. 12: the shares of tokens left, weighted by depth and summed over pruning layers.
 
     Args:
-        counts: (B,) float, tokens left after each pruning layer.
-        totals: (B,) float, tokens before any pruning, above 0.
+        counts: for each pruning layer (B,) float, the tokens left after it.
+        totals: (B,) float, the tokens before any pruning, above 0.
         layers: the pruning layers.
 
     Returns:
@@ -26,10 +26,11 @@ def atp_loss(counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int]) ->
 def layer_averages(
     counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int], num_layers: int
 ) -> Tensor:
-    """(B,) tokens of each sample averaged over all decoder layers; their mean is eq. 13's ``Nbar``.
+    """(B,) float: tokens averaged over all decoder layers; their mean is ``Nbar`` of eq. 13.
 
     Args:
-        counts, totals, layers: as in :func:`atp_loss`.
+        counts, totals, layers: as of :func:`atp_loss`.
+        num_layers: how many layers the decoder has.
     """
     ends = [*layers[1:], num_layers]
     spans = [end - start for start, end in zip(layers, ends, strict=True)]
@@ -38,19 +39,21 @@ def layer_averages(
 
 
 def target_loss(averages: Tensor, total: Tensor, target: float, kind: str) -> Tensor:
-    """L_target of eq. 13: how far the average of tokens is from the budget.
+    """L_target of eq. 13: the distance between the average number of tokens and the budget.
 
-    A batch's average is off by chance too, by the more the more its samples differ, so that its
-    square also asks samples to be alike: its mean is the square for all data plus the samples'
-    variance over B. "unbiased" leaves the variance out.
+    The average of a batch also differs from the target by chance, and more so where its samples
+    differ more. So its square is on average the square for all data plus the samples' variance
+    divided by B, and asks samples to be alike. "unbiased" leaves the variance out.
 
     Args:
-        averages: (B,) of :func:`layer_averages`; ``total``: tokens before any pruning.
+        averages: (B,) float as :func:`layer_averages` gives it.
+        total: how many tokens there are before any pruning.
         target: ``N_target``, in tokens.
         kind: "paper": ``|Nbar - N_target|``; "smooth": ``500 ((Nbar - N_target) / Lv)^2``, whose
             gradient vanishes at the target and does not grow with the resolution; "unbiased": the
             same with the square replaced by the mean of ``(N_i - N_target) (N_j - N_target)`` over
-            all pairs of different samples, which may be negative (of one sample: "smooth").
+            all pairs of different samples, which may be negative. One sample alone gets the
+            "smooth" loss.
 
     Returns:
         A scalar.

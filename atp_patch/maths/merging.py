@@ -1,7 +1,7 @@
 """Choosing and merging tokens of a vision tower (LLaVA-PruMerge §3, algorithm 1).
 
-``G`` groups (images, tiles or frames), ``n`` tokens of the largest group, ``m`` tokens kept of the
-group that keeps most, ``d`` size of the keys.
+Shapes: ``G`` groups (images, tiles or frames), ``n`` tokens of the largest group, ``m`` tokens kept
+of the group that keeps most, ``d`` size of the keys.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ def outliers(scores: Tensor, valid: Tensor, minimum: int = 1) -> Tensor:
     """Tokens above the upper fence ``Q3 + 1.5 * (Q3 - Q1)`` of their group (PruMerge §3.2).
 
     Args:
-        scores, valid: (G, n). Quartiles interpolate linearly between the two nearest scores.
-        minimum: where fewer lie above the fence (none does where all scores are equal), the best
-            ones are taken, the earlier of equals first.
+        scores, valid: (G, n) scores, and bool. Quartiles interpolate linearly between the two
+            nearest scores.
+        minimum: how many tokens of each group are taken at least. Where fewer lie above the fence
+            (none does where all scores are equal), the best ones are taken, the earlier of equal
+            ones first.
 
     Returns:
         (G, n) bool.
@@ -43,12 +45,14 @@ def spread_supplement(keep: Tensor, turn: Tensor, valid: Tensor, counts: Tensor)
     """Further tokens, sampled evenly in space (PruMerge+ §3.4, algorithm 1 lines 6 to 8).
 
     Args:
-        keep, valid: (G, n) bool, those chosen already.
-        turn: (G, n) turn of each token in an order of its grid whose every beginning is even.
-        counts: (G,) int64, how many to add.
+        keep: (G, n) bool, the tokens that are chosen already.
+        turn: (G, n) int64, the turn of each token in an order that covers its grid evenly
+            throughout (:func:`atp_patch.maths.progressive_order`).
+        valid: (G, n) bool.
+        counts: (G,) int64, how many tokens to add.
 
     Returns:
-        (G, n) bool, the chosen ones and ``counts`` others (or all others).
+        (G, n) bool, the chosen tokens and ``counts`` others, or all others where there are fewer.
     """
     return keep | top_k_mask(-turn.float(), valid & ~keep, counts)
 
@@ -56,20 +60,22 @@ def spread_supplement(keep: Tensor, turn: Tensor, valid: Tensor, counts: Tensor)
 def merge_weights(
     attention: Tensor, key: Tensor, valid: Tensor, keep: Tensor, neighbours: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each kept token is made of (PruMerge §3.3, eq. 4; algorithm 1 lines 9 to 13).
+    """The weights that make each kept token (PruMerge §3.3, eq. 4; algorithm 1 lines 9 to 13).
 
-    A kept token takes in its ``neighbours`` most similar tokens among those that go, by the inner
-    product of keys. All are weighed by the attention they get, itself included, and the weights of
-    one kept token sum to 1 (as printed the sum is not normalised, which would shrink the feature by
-    orders of magnitude).
+    A kept token takes in those ``neighbours`` of the dropped tokens that are most similar to it by
+    the inner product of keys. All of them, itself included, are weighed by the attention that they
+    get, and the weights of one kept token sum to 1. (As printed the sum is not normalised, which
+    would shrink the feature by orders of magnitude.)
 
     Args:
-        attention: (G, n) float, not negative; ``key``: (G, n, d).
+        attention: (G, n) float, not negative.
+        key: (G, n, d).
         valid, keep: (G, n) bool.
+        neighbours: how many dropped tokens each kept one takes in.
 
     Returns:
-        index (G, m) int64 of the kept tokens in order, weight (G, m, n) float32, and changed (G, m)
-        bool: kept tokens that took in another. Unused slots have weight 0.
+        index (G, m) int64, the kept tokens in order; weight (G, m, n) float32; and changed (G, m)
+        bool, the kept tokens that took in another. Unused slots have weight 0.
     """
     index, used = pack(keep)
     similarity = gather_tokens(key.float(), index) @ key.float().transpose(1, 2)
@@ -83,17 +89,17 @@ def merge_weights(
     counted = total > 0
     total = torch.where(counted, total, 1.0)[..., None]
     weight = torch.zeros_like(similarity).scatter(2, nearest, paid / total)
-    # Where nobody pays attention to any of them, the token stays what it is.
+    # Where none of them gets any attention, the token stays what it is.
     own = torch.where(counted, own / total[..., 0], 1.0)
     weight = weight.scatter(2, index[..., None], own[..., None])
     return index, weight.masked_fill(~used[..., None], 0.0), used & (paid.sum(2) > 0)
 
 
 def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
-    """Share ``total`` out in proportion to ``sizes``: whole numbers that sum to it, if they can.
+    """Divide ``total`` in proportion to ``sizes``, into whole numbers that sum to it if they can.
 
-    Every share is at least ``minimum`` (or the size, if that is less) and at most the size; largest
-    remainders first.
+    Each share is at least ``minimum`` (or the size, if that is less) and at most the size. The
+    largest remainders are rounded up first.
     """
     everything = max(sum(sizes), 1)
     exact = [total * size / everything for size in sizes]
@@ -116,10 +122,15 @@ def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
 def shrunk_grid(
     height: int, width: int, count: int, least: int = 1, *, square: bool = False
 ) -> tuple[int, int]:
-    """The grid of about ``count`` tokens that a ``height`` x ``width`` one is shrunk to.
+    """(rows, columns) of the grid of about ``count`` tokens that a larger grid is shrunk to.
 
-    Proportions stay as near as whole numbers allow; ``square`` keeps both sides equal. ``least``:
-    tokens that it has at least, if the larger one has.
+    Its proportions are as near to those of the larger grid as whole numbers allow.
+
+    Args:
+        height, width: the larger grid's rows and columns.
+        count: how many tokens are wanted.
+        least: how many tokens it has at least, where the larger grid has as many.
+        square: keep both sides equal.
     """
     scale = (min(count, height * width) / (height * width)) ** 0.5
     rows = min(max(round(height * scale), 1), height)

@@ -1,4 +1,4 @@
-"""Rotary embedding by row and column (the pruning positional embedding of ATP-LLaVA)."""
+"""Rotary embedding by row and column, the pruning positional embedding of ATP-LLaVA."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def rotary_frequencies(table: Tensor) -> Tensor | None:
-    """Which frequency each dimension of a rotary table turns with.
+    """The number of the frequency that each dimension of a rotary table rotates with.
 
     Args:
-        table: (B, L, D) cosines or sines; the two dimensions that turn together hold the same
-            numbers, side by side or half the table apart.
+        table: (B, L, D) cosines or sines. The two dimensions that rotate together hold the same
+            numbers, and lie side by side or half the table apart.
 
     Returns:
         (D,) int64 in [0, D / 2); None where the table is made in another way.
@@ -28,18 +28,18 @@ def rotary_frequencies(table: Tensor) -> Tensor | None:
 
 
 def turn_by_place(table: Tensor, row: Tensor, column: Tensor, frequency: Tensor) -> Tensor:
-    """A rotary table whose even frequencies turn with one position and whose odd ones with another.
+    """A rotary table whose even frequencies rotate by one position and odd ones by another.
 
-    Rows and columns so get frequencies from all of the range. A token whose two positions are its
-    own keeps its embedding.
+    In this way rows and columns both get frequencies from the whole range. A token whose two
+    positions are its own keeps its embedding.
 
     Args:
         table: (B or 1, L, D) cosines or sines of the sequence's positions.
-        row, column: (B, L) int64, places in the sequence whose positions are meant.
-        frequency: (D,) as :func:`rotary_frequencies` gives it.
+        row, column: (B, L) int64, the places in the sequence whose positions are used.
+        frequency: (D,) int64 as :func:`rotary_frequencies` gives it.
 
     Returns:
-        (B, L, D).
+        (B, L, D) cosines or sines.
     """
     wide = table.expand(row.shape[0], -1, -1)
 

@@ -1,6 +1,6 @@
 """Attention scores of visual tokens, from post-rotary queries and keys alone (ATP-LLaVA eq. 3-4).
 
-``B`` batch, ``H`` query heads, ``Hk`` key/value heads (query head ``h`` reads key head
+Shapes: ``B`` batch, ``H`` query heads, ``Hk`` key/value heads (query head ``h`` reads key head
 ``h // (H / Hk)``), ``V`` packed visual tokens, ``T`` packed text rows, ``K`` keys, ``d`` head size.
 No attention map over all tokens is ever built.
 """
@@ -17,13 +17,18 @@ from torch import Tensor
 
 from atp_patch.maths.indexing import descending_rank
 
-# Elements of the largest tensor made on the way. Larger ones leave a CPU's caches, and their memory
-# is mapped anew each time; elsewhere it is many small steps that cost.
+# How many elements the largest intermediate tensor may have. On a CPU a larger one does not fit the
+# caches, and its memory is mapped anew each time; on other devices many small steps cost more.
 _HELD_ON_CPU, _HELD = 2**22, 2**28
 
 
 def _sample_slices(like: Tensor, elements: int) -> Iterator[slice]:
-    """Samples to be taken together, each of which makes a tensor of so many elements."""
+    """Slices of the samples that are computed together.
+
+    Args:
+        like: a tensor with the batch in front, on the device that computes.
+        elements: how many elements the intermediate tensor of one sample has.
+    """
     held = _HELD_ON_CPU if like.device.type == "cpu" else _HELD
     count = max(held // max(elements, 1), 1)
     return (slice(start, start + count) for start in range(0, like.shape[0], count))
@@ -40,15 +45,16 @@ def self_scores(
 ) -> Tensor:
     """S_self of eq. 3: the mean attention logit that a visual token gets from visual queries.
 
-    The logits are linear in the queries, so their mean is the logit of the mean query: O(V d). They
-    are taken before any softcap, which would make it O(V^2 d).
+    The logits are linear in the queries, so their mean is the logit of the mean query, which costs
+    O(V d). They are taken before any softcap, which would make it O(V^2 d).
 
     Args:
-        query: (B, H, V, d) of the visual tokens; ``key``: (B, Hk, V, d).
+        query, key: (B, H, V, d) and (B, Hk, V, d) of the visual tokens.
         valid: (B, V) bool.
-        scaling: factor of the logits, usually ``d ** -0.5``.
-        causal: average only over the queries that causality lets see the token (itself and later).
-        per_head: do not average over heads.
+        scaling: the factor of the logits, usually ``d ** -0.5``.
+        causal: average only over the queries that causality lets see the token, which are its own
+            and later ones.
+        per_head: give the scores of each head instead of their mean.
 
     Returns:
         (B, V) float32, 0 in invalid slots; (B, H, V) per head.
@@ -67,7 +73,7 @@ def self_scores(
 def _summed_logits(
     query: Tensor, key: Tensor, valid: Tensor, causal: bool, per_head: bool
 ) -> Tensor:
-    """(B, V) the sum over visual queries and heads of q k; (B, H, V) over queries alone."""
+    """(B, V) float32: q k summed over visual queries and heads; (B, H, V) over queries alone."""
     groups = query.shape[1] // key.shape[1]
     queries = query.masked_fill(~valid[:, None, :, None], 0.0)
     if per_head:
@@ -102,21 +108,24 @@ def cross_scores(
     """S_cross of eq. 4: the attention probability a visual token gets, averaged over text rows.
 
     Args:
-        query: (B, H, T, d) of the text rows; ``key``: (B, Hk, K, d), all keys they may see.
-        row_valid: (B, T) bool, rows that count.
-        visual_index, visual_valid: (B, V) places of the visual tokens among the keys.
-        scaling: factor of the logits.
-        mask: broadcastable to (B, H, T, K): as :func:`visible_keys` reads it; a float one is added
-            to the logits.
-        softcap: logits are brought below it by a tanh (Gemma 2).
-        sinks: (H,) a logit of each head that takes part in its rows' sums alone (gpt-oss).
+        query: (B, H, T, d) of the text rows.
+        key: (B, Hk, K, d), all keys that these rows may see.
+        row_valid: (B, T) bool, True for the rows that count.
+        visual_index, visual_valid: (B, V) int64 places of the visual tokens among the keys, and
+            bool.
+        scaling: the factor of the logits.
+        mask: the attention mask, broadcastable to (B, H, T, K), as :func:`visible_keys` reads it. A
+            float mask is added to the logits too.
+        softcap: the bound below which a tanh brings the logits (Gemma 2).
+        sinks: (H,) float, a logit of each head that counts in the sums of its softmax and for no
+            token (gpt-oss).
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
-        per_head: do not average over heads.
-        chunk_rows: rows whose probabilities are held at a time.
+        per_head: give the scores of each head instead of their mean.
+        chunk_rows: how many rows' probabilities are held at a time.
 
     Returns:
-        (B, V) float32, 0 in invalid slots; zeros for a sample without a row that counts. A row
-        that sees no key adds 0. (B, H, V) per head.
+        (B, V) float32, or (B, H, V) per head. It is 0 in invalid slots and for a sample without a
+        row that counts; a row that sees no key adds 0.
     """
     how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise, "per_head": per_head}
     parts = _in_parts(
@@ -141,10 +150,13 @@ def cross_rows(
     renormalise: bool = False,
     per_head: bool = False,
 ) -> Tensor:
-    """(B, T, V) float32 attention that each text row pays each visual token, averaged over heads.
+    """The attention probability that each text row gives each visual token.
 
-    Arguments as of :func:`cross_scores`; 0 for invalid rows and in invalid slots. (B, H, T, V) per
-    head.
+    The arguments are those of :func:`cross_scores`.
+
+    Returns:
+        (B, T, V) float32, averaged over heads, or (B, H, T, V) per head; 0 for invalid rows and in
+        invalid slots.
     """
     how = {"softcap": softcap, "sinks": sinks, "renormalise": renormalise, "per_head": per_head}
     rows = max(query.shape[2], 1)
@@ -163,7 +175,7 @@ def _in_parts(
     chunk_rows: int,
     how: dict[str, Any],
 ) -> Iterator[Iterator[Tensor]]:
-    """For the samples that are taken together, :func:`_rows` of so many rows at a time."""
+    """:func:`_rows` of ``chunk_rows`` rows at a time, for each slice of samples in turn."""
     _, heads, rows, _ = query.shape
     per_row = heads * key.shape[2]
 
@@ -209,10 +221,11 @@ def _rows(
     renormalise: bool,
     per_head: bool,
 ) -> Tensor:
-    """:func:`cross_rows` of samples that are taken together."""
+    """:func:`cross_rows` of samples that are computed together."""
     batch, heads, rows, _ = query.shape
     groups = heads // key.shape[1]
-    # Float32 products too: float16 overflows before scaling, bfloat16 rounds logits to 1/16 at 16.
+    # Products are float32 too: float16 overflows before scaling, and bfloat16 rounds a logit of 16
+    # to sixteenths.
     grouped = rearrange(query.float() * scaling, "b (k g) t d -> b k (g t) d", g=groups)
     logits = grouped @ key.float().transpose(-1, -2)
     logits = rearrange(logits, "b k (g t) n -> b (k g) t n", g=groups)
@@ -226,8 +239,8 @@ def _rows(
     columns = visual_index[:, None, None, :].expand(batch, heads, rows, -1)
     visual = logits.gather(3, columns).masked_fill(~visual_valid[:, None, None, :], lowest)
     if renormalise:
-        # A softmax over the visual tokens alone: a quotient of probabilities would be 0 / 0 where
-        # the text draws all attention.
+        # This is a softmax over the visual tokens alone: a quotient of probabilities would be 0 / 0
+        # where the text gets all attention.
         seen = visual.softmax(-1)
     else:
         if sinks is not None:
@@ -242,8 +255,10 @@ def _rows(
 
 
 def visible_keys(mask: Tensor) -> Tensor:
-    """Where an attention mask lets a key be seen: a bool one where it is True, a float one above
-    half of its dtype's least number.
+    """Where an attention mask lets a key be seen.
+
+    A bool mask does so where it is True, and a float mask where it is greater than half of its
+    dtype's least number.
     """
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
@@ -253,8 +268,9 @@ def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:
 
     Args:
         scores, valid: (B, V).
-        mode: "rank": (rank + 0.5) / n from the worst to the best of the n valid tokens, distinct,
-            the earlier of equals higher; "minmax": to [0, 1], 0.5 where all are equal; "none".
+        mode: "rank" gives (rank + 0.5) / n, from the worst to the best of the n valid tokens; these
+            are distinct, and the earlier of equal scores is higher. "minmax" scales to [0, 1], and
+            gives 0.5 where all are equal. "none" leaves the scores as they are.
 
     Returns:
         (B, V) float32, 0 in invalid slots.
@@ -276,7 +292,7 @@ def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:
 
 
 def standardise_scores(scores: Tensor, valid: Tensor) -> Tensor:
-    """Each sample's scores with mean 0 and variance 1 over its valid tokens: inputs of eq. 6.
+    """The scores of each sample with mean 0 and variance 1 over its valid tokens, for eq. 6.
 
     Args:
         scores, valid: (B, V).

@@ -1,6 +1,7 @@
-"""VoCo-LLaMA's sequence: special tokens behind each image, and who sees whom.
+"""VoCo-LLaMA's sequence: VoCo tokens behind each image, and which token may attend to which.
 
-``B`` batch, ``L`` tokens that were given, ``n`` slots once the VoCo tokens stand among them.
+Shapes: ``B`` batch, ``L`` tokens that were given, ``n`` slots once the VoCo tokens stand among
+them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ class Slots:
     """A sequence with VoCo tokens in it.
 
     Attributes:
-        place: (B, n) int64, the given token that each slot stands at; VoCo tokens stand at the last
-            visual tokens of their segment.
-        voco: (B, n) int64, which VoCo token a slot holds; -1 where it holds a given token.
-        segment: (B, n) int64, number of the segment of visual and VoCo tokens; -1 for text.
-        valid: (B, n) bool, False in slots at the end that fill up a shorter sample.
+        place: (B, n) int64, the position of the given token that each slot stands for. VoCo tokens
+            stand for the last visual tokens of their segment.
+        voco: (B, n) int64, the number of the VoCo token in a slot; -1 where it holds a given token.
+        segment: (B, n) int64, the number of the segment of visual and VoCo tokens; -1 for text.
+        valid: (B, n) bool, False in the slots at the end of a shorter sample.
     """
 
     place: Tensor
@@ -31,7 +32,7 @@ class Slots:
 
     @property
     def visual(self) -> Tensor:
-        """(B, n) bool: slots that hold visual tokens."""
+        """(B, n) bool: the slots that hold visual tokens."""
         return (self.segment >= 0) & (self.voco < 0)
 
     def to(self, device: torch.device) -> Slots:
@@ -45,9 +46,10 @@ def insert_slots(
     """Put ``num_tokens`` VoCo tokens behind each segment.
 
     Args:
-        segments: of each sample, (first, one behind the last) visual token of each segment, in
-            order; none has fewer than ``num_tokens``.
-        length: ``L``, given tokens of a sample.
+        segments: for each sample the (first, one behind the last) position of each segment of
+            visual tokens, in order; no segment has fewer than ``num_tokens``.
+        length: ``L``, how many tokens of each sample were given.
+        num_tokens: how many VoCo tokens stand behind a segment.
     """
     rows = []
     for sample in segments:
@@ -72,24 +74,25 @@ def insert_slots(
 
 
 def _part(start: int, stop: int, segment: int, *, given: bool) -> Tensor:
-    """(3, stop - start): place, voco, segment of tokens in a row."""
+    """(3, stop - start) int64: place, voco and segment of tokens that follow each other."""
     place = torch.arange(start, stop)
     voco = torch.full_like(place, -1) if given else place - start
     return torch.stack([place, voco, torch.full_like(place, segment)])
 
 
 def voco_visible(slots: Slots, attended: Tensor) -> Tensor:
-    """Who sees whom (VoCo-LLaMA, attention mask): a row each query, a column each key.
+    """The attention mask of VoCo-LLaMA, with a row for each query and a column for each key.
 
-    Causality, and visual tokens are seen within their own segment alone: by its visual and its VoCo
-    tokens. All else about an image must pass through its VoCo tokens, which everything after sees.
-    A token always sees itself, so that no row (of padding) is empty.
+    It is causal, and visual tokens are visible only to the visual and VoCo tokens of their own
+    segment. Everything else about an image passes through its VoCo tokens, which all later tokens
+    see. Each token sees itself, so that no row is empty, not even of padding.
 
     Args:
+        slots: the sequence.
         attended: (B, n) bool, False at padding.
 
     Returns:
-        (B, n, n) bool.
+        (B, n, n) bool, True where the query may see the key.
     """
     n = slots.place.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=attended.device).tril()
@@ -99,10 +102,10 @@ def voco_visible(slots: Slots, attended: Tensor) -> Tensor:
 
 
 def public_slots(slots: Slots, length: int) -> Tensor:
-    """(B, L) int64: the slot whose output stands for each given token.
+    """(B, L) int64: the slot whose output is that of each given token.
 
-    The last visual tokens of a segment give their places to its VoCo tokens: what follows an image
-    is predicted from what is known of it without its visual tokens.
+    The outputs of a segment's last visual tokens are those of its VoCo tokens, so that the text
+    behind an image is predicted from VoCo tokens alone.
     """
     batch, n = slots.place.shape
     number = torch.arange(n, device=slots.place.device).expand(batch, -1)

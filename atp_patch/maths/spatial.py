@@ -1,4 +1,4 @@
-"""Spatial scores (ATP-LLaVA eq. 5), and bringing any grid to one reference size."""
+"""Spatial scores (ATP-LLaVA eq. 5), and resizing grids to one reference size."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch.nn.functional import interpolate
 
 @lru_cache(maxsize=256)
 def progressive_order(height: int, width: int) -> Tensor:
-    """An order of a grid's places of which every beginning covers the grid evenly.
+    """An order of a grid's places whose first n places cover the grid evenly, for every n.
 
-    Farthest point first, from the centre: each next place is the one farthest from all before it;
-    of equally far places (a grid has many) the least crowded, by the sum of inverse squared
-    distances to all before it, then the first in reading order. Without that second rule ties would
-    fill the grid from the top.
+    It begins at the centre, and each next place is the one farthest from all before it. Of equally
+    far places (a grid has many) it is the least crowded one, by the sum of inverse squared
+    distances to all before it, and then the first in reading order. Without the second rule equally
+    far places would fill the grid from the top.
 
     Returns:
-        (height * width,) int64 on the CPU: the turn of each place, row-major. Shared between calls:
-        do not write.
+        (height * width,) int64 on the CPU, the turn of each place, row-major. Calls share the
+        tensor, so nothing may write to it.
     """
-    # Cached, so made as a plain CPU tensor whatever mode or default device the first caller is in.
+    # The result is cached, so it is a plain CPU tensor whatever mode or device the caller has set.
     with torch.inference_mode(False), torch.device("cpu"):
-        # Both tables hold every offset from (1 - height, 1 - width) on: a place's view is a window.
+        # Both tables hold every offset from (1 - height, 1 - width) on; those of one place are a
+        # window in them.
         down, right = torch.arange(1.0 - height, height), torch.arange(1.0 - width, width)
         squared = (down[:, None] ** 2 + right**2).double()
-        # Whole numbers order the places; crowding, kept far below 1, only parts equals.
+        # Squared distances are whole numbers; crowding stays far below 1 and only separates equals.
         crowding = 1e-3 / squared.clamp(min=1)
         farness = torch.full((height, width), torch.inf, dtype=torch.double)
         crowd = torch.zeros_like(farness)
@@ -52,10 +53,12 @@ def spatial_scores(
     """S_spatial of eq. 5, ``1 - R * lambda_sample`` clipped to [0, 1], for each place of a grid.
 
     Args:
-        order: "strided": sampling with strides 2, 3, 4, ... in both directions, centred, where R is
-            the share sampled and a place on several grids takes its highest score; "progressive":
-            the j-th place of :func:`progressive_order` has R = (j + 1) / (height * width), which is
-            eq. 5 with every rate.
+        height, width: the grid's rows and columns.
+        order: "strided" samples with strides 2, 3, 4, ... in both directions, centred; R is then
+            the share that is sampled, and a place on several grids takes its highest score. With
+            "progressive" the j-th place of :func:`progressive_order` has R = (j + 1) / (height *
+            width), which is eq. 5 with every rate.
+        lambda_sample: the slope.
 
     Returns:
         (height * width,) float32, row-major, on the CPU.
@@ -85,15 +88,16 @@ def to_reference_grid(
     widths: Tensor,
     size: int = 24,
 ) -> Tensor:
-    """Put values back into their grids, bring each to ``size`` x ``size``, average a sample's
-    grids.
+    """Resize the grids of each sample to ``size`` x ``size`` and average them.
 
-    This gives the threshold heads (eq. 6) one input size for any resolution, tile and frame count.
-    It reads the grid sizes, which waits for the device once.
+    This gives the threshold heads (eq. 6) inputs of one size for any resolution and any number of
+    tiles and frames. It reads the grids' sizes, which waits for the device once.
 
     Args:
-        values, grid_id, row, col, valid: (B, V); places without a valid value are 0.
-        heights, widths: (B, G) int64; 0 where a sample has fewer grids.
+        values, grid_id, row, col, valid: (B, V) values, the grid, row and column in which each
+            stands, and bool. Places without a valid value hold 0.
+        heights, widths: (B, G) int64 sizes of the grids; 0 where a sample has fewer grids.
+        size: the side of the result.
 
     Returns:
         (B, size, size) in the dtype of ``values``; zeros for a sample without grids.
@@ -104,7 +108,7 @@ def to_reference_grid(
         grids = [(g, h, w) for g, (h, w) in enumerate(sample) if h and w]
         for g, h, w in grids:
             here = valid[b] & (grid_id[b] == g)
-            # Values of other grids go to a spare last place.
+            # Values of other grids go to an extra last place, which is cut off.
             place = torch.where(here, row[b] * w + col[b], h * w)
             plane = values.new_zeros(h * w + 1).scatter(0, place, values[b])[: h * w]
             plane = plane.reshape(1, 1, h, w)

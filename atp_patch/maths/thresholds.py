@@ -1,4 +1,4 @@
-"""Scores against thresholds: hard decisions, soft masks, and thresholds that meet a count."""
+"""Comparing scores with thresholds: hard decisions, soft masks, thresholds that meet a count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_ABOVE = 2.0  # above every score: ranks and spatial scores are at most 1
+_ABOVE = 2.0  # greater than every score: ranks and spatial scores are at most 1
 
 
 def hard_keep(
@@ -16,11 +16,11 @@ def hard_keep(
     theta_spatial: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """Eq. 9-11 at inference: a token stays where either score reaches its threshold.
+    """ATP-LLaVA's eq. 9-11 at inference: a token stays where either score reaches its threshold.
 
     Args:
-        s_redundant, s_spatial, valid: (B, V).
-        theta_redundant, theta_spatial: (B,).
+        s_redundant, s_spatial, valid: (B, V) scores, and bool.
+        theta_redundant, theta_spatial: (B,) thresholds.
 
     Returns:
         (B, V) bool, False in invalid slots.
@@ -38,7 +38,7 @@ def soft_mask(
     valid: Tensor,
     temperature: float | Tensor,
 ) -> Tensor:
-    """Eq. 9-11 as printed: ``max(sigmoid((S_r - theta_r) T), sigmoid((S_s - theta_s) T))``.
+    """ATP-LLaVA's eq. 9-11: ``max(sigmoid((S_r - theta_r) T), sigmoid((S_s - theta_s) T))``.
 
     The masks of earlier pruning layers are not multiplied in. With the paper's ``T = 1e6`` the
     gradient vanishes almost everywhere; :func:`straight_through_mask` has one that does not.
@@ -53,7 +53,7 @@ def soft_mask(
     """
 
     def one(scores: Tensor, theta: Tensor) -> Tensor:
-        # Cleared before the sigmoid too: a NaN there would reach the thresholds' gradient.
+        # Invalid slots are cleared before the sigmoid: a NaN would reach the thresholds' gradient.
         margin = scores.float().masked_fill(~valid, 0.0) - theta.float()[:, None]
         return (margin * temperature).sigmoid()
 
@@ -69,9 +69,10 @@ def straight_through_mask(
     valid: Tensor,
     slope: float | Tensor,
 ) -> Tensor:
-    """Eq. 9-11, decided as at inference and learned from as a soft mask.
+    """ATP-LLaVA's eq. 9-11 with the decision of inference and the gradient of a soft mask.
 
-    Forward it is exactly :func:`hard_keep`, backward :func:`soft_mask` with temperature ``slope``.
+    The forward pass is exactly :func:`hard_keep`, and the backward pass that of :func:`soft_mask`
+    with temperature ``slope``.
 
     Args:
         s_redundant, s_spatial, valid: (B, V).
@@ -93,12 +94,12 @@ def budget_thresholds(
 
     Args:
         s_redundant: (B, V) float32, distinct within a sample (ranks).
-        s_spatial: (B, V) float32; places with score 0 are never taken for their place.
+        s_spatial: (B, V) float32; a token with score 0 is never taken by its spatial score.
         valid: (B, V) bool.
         counts: (B,) int64, at most the valid tokens of each sample.
-        spatial_share: about this share of a count is taken by spatial score, the rest by redundant
-            score among the others. Ties in ``s_spatial`` (strided grids) stay together, so the
-            spatial part may be smaller, never larger.
+        spatial_share: about this share of a count is taken by spatial score, and the rest by
+            redundant score among the others. Equal scores in ``s_spatial`` (strided grids) stay
+            together, so the spatial part may be smaller than that, and never larger.
 
     Returns:
         theta_redundant and theta_spatial, (B,) float32, halfway between neighbouring scores.
@@ -108,13 +109,13 @@ def budget_thresholds(
         return empty, empty.clone()
     candidates = valid & (s_spatial > 0)
     wanted = (counts * spatial_share).round().long()
-    # Every candidate's value, and how many candidates reach it: ties count together.
+    # The value of each candidate, and how many candidates reach it; equal ones count together.
     rising = s_spatial.masked_fill(~candidates, -torch.inf).sort(1).values
     order = rising.flip(1)
     reach = order.shape[1] - torch.searchsorted(rising, order.contiguous())
     allowed = torch.isfinite(order) & (reach <= wanted[:, None])
     taken = torch.where(allowed, reach, 0).amax(1)
-    theta_spatial = _between(order, taken, 0.0)  # never down to a score of 0
+    theta_spatial = _between(order, taken, 0.0)  # above 0, so that no score of 0 reaches it
     spatial = candidates & (s_spatial >= theta_spatial[:, None])
     rest = valid & ~spatial
     ranked = s_redundant.masked_fill(~rest, -torch.inf).sort(1, descending=True).values
@@ -128,7 +129,7 @@ def _between(descending: Tensor, count: Tensor, floor: float) -> Tensor:
     Returns:
         (B,), each halfway to the next score, or to ``floor`` where there is none.
     """
-    # Padded by kernels: a tensor made from Python numbers would wait for the device.
+    # Kernels do the padding: a tensor made from Python numbers would wait for the device.
     padded = pad(pad(descending.clamp(min=floor), (1, 0), value=_ABOVE), (0, 1), value=floor)
     above = padded.gather(1, count[:, None])[:, 0]
     below = padded.gather(1, count[:, None] + 1)[:, 0]
