@@ -126,7 +126,12 @@ class PruningTrainer(Trainer):
         inputs = dict(inputs)
         skipped = inputs.pop(SKIPPED, None)
         self.skipped.update([] if skipped is None else skipped.tolist())
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        except ATPError as error:
+            if self._is_finite():
+                raise
+            raise self._diverged("what is learned") from error
         images = any(name.startswith("pixel_values") for name in inputs)
         trace = last_trace(self.model) if images else None
         answer = inputs["labels"][:, 1:] != IGNORED
@@ -143,12 +148,20 @@ class PruningTrainer(Trainer):
                 ranks = self.accelerator.num_processes
             loss = loss + self.settings.distill * ranks * (divergence / count).to(loss)
         if not bool(torch.isfinite(loss.detach())):
-            raise ATPError(
-                f"the loss of step {self.state.global_step + 1} is {float(loss.detach())}; train "
-                "anew with a lower lr or atp_lr, in another out."
-            )
+            raise self._diverged("the loss")
         self.meter.add(log_prob.detach(), target, answer, trace, divergence)
         return (loss, outputs) if return_outputs else loss
+
+    def _is_finite(self) -> bool:
+        """Whether everything that learns is still finite."""
+        learned = (p for p in self.model.parameters() if p.requires_grad)
+        return all(bool(p.isfinite().all()) for p in learned)
+
+    def _diverged(self, what: str) -> ATPError:
+        return ATPError(
+            f"{what} is NaN or infinite in step {self.state.global_step + 1}; train anew with a "
+            "lower lr or atp_lr, in another out."
+        )
 
     def _divergence(
         self, model: Any, inputs: dict[str, Any], answer: Tensor, log_prob: Tensor
