@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from atp_patch.families import family_of, scaled_layers
 from atp_patch.maths import average_tokens
 from atp_patch.methods import VoCo, make_methods
 from atp_patch.tools.command_line import execute, machine
-from atp_patch.tools.loading import first_line
+from atp_patch.tools.files import write_text
+from atp_patch.tools.loading import choose_device, choose_dtype, first_line
 from atp_patch.tools.method_spec import read_method_spec
 from atp_patch.version import __version__
 
@@ -63,9 +64,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = args.image or [preset.image]
     depth = preset.depth(args.scale)
     settings = {image: _settings(args, preset, image, depth.decoder) for image in images}
-    torch.manual_seed(args.seed)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device != "cpu" else "float32"))
+    dtype = choose_dtype(args.dtype, choose_device(args.device))
     try:
+        _check_patches(preset.build(args.scale, args.attn, "meta", dtype), settings.values())
+        torch.manual_seed(args.seed)
         model: Any = preset.build(args.scale, args.attn, args.device, dtype)
     except ImportError as error:
         raise ConfigError(f"--attn {args.attn}: {first_line(error)}") from error
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _write(report: dict[str, Any], file: Path | None) -> None:
     """After every case: memory may not suffice for the next."""
     if file is not None:
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(report, indent=1) + "\n")
 
 
 def _special_case(
@@ -202,6 +204,17 @@ def _settings(
     if any(budget) and not budgeted:
         raise ConfigError("voco: its number of tokens is its budget; leave out other budgets.")
     return found
+
+
+def _check_patches(shape: Any, settings: Iterable[dict[str, dict[str, Any]]]) -> None:
+    """Put every patch on a model without weights, before minutes go into one with weights.
+
+    Raises:
+        ATPError: where a method's name, layers or budget are wrong for the model.
+    """
+    for name, given in (item for one in settings for item in one.items()):
+        with patched(shape, name, given).applied():
+            pass
 
 
 def _shares(schedule: Sequence[int], total: int, layers: Sequence[int] | None) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 
 from atp_patch.bench.presets import PRESETS, Size
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.command_line import OneLineParser, comma_separated
+from atp_patch.tools.command_line import OneLineParser, comma_separated, seed
 
 DESCRIPTION = """Pruned against plain at the shapes of known models, in turns, in one process, with
 random weights.
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
     add("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add(
         "--profile",
         action="store_true",

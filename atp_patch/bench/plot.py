@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_patch.contract.errors import ConfigError
+from atp_patch.tools.files import replaced
 
 
 def check_plot() -> None:
@@ -50,4 +51,5 @@ def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with replaced(path) as scratch:
+        figure.savefig(scratch, dpi=120, metadata={"Software": None})

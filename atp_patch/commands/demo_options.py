@@ -12,7 +12,7 @@ from PIL import Image
 from atp_patch.builtin import NAMES
 from atp_patch.contract.errors import ConfigError, InputError
 from atp_patch.methods import untrained_methods
-from atp_patch.tools.command_line import OneLineParser, comma_separated
+from atp_patch.tools.command_line import OneLineParser, comma_separated, seed
 from atp_patch.tools.loading import DTYPES, first_line
 from atp_patch.tools.trained import find_trained, shipped
 
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
     add("--overlay", type=Path, metavar="FILE.png", help="draw the surviving tokens")
     add("--json", action="store_true", help="print one JSON object and nothing else")
-    add("--seed", type=int, default=0, help="of what is random, such as --method random")
+    add("--seed", type=seed, default=0, help="of what is random, such as --method random")
     return parse
 
 

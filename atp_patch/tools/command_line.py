@@ -129,6 +129,17 @@ def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]
     return parse
 
 
+def seed(text: str) -> int:
+    """The ``type`` of an argument that seeds torch's generators."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an int from 0 to 2**32 - 1")
+    return value
+
+
 def named_values(given: list[str]) -> dict[str, Any]:
     """``name=value`` as a mapping; values are JSON where they can be, else words.
 

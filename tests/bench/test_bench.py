@@ -235,11 +235,39 @@ def test_full_presets_have_the_published_sizes() -> None:
         (["--methods", "voco", "--profile"], ["--profile", "voco"]),
         (["--json", "nowhere/report.json"], ["--json nowhere/report.json", "folder"]),
         (["--plot", "."], ["--plot .", "folder"]),
+        (["--methods", "atp@"], ["--methods atp@", "after @ come layers"]),
+        (["--methods", "atp@2+"], ["--methods atp@2+", "after @ come layers"]),
+        (["--methods", "atp,fastv@8"], ["layers=[8]", "1 to 7"]),
+        (["--methods", "prumerge@2"], ["prumerge@2", "before the decoder"]),
+        (["--methods", "magic"], ["'magic'", "fastv"]),
+        (["--methods", ""], ["''", "fastv"]),
+        (["--layers", "8"], ["layers=[8]", "1 to 7"]),
+        (["--train", "--layers", "8"], ["layers=[8]", "1 to 7"]),
+        (["--keep", "7"], ["keep", "at most 1"]),
+        (["--device", "toaster"], ["--device toaster", "give cpu"]),
+        (["--device", "meta"], ["--device meta", "give cpu"]),
+        (["--seed", "-1"], ["--seed", "int"]),
+        (["--seed", "9" * 30], ["--seed", "int"]),
+        (["--json", "a\0b"], ["an argument", "no text"]),
+        (["--plot", "a\ud800b.png"], ["an argument", "no text"]),
+        (["--json", "a" * 5_000], ["File name too long"]),
     ],
 )
 def test_bad_arguments(
-    options: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    build = Preset.build
+
+    def without_weights(
+        self: Preset, scale: float, attn: str, device: str, dtype: object
+    ) -> object:
+        assert device == "meta", "a model was built before the argument was refused"
+        return build(self, scale, attn, device, dtype)
+
+    monkeypatch.setattr(Preset, "build", without_weights)
     assert main(["--preset", "tiny", *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
