@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_mode(args)
     for name in ("runs", "batch_size", "prompt_tokens"):
         values = getattr(args, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
-    if args.decode_tokens < 0:
-        raise ConfigError("--decode-tokens must be 0 or more.")
+        each = values if isinstance(values, list) else [values]
+        if not all(1 <= value < 2**31 for value in each):
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1 and below 2**31.")
+    if not 0 <= args.decode_tokens < 2**31:
+        raise ConfigError("--decode-tokens must be 0 or more and below 2**31.")
     preset = PRESETS[args.preset]
     images = args.image or [preset.image]
     depth = preset.depth(args.scale)

@@ -98,8 +98,10 @@ def parser() -> argparse.ArgumentParser:
 
 def size(text: str) -> Size:
     """Width and height from "896x672"; argparse names this function in its errors."""
-    width, height = text.split("x")
-    return int(width), int(height)
+    width, height = (int(side) for side in text.split("x"))
+    if min(width, height) < 1:
+        raise ValueError(f"{text} has a side without pixels")
+    return width, height
 
 
 def check_mode(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from atp_patch.commands.demo_report import Report, Times, print_report
 from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.patch import disabled, last_trace, patch_model
 from atp_patch.tools.command_line import execute
+from atp_patch.tools.files import replaced
 from atp_patch.tools.loading import (
     choose_device,
     choose_dtype,
@@ -124,7 +125,8 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tupl
 
 def _write(picture: Image.Image, path: Path) -> None:
     try:
-        picture.save(path)
+        with replaced(path) as scratch:
+            picture.save(scratch)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--overlay {path} cannot be written ({first_line(error)}); give another file."

@@ -58,7 +58,14 @@ def plan_for(args: argparse.Namespace) -> Plan:
         return llava_plan(args.folder, args.vision_tower)
     except ATPError:
         raise
-    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(
             f"config.json in {args.folder} cannot be used ({type(error).__name__}: "
             f"{first_line(error)}); download it anew."

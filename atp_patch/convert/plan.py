@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.contract.errors import WeightsError
+from atp_patch.contract.errors import ConfigError, WeightsError
 from atp_patch.convert.source import Source
+from atp_patch.tools.loading import first_line
 
 Change = Callable[[Tensor], Tensor]
 SHOWN = 4  # names in a message
@@ -94,6 +95,7 @@ class Plan:
         Raises:
             WeightsError: naming tensors that are missing, unexpected, of another shape or there
                 twice.
+            ConfigError: where the config describes no model.
         """
         found: dict[str, Tensor] = {}
         unexpected: list[str] = []
@@ -118,8 +120,14 @@ class Plan:
 
     def _compare(self, found: Mapping[str, Tensor]) -> None:
         """The tensors must be those of the new model, by name and by shape."""
-        with torch.device("meta"):
-            model = self.architecture(self.config)
+        try:
+            with torch.device("meta"):
+                model = self.architecture(self.config)
+        except Exception as error:  # numbers that fit no model raise errors of every kind
+            raise ConfigError(
+                f"config.json describes no model that can be built ({type(error).__name__}: "
+                f"{first_line(error)}); give the one that belongs to the weights."
+            ) from error
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if self.config.tie_word_embeddings:
             wanted.pop("lm_head.weight")  # the table of embeddings itself

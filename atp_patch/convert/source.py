@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atp_patch.contract.errors import ConfigError, WeightsError
+from atp_patch.tools.files import parse_json
 from atp_patch.tools.loading import first_line
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -28,7 +28,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ConfigError: where there is none.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is missing; give {what}.") from error
     except (OSError, ValueError) as error:

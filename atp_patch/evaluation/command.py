@@ -31,6 +31,7 @@ from atp_patch.evaluation.tasks import Task, choose_tasks
 from atp_patch.families import family_of
 from atp_patch.patching.patch import require_patch
 from atp_patch.tools.command_line import execute, machine, named_values
+from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
 
 RUNS, TABLE = "runs", "table.md"
@@ -125,8 +126,8 @@ def write(rows: Sequence[Row], args: argparse.Namespace) -> str:
     lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / SUMMARY).write_text("".join(lines), encoding="utf-8")
-        (args.out / TABLE).write_text(text, encoding="utf-8")
+        write_text(args.out / SUMMARY, "".join(lines))
+        write_text(args.out / TABLE, text)
         if not args.no_plots:
             draw_all(rows, args.out)
     except OSError as error:

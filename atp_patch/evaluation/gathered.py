@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.settings import Setting, known_options
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import Row, Stratum, tokens_in
+from atp_patch.tools.files import parse_json
 
 SUMMARY = "summary.jsonl"
 _NAN = float("nan")
@@ -58,8 +58,8 @@ def gather(folders: Sequence[Path], model_hash: str, working: Sequence[int]) -> 
 def _read(file: Path, working: Sequence[int]) -> list[Row]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-        return [_row(json.loads(line), working) for line in lines]
-    except (OSError, ValueError, KeyError) as error:
+        return [_row(parse_json(line), working) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error!r}); give folders that an evaluation wrote."
         ) from error

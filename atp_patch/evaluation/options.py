@@ -10,6 +10,7 @@ from atp_patch.builtin import NAMES, SPLITS
 from atp_patch.contract.errors import ConfigError
 from atp_patch.methods import untrained_methods
 from atp_patch.tools.command_line import OneLineParser, comma_separated
+from atp_patch.tools.files import check_folder
 from atp_patch.tools.loading import DTYPES
 
 PROG = "python -m atp_patch.evaluate"
@@ -132,8 +133,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--budgets {budget:g}: a share of the visual tokens is above 0 and at most 1."
             )
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out {args.out} is a file; give a folder.")
+    check_folder(args.out, "--out")
 
 
 def drop_layers(given: list[str], num_layers: int, silent: Container[int] = ()) -> list[int]:

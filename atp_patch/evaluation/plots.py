@@ -12,6 +12,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import Row
+from atp_patch.tools.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,8 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
         ):
             if figure is not None:
                 written.append(folder / f"{group}-{name}.png")
-                figure.savefig(written[-1], dpi=120, metadata={"Software": None})
+                with replaced(written[-1]) as scratch:
+                    figure.savefig(scratch, dpi=120, metadata={"Software": None})
     return written
 
 

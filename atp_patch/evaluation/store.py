@@ -8,6 +8,7 @@ not at all: what a kill leaves of a last line is cut off.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import short_hash
+from atp_patch.tools.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,17 @@ class RunFile:
         """Read the file; False where there is nothing in it yet."""
         if not self.path.exists():
             return False
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.path.write_text(whole, encoding="utf-8")
+        found = self.path.read_bytes()
+        whole = found[: found.rfind(b"\n") + 1]
+        if whole != found:
+            os.truncate(self.path, len(whole))  # which needs no room, even on a full disk
         try:
-            rows = [json.loads(line) for line in whole.splitlines()]
+            rows = [parse_json(line) for line in whole.decode("utf-8").splitlines()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line is no JSON object")
             for row in rows[1:]:
                 self._take({task: _unpacked(packed) for task, packed in row["tasks"].items()})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self.path} is damaged ({error}); remove it.") from error
         if rows:
             self.header = rows[0]

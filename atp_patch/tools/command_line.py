@@ -91,7 +91,7 @@ def execute(
     except KeyboardInterrupt:
         problem, status = stopped, INTERRUPTED
     except Exception as error:
-        found = f"out of memory; {memory}" if _out_of_memory(error) else _refusal(error)
+        found = f"out of memory; {memory}" if is_out_of_memory(error) else _refusal(error)
         if found is None:
             raise
         problem = found
@@ -159,6 +159,12 @@ def named_values(given: list[str]) -> dict[str, Any]:
     return options
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, also on CPUs, where torch has no exception of its own."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)
+
+
 def terminal_bar(label: str) -> Progress | None:
     """A bar of rich on stderr, with how many are done and the time that is left; None where rich is
     not installed, or stderr is no terminal.
@@ -185,12 +191,6 @@ def _one_line(error: ATPError) -> str:
     if "worker process" in text:  # which puts the place where it happened before the message
         text = text.splitlines()[-1]
     return " ".join(text.split())
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Also on CPUs, where torch has no exception of its own for it."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "can't allocate memory" in str(error)
 
 
 def _refusal(error: Exception) -> str | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils._validators import validate_repo_id
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 from transformers.utils import logging
 
-from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.contract.errors import ATPError, ConfigError, InputError, UnsupportedModelError
 from atp_patch.contract.errors import first_line as first_line  # used by the commands too
 from atp_patch.families import family_of
+from atp_patch.tools.command_line import is_out_of_memory
+from atp_patch.tools.files import parse_json
 
 # Architectures of other packages -> what `python -m atp_patch.convert` calls their checkpoints.
 FOREIGN = {
@@ -140,7 +140,7 @@ def _check_name(name: str) -> None:
                 "save_pretrained wrote, or a Hub id."
             )
         with _explained(name, "has no configuration that can be read", "check --model"):
-            table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            table = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         _check_layout(name, table.get("architectures") if isinstance(table, dict) else None)
         return
     try:
@@ -153,9 +153,10 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"{name} is a file; give a model folder or a Hub id.")
 
 
-def _check_layout(name: str, architectures: Sequence[str] | None) -> None:
+def _check_layout(name: str, architectures: Any) -> None:
     """Raise for a checkpoint of another package: transformers would read it as random weights."""
-    layout = FOREIGN.get(next(iter(architectures or ()), ""))
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    layout = FOREIGN.get(first) if isinstance(first, str) else None
     if layout is not None:
         raise UnsupportedModelError(
             f"{name} is not in transformers' own layout; convert it with "
@@ -165,10 +166,19 @@ def _check_layout(name: str, architectures: Sequence[str] | None) -> None:
 
 @contextmanager
 def _explained(name: str, what: str, mend: str) -> Iterator[None]:
+    """Around one call of transformers' readers, whose errors are then about the checkpoint.
+
+    For what is wrong in its files they raise errors of every kind, such as plain ``Exception`` from
+    tokenizers and ``ZeroDivisionError`` from a configuration without heads.
+    """
     try:
         yield
     except ImportError as error:
         raise ConfigError(f"{name}: {first_line(error)} Install it.") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:
+        if isinstance(error, ATPError) or is_out_of_memory(error):
+            raise
         problem = first_line(error).rstrip(".")
+        if not isinstance(error, (OSError, ValueError)):  # whose messages are not for people
+            problem = f"{type(error).__name__}: {problem}"
         raise ConfigError(f"{name} {what} ({problem}); {mend}.") from error

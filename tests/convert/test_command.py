@@ -85,6 +85,13 @@ LAYER = "model.layers.3.mlp.up_proj.weight"
 WRONG: dict[str, tuple[Make, str]] = {
     "no config": (file("config.json", None), r"config\.json is missing; give the folder"),
     "broken config": (file("config.json", "{"), r"config\.json cannot be read"),
+    "deep config": (file("config.json", "[" * 100_000), r"config\.json cannot be read .*deeply"),
+    "long number": (
+        file("config.json", '{"hidden_size": ' + "9" * 5_000 + "}"),
+        r"config\.json cannot be read .*digits",
+    ),
+    "no heads": (changed(num_attention_heads=0), "config.json in .* cannot be used|no model that"),
+    "heads that do not fit": (changed(num_attention_heads=5), "config.json"),
     "list for config": (file("config.json", "[]"), "no JSON object"),
     "architecture": (changed(architectures=["GPT2"]), "GPT2; LlavaLlamaForCausalLM"),
     "no architecture": (changed(architectures=None), "architecture None"),
@@ -117,6 +124,7 @@ WRONG: dict[str, tuple[Make, str]] = {
     "siglip": (siglip, "'siglip_vision_model', not CLIP"),
     "towerless": (towerless, r"clip-vit-large-patch14-336\) is not in the .*--vision-tower DIR"),
     "tokenizer": (file("tokenizer.json", "{"), "tokenizer in .* cannot be read"),
+    "deep tokenizer": (file("tokenizer.json", "[" * 100_000), "tokenizer in .* cannot be read"),
 }
 
 
@@ -152,6 +160,15 @@ def test_what_is_wrong_is_named_with_the_mend(
     assert captured.out == ""
     check_refused(captured.err, match)
     assert [path.name for path in tmp_path.iterdir()] == ["old"], "something was written"
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_names_that_are_no_text_are_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in (["llava", text, "out"], ["llava", str(tmp_path), text]):
+        assert main(given) == 2
+        check_refused(capsys.readouterr().err, "an argument holds .*no text")
 
 
 def test_a_tower_of_unknown_make_needs_its_config(

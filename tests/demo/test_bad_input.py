@@ -97,6 +97,10 @@ def test_image(kind: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--target-tokens", "1e30"], ["1e+30", "at most"]),
         (["--colour", "red"], ["--colour", "--help"]),
         (["--seed", "x"], ["--seed", "int"]),
+        (["--seed", "9" * 30], ["--seed", "int"]),
+        (["--overlay", "a\0b.png"], ["an argument", "no text"]),
+        (["--overlay", "a\ud800b.png"], ["an argument", "no text"]),
+        (["--weights", "a\0b"], ["an argument", "no text"]),
     ],
     ids=" ".join,
 )
@@ -117,6 +121,12 @@ def test_question(question: str, scene: Path, capsys: pytest.CaptureFixture[str]
     assert "ask something" in complaint(capsys, scene, question)
 
 
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "\udcff"])
+def test_names_that_are_no_text(text: str, scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ((text, QUESTION), (scene, text), (scene, QUESTION, "--model", text)):
+        assert "an argument holds the character" in complaint(capsys, *given)
+
+
 def test_arguments_missing(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "QUESTION" in complaint(capsys, scene)
 
@@ -134,7 +144,21 @@ def broken_model(kind: str, folder: Path, checkpoint: Path) -> Path:
         LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **tiny)).save_pretrained(folder)
     elif kind != "missing":
         folder.mkdir()
-        wanted = {"config": "{", "unknown type": '{"model_type": "perceptron"}', "no type": "{}"}
+        wanted = {
+            "config": "{",
+            "unknown type": '{"model_type": "perceptron"}',
+            "no type": "{}",
+            "deep": "[" * 100_000 + "]" * 100_000,
+            "architectures": '{"model_type": "llava", "architectures": [["x"]]}',
+            "one architecture": '{"model_type": "llava", "architectures": 5}',
+            "no heads": '{"model_type": "llava", "text_config": {"num_attention_heads": 0}}',
+            "wrong kind": '{"model_type": "llava", "text_config": 5}',
+            "no number": '{"model_type": "llava", "text_config": {"hidden_size": NaN}}',
+        }
+        if kind == "tokenizer":
+            for file in checkpoint.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+            (folder / "tokenizer.json").write_text("[" * 100_000)
         config = wanted.get(kind, (checkpoint / "config.json").read_text())
         (folder / "config.json").write_text(config)
     return folder
@@ -152,6 +176,13 @@ def broken_model(kind: str, folder: Path, checkpoint: Path) -> Path:
         ("unknown type", "perceptron"),
         ("no type", "model_type"),
         ("no processor", "processor"),
+        ("tokenizer", "has no processor"),
+        ("deep", "nested too deeply"),
+        ("architectures", ""),
+        ("one architecture", ""),
+        ("no heads", "configuration that can be read"),
+        ("wrong kind", "configuration that can be read"),
+        ("no number", "configuration that can be read"),
     ],
 )
 def test_model(
@@ -207,16 +238,20 @@ def test_overlay_that_fails_when_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(self: Image.Image, *args: object, **kwargs: object) -> None:
+    def full(self: Image.Image, file: Path, *args: object, **kwargs: object) -> None:
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
     path = tmp_path / "o.png"
+    path.write_bytes(b"an earlier picture")
     status = demo.main([str(scene), QUESTION, "--model", str(checkpoint), "--overlay", str(path)])
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")
     assert "No space left on device" in err.splitlines()[-1]
     assert "give another file" in err.splitlines()[-1]
+    assert path.read_bytes() == b"an earlier picture"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_without_rich(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from atp_patch import evaluate
 from atp_patch.commands import cli
-from atp_patch.evaluation import command
+from atp_patch.contract.errors import ConfigError
+from atp_patch.evaluation import command, options
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -54,6 +56,12 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (["--model", "."], ["not a model folder", "config.json"]),
         (["--device", "abacus"], ["--device abacus"]),
         (["--speed"], ["--speed"]),
+        (["--out", "a\0b"], ["an argument", "no text"]),
+        (["--model", "a\ud800b"], ["an argument", "no text"]),
+        (["--adapters", "a\0b"], ["an argument", "no text"]),
+        (["--summaries", "a\0b"], ["an argument", "no text"]),
+        (["--out", "a" * 5_000], ["File name too long"]),
+        (["--option", "score=" + "[" * 100_000], ["score="]),
     ],
 )
 def test_arguments(
@@ -78,9 +86,35 @@ def test_a_file_is_no_folder(
     path = tmp_path / "out"
     path.touch()
     assert "is a file" in complaint(capsys, "--model", folder, "--out", path)
-    assert "can be written" in complaint(
-        capsys, "--model", folder, "--no-plots", "--questions", 1, "--out", path / "deeper"
-    )
+    assert "can be written" in complaint(capsys, "--model", folder, "--out", path / "deeper")
+
+
+@pytest.mark.parametrize("text", ["1", "[" * 100_000, '{"layers": 1, "seeds": 2}', "9" * 5_000])
+def test_a_summary_that_is_none(
+    text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.jsonl").write_text(text, encoding="utf-8")
+    given = ("--model", folder, "--no-plots", "--summaries", tmp_path, "--out", tmp_path)
+    assert "summary.jsonl cannot be read" in complaint(capsys, *given)
+
+
+def test_earlier_results_outlive_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = options.parser().parse_args(["--out", str(tmp_path), "--no-plots"])
+    command.write([], args)
+    before = (tmp_path / "table.md").read_bytes()
+    write = Path.write_text
+
+    def full(self: Path, text: str, **kwargs: str) -> int:
+        write(self, text[:10], **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        command.write([], args)
+    assert (tmp_path / "table.md").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.jsonl", "table.md"]
 
 
 def test_answers_are_forced_with_the_built_in_tokenizer_alone(

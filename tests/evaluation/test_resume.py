@@ -135,3 +135,16 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     run.path.write_text('{"identity":{}}\n{"chunk":0,"tas\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"{run.path.name} is damaged .* remove it"):
         RunFile.open(tmp_path, "x", {}, {})
+    for damage in (b"\xff\xfe\n", b"1\n", b"[" * 100_000 + b"\n", b'{"a":1}\n{"tasks":1}\n'):
+        run.path.write_bytes(damage)
+        with pytest.raises(ConfigError, match=rf"{run.path.name} is damaged .* remove it"):
+            RunFile.open(tmp_path, "x", {}, {})
+
+
+def test_a_line_that_was_cut_within_a_letter_is_taken_off(tmp_path: Path) -> None:
+    run = RunFile.open(tmp_path, "x", {}, {"model": "M\u00fcller"})
+    whole = run.path.read_bytes()
+    assert "\u00fc".encode() in whole
+    run.path.write_bytes(whole + '{"chunk":0,"\u00fc'.encode()[:-1])
+    assert RunFile.open(tmp_path, "x", {}, {}).header["model"] == "M\u00fcller"
+    assert run.path.read_bytes() == whole
