@@ -248,7 +248,7 @@ def test_full_presets_have_the_published_sizes() -> None:
         (["--device", "meta"], ["--device meta", "give cpu"]),
         (["--seed", "-1"], ["--seed", "int"]),
         (["--image", "0x0"], ["--image", "'0x0'"]),
-        (["--image", "-28x28"], ["--image", "-28x28"]),
+        (["--image=-28x28"], ["--image", "-28x28"]),
         (["--batch-size", "9" * 30], ["--batch-size", "below 2**31"]),
         (["--prompt-tokens", "9" * 30], ["--prompt-tokens", "below 2**31"]),
         (["--seed", "9" * 30], ["--seed", "int"]),
