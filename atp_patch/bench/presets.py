@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers  # which loads a class of its own when it is used
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     InternVLConfig,
     InternVLVisionConfig,
@@ -88,7 +88,7 @@ class Preset(ABC):
             attention: "sdpa", "eager" or "flash_attention_2".
         """
         with torch.device(device):
-            model: nn.Module = AutoModelForImageTextToText.from_config(
+            model: nn.Module = transformers.AutoModelForImageTextToText.from_config(
                 self.config(self.depth(scale)), dtype=dtype, attn_implementation=attention
             )
         return model.to(device).eval()

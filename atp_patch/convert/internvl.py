@@ -6,13 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    LlamaConfig,
-    Qwen2Config,
-)
+import transformers  # which loads a class of its own when it is used
+from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.convert.configs import config_of
@@ -94,7 +89,7 @@ def internvl_plan(folder: Path) -> Plan:
 
     head = r"language_model\.lm_head\.weight"
     return Plan(
-        architecture=InternVLForConditionalGeneration,
+        architecture=transformers.InternVLForConditionalGeneration,
         config=config,
         sources=[Source(folder)],
         rules=(Rule(head), *RULES) if tied else RULES,

@@ -12,14 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # which loads a class of its own when it is used
 from torch.nn.functional import pad
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.convert.configs import config_of
@@ -143,7 +138,7 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
         f"{layer}.bias": lambda dtype: torch.zeros(width, dtype=dtype),
     }
     return Plan(
-        architecture=LlavaForConditionalGeneration,
+        architecture=transformers.LlavaForConditionalGeneration,
         config=config,
         sources=sources,
         rules=RULES,

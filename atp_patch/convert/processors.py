@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
+import transformers  # which loads a class of its own when it is used
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.tools.loading import first_line
@@ -46,7 +46,9 @@ def tokenizer_of(folder: Path, **options: Any) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
     except Exception as error:  # tokenizers raises nothing more special for a broken file
         raise ConfigError(
             f"the tokenizer in {folder} cannot be read ({first_line(error)}); install "
@@ -63,9 +65,9 @@ def save_generation_config(
         unused: ids that are never to be generated.
     """
     ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = GenerationConfig(**ids)
+    config = transformers.GenerationConfig(**ids)
     if (folder / "generation_config.json").is_file():
-        given = GenerationConfig.from_pretrained(folder)
+        given = transformers.GenerationConfig.from_pretrained(folder)
         try:
             given.validate(strict=True)
             config = given
@@ -74,7 +76,7 @@ def save_generation_config(
                 f"generation_config.json contradicts itself ({first_line(error).rstrip(':')}); "
                 "only its special tokens were taken over."
             )
-            config = GenerationConfig(**{name: getattr(given, name) for name in ids})
+            config = transformers.GenerationConfig(**{name: getattr(given, name) for name in ids})
     if unused:
         config.suppress_tokens = [*(config.suppress_tokens or ()), *unused]
     config.save_pretrained(out)
@@ -95,7 +97,7 @@ def save_llava_processor(out: Path, tokenizer: Any, config: Any, *, squared: boo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
-    LlavaProcessor(
+    transformers.LlavaProcessor(
         images,
         tokenizer,
         patch_size=config.vision_config.patch_size,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # which loads a class of its own when it is used
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils._validators import validate_repo_id
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 from transformers.utils import logging
 
 from atp_patch.contract.errors import ATPError, ConfigError, InputError, UnsupportedModelError
@@ -74,15 +74,15 @@ def load_checkpoint(
     """
     _check_name(name)
     with _explained(name, "has no configuration that can be read", "check --model and the network"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     _check_layout(name, config.architectures)
     family_of(config)
     with torch.device("meta"):
         with _explained(name, "cannot be built", "install what its configuration asks for"):
-            empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            empty = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
         check(empty)
     with _explained(name, "has no processor", "add the files its save_pretrained writes"):
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if getattr(processor, "chat_template", None) is None:
         raise UnsupportedModelError(
             f"the processor of {name} has no chat template to put the question in; add "
@@ -91,11 +91,13 @@ def load_checkpoint(
     kind = str(dtype).removeprefix("torch.")
     print(f"Loading {name} to {device} as {kind} ...", file=sys.stderr)
     with _explained(name, "cannot be loaded", "check its weight files"):
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     return model.to(device).eval(), processor
 
 
-def encode(processor: Any, image: Image.Image, question: str, model: Any) -> BatchFeature:
+def encode(
+    processor: Any, image: Image.Image, question: str, model: Any
+) -> transformers.BatchFeature:
     """The model's inputs for one question on one image.
 
     Raises:

@@ -130,6 +130,19 @@ def test_the_usage_needs_no_torch() -> None:
         assert not heads(found) & {"torch", "transformers", "numpy", "PIL"}
 
 
+def test_help_of_a_command_loads_no_model_of_transformers() -> None:
+    """Training is left out: peft loads one by itself."""
+    commands = ["demo", "evaluate", "convert", "bench"]
+    found = loaded_by(
+        "from atp_patch.commands.cli import main\n"
+        f"assert [main([name, '--help']) for name in {commands}] == [0] * 4"
+    )
+    models = {name for name in found if name.startswith("transformers.models.")}
+    modelling = {name for name in models if ".modeling_" in name}
+    assert modelling <= {"transformers.models.auto.modeling_auto"}
+    assert not heads(found) & {"matplotlib", "peft", "rich"}
+
+
 def test_type_checkers_and_python_are_told_the_same_names() -> None:
     tree = ast.parse((ROOT / "atp_patch" / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
