@@ -1,4 +1,4 @@
-"""The choice at the decoder's door: which projected visual features enter layer 0."""
+"""The choice at the decoder's door of the projected visual features that enter layer 0."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Chooser(Protocol):
     minimum: dict[str, int]
 
     def door_counts(self, run: Prefill) -> tuple[int, ...] | None:
-        """How many visual tokens of each sample enter, or None: the method decides."""
+        """How many visual tokens of each sample enter, or None where the method decides."""
 
     def decide_at_door(self, view: DoorView) -> Decision:
         """The method's choice."""
@@ -34,12 +34,14 @@ def choose(
     tower: Callable[[], Mapping[int, TowerTokens]],
     kwargs: dict[str, Any],
 ) -> None:
-    """Let only those visual tokens enter that the method chooses.
+    """Let only those visual tokens enter the decoder that the method chooses.
 
     Args:
         run: a pass that has just begun.
-        tower: reads what the vision tower did.
-        kwargs: of the decoder; what else they say of visual tokens is changed with them.
+        prompt: its tokens.
+        pruner: what the rest of the package says about the door.
+        tower: gives what the vision tower did.
+        kwargs: the decoder's; features that it adds in later layers are narrowed in place.
     """
     decision = run.frozen_decision(0)
     if decision is None:
@@ -84,8 +86,9 @@ def _view(
 
 
 def _narrow_late_features(run: Prefill, kwargs: dict[str, Any]) -> None:
-    """Features that the host adds behind its first layers (deepstack) go and merge with the tokens
-    that they belong to.
+    """Narrow the features that the host adds behind its first layers (deepstack).
+
+    They are dropped and merged like the tokens that they belong to.
     """
     mask, late = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
     if mask is None or not late:

@@ -1,6 +1,4 @@
-"""Finding the parts of a loaded model, and checking that they keep the contract the seam stands
-on.
-"""
+"""Finding the parts of a loaded model, and checking that the seam can hook into them."""
 
 from __future__ import annotations
 
@@ -19,11 +17,13 @@ class Parts:
     """The modules that the seam hooks into.
 
     Attributes:
-        model: what the user holds.
-        top: the module that is given labels and generates: ``model``, or its language model.
-        base: the model without its head, which sees images and ids.
+        model: the model that the user holds.
+        top: the module that is given labels and generates, which is ``model`` or its language
+            model.
+        base: the model without its head, which is given images and ids.
         decoder: the module with ``.layers``.
-        outer: how ``model`` feeds its language model, where it is of another package.
+        layers: the decoder's layers.
+        outer: how ``model`` feeds its language model where it is of another package, else None.
     """
 
     model: Any
@@ -54,7 +54,11 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def _mlp_sizes(config: Any) -> tuple[int, ...]:
-    """Of each layer, under the names that mixtures of experts have for theirs; a cost, no more."""
+    """The inner size of each layer's MLP, for costs.
+
+    In a mixture of experts it is that of all experts that a token visits, under whichever names the
+    config has for them.
+    """
 
     def option(*names: str) -> Any:
         found = (getattr(config, name, None) for name in names)

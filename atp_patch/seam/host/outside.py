@@ -1,8 +1,8 @@
 """Models of other packages, which feed a causal language model of transformers with embeddings.
 
-The seam then sits in that language model. Which of the positions are visual it learns from what the
-model around it was given: from the placeholders in ``input_ids``, or from the labels that come out
-of its own embedding method.
+The seam then hooks into that language model. Which positions are visual follows from what the model
+around it was given: from the placeholders in ``input_ids``, or from the labels that its own
+embedding method returns.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.replaced import Replaced
 
 IGNORED_LABEL = -100
-_OWN_LABEL = -1  # stands for the caller's own -100 while the embedding method runs
+_OWN_LABEL = -1  # replaces the caller's own -100 while the embedding method runs
 
 
 class _Embedded(PerThread):
-    """What the embedding method of the model around made in the running thread.
+    """What the outer model's embedding method made in the running thread.
 
     Attributes:
-        visual: (B, L) bool, the visual positions, until a pass has taken them.
+        visual: (B, L) bool, the visual positions; None before the method has run, and after a pass
+            has taken them.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class _Embedded(PerThread):
 
 
 class Outside:
-    """The model around the language model; for transformers' own models it knows nothing."""
+    """What the model around the language model tells; nothing for transformers' own models."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -42,24 +43,24 @@ class Outside:
         self._embed: Replaced | None = None
 
     def install(self) -> None:
-        """Watch the model's embedding method, if visual positions are learnt from it."""
+        """Put :meth:`embed` in place of the outer model's embedding method, where it has one."""
         outer = self.parts.outer
         if outer is not None and outer.embed is not None:
             self._embed = Replaced(self.parts.model, outer.embed, self.embed)
 
     def remove(self) -> None:
-        """Take that back."""
+        """Put the outer model's own embedding method back."""
         if self._embed is not None:
             self._embed.restore()
 
     @property
     def generation_config(self) -> Any:
-        """What ``generate`` follows where it is given nothing."""
+        """The generation config that ``generate`` uses where it is given none."""
         parts = self.parts
         return (parts.top if parts.outer is None else _language_model(parts)).generation_config
 
     def named(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a method of the top module by name."""
+        """The arguments of a call of a method of the top module, by name."""
         if not args:
             return kwargs
         names = list(inspect.signature(getattr(type(self.parts.top), method)).parameters)[1:]
@@ -68,11 +69,11 @@ class Outside:
     def visual(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """(B, L) bool: the visual positions in what a method of the top module is given.
 
-        None where this is nothing to be learnt from the outside.
+        It is None for models of transformers, and where the call holds no images.
 
         Raises:
-            InputError: where the model does not know its own placeholder yet, or packed what it
-                embedded into other rows.
+            InputError: where the outer model's placeholder is not set yet, or where it packed
+                several samples into one row.
         """
         outer = self.parts.outer
         if outer is None:
@@ -104,7 +105,11 @@ class Outside:
         return ids == token_id
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own embedding method, with labels that show where visual features went."""
+        """Call the outer model's embedding method and note which positions are visual.
+
+        The method is given labels without -100, so that every -100 in what it returns stands at a
+        visual position. The caller gets back the labels that the method would have made.
+        """
         assert self._embed is not None
         original = self._embed.original
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -122,6 +127,6 @@ class Outside:
 
 
 def _language_model(parts: Parts) -> Any:
-    """The causal language model in a model of another package."""
+    """The causal language model that a model of another package holds."""
     assert parts.outer is not None
     return getattr(parts.model, parts.outer.decoder)

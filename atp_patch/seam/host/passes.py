@@ -13,8 +13,8 @@ from typing import Any
 class PerThread(threading.local):
     """Base class of objects whose attributes each thread has for itself.
 
-    ``__init__`` runs again in each thread that comes along. A copy or a pickle takes no thread's
-    values with it: it begins anew.
+    ``__init__`` runs again in each thread that uses the object. A copy or a pickle takes no
+    thread's values with it and begins with fresh ones.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

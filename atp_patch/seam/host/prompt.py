@@ -1,6 +1,6 @@
-"""Reading a prompt: visual runs, text rows that count, the last prompt token.
+"""A prompt on the CPU: its runs of placeholders, the text rows that count, its last token.
 
-All of this is done on the CPU from one copy of the ids, before the decoder is busy.
+All of this is done on the CPU from one copy of the ids, before the decoder begins.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from atp_patch.maths import pack
 
 @dataclass(frozen=True)
 class Prompt:
-    """One forward pass's tokens, on the CPU.
+    """The tokens of one forward pass, on the CPU.
 
     Attributes:
-        visual: (B, L) bool, every placeholder of an image or video, grid or not.
+        visual: (B, L) bool, every attended placeholder of an image or video, in a grid or not.
         attended: (B, L) bool, False at padding.
-        ids: (B, L) int64, or None when only embeddings were given.
-        scored: (B, L) bool, tokens that exist at inference too: before the answer that is learned,
-            not generated.
+        ids: (B, L) int64, or None where only embeddings were given.
+        scored: (B, L) bool, the tokens that a prompt at inference holds too: those before the
+            answer that is learned, and none that was generated.
         finite: (B, L) bool, False where the embedding holds NaN or infinity.
         hidden: (B, L) bool, placeholders of images or videos that the attention mask hides.
     """
@@ -38,13 +38,13 @@ class Prompt:
 
     @property
     def token_counts(self) -> list[int]:
-        """Tokens of each sample without padding."""
+        """How many tokens each sample has without padding."""
         return self.attended.sum(1).tolist()
 
     def spans(self) -> list[list[Span]]:
         """The runs of placeholders of each sample."""
         ids = torch.zeros_like(self.visual, dtype=torch.long) if self.ids is None else self.ids
-        # A run ends where the id changes; -1 stands for everything that is no placeholder.
+        # A run ends where the id changes; -1 is the id of everything that is no placeholder.
         marked = torch.where(self.visual & self.attended, ids, -1)
         found: list[list[Span]] = []
         for row in marked:
@@ -62,20 +62,19 @@ class Prompt:
         return (int(places[0, 0]), int(places[0, 1])) if len(places) else None
 
     def text(self) -> Tensor:
-        """(B, L) bool: the text rows that score visual tokens (METHOD: after the first visual
-        token).
-        """
+        """(B, L) bool: the text that scores visual tokens, which stands behind the first one."""
         after_first = self.visual.cumsum(1) > 0
         return self.attended & self.scored & ~self.visual & after_first
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """The text rows that count, packed, on the device of the decoder.
+    """The text rows that count, packed, on the decoder's device.
 
     Attributes:
-        position, valid: (B, T) positions in the sequence and whether the slot is used.
-        last: (B,) position of the last prompt token.
+        position, valid: (B, T) int64 positions in the sequence, and bool, True in slots that are
+            used.
+        last: (B,) int64, the position of the last prompt token.
         sample_key: (B,) int64, the same for the same text, whatever the padding and the batch.
     """
 
@@ -94,7 +93,7 @@ class TextRows:
         last = torch.where(prompt_token, places, -1).amax(1).clamp(min=0)
         key = torch.zeros(text.shape[0], dtype=torch.long)
         if prompt.ids is not None:
-            # A polynomial hash over the text ids in their order among the text rows.
+            # This is a hash over the text ids, each weighed by its number among the text rows.
             order = (text.cumsum(1) * 0x9E3779B1) % 0x7FFFFFFF
             key = ((prompt.ids + 1) * order * text).sum(1) % 0x7FFFFFFF
         return cls(position.to(device), valid.to(device), last.to(device), key.to(device))

@@ -17,16 +17,17 @@ class Session:
     """One call of ``generate``.
 
     Attributes:
-        prompt_length: tokens of the prompt, those in the cache included; later ones are generated
-            or guessed, and never score.
-        visual_mask: (B, L) bool given with ``inputs_embeds``, or None.
-        visual_grids: of each sample the (frames, height, width) of its images, or None.
-        ids: (B, L) of the prompt, or None where it is given as embeddings.
-        attention_mask: (B, L) of the prompt, where one was given: static caches get another.
+        prompt_length: how many tokens the prompt has, those in the cache included. Later tokens are
+            generated or guessed, and never score visual tokens.
+        visual_mask: (B, L) bool that came with ``inputs_embeds``, or None.
+        visual_grids: for each sample the (frames, height, width) of its images, or None.
+        ids: (B, L) int64 of the prompt, or None where it came as embeddings alone.
+        attention_mask: (B, L) of the prompt where one was given, or None. Passes with a static
+            cache get another one.
         samples: how many prompts it was given; each may run in several rows (beams, sequences).
         grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where they were given:
             ``generate`` keeps them from the passes within.
-        choices: layer -> the decision of the first pass, for passes without a cache.
+        choices: layer -> the decision of the first pass, which later passes without a cache repeat.
     """
 
     prompt_length: int | None
@@ -45,8 +46,8 @@ class Session:
         """Read the arguments of ``generate``.
 
         Raises:
-            UnsupportedModelError: for a prefill in chunks, which would choose from a part of the
-                text.
+            UnsupportedModelError: for a prefill in chunks, which would choose tokens before the
+                whole text is read.
         """
         given = outside.named("generate", args, kwargs)
         if _chunk_size(given, outside.generation_config) is not None:
@@ -64,7 +65,7 @@ class Session:
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if length is not None and mask is not None:
-            length = max(length, mask.shape[1])  # ids of a later turn may be its own alone
+            length = max(length, mask.shape[1])  # the ids may be those of a later turn alone
         return cls(
             length,
             visual_mask,
@@ -83,7 +84,9 @@ def grids_given(given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _chunk_size(given: dict[str, Any], own: Any) -> int | None:
-    """As ``generate`` settles it: an argument, a configuration given, the model's ``own``."""
+    """The size of chunks as ``generate`` finds it: from its arguments, from the configuration that
+    it is given, or from the model's ``own``.
+    """
     name = "prefill_chunk_size"
     if name in given:
         size: int | None = given[name]

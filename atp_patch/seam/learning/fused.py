@@ -1,9 +1,10 @@
-"""Weighted attention for long sequences: the (L, L) tables are made a few rows at a time, and made
-anew on the way back, so that none is kept.
+"""Weighted attention for long sequences, in memory linear in the sequence.
 
-What is hidden or weighs nothing costs little: a block of rows looks no further than its last
-visible key, and keys of weight 0 come into it on the way back alone, for their weights' gradients.
-Rows that no gradient reaches, as those of pruned tokens, are left out on the way back.
+The (L, L) tables are computed a few rows at a time, and computed again in the backward pass, so
+that none is kept. Hidden keys and keys of weight 0 cost little: a block of rows reads no key behind
+its last visible one, and keys of weight 0 are read in the backward pass alone, for the gradients of
+their weights. Rows that no gradient reaches, as those of pruned tokens, are left out of the
+backward pass.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from atp_patch.maths import visible_keys
 
-# Numbers in the tables of one step: on a CPU what its caches hold, else what fills a GPU.
+# How many numbers the tables of one step hold: what fits a CPU's caches, or what fills a GPU.
 _CPU_NUMBERS, _GPU_NUMBERS = 2**19, 2**26
 _CPU_ROWS, _GPU_ROWS = 128, 1024
-_NOTHING = -80.0  # a logit so far below the greatest adds nothing; exponentials of less are slow
+_NOTHING = -80.0  # a logit this far below the greatest adds nothing; smaller ones are slow in exp
 
 
 class FusedWeightedAttention(torch.autograd.Function):
@@ -42,9 +43,9 @@ class FusedWeightedAttention(torch.autograd.Function):
         mask: Tensor,
         scaling: float,
     ) -> Tensor:
-        """The weighted mean of the values, and what the way back needs of each row."""
+        """The weighted mean of the values; what the backward pass needs of each row is saved."""
         out = torch.empty_like(value)
-        # Of each row: the greatest logit of the keys that count, and the log of the sum.
+        # For each row: the greatest logit of the keys that count, and the log of the sum.
         highest = query.new_empty(query.shape[:3], dtype=torch.float32)
         total = torch.empty_like(highest)
         scaled = query * scaling
@@ -107,12 +108,13 @@ class FusedWeightedAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Those rows of one sample that a gradient reaches.
+    """The rows of one sample that a gradient reaches.
 
     Attributes:
-        query: (H, r, d), scaled; ``grad``: (H, r, d) of what attention gave.
-        highest, total, mean: (H, r) of :class:`FusedWeightedAttention`; the mean over the keys of
-            what the gradient says of their values.
+        query: (H, r, d) queries times the scaling.
+        grad: (H, r, d), the gradient of the attention's output.
+        highest, total: (H, r) float32, the greatest logit and the log of the sum of exponentials.
+        mean: (H, r) float32, the mean over the keys of the product of gradient and value.
     """
 
     query: Tensor
@@ -124,12 +126,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Keys:
-    """Some keys of one sample, without gaps, as some of its rows see them.
+    """Some keys of one sample, packed, as some of its rows see them.
 
     Attributes:
-        place: (n,) int64, rising; ``key``, ``value``: (H, n, d).
+        place: (n,) int64 places in the sequence, rising.
+        key, value: (H, n, d).
         seen: (h or 1, r, n) bool, False for a row's own key too.
-        bias: (h or 1, r, n) to add to the logits, or None.
+        bias: (h or 1, r, n), what is added to the logits, or None.
     """
 
     place: Tensor
@@ -142,8 +145,14 @@ class _Keys:
     def of(
         cls, sample: int, chosen: Tensor, key: Tensor, value: Tensor, mask: Tensor, row: Tensor
     ) -> _Keys:
-        """Those of a sample that are chosen (L,), for its rows ``row`` (r,), whose mask is (h or 1,
-        r, L).
+        """The chosen keys of a sample, for some of its rows.
+
+        Args:
+            sample: the number of the sample.
+            chosen: (L,) bool.
+            key, value: (B, H, L, d).
+            mask: (h or 1, r, L), the mask of these rows.
+            row: (r,) int64 places of the rows.
         """
         place = chosen.nonzero()[:, 0]
         mask = mask.index_select(-1, place)
@@ -153,7 +162,7 @@ class _Keys:
         return cls(place, k, v, seen, bias)
 
     def blocks(self) -> Iterator[tuple[slice, slice, int]]:
-        """Rows, heads and how many keys: none behind those is seen."""
+        """Blocks of rows and heads, each with the number of keys in front that its rows may see."""
         length, cpu = self.seen.shape[1], self.key.device.type == "cpu"
         high = max(1, min(length, _CPU_ROWS if cpu else _GPU_ROWS))
         numbers = _CPU_NUMBERS if cpu else _GPU_NUMBERS
@@ -166,11 +175,11 @@ class _Keys:
                 yield rows, slice(head, head + wide), n
 
     def part(self, rows: slice, heads: slice, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is seen (h or 1, r, n), keys and values (h, n, d)."""
+        """A block's part of ``seen`` (h or 1, r, n), and its keys and values (h, n, d)."""
         return _of(self.seen, rows, heads, n), self.key[heads, :n], self.value[heads, :n]
 
     def biased(self, logits: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
-        """Logits (h, r, n) in float32, the bias of the mask added."""
+        """The logits (h, r, n) in float32 with the bias of the mask."""
         logits = logits.float()
         return logits if self.bias is None else logits.add_(_of(self.bias, rows, heads, n))
 
@@ -178,8 +187,9 @@ class _Keys:
 def _way_back(
     rows: _Rows, keys: _Keys, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the keys' weights (n,), and of the rows' queries, the keys and the values: these
-    are zero for keys that weigh nothing (``weight`` None).
+    """The gradients of the keys' weights (n,), of the queries, of the keys and of the values.
+
+    The last three are zero for keys of weight 0, for which ``weight`` is None.
     """
     to_weight = rows.total.new_zeros(len(keys.place))
     to_query, to_key, to_value = (torch.zeros_like(x) for x in (rows.query, keys.key, keys.value))
@@ -188,7 +198,7 @@ def _way_back(
         query, grad = rows.query[at], rows.grad[at]
         seen, key, value = keys.part(row, heads, n)
         logits = keys.biased(query @ key.transpose(-1, -2), row, heads, n)
-        # Keys that do not count may lie above the maximum.
+        # The logits of keys that do not count may be greater than the maximum.
         logits = torch.minimum(logits, rows.highest[at][..., None])
         share = logits.sub_(rows.total[at][..., None]).clamp_(min=_NOTHING).exp_().mul_(seen)
         slope = (grad @ value.transpose(-1, -2)).float()
@@ -203,17 +213,17 @@ def _way_back(
 
 
 def _of_sample(mask: Tensor, sample: int) -> Tensor:
-    """(H or 1, L, L) of a mask (B or 1, H or 1, L, L)."""
+    """One sample's part (H or 1, L, L) of a mask (B or 1, H or 1, L, L)."""
     return mask[sample if len(mask) > 1 else 0]
 
 
 def _of(table: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
-    """(h or 1, r, n) of a table (H or 1, L, keys)."""
+    """A block's part (h or 1, r, n) of a table (H or 1, L, keys)."""
     return table[heads if len(table) > 1 else slice(None), rows, :n]
 
 
 def _own_logits(scaled: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """(B, H, L) float32 of each token with itself, the least number where it is hidden."""
+    """(B, H, L) float32: each token's logit with itself, the least number where it is hidden."""
     own = (scaled * key).sum(-1).float()
     diagonal = mask.diagonal(dim1=-2, dim2=-1)
     if mask.dtype != torch.bool:

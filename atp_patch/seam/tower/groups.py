@@ -1,6 +1,6 @@
-"""What a block of a vision tower paid attention to, by tokens of the decoder, group by group.
+"""The attention that the decoder's tokens get in one block of a vision tower, group by group.
 
-A group is one image, tile or frame: what the tower attends within.
+A group is one image, tile or frame, within which the tower attends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.maths import cross_scores
 from atp_patch.seam.host.recorder import Recording
 
-# tokens of each group, and its placeholders -> how many to keep; None: the method decides
+# From the tokens of each group and its placeholders to how many tokens are kept of each; None where
+# the method decides.
 Counter = Callable[[Sequence[int], Sequence[int]], tuple[int, ...] | None]
 
 
@@ -36,14 +37,16 @@ def tower_groups(
     counts: Counter,
     minimum: int,
 ) -> tuple[TokenGroups, Tensor]:
-    """The groups of one call of a tower, and (G, n) the row of its features of each token.
+    """The groups of one call of a tower, and (G, n) int64 the row of each token among its features.
 
     Args:
+        about: where the tower's parts are, and what its tokens are like.
         recorded: the attention of one block, in one call or more.
-        grids: frames, height and width in patches of each picture, of towers that get rows of
-            patches.
-        shape: of the projector's features, without the last dimension.
-        counts: the budget; ``minimum``: tokens of a group at least.
+        grids: the frames, height and width of each picture in patches, where the tower takes rows
+            of patches.
+        shape: the shape of the projector's features without the last dimension.
+        counts: the budget.
+        minimum: how many tokens each group keeps at least.
 
     Raises:
         UnsupportedModelError: where the patches cannot be matched with tokens.
@@ -60,7 +63,7 @@ def _square(
     counts: Counter,
     minimum: int,
 ) -> tuple[TokenGroups, Tensor]:
-    """Groups of a tower that gets square pictures one by one."""
+    """The groups of a tower that takes square pictures."""
     number, rows = shape
     lead = int(about.class_token)
     patches = recording.key.shape[2] - lead
@@ -69,8 +72,8 @@ def _square(
     small = side // max(cells, 1)
     if side**2 != patches or small**2 != rows - extra or small * cells != side:
         raise UnsupportedModelError(
-            f"{patches} patches became {rows} tokens: no square grid, so they cannot be "
-            "matched; use a method that prunes inside the decoder."
+            f"{patches} patches became {rows} tokens, which form no square grid, so that patches "
+            "and tokens cannot be matched; use a method that prunes inside the decoder."
         )
     attention, key = _received(recording, lead)
     device = attention.device
@@ -103,7 +106,7 @@ def _packed(
     counts: Counter,
     minimum: int,
 ) -> tuple[TokenGroups, Tensor]:
-    """Groups of a tower that gets all pictures as one row of patches."""
+    """The groups of a tower that takes all pictures as one row of patches."""
     cell = about.cell
     query, key = (
         torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
@@ -136,10 +139,11 @@ def _packed(
 
 
 def window_order(height: int, width: int, window: int) -> Tensor:
-    """(height * width,) int64: the grid's places, window by window, in reading order within.
+    """(height * width,) int64: the grid's places, window by window, each in reading order.
 
     Args:
-        window: tokens along a side; 0: the whole grid is one.
+        height, width: the grid's rows and columns.
+        window: how many tokens lie along a side of a window; 0 where the whole grid is one.
     """
     place = torch.arange(height * width)
     if not window:
@@ -150,10 +154,10 @@ def window_order(height: int, width: int, window: int) -> Tensor:
 
 
 def _received(recording: Recording, lead: int) -> tuple[Tensor, Tensor]:
-    """What attention each patch gets (G, n), and all heads' keys of each (G, n, d), both float32.
+    """The attention that each patch gets (G, n), and all heads' keys of it (G, n, d), float32.
 
-    With a class token (``lead`` 1) it is the class token's attention among the patches (PruMerge
-    eq. 2), else that of all patches on average.
+    With a class token (``lead`` is 1) it is the class token's attention among the patches (PruMerge
+    eq. 2), else the attention of all patches on average.
     """
     query, key = recording.query, recording.key
     batch, device = key.shape[0], key.device

@@ -1,8 +1,8 @@
-"""The vision tower's attention, and the tokens made of it: what merging before the decoder hooks.
+"""Merging tokens between the vision tower and the decoder.
 
-The attention of one block is recorded as in the decoder (never recomputed, whatever its
-implementation). Where the projector works token by token, its inputs are merged, as in the paper;
-where it joins patches, its outputs are.
+The attention of one block of the tower is recorded as in the decoder, whatever its implementation,
+and never computed again. Where the projector works token by token, its inputs are merged, as in the
+paper. Where it joins patches, its outputs are merged.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from atp_patch.seam.tower.groups import blocks_of, tower_groups
 
 
 class Sharer(Protocol):
-    """How many tokens to keep of each group, given each group's tokens and its placeholders."""
+    """Says how many tokens of each group are kept.
+
+    A group is one image, tile or frame. It is given the numbers of tokens and of placeholders of
+    each group.
+    """
 
     def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
-        """None: the method decides."""
+        """The quota of each group, or None where the method decides."""
 
 
 class VisionHooks(Protocol):
@@ -33,17 +37,18 @@ class VisionHooks(Protocol):
         """Register them; ``add`` takes their handles."""
 
     def remove(self) -> None:
-        """Take back what is no hook."""
+        """Undo what ``install`` has changed besides hooks."""
 
 
 class _Merging(PerThread):
-    """What the tower left for the projector in the running thread.
+    """What the hooks know of the tower's run in the running thread.
 
     Attributes:
-        grids: frames, height and width in patches of each picture, of towers that get rows of
-            patches.
-        recorded: the attention of the block that is watched, one call or more.
-        merged: the groups, what was chosen of them, and the row of each token.
+        grids: the frames, height and width of each picture in patches, where the tower takes rows
+            of patches.
+        recorded: the attention of the block that is watched, in one call or more.
+        merged: the groups, what becomes of them, and (G, n) int64 the row of each token; None where
+            nothing was merged.
     """
 
     def __init__(self) -> None:
@@ -53,13 +58,15 @@ class _Merging(PerThread):
 
 
 class MergeHooks:
-    """Hooks on a vision tower and what follows it.
+    """Hooks on a vision tower and its projector that merge tokens.
 
     Args:
         base: the model without its head.
-        tower: where things are.
-        merge: the method; ``quotas``: the budget; ``minimum``: tokens of a group at least.
-        active: whether this call of the tower is part of a pass that may be pruned.
+        tower: where the tower's parts are.
+        merge: the method's choice.
+        quotas: the budget.
+        minimum: how many tokens each group keeps at least.
+        active: tells whether this call of the tower is part of a pass that may be pruned.
         recorder: records the tower's attention.
     """
 
@@ -139,8 +146,14 @@ class MergeHooks:
     # -- groups -----------------------------------------------------------------------------------
 
     def _merge_rows(self, features: Tensor, groups: TokenGroups, place: Tensor) -> Tensor:
-        """Features (..., D) whose kept rows are merged; what goes becomes a tombstone after the
-        projector.
+        """Features (..., D) whose kept rows are merged.
+
+        The rows that are dropped become tombstones behind the projector.
+
+        Args:
+            features: (..., D).
+            groups: the tokens in their groups.
+            place: (G, n) int64, the row of each token among the features.
         """
         merge = self.merge(groups)
         self._here.merged = (groups, merge, place)
@@ -156,7 +169,7 @@ class MergeHooks:
         return None if quotas is None else tuple(quota.tokens for quota in quotas)
 
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:
-        """The groups of tokens, and the row of ``features`` in which each token stands (G, n)."""
+        """The groups of tokens, and (G, n) int64 the row of each token among the features."""
         here = self._here
         recorded, here.recorded = here.recorded, []
         return tower_groups(

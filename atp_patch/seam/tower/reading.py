@@ -1,8 +1,8 @@
-"""What blocks of a vision tower did, read while it runs and brought into the tokens' places.
+"""Reading blocks of a vision tower for methods at the decoder's door, in the tokens' places.
 
-The tower runs before the prompt is read, once for images and once for videos, maybe for fewer
-samples than the decoder gets (beams). What it made is put into the places of the prompt by order:
-of the tower's pictures, and of the grids in the prompt.
+The tower runs before the prompt is read, once for images and once for videos, and for fewer samples
+than the decoder gets where beams share their images. Its pictures are matched with the grids of the
+prompts by their order.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _Run:
     """One call of the tower and its projector.
 
     Attributes:
-        videos: it read videos.
-        groups: block -> what its tokens got.
+        videos: True where it read videos.
+        groups: block -> its tokens in groups, with the attention that they got.
         classes: block -> (G, Dt) the class token of each group; empty without class tokens.
     """
 
@@ -39,12 +39,13 @@ class _Run:
 
 
 class _Reading(PerThread):
-    """What the tower did in the running thread's pass.
+    """What the hooks know of the tower's runs in the running thread's pass.
 
     Attributes:
-        grids: frames, height and width in patches of each picture, of towers that get rows of
-            patches.
-        recorded, classes: of the call that is under way, by block.
+        grids: the frames, height and width of each picture in patches, where the tower takes rows
+            of patches.
+        recorded: block -> the attention that was recorded in the call that is under way.
+        classes: block -> (G, Dt) the class tokens of the call that is under way.
         runs: the calls that have ended.
     """
 
@@ -60,11 +61,11 @@ class ReadingHooks:
 
     Args:
         base: the model without its head.
-        tower: where things are.
+        tower: where the tower's parts are.
         asked: the blocks, as a method names them (:attr:`DoorMethod.tower_blocks`).
-        active: whether this call of the tower is part of a pass that may be pruned.
+        active: tells whether this call of the tower is part of a pass that may be pruned.
         recorder: records the tower's attention.
-        videos: whether videos are being read.
+        videos: tells whether videos are being read.
 
     Raises:
         ConfigError: where the tower has no such block.
@@ -108,7 +109,7 @@ class ReadingHooks:
                 self.recorder.release(attention)
 
     def forget(self) -> None:
-        """A new pass begins in the running thread."""
+        """Forget the running thread's last pass, because a new one begins."""
         here = self._here
         here.recorded, here.classes, here.runs = {}, {}, []
 
@@ -116,7 +117,7 @@ class ReadingHooks:
         return [self.base.get_submodule(name) for name in self.tower.modules]
 
     def _watched(self, tower: nn.Module) -> Iterator[tuple[int, Any, Any]]:
-        """Number, block and attention of each block that is read."""
+        """The number, the module and the attention of each block that is read."""
         blocks = blocks_of(tower, self.tower)
         for number in sorted(set(self.blocks.values())):
             yield number, blocks[number], blocks[number].get_submodule(self.tower.attention)
@@ -157,9 +158,10 @@ class ReadingHooks:
     # -- places -----------------------------------------------------------------------------------
 
     def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> dict[int, TowerTokens]:
-        """The number by which a block was asked for -> what it did, in the layout's places.
+        """What each block did, in the layout's places, by the number that the method asked for.
 
         Args:
+            layout: where the visual tokens lie.
             videos: for each grid of each sample, whether it is a video.
 
         Raises:
@@ -171,11 +173,11 @@ class ReadingHooks:
 
 
 def _no_counts(tokens: Sequence[int], places: Sequence[int]) -> None:
-    """No budget is shared out among groups."""
+    """The budget of a method at the door is not divided among groups."""
 
 
 def _block(number: int, tower: Tower, depth: int) -> int:
-    """The block that a number names, counted from the front."""
+    """The number from the front of the block that a number names."""
     block = number if number >= 0 else tower.block + 1 + number
     if not 0 <= block < depth:
         raise ConfigError(
@@ -193,8 +195,12 @@ def _block(number: int, tower: Tower, depth: int) -> int:
 
 @dataclass(frozen=True)
 class _Group:
-    """One image, tile or frame: (height * width, channels) float32 in reading order, of attention,
-    key and class token side by side.
+    """What one block made of one image, tile or frame.
+
+    Attributes:
+        size: its rows and columns of tokens.
+        table: (height * width, channels) float32 in reading order: attention, key and class token
+            side by side.
     """
 
     size: tuple[int, int]
@@ -202,7 +208,7 @@ class _Group:
 
 
 def _groups(run: _Run, block: int) -> Iterator[_Group]:
-    """The groups of one call."""
+    """The groups of one call of the tower, as one block made them."""
     made, classes = run.groups[block], run.classes.get(block)
     for number, size in enumerate(zip(made.heights, made.widths, strict=True)):
         valid = made.valid[number]
@@ -217,14 +223,14 @@ def _groups(run: _Run, block: int) -> Iterator[_Group]:
 def _placed(
     runs: Sequence[_Run], block: int, layout: Layout, videos: Sequence[Sequence[bool]]
 ) -> TowerTokens:
-    """One block's groups in the layout's places."""
+    """The groups of one block, in the layout's places."""
     groups = {
         kind: [group for run in runs if run.videos == kind for group in _groups(run, block)]
         for kind in (False, True)
     }
     every = groups[False] + groups[True]
     needed = sum(grid.frames for sample in layout.grids for grid in sample)
-    repeats = needed // max(len(every), 1)  # beams and sequences share what was read once
+    repeats = needed // max(len(every), 1)  # beams and returned sequences share their images
     if repeats == 0 or len(every) * repeats != needed or len(layout.grids) % repeats:
         raise InputError(
             f"the vision tower ran for {len(every)} images, tiles or frames, and the prompt holds "

@@ -1,4 +1,4 @@
-"""Smaller pictures for the vision tower, and its fewer tokens spread over the placeholders."""
+"""Giving the vision tower smaller pictures, and spreading its tokens over the placeholders."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Size = tuple[int, int]
 
 
 class GridChooser(Protocol):
-    """The grid of about ``count`` tokens, ``least`` at least, that a larger one becomes."""
+    """Chooses the grid of about ``count`` tokens, at least ``least``, that a larger one becomes."""
 
     def __call__(self, height: int, width: int, count: int, least: int, *, square: bool) -> Size:
         """(height, width) of the smaller grid."""
 
 
 class _Shrinking(PerThread):
-    """What the tower left for what follows it, in the running thread.
+    """What the hooks know of the tower's run in the running thread.
 
     Attributes:
-        sizes: of each grid, before and after; empty where nothing became smaller.
-        lead: tokens in front of each grid.
+        sizes: for each grid its size before and after; empty where nothing became smaller.
+        lead: how many tokens stand in front of each grid.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,14 @@ class _Shrinking(PerThread):
 
 
 class ShrinkHooks:
-    """Hooks in front of a vision tower, and behind what makes the decoder's tokens.
+    """Hooks that give a vision tower smaller pictures and spread its tokens over placeholders.
 
     Args:
         base: the model without its head.
-        tower: where things are.
-        grid: the method; ``quotas``: the budget.
-        active: whether this call of the tower is part of a pass that may be pruned.
+        tower: where the tower's parts are.
+        grid: the method's choice of the smaller grid.
+        quotas: the budget.
+        active: tells whether this call of the tower is part of a pass that may be pruned.
     """
 
     def __init__(
@@ -73,16 +74,21 @@ class ShrinkHooks:
             add(projector.register_forward_hook(self._after_projector))
 
     def remove(self) -> None:
-        """Nothing: there are only hooks."""
+        """Do nothing, since ``install`` has registered only hooks."""
 
     def begin(self) -> None:
-        """A call of the tower begins; what one that was broken off left is forgotten."""
+        """Forget what a call of the tower that was broken off may have left."""
         self._here.sizes = []
 
     # -- towers that get pictures -----------------------------------------------------------------
 
     def shrink(self, pixels: Tensor, lead: int) -> Tensor:
-        """(N, 3, H, W) pictures of one size -> smaller ones, or the same where nothing changes."""
+        """Smaller pictures, or the same ones where nothing changes.
+
+        Args:
+            pixels: (N, 3, H, W) pictures of one size.
+            lead: how many tokens stand in front of each grid.
+        """
         self._here.sizes, self._here.lead = [], lead
         step = self.tower.patch * self.tower.cell
         number, height, width = pixels.shape[0], pixels.shape[2] // step, pixels.shape[3] // step
@@ -139,7 +145,8 @@ class ShrinkHooks:
         """(patches, C * frames * p * p) of one image or video -> those of its smaller pictures."""
         cell, side, frames = self.tower.cell, self.tower.patch, self.tower.frames
         t, h, w = film
-        # t, row, column of cells; row, column in the cell; channel, frame, row, column in the patch
+        # The dimensions: time, row and column of cells; row and column in the cell; channel, frame,
+        # row and column in the patch.
         table = patches.reshape(t, h, w, cell, cell, -1, frames, side, side)
         channels = table.shape[5]
         pictures = table.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
@@ -162,13 +169,13 @@ class ShrinkHooks:
 
 
 class _Before:
-    """Pre-hook of a tower that gets pictures."""
+    """The forward pre-hook of a tower that takes pictures."""
 
     def __init__(self, hooks: ShrinkHooks, lead: int) -> None:
         self.hooks, self.lead = hooks, lead
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Shrink the pictures; the tower is told to fit its positions to them."""
+        """Shrink the pictures, and tell the tower to fit its position embeddings to them."""
         self.hooks.begin()
         if not self.hooks.active():
             return None
@@ -184,9 +191,10 @@ class _Before:
 
 
 def spread_slots(grid: Size, small: Size) -> Tensor:
-    """(rows * columns of ``small``,) int64: the place in ``grid`` under each smaller one's centre.
+    """(rows * columns of ``small``,) int64: the place in ``grid`` under the centre of each place of
+    ``small``.
 
-    Distinct places: a smaller grid never has two centres in one place.
+    These are distinct, because a smaller grid never has two centres in one place of the larger one.
     """
     rows, columns = (
         (2 * torch.arange(few) + 1) * many // (2 * few)
@@ -196,8 +204,9 @@ def spread_slots(grid: Size, small: Size) -> Tensor:
 
 
 def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
-    """(tokens of the smaller grids, D) -> (tokens of all grids, D), tombstones in the other
-    places.
+    """The features (tokens of the smaller grids, D) as (tokens of all grids, D).
+
+    The other places hold tombstones.
     """
     places, parities = [], []
     start = 0
@@ -214,6 +223,6 @@ def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
 
 
 def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
-    """(N, C, H, W) pictures resampled with a filter as wide as the step down."""
+    """(N, C, H, W) pictures resampled by a bilinear filter that is widened against aliasing."""
     small = interpolate(pictures.float(), (height, width), mode="bilinear", antialias=True)
     return small.to(pictures.dtype)

@@ -1,4 +1,4 @@
-"""Whether the vision tower reads videos: it gets the same from both, so its caller must tell."""
+"""Whether the vision tower reads images or videos, which only the method that calls it knows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Videos:
         self._replaced: Replaced | None = None
 
     def install(self) -> None:
-        """Take the method's place."""
+        """Put this object in the method's place."""
         if hasattr(self.base, METHOD):
             self._replaced = Replaced(self.base, METHOD, self)
 
     def remove(self) -> None:
-        """Take that back."""
+        """Put the method back."""
         if self._replaced is not None:
             self._replaced.restore()
 
@@ -42,12 +42,12 @@ class Videos:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The host's: ``generate`` reads off it which arguments to give."""
+        """The signature of the host's method, from which ``generate`` chooses its arguments."""
         assert self._replaced is not None
         return inspect.signature(self._replaced.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's own method, in the knowledge that it runs."""
+        """Call the host's method; :attr:`being_read` is True meanwhile."""
         assert self._replaced is not None
         self._reading.under_way = True
         try:
