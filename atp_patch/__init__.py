@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
         Decision,
         DoorMethod,
         DoorView,
+        GridQuery,
         LayerMethod,
         LearnedThresholds,
         LearningStep,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
         TokenGroups,
         TowerMethod,
         View,
+        VisualGrid,
     )
     from atp_patch.contract.errors import (
         ATPError,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
         UnsupportedModelError,
         WeightsError,
     )
-    from atp_patch.families import scaled_layers, supported_families
+    from atp_patch.families import Family, scaled_layers, supported_families
     from atp_patch.methods import available_methods
     from atp_patch.patching.config import PruningConfig
     from atp_patch.patching.patch import disabled, last_trace, patch_model, unpatch_model
@@ -59,6 +61,8 @@ __all__ = [
     "DecisionError",
     "DoorMethod",
     "DoorView",
+    "Family",
+    "GridQuery",
     "HubError",
     "InputError",
     "LayerMethod",
@@ -77,6 +81,7 @@ __all__ = [
     "UnsupportedModelError",
     "View",
     "VisualCache",
+    "VisualGrid",
     "WeightsError",
     "__version__",
     "available_methods",
@@ -102,6 +107,7 @@ _HOMES = {
         "Decision",
         "DoorMethod",
         "DoorView",
+        "GridQuery",
         "LayerMethod",
         "LearnedThresholds",
         "LearningStep",
@@ -112,6 +118,7 @@ _HOMES = {
         "TokenGroups",
         "TowerMethod",
         "View",
+        "VisualGrid",
     ),
     "atp_patch.contract.errors": (
         "ATPError",
@@ -125,7 +132,7 @@ _HOMES = {
         "UnsupportedModelError",
         "WeightsError",
     ),
-    "atp_patch.families": ("scaled_layers", "supported_families"),
+    "atp_patch.families": ("Family", "scaled_layers", "supported_families"),
     "atp_patch.methods": ("available_methods",),
     "atp_patch.patching.config": ("PruningConfig",),
     "atp_patch.patching.patch": ("disabled", "last_trace", "patch_model", "unpatch_model"),

@@ -52,16 +52,19 @@ def supported_families() -> dict[str, tuple[str, ...]]:
     return {family.name: family.model_types for family in FAMILIES}
 
 
-def family_of(config: Any, name: str | None = None) -> Family:
+def family_of(config: Any, name: str | Family | None = None) -> Family:
     """The family of a loaded model's config.
 
     Args:
-        name: the family that the caller asks for; only "generic" is not found by itself.
+        name: the family that the caller asks for. None stands for the one that serves the model's
+            type; "generic" is never found by itself; a :class:`Family` is taken as it is.
 
     Raises:
         ConfigError: where the model is not of the family asked for.
-        UnsupportedModelError: naming the families that are served.
+        UnsupportedModelError: where no family serves it; the message names the types served.
     """
+    if isinstance(name, Family):
+        return _own(config, name)
     if name == GENERIC.name:
         return GENERIC
     family = _found(config)
@@ -70,6 +73,18 @@ def family_of(config: Any, name: str | None = None) -> Family:
             f"family={name!r}, but the model is of the family {family.name!r}; leave family out, "
             'or give family="generic" and pass visual_mask= with each call.'
         )
+    return family
+
+
+def _own(config: Any, family: Family) -> Family:
+    """A family of the caller's own, checked against the model."""
+    model_type = getattr(config, "model_type", None)
+    if model_type not in family.model_types:
+        raise ConfigError(
+            f"family={family.name!r} serves models of type {', '.join(family.model_types)}, but "
+            f"this one is of type {model_type!r}; add the type to its model_types if it fits."
+        )
+    family.check(config)
     return family
 
 
@@ -86,7 +101,8 @@ def _found(config: Any) -> Family:
         why = f": {reason}. Instead: {alternative}"
     raise UnsupportedModelError(
         f"models of type {model_type!r} are not supported{why}; supported are: {known}. "
-        'A decoder built of transformers\' own layers may be patched with family="generic".'
+        "A decoder built of transformers' own layers may be patched with a Family of your own, or "
+        'with family="generic".'
     )
 
 
