@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, NotPatchedError
-from atp_patch.families import family_of
+from atp_patch.families import Family, family_of
 from atp_patch.methods import (
     DoorMethod,
     LayerMethod,
@@ -54,7 +54,7 @@ def patch_model(
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
     weights: str | Path | None = None,
-    family: str | None = None,
+    family: str | Family | None = None,
     min_tokens: int = 1,
     min_tokens_per_image: int = 0,
     rope_2d: bool | str = False,
@@ -78,8 +78,10 @@ def patch_model(
             of either kind it is a quarter of the sample's visual tokens, or what the method
             itself decides.
         weights: a folder or Hub id of a saved adapter, which brings all of the above along.
-        family: "generic" for a decoder of transformers that no family knows; each call then says
-            which tokens are visual, by ``visual_mask=`` and, if wanted, ``visual_grids=``.
+        family: the family that serves the model's type where it is left out; a
+            :class:`atp_patch.Family` of your own; or "generic" for any decoder of transformers,
+            where each call says which tokens are visual, by ``visual_mask=`` and, if wanted,
+            ``visual_grids=``.
         min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
             image.
         rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
