@@ -12,12 +12,14 @@ from torch import nn
 import atp_patch
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
+from tests.helpers.doors import Asked, TowerReader
 from tests.helpers.inputs import batch
 from tests.helpers.run import BEFORE, INSIDE, forward, generate
 
+DOORS = {"at the door": Asked(), "reads the tower": TowerReader()}
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
 broken = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-every_method = pytest.mark.parametrize("method", [*INSIDE, *BEFORE])
+every_method = pytest.mark.parametrize("method", [*INSIDE, *BEFORE, *DOORS])
 MESSAGE = "visual tokens have features that are NaN or infinite"
 
 
@@ -25,9 +27,10 @@ def patched(kind: str, method: str) -> Any:
     options: dict[str, Any] = {}
     if method in INSIDE:
         options = {"layers": [2, 4], "keep": 0.5}
-    elif method == "downsample":
+    elif method == "downsample" or method in DOORS:
         options = {"keep": 0.5}
-    return atp_patch.patch_model(tiny.tiny_model(kind), method=method, **options)
+    chosen = DOORS.get(method, method)
+    return atp_patch.patch_model(tiny.tiny_model(kind), method=chosen, **options)
 
 
 def spoil(model: Any, value: float, where: tuple[slice, slice]) -> Any:

@@ -176,7 +176,7 @@ def test_every_image_tile_and_frame_keeps_its_minimum() -> None:
                     assert not here.any() or stays[here].sum() >= 4
 
 
-def test_outputs_hold_no_marks() -> None:
+def test_outputs_hold_no_tombstones() -> None:
     model = patched(LLAVA)
     inputs = LLAVA.feed(model, "left")
     out = forward(model, inputs, output_hidden_states=True, return_dict=True)

@@ -46,7 +46,7 @@ def test_generate_from_the_ids_of_a_later_turn_alone(first: Any) -> None:
         assert kept.sum() < length
 
 
-def test_tokens_dropped_before_the_decoder_leave_no_mark_in_a_later_turn() -> None:
+def test_tokens_dropped_before_the_decoder_leave_no_tombstone_in_a_later_turn() -> None:
     model = atp_patch.patch_model(tiny.tiny_model("llava-llama"), method="prumerge", keep=0.25)
     session, _, asked = later_turn(model)
     out = model.generate(
