@@ -1,5 +1,6 @@
-"""Training: data in LLaVA's format, labels on answers alone, transformers' Trainer, a card.
+"""Training as a command: it reads data in LLaVA's format, labels the answers alone, trains with
+transformers' Trainer, and writes an adapter with a card.
 
-Nothing here is needed to train with a loop of one's own: a patched model's loss holds the terms of
-ATP-LLaVA already.
+Whoever writes a training loop needs nothing from here: the loss of a patched model already holds
+the terms of ATP-LLaVA.
 """

@@ -1,4 +1,4 @@
-"""What the card of an adapter says of its training."""
+"""The part of an adapter's card that is about its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ def card(
     data: str,
     calibration: Calibration | None,
 ) -> str:
-    """A section for the adapter's card: how it was trained, and what was measured then."""
+    """Write the section of the adapter's card that says how it was trained, and what was measured
+    then.
+
+    Args:
+        settings: of the training.
+        history: entries of the Trainer's log.
+        samples: how many samples the data has.
+        skipped: numbers of the samples that were left out.
+        data: name of the data.
+        calibration: what calibrating did at the end; None where it was not done.
+    """
     logs = [entry for entry in history if "next_token" in entry]
     learned = "the threshold heads alone, the language model frozen"
     rates = f"heads {settings.atp_lr:g}"

@@ -1,4 +1,4 @@
-"""The command: load, patch, train, save."""
+"""The command of training: it loads and patches a model, trains it, and saves what it learned."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ADAPTER = "adapter"
 MODEL: Beside = "model"
 LORA: Beside = "lora"
 SCENES = 20_000
-# what may change when a training goes on
+# Settings that may change when a training is resumed.
 _FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_bad", "calibrate")
 
 
@@ -66,13 +66,17 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def train(settings: Settings, resume: bool = False) -> Path:
-    """Train as the settings say; returns the adapter's folder.
+    """Train as the settings say.
 
     Args:
-        resume: go on from the newest checkpoint in ``settings.out``.
+        resume: whether to go on from the newest checkpoint in ``settings.out``.
+
+    Returns:
+        the adapter's folder.
 
     Raises:
-        ATPError: where a setting or the data is wrong. What was learned so far is in a checkpoint.
+        ATPError: where a setting or the data is wrong, or the training to resume is finished. Where
+            it is raised during the training, a checkpoint holds what was learned until then.
     """
     _check_trainer()
     checkpoint = _checkpoint(settings, resume)
@@ -90,10 +94,10 @@ def train(settings: Settings, resume: bool = False) -> Path:
     set_seed(settings.seed)
     with whole_model(args):
         model, processor = _load(settings)
-        set_seed(settings.seed)  # the heads' start, whatever loading drew
+        set_seed(settings.seed)  # so that the heads start alike, however much loading has drawn
         _patch(model, settings)
         freeze(model, settings.freeze_lm)
-        # Not a bit of what is trained hangs on layers that add nothing, unless they learn too.
+        # Layers that add nothing do not change what is trained, unless they learn too.
         silent = silent_layers(model) if settings.model in NAMES and settings.freeze_lm else ()
         if settings.lora_rank:
             add_lora(model, settings.lora_rank, settings.lora_alpha, leave_out=silent)
@@ -127,7 +131,7 @@ def train(settings: Settings, resume: bool = False) -> Path:
             else:
                 trainer.train(resume_from_checkpoint=checkpoint)
         except (ATPError, KeyboardInterrupt) as error:
-            # After a loss that is no number the weights may be none either.
+            # Where a loss is not finite, the weights may not be finite either.
             sound = isinstance(error, (InputError, KeyboardInterrupt))
             saved = trainer.save_now() if sound else None
             if saved is not None and isinstance(error, InputError):
@@ -142,8 +146,11 @@ def train(settings: Settings, resume: bool = False) -> Path:
 
 
 def calibrated(trainer: PruningTrainer) -> Calibration | None:
-    """Set the thresholds to the budget on the first samples; None where that cannot be, or is not
-    asked for.
+    """Set the thresholds to the budget on the first samples.
+
+    Returns:
+        what changed; None where the settings do not ask for it, or it cannot be done, which is said
+        on stderr.
     """
     settings, samples = trainer.settings, trainer.train_dataset
     if not settings.calibrate:
@@ -157,7 +164,7 @@ def calibrated(trainer: PruningTrainer) -> Calibration | None:
             batch = trainer.data_collator(chosen[start : start + size])
             batches.append({name: value for name, value in batch.items() if name != SKIPPED})
         return calibrate(trainer.model, batches)
-    except (ConfigError, InputError) as error:  # what was learned is saved all the same
+    except (ConfigError, InputError) as error:  # what was learned must still be saved
         sys.stderr.write(f"Not calibrated: {error}\n")
         return None
 
@@ -165,7 +172,11 @@ def calibrated(trainer: PruningTrainer) -> Calibration | None:
 def save(
     trainer: PruningTrainer, processor: Any, source: Source, calibration: Calibration | None
 ) -> Path:
-    """Write the adapter with its card, and the model or its LoRA where they learned."""
+    """Write the adapter with its card, and the model or its LoRA where they learned.
+
+    Returns:
+        the adapter's folder, which is written last and whole.
+    """
     settings, model = trainer.settings, trainer.model
     out = Path(settings.out)
     state = trainer.whole_state()
@@ -203,7 +214,11 @@ def _check_trainer() -> None:
 
 
 def _checkpoint(settings: Settings, resume: bool) -> str | None:
-    """The newest checkpoint, made with the same settings."""
+    """The newest checkpoint of the same settings; None where nothing is to be resumed.
+
+    Raises:
+        ConfigError: where the folder does not go with ``resume``, or the training is finished.
+    """
     out = Path(settings.out)
     check_folder(out, "out")
     newest = _newest_checkpoint(out)
@@ -234,7 +249,7 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); train anew in another out.") from error
     now = settings.to_dict()
-    # A setting that is younger than the checkpoint had its default's effect.
+    # A checkpoint older than a setting was trained as that setting's default says.
     before = {**Settings().to_dict(), **before}
     changed = [
         f"{entry.name} ({before[entry.name]!r}, now {now[entry.name]!r})"
@@ -250,7 +265,7 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
 
 
 def _newest_checkpoint(out: Path) -> str | None:
-    """The newest one that was written to its end: the state comes last."""
+    """The newest checkpoint that was written to its end, which its state shows: it comes last."""
     states = out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     folders = [state.parent for state in states if state.parent.name.split("-")[-1].isdecimal()]
     folders = [folder for folder in folders if _state(folder) is not None]
@@ -287,7 +302,9 @@ def _source(settings: Settings) -> Source:
 
 
 def _load(settings: Settings) -> tuple[Any, Any]:
-    """The model on the CPU, in bfloat16 only where no optimizer needs more of its weights."""
+    """The model on the CPU with its processor. It is in bfloat16 only where no optimizer needs its
+    weights more exactly.
+    """
     half = settings.dtype == "bfloat16" and (settings.freeze_lm or settings.deepspeed is not None)
     dtype = torch.bfloat16 if half else torch.float32
     if settings.model in NAMES:

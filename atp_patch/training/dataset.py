@@ -1,4 +1,4 @@
-"""Samples as torch wants them, and batches of them."""
+"""A data set of encoded conversations for torch, and the batches made of its samples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from atp_patch.contract.errors import ConfigError, InputError
 from atp_patch.training.encode import IGNORED
 from atp_patch.training.records import Conversation, Source
 
-SKIPPED = "skipped"  # numbers of the samples that were left out, beside a sample or a batch
+SKIPPED = "skipped"  # key of a sample or a batch: the numbers of the samples that were left out
 
 
 class Samples(Dataset):
-    """Encoded conversations; the place of a bad one is taken by the next good one.
+    """A data set of encoded conversations.
 
-    Without ``skip_bad`` a bad one raises :class:`InputError`.
+    Args:
+        source: the conversations.
+        encode: makes the model's inputs of one conversation.
+        skip_bad: whether the next good sample takes the place of a bad one. Otherwise a bad one
+            raises :class:`InputError`.
     """
 
     def __init__(
@@ -54,7 +58,14 @@ class Samples(Dataset):
 
 
 def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """One batch: what is as long as the ids is padded on the right, the rest is put together.
+    """Make one batch of several samples.
+
+    Tensors of the shape of ``input_ids`` are padded on the right to the longest of them; all others
+    are concatenated along their first dimension.
+
+    Args:
+        samples: what :class:`Samples` gives.
+        pad_id: the token id that fills ``input_ids`` up.
 
     Raises:
         ConfigError: where images of different samples do not fit into one batch.

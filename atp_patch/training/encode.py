@@ -1,4 +1,6 @@
-"""From a conversation to tensors: the processor's chat template, labels on the answers alone."""
+"""Conversations as tensors: the processor's chat template writes the text, and the answers alone
+get labels.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,22 @@ from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.tools.loading import first_line
 from atp_patch.training.records import Conversation
 
-IGNORED = -100
+IGNORED = -100  # label of a token that is not learned
 
 
 class Encoder:
     """Encodes conversations for one model.
 
-    The answers are found in the text that the template writes, up to the end token, which is
-    learned too; where the template writes none, it is put after each answer.
+    Each answer is found in the text that the chat template writes. It is learned together with the
+    end token behind it; where the template writes no end token, one is put after each answer.
+
+    Args:
+        processor: the model's own, with a chat template and a fast tokenizer.
+        placeholders: ids of the tokens that stand for visual tokens.
+        max_length: the most tokens of a sample, after which it is cut; None: there is no limit.
+
+    Raises:
+        UnsupportedModelError: where the processor lacks what is needed.
     """
 
     def __init__(
@@ -39,7 +49,10 @@ class Encoder:
             )
 
     def __call__(self, conversation: Conversation) -> dict[str, Tensor]:
-        """The model's inputs with ``labels``, each (1, L) or as the processor makes it.
+        """Encode one conversation.
+
+        Returns:
+            the model's inputs as its processor makes them, and ``labels`` (1, L).
 
         Raises:
             InputError: where the processor refuses the sample, or nothing of an answer is left.
@@ -68,7 +81,7 @@ class Encoder:
         return inputs if self.max_length is None else self._cut(inputs, self.max_length)
 
     def _rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where in it each answer stands."""
+        """The whole text, and the range of characters in which each answer stands."""
         eos = self.processor.tokenizer.eos_token
         for end in ("", eos):
             found = self._spans(conversation.messages(end), eos)
@@ -79,7 +92,7 @@ class Encoder:
     def _spans(
         self, messages: list[dict[str, Any]], eos: str
     ) -> tuple[str, list[tuple[int, int]]] | None:
-        """As :meth:`_rendered`; None where no end token follows an answer."""
+        """What :meth:`_rendered` gives, or None where no end token follows an answer."""
         text, spans = self._render(messages), []
         for turn in range(1, len(messages), 2):
             before = self._render(messages[:turn], add_generation_prompt=True)
@@ -119,14 +132,22 @@ def align(
     full: Sequence[int],
     placeholders: Collection[int],
 ) -> list[bool]:
-    """Which tokens of a processor's ids are learned, from those of the text alone.
+    """Find which of a processor's ids are learned.
+
+    The tokenizer reads one placeholder for each image, and the processor makes a run of them from
+    it; everything else is the same in both.
 
     Args:
-        plain, learned: ids of the text, a placeholder an image, and whether each is learned.
-        full: ids of the processor, a run of placeholders an image.
+        plain: the ids that the tokenizer reads from the text.
+        learned: for each of them, whether it is learned.
+        full: the ids that the processor makes of the same text.
+        placeholders: ids of the tokens that stand for visual tokens.
+
+    Returns:
+        for each id of ``full``, whether it is learned.
 
     Raises:
-        UnsupportedModelError: where they differ in more than the runs' lengths.
+        UnsupportedModelError: where the ids differ in more than the lengths of the runs.
     """
     marked: list[bool] = []
     at = 0

@@ -1,4 +1,4 @@
-"""Averages over the passes between two lines of progress."""
+"""Averages over the forward passes between two lines of progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atp_patch.patching.trace import PruningTrace
 
 
 class Meter:
-    """Sums of what the passes of this process did."""
+    """Sums up what the forward passes of this process gave."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
@@ -25,13 +25,15 @@ class Meter:
         trace: PruningTrace | None,
         divergence: Tensor | None,
     ) -> None:
-        """Note one pass.
+        """Add one forward pass to the sums.
 
         Args:
-            log_prob, target: (N, vocabulary) and (N,) of the answers' tokens.
-            answer: (B, L - 1) bool, where they stand.
-            trace: None for a batch without images.
-            divergence: summed over the answers' tokens, where the plain model teaches.
+            log_prob: (N, vocabulary) log-probabilities of the answers' tokens.
+            target: (N,) the true ids of these tokens.
+            answer: (B, L - 1) bool, which is true where these tokens stand.
+            trace: what was pruned; None for a batch without images.
+            divergence: () KL divergence from the plain model, summed over the answers' tokens;
+                None where nothing is distilled.
         """
         right = log_prob.argmax(-1) == target
         wrong = answer.clone()
@@ -54,7 +56,10 @@ class Meter:
         self._counts[name] += count
 
     def take(self) -> dict[str, float]:
-        """The averages, and a fresh start. An answer is right if all of its tokens are."""
+        """Give the averages by name, and begin new sums.
+
+        An answer counts as right if each of its tokens is the likeliest.
+        """
         found = {n: self._sums[n] / self._counts[n] for n in self._sums if self._counts[n]}
         self._sums.clear()
         self._counts.clear()

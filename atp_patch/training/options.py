@@ -1,4 +1,4 @@
-"""The command line of training: a flag for each setting."""
+"""The command line of training, which has a flag for each setting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from atp_patch.tools.command_line import OneLineParser, named_values
 from atp_patch.training.settings import Settings
 
 PROG = "python -m atp_patch.train"
-_COMMANDS = ("file", "resume")  # what is no setting
+_COMMANDS = ("file", "resume")  # arguments that are no settings
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; flags that are not given are absent from what it parses."""
+    """Make the parser of the command line. What it parses has no entry for a flag that was not
+    given, so that the flag does not replace a setting from the file.
+    """
     parse = OneLineParser(
         prog=PROG,
         argument_default=argparse.SUPPRESS,
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings among the parsed arguments.
+    """Pick the settings out of the parsed arguments.
 
     Raises:
         ConfigError: for an option without "=".

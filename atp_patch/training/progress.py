@@ -1,4 +1,4 @@
-"""How far a training is: lines of its log, above a bar where there is a terminal."""
+"""Progress of a training on stderr: the lines of its log, and a bar where there is a terminal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _PARTS = ("next_token", "atp", "target", "distill")
 
 
 class Progress(TrainerCallback):
-    """One line on stderr for each line of the log, and below them a bar where
+    """Writes a line to stderr for each entry of the log, and shows a bar below the lines where
     :func:`terminal_bar` gives one.
 
     Attributes:
-        step_s: seconds a step since the last line; the first step of a run, which warms up, apart.
+        step_s: for each line, the seconds that a step took since the line before. The first step of
+            a run does not count, as it warms up.
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,14 @@ class Progress(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar; start the clock after the first step."""
+        """Move the bar, and start the clock after the first step."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step)
         if self._mark is None:
             self._mark = (state.global_step, time.monotonic())
 
     def close(self) -> None:
-        """Leave the bar as it is, and the terminal as it was."""
+        """Stop drawing the bar, and give the terminal its cursor back."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,7 +1,7 @@
-"""Conversations to learn from: files in LLaVA's format, and the built-in scenes.
+"""The conversations that a training learns from: files in LLaVA's format, and the built-in scenes.
 
-A source is a sequence; ``source[i]`` is a :class:`Conversation`, or raises an :class:`InputError`
-that names sample ``i``.
+A source is a sequence: ``source[i]`` gives a :class:`Conversation`, or raises an
+:class:`InputError` that names sample ``i``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atp_patch.contract.errors import ConfigError, InputError
 from atp_patch.tools.files import parse_json
 from atp_patch.tools.pictures import read_image
 
-MARK = "<image>"  # where a conversation's images belong
+MARK = "<image>"  # stands in a text where an image belongs
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -29,15 +29,20 @@ class Conversation:
     """Questions and answers about images.
 
     Attributes:
-        turns: (role, text), "user" and "assistant" in turn; ``<image>`` in a text stands for the
-            next image.
+        turns: pairs of a role ("user" and "assistant" by turns) and a text, in which each
+            ``<image>`` stands for the next image.
+        images: the pictures, in the order in which the texts name them.
     """
 
     turns: tuple[tuple[str, str], ...]
     images: tuple[Image.Image, ...]
 
     def messages(self, end: str = "") -> list[dict[str, Any]]:
-        """As chat templates take them; ``end`` is put after each answer."""
+        """The turns in the form that chat templates take.
+
+        Args:
+            end: text that is put after each answer.
+        """
         return [
             {"role": role, "content": _parts(text + (end if role == "assistant" else ""))}
             for role, text in self.turns
@@ -45,7 +50,12 @@ class Conversation:
 
 
 class Source(Protocol):
-    """A sequence of conversations."""
+    """A sequence of conversations.
+
+    Attributes:
+        name: what errors and the card call it.
+        problems: for each sample that is known to be bad, what is wrong with it.
+    """
 
     name: str
     problems: dict[int, str]
@@ -56,8 +66,11 @@ class Source(Protocol):
 
 
 class Scenes:
-    """One question about each scene of the built-in split "train", as large as a built-in model is
-    shown it.
+    """One question about each scene of the built-in split "train".
+
+    Args:
+        samples: how many scenes there are.
+        model: the built-in model whose size of pictures is used.
     """
 
     def __init__(self, samples: int, model: str = LLAVA) -> None:
@@ -68,7 +81,7 @@ class Scenes:
         return self.samples
 
     def __getitem__(self, index: int) -> Conversation:
-        """Questions of each task come in turn."""
+        """One sample; the tasks that the questions belong to come by turns."""
         scene = make_scene("train", index)
         question = scene.questions[index % len(scene.questions)]
         turns = (("user", f"{MARK}\n{question.text}"), ("assistant", question.answer))
@@ -76,10 +89,22 @@ class Scenes:
 
 
 class LlavaFile:
-    """A file in LLaVA's format: ``conversations`` and ``image``, a list or a line each.
+    """A file in LLaVA's format: samples with "conversations" and "image", as one list in JSON, or
+    as one line each where the file's name ends with .jsonl.
+
+    Args:
+        file: where the samples are.
+        images: the folder that the names of images are relative to.
+        samples: take the first so many; None: all.
+        text_only: whether samples without an image are taken too.
+        max_image_pixels: the most pixels that an image may have.
 
     Attributes:
-        problems: sample -> what is wrong with it, as far as that shows without opening images.
+        problems: for each bad sample what is wrong with it, as far as that shows without opening
+            images.
+
+    Raises:
+        ConfigError: where the file cannot be read or holds no samples.
     """
 
     def __init__(
@@ -107,7 +132,7 @@ class LlavaFile:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Conversation:
-        """One sample, its images opened.
+        """One sample with its images.
 
         Raises:
             InputError: naming the sample and what is wrong with it.
@@ -121,7 +146,7 @@ class LlavaFile:
             raise InputError(f"sample {index} of {self.name}: {error}") from error
 
     def _check(self, record: Any) -> tuple[tuple[tuple[str, str], ...], list[Path]]:
-        """Turns and image files of a record."""
+        """The turns and the image files of a record."""
         if isinstance(record, ValueError):
             raise InputError(f"the line is not JSON ({record}).")
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
@@ -153,10 +178,11 @@ class LlavaFile:
 
 
 def check_source(source: Source, skip_bad: bool) -> None:
-    """Raise for samples that cannot be used, unless they are to be skipped.
+    """Refuse a source with samples that cannot be used, unless they are to be skipped.
 
     Raises:
-        InputError: naming how many, and the first of them.
+        InputError: where there are such samples and ``skip_bad`` is false, or all are such. It says
+            how many they are, and what is wrong with the first.
     """
     bad = source.problems
     if not bad or (skip_bad and len(bad) < len(source)):
@@ -185,7 +211,9 @@ def _turn(turn: Any) -> tuple[str, str]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """A text's pieces and images in their order, blanks around them left to the template."""
+    """The pieces of a text and the images between them, in their order; the template puts the
+    blanks around them.
+    """
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(MARK)):
         if number:

@@ -1,4 +1,4 @@
-"""The settings of a training: one frozen dataclass, from a YAML file and flags."""
+"""The settings of a training: one frozen dataclass, filled from a YAML file and flags."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
 def _says(default: Any, text: str) -> Any:
-    """A setting with what ``--help`` says of it."""
+    """A setting with its default, and the text that ``--help`` shows for it."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that says how a training goes; ``--help`` explains each."""
+    """Everything that can be set about a training; ``--help`` explains each setting.
+
+    Raises:
+        ConfigError: where a value is out of range, or two settings exclude each other.
+    """
 
     model: str = _says(BUILTIN, f"{', '.join(NAMES)}, or a folder or Hub id")
     data: str = _says(BUILTIN, "builtin, or a .json or .jsonl file in LLaVA's format")
@@ -139,13 +143,16 @@ class Settings:
             raise ConfigError("adapter brings layers, target_tokens, options and rope_2d along.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and JSON hold them."""
+        """The settings as plain values, which YAML and JSON can hold."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
 
 def read_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
-    """Settings from a YAML file and flags; flags win, ``options`` one by one.
+    """Read the settings from a YAML file and flags.
+
+    A flag replaces the file's value. ``options`` are put together: each option that a flag gives
+    replaces the file's option of that name.
 
     Raises:
         ConfigError: naming the file and the key that is unknown or has a wrong value.
@@ -167,9 +174,10 @@ def read_settings(file: Path | None, flags: Mapping[str, Any]) -> Settings:
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
-    """A value from YAML or a flag as the type of its setting; "none" is None where it may be.
+    """Turn a value from YAML or a flag into the type of its setting.
 
-    YAML reads ``2e-5`` as a word, so words are tried as numbers too.
+    "none" becomes None where the setting may be None. YAML reads ``2e-5`` as a word, so words are
+    tried as numbers too.
 
     Raises:
         ConfigError: naming the setting.
@@ -206,7 +214,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option as YAML reads it, but for lists, and numbers such as 1e6, which it calls words."""
+    """An option as YAML reads it, except that lists become tuples, and words such as 1e6 become the
+    numbers that they are.
+    """
     parts = value if isinstance(value, (list, tuple)) else [value]
     if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
         raise ConfigError(f"options: {name} is neither a plain value nor a list of such.")

@@ -1,5 +1,5 @@
-"""transformers' Trainer with the parts of the loss told apart, distillation, and small checkpoints
-where little learns.
+"""transformers' Trainer, which also logs the parts of the loss, distils from the unpruned model,
+and writes small checkpoints where only a part of the model learns.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from atp_patch.training.meter import Meter
 from atp_patch.training.settings import Settings
 from atp_patch.training.zero3 import check_deepspeed, check_launcher, launched_with_deepspeed
 
-LEARNED_FILE = "learned.safetensors"
+LEARNED_FILE = "learned.safetensors"  # in a checkpoint: all that learns, where that is not all
 
 
 def arguments(settings: Settings, device: torch.device) -> TrainingArguments:
-    """The Trainer's own settings.
+    """Make the Trainer's own settings of ours.
+
+    Args:
+        device: its type decides whether a CPU is used; the Trainer chooses among several GPUs.
 
     Raises:
         ConfigError: where batch_size is no multiple of what all devices take in a pass, or the
@@ -51,7 +54,7 @@ def arguments(settings: Settings, device: torch.device) -> TrainingArguments:
         adam_beta2=settings.betas[1],
         max_grad_norm=settings.clip,
         bf16=settings.dtype == "bfloat16",
-        # Told of a CPU, it would leave DeepSpeed out, and say nothing.
+        # With use_cpu the Trainer would leave DeepSpeed out without a word.
         use_cpu=device.type == "cpu" and not with_deepspeed,
         deepspeed=settings.deepspeed,
         dataloader_num_workers=settings.workers,
@@ -76,19 +79,22 @@ def arguments(settings: Settings, device: torch.device) -> TrainingArguments:
             f"batch_size {settings.batch_size} is no multiple of micro_batch_size {micro} times "
             f"{args.world_size} devices."
         )
-    # Made anew: what DeepSpeed is to know of the batch is worked out in the making.
+    # The arguments are made again, because DeepSpeed's batch size is worked out when they are made.
     return make(per_device_train_batch_size=micro, gradient_accumulation_steps=passes)
 
 
 class PruningTrainer(Trainer):
-    """Trains what has ``requires_grad`` in a patched model with learned thresholds.
+    """Trains the parameters with ``requires_grad`` of a patched model with learned thresholds.
 
     Args:
-        settings: rates and the weight of distillation.
-        kwargs: as transformers' own Trainer takes them.
+        settings: learning rates and the weight of distillation are taken from them.
+        kwargs: arguments of transformers' own Trainer.
 
     Attributes:
-        meter: averages since the last line of progress.
+        settings: as they were given.
+        meter: holds the averages since the last line of progress.
+        partial: whether some parameters of the decoder do not learn, so that checkpoints hold only
+            what does.
         skipped: numbers of the samples that were left out.
         restored: whether the weights are those of a checkpoint, and no step was trained since.
     """
@@ -103,7 +109,7 @@ class PruningTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW on :func:`parameter_groups`; weight decay is the model's alone."""
+        """Make AdamW for the groups of :func:`parameter_groups`; the heads have no weight decay."""
         if self.optimizer is None:
             settings = self.settings
             groups = parameter_groups(
@@ -122,7 +128,12 @@ class PruningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's own loss (eq. 14) and, if asked for, the divergence from the plain model."""
+        """The model's own loss (eq. 14), and the divergence from the plain model if ``distill`` asks
+        for it.
+
+        Raises:
+            ATPError: where the loss, or what is learned, is not finite any more.
+        """
         inputs = dict(inputs)
         skipped = inputs.pop(SKIPPED, None)
         self.skipped.update([] if skipped is None else skipped.tolist())
@@ -173,7 +184,7 @@ class PruningTrainer(Trainer):
         return kl_div(log_prob, plain, reduction="sum", log_target=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers' own, with what the meter saw since the last line."""
+        """Log what transformers logs, and what the meter took in since the last line."""
         if "loss" in logs:
             logs = {**logs, **self.meter.take(), "skipped": len(self.skipped)}
         super().log(logs, start_time)
@@ -220,20 +231,22 @@ class PruningTrainer(Trainer):
         return state
 
     def _learned(self) -> list[str]:
-        """Keys of the heads and of all else that learns."""
+        """Names in the model's ``state_dict`` of the heads and of everything else that learns."""
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         keys = self.model.state_dict()
         return [key for key in keys if key in learned or key.startswith(HEADS + ".")]
 
     def save_now(self) -> Path | None:
-        """A checkpoint of the last whole step, outside the loop; None before the first step.
+        """Save a checkpoint of the last whole step after the loop was left.
 
-        Only where one process trains: several would wait for each other.
+        Returns:
+            its folder; None before the first step, and where several processes train, as they would
+            wait for each other.
         """
         step = self.state.global_step
         if not step or self.optimizer is None or self.args.world_size > 1:
             return None
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not (folder / TRAINER_STATE_NAME).is_file():  # which is written last
+        if not (folder / TRAINER_STATE_NAME).is_file():  # the Trainer writes this file last
             self._save_checkpoint(self.model, trial=None)
         return folder

@@ -1,4 +1,4 @@
-"""What ZeRO-3, which holds every parameter in parts, one a process, needs of the command."""
+"""What the command does for DeepSpeed's ZeRO-3, which divides every parameter among processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _GATHERS = "stage3_gather_16bit_weights_on_model_save"
 
 
 def launched_with_deepspeed() -> bool:
-    """``accelerate launch`` was given a configuration with DeepSpeed."""
+    """Whether ``accelerate launch`` was given a configuration with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def check_launcher() -> None:
-    """DeepSpeed looks for its processes where torchrun names them.
+    """Check that a launcher started this process: DeepSpeed finds its processes by the variables
+    that torchrun sets.
 
     Raises:
         ConfigError: where no launcher has started this process.
@@ -37,7 +38,7 @@ def check_launcher() -> None:
 
 
 def check_deepspeed(args: TrainingArguments) -> None:
-    """What would go wrong in the training, or only after it.
+    """Check what would otherwise fail during the training, or only after it.
 
     Raises:
         ConfigError: where Accelerate does not see all processes, or what is learned could not be
@@ -63,8 +64,10 @@ def check_deepspeed(args: TrainingArguments) -> None:
 
 @contextmanager
 def whole_model(args: TrainingArguments) -> Iterator[None]:
-    """In it transformers builds models whole and not in ZeRO-3's parts: patching reads and sets
-    parameters. DeepSpeed takes the model apart when the training starts.
+    """Let transformers build whole models inside this context, although ZeRO-3 is on.
+
+    Patching reads and sets parameters, so they must be whole then. DeepSpeed divides them among the
+    processes when the training starts.
     """
     config: Any = getattr(args, "hf_deepspeed_config", None)
     config = config or getattr(args.deepspeed_plugin, "dschf", None)
