@@ -1,6 +1,6 @@
-"""Accuracy for each visual token: tasks, methods, one runner, statistics, tables and plots.
+"""Accuracy against visual tokens: tasks, one runner for all methods, statistics, tables and plots.
 
-`python -m atp_patch.evaluate` is the command; DESIGN of the numbers: every method answers the same
-questions, tokens are read from the trace of each pass, and intervals come from resampling the
-images of those questions, the same for every method.
+The command is ``python -m atp_patch.evaluate``. Every method answers the same questions, visual
+tokens are counted by the trace of each forward pass, and intervals come from resampling the images
+of the questions, with the same draws for every method.
 """

@@ -1,4 +1,4 @@
-"""What ``--adapters`` names: single ones, trainings of one recipe, folders of recipes, controls."""
+"""What ``--adapters`` names: adapters, several trainings of one recipe, folders, and controls."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ class Recipe:
     """An adapter, or several trainings of one recipe, whose answers are pooled as seeds are.
 
     Attributes:
-        name: in tables; ``source``: as it was given, without its control.
-        control: which thresholds stand in for the adapters' own, or None.
-        trainings: each as ``find_trained`` takes it; ``pooled``: whether there may be several.
+        name: what tables call it.
+        source: what ``--adapters`` named, without the control.
+        control: which thresholds replace the adapters' own; None where these are kept.
+        trainings: the adapters, each as ``find_trained`` takes it.
+        pooled: whether ``source`` is a folder that may hold several trainings.
     """
 
     name: str
@@ -31,13 +33,15 @@ class Recipe:
 
 
 def recipes(specs: Sequence[str]) -> list[Recipe]:
-    """All that is named: by "A", or "A~mean" and "A~shuffled" for controls.
+    """Find everything that ``--adapters`` names.
 
-    ``A`` is "shipped" for all that come with the package; an adapter as ``find_trained`` takes it;
-    a folder of such adapters, trainings of one recipe; or a folder of such folders.
+    Args:
+        specs: each is "A", or "A~mean" or "A~shuffled" for a control. A is "shipped" for all
+            adapters that come with the package, an adapter as ``find_trained`` takes it, a folder
+            of such adapters (trainings of one recipe), or a folder of such folders.
 
     Raises:
-        ConfigError: for another control, or a folder that holds both kinds.
+        ConfigError: for another control, or a folder that holds trainings and folders of them.
     """
     specs = [one for spec in specs for one in _each(spec)]
     short = [Path(spec).name for spec in specs]
@@ -59,7 +63,9 @@ def recipes(specs: Sequence[str]) -> list[Recipe]:
 
 
 def _each(spec: str) -> list[str]:
-    """Of what ships, or of a folder of recipes, each one; else the one."""
+    """Several specs for "shipped" and for a folder of recipes, one for each adapter or recipe; any
+    other spec alone.
+    """
     source, control = _controlled(spec)
     folder = Path(source)
     found = list(shipped()) if source == SHIPPED and not folder.exists() else []
@@ -73,7 +79,7 @@ def _each(spec: str) -> list[str]:
 
 
 def _controlled(spec: str) -> tuple[str, str | None]:
-    """What comes before a tilde, and the control behind it, if there is one."""
+    """The part before the tilde, and the control behind it; None where there is no control."""
     source, tilde, control = spec.rpartition("~")
     if not tilde or Path(spec).is_dir():
         return spec, None

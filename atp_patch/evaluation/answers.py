@@ -1,11 +1,11 @@
-"""Answers and their scores, generated greedily or found by asking for the true answer's tokens.
+"""Answers and their scores: generated greedily, or found by asking for the true answer's tokens.
 
-"forced": the prompt is read into a cache as ``generate`` reads it; then the true answer is fed on
-that cache in one pass. The answer counts as given if each of its tokens, and the end token after
-it, is the likeliest given the true ones before it. That is what greedy generation would have
-written, token for token: up to the first miss both have read the same tokens. It says nothing
-about what a wrong answer would have been, and is exact only where a text has one spelling in
-tokens, as with the built-in word-level tokenizer; elsewhere answers are generated.
+"Forced" answers: the prompt is read into a cache as ``generate`` reads it, and then the true answer
+is fed on that cache in one forward pass. The answer counts as given if each of its tokens, and the
+end token after it, is the likeliest given the true tokens before it. Greedy generation would have
+written exactly these tokens, because up to the first miss both have read the same ones. This says
+nothing about what a wrong answer would have been, and it is exact only where a text has one
+spelling in tokens, as with the built-in word-level tokenizer; elsewhere answers are generated.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ GREEDY: dict[str, Any] = {
 
 
 def forced(model: Any, batch: Batch) -> list[bool]:
-    """Whether greedy generation would give each sample's true answer; two forward passes."""
+    """Whether greedy generation would give each sample's true answer, in two forward passes."""
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.inference_mode():
         return hits(model, {**_placed(batch.inputs), "past_key_values": cache}, batch)
 
 
 def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
-    """The same for inputs with the cache that they go on from.
+    """Whether greedy generation would give each true answer behind what a cache holds.
 
     Args:
-        inputs: of ``model(...)``, with ``past_key_values``; the attention mask covers the cache.
-        batch: with the true answers.
+        inputs: arguments of ``model(...)``, with ``past_key_values``. The attention mask covers the
+            cache and the inputs.
+        batch: has the true answers.
     """
     cache, mask = inputs["past_key_values"], inputs["attention_mask"]
     read = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -59,8 +60,10 @@ def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
 
 
 def _placed(inputs: Inputs) -> Inputs:
-    """With position ids where a model with M-RoPE would not find them: without an image it does not
-    look at the padding. With one it finds them by itself.
+    """The inputs, with position ids added for a batch without images.
+
+    A model with M-RoPE works them out itself where there is an image, and would ignore the padding
+    where there is none.
     """
     if not inputs.keys().isdisjoint({"position_ids", PICTURE, ENCODED}):
         return inputs
@@ -91,5 +94,5 @@ def generated(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> 
 def _text(processor: Any, ids: Tensor, ends: tuple[int, ...]) -> str:
     words = ids.tolist()
     stop = next((at for at, token in enumerate(words) if token in ends), len(words))
-    # Special tokens stay: an answer that holds one is not the true answer.
+    # Special tokens are kept, because an answer with one of them is not the true answer.
     return str(processor.tokenizer.decode(words[:stop], skip_special_tokens=False)).strip()

@@ -1,4 +1,4 @@
-"""The command: load, ask, count, write."""
+"""The command of the evaluation: it loads a model, asks the questions, and writes the results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:
-    """Everything that the arguments ask for, going on where an earlier run stopped.
+    """Measure everything that the arguments ask for; an earlier run is continued where it stopped.
 
     Raises:
         ATPError: where an argument is wrong.
@@ -108,10 +108,10 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
 
 
 def again(args: argparse.Namespace) -> list[Row]:
-    """Rows of earlier evaluations of a model; nothing is asked.
+    """Read the rows of earlier evaluations of a model, without asking it anything.
 
     Raises:
-        ConfigError: where they do not go together.
+        ConfigError: where they cannot be read or do not go together.
     """
     model, _ = _load(args.model, torch.device("cpu"), torch.float32, lambda model: None)
     depth, silent = model.config.get_text_config().num_hidden_layers, silent_layers(model)
@@ -120,7 +120,14 @@ def again(args: argparse.Namespace) -> list[Row]:
 
 
 def write(rows: Sequence[Row], args: argparse.Namespace) -> str:
-    """Write summary, table and plots; returns the table."""
+    """Write summary, table and plots to ``args.out``.
+
+    Returns:
+        the table as Markdown.
+
+    Raises:
+        ConfigError: where the folder cannot be written.
+    """
     title = f"Visual tokens and accuracy: {args.model}"
     text = markdown(rows, title)
     lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
@@ -154,7 +161,12 @@ def _open(
     tasks: Sequence[Task],
     visual_tokens: int,
 ) -> tuple[list[Measured], list[tuple[Setting, RunFile]]]:
-    """All settings, those that differ in seed or training alone together; and the file of each."""
+    """Open the results files of all settings.
+
+    Returns:
+        what is measured, with settings pooled that differ in seed or training alone; and each
+        setting that can be measured with its file.
+    """
     model = bench.model
     shared = {
         "model_hash": model_hash(model),
@@ -179,14 +191,14 @@ def _open(
     for pooled in dict.fromkeys(setting.pooled for setting in settings):
         members = [setting for setting in settings if setting.pooled == pooled]
         why = reasons[members[0]]
-        if why is not None:  # beside the unpruned model, which comes first
+        if why is not None:  # the unpruned model was measured before it, and has a header
             header = found[0].run
             found.append(Measured(pooled, (), layers=pooled.layers, unreachable=why, run=header))
             continue
         files = []
         for setting in members:
             identity = shared | {"setting": setting.identity()}
-            if setting.control is not None:  # which was made from questions of all tasks
+            if setting.control is not None:  # a control is made from questions of all tasks
                 identity["control_tasks"] = sorted(task.name for task in tasks)
             name = "-".join(
                 str(part)
@@ -206,7 +218,7 @@ def _open(
 
 
 def _layers_of(model: Any, members: Sequence[Setting], visual_tokens: int) -> tuple[int, ...]:
-    """Before which layers a setting prunes: an adapter brings its own."""
+    """The layers before which a setting prunes, which an adapter brings along."""
     if members[0].adapter is None:
         return members[0].layers
     found = set()

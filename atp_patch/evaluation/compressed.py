@@ -1,4 +1,4 @@
-"""Questions to a model with VoCo tokens: an image is read once, however many are asked about it."""
+"""Questions to a model with VoCo tokens, which reads an image once for all questions about it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _TEXT = ("input_ids", "attention_mask")
 
 
 def can_compress(model: Any, samples: Sequence[Sample]) -> bool:
-    """Whether images can be compressed ahead of their questions: one before each, seen ahead."""
+    """Whether images can be compressed ahead of their questions: the model has VoCo tokens, each
+    sample's image features were found ahead, and its true answer is known.
+    """
     compresses = is_patched(model) and isinstance(require_patch(model), Compression)
     return compresses and all(s.features is not None and s.answer for s in samples)
 
@@ -28,11 +30,16 @@ def can_compress(model: Any, samples: Sequence[Sample]) -> bool:
 def forced_by_image(
     model: Any, samples: Sequence[Sample], pad_id: int
 ) -> Iterator[tuple[bool, Tensor]]:
-    """As :func:`answers.forced`, and of each sample the (layers,) tokens that its image left."""
+    """Answer samples as :func:`answers.forced` does, with each image compressed once.
+
+    Yields:
+        for each sample whether its true answer would be given, and the (layers,) tokens that its
+        image left in each decoder layer.
+    """
     for _, same in groupby(samples, key=lambda sample: sample.example.number):
         asked = list(same)
         begun = asked[0]
-        end = int(begun.visual.nonzero().max()) + 1  # the same in all: the question comes behind
+        end = int(begun.visual.nonzero().max()) + 1  # the question, behind it, differs
         grids = {n: t for n, t in begun.inputs.items() if t.shape != begun.inputs[_TEXT[0]].shape}
         begun = _cut(begun, slice(end))
         begun = replace(begun, inputs=begun.inputs | grids)
@@ -47,7 +54,7 @@ def forced_by_image(
 
 
 def _cut(sample: Sample, part: slice) -> Sample:
-    """A part of the prompt's tokens; the features stay, what else is said of the picture not."""
+    """A sample with a part of the prompt's tokens; of the picture it keeps the features alone."""
     length = sample.inputs["input_ids"].shape
     tokens = {name: t[:, part] for name, t in sample.inputs.items() if t.shape == length}
     return replace(sample, inputs=tokens, visual=sample.visual[part])

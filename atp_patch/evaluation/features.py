@@ -1,4 +1,4 @@
-"""Image features, found once an image however many questions are asked about it."""
+"""Image features that are found once for all questions about an image."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _READ = {"input_ids", "attention_mask", "mm_token_type_ids", PICTURE, _GRID}
 
 
 def can_see_ahead(model: Any, samples: Sequence[Sample]) -> bool:
-    """Whether image features can be handed to the model: it takes them, adds none inside the
-    decoder, and an image is nothing but one picture.
+    """Whether image features can be handed to the model: it takes them, it adds none inside the
+    decoder, and each image is one picture with no further inputs.
     """
     takes = ENCODED in inspect.signature(model.forward).parameters
     deep = getattr(model.config.vision_config, "deepstack_visual_indexes", None)
@@ -29,10 +29,16 @@ def can_see_ahead(model: Any, samples: Sequence[Sample]) -> bool:
 
 
 def see(model: Any, samples: Sequence[Sample], pad_id: int, positions: bool) -> list[Sample]:
-    """Find the features of each image once, as the model sees now: merged, if it is patched so.
+    """Find the features of each image once, as the model makes them now: merged, if its patch
+    merges them.
 
     Args:
-        samples: all of one group of tasks; ``pad_id``, ``positions``: see :func:`collate`.
+        samples: samples of one group of tasks.
+        pad_id: as in :func:`collate`.
+        positions: as in :func:`collate`.
+
+    Returns:
+        the samples with their features.
     """
     first = {sample.example.number: sample for sample in reversed(samples)}
     inputs = collate(list(first.values()), pad_id, False, positions).inputs
@@ -48,12 +54,17 @@ def see(model: Any, samples: Sequence[Sample], pad_id: int, positions: bool) -> 
 def seen_by(
     model: Any, samples: list[Sample], pad_id: int, positions: bool, lora: str | None = None
 ) -> list[Sample]:
-    """Samples with the features that the model as patched now would find, or without any.
+    """Give samples the features that the model finds as it is patched now.
 
     Args:
-        samples: with the plain model's features, which are those of methods inside the decoder
-            and of VoCo tokens.
-        lora: folder of the one that is in the model's weights now.
+        samples: with the plain model's features. Methods inside the decoder and VoCo tokens leave
+            these as they are.
+        pad_id: as in :func:`collate`.
+        positions: as in :func:`collate`.
+        lora: folder of the LoRA that is in the model's weights now; None: there is none.
+
+    Returns:
+        the samples; without features where the model has to find them in its own forward pass.
     """
     before = require_patch(model).before if is_patched(model) else None
     same = lora is None or not changes_features(model, lora)

@@ -1,4 +1,4 @@
-"""Summaries of earlier evaluations, read again: one table and one set of plots of several."""
+"""Reading the summaries of earlier evaluations, for one table and one set of plots of several."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ _FACTS = ("model", "visual_tokens", "machine", "date")
 
 
 def gather(folders: Sequence[Path], model_hash: str, working: Sequence[int]) -> list[Row]:
-    """The rows of several summaries, each setting once. Paired differences stay only where one
-    folder is read: others would be to what is measured elsewhere.
+    """Read the rows of several summaries, each setting once.
+
+    Differences that are paired by question are kept only where one folder is read, because several
+    folders may have been measured against different rivals.
 
     Args:
-        model_hash: of the model that all are of; ``working``: its layers that change anything.
+        folders: each with the summary that an evaluation wrote.
+        model_hash: the hash of the model that all summaries must be of.
+        working: the numbers of the model's decoder layers that change anything.
 
     Raises:
-        ConfigError: where a summary is missing, of another model, of other questions, or says
-            something else of the same setting than another.
+        ConfigError: where a summary is missing or broken, is of another model or of other
+            questions, or differs from another one about the same setting.
     """
     rows: dict[tuple[Any, ...], Row] = {}
     asked: dict[str, dict[str, int]] = {}
@@ -81,7 +85,7 @@ def _row(data: dict[str, Any], working: Sequence[int]) -> Row:
     hashes = data["adapter_hash"] or ()
     row = Row(setting, data["group"], layers, seeds, unreachable=data["unreachable"])
     row.record = {name: value for name, value in data.items() if not name.startswith("minus ")}
-    if setting.control is not None:  # not what a control would be made from today
+    if setting.control is not None:  # a control made today may come from other questions
         row.record.setdefault("control_questions", None)
     row.hashes = (hashes,) if isinstance(hashes, str) else tuple(hashes)
     row.run = {

@@ -1,4 +1,4 @@
-"""Who answered: hashes of model, adapter and code, versions, device. All that decides an answer."""
+"""Everything that decides an answer: hashes of model, adapter and code, versions, and the date."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from atp_patch.tools.trained import LORA_FILES
 from atp_patch.version import __version__
 
 _PACKAGE = Path(__file__).parents[1]
-# What can change an answer, a question or what is kept; not the demo, the bench, tables or plots.
+# The code that can change an answer, a question or what is kept. The demo, the bench, tables and
+# plots cannot.
 _CODE = (
     *("contract/*.py", "maths/*.py", "methods/*.py", "families/*.py", "seam/**/*.py"),
     "patching/*.py",
@@ -33,7 +34,7 @@ _CODE = (
 
 
 def short_hash(data: Iterable[bytes]) -> str:
-    """First 12 hexadecimal digits of a SHA-256."""
+    """The first 12 hexadecimal digits of a SHA-256 hash."""
     digest = hashlib.sha256()
     for piece in data:
         digest.update(piece)
@@ -41,7 +42,7 @@ def short_hash(data: Iterable[bytes]) -> str:
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
-    """Of names and contents of the files that match."""
+    """A hash of the names and contents of the files in a folder that match some patterns."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return short_hash(
         piece
@@ -50,14 +51,14 @@ def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
     )
 
 
-@cache  # what is loaded does not change with the files
+@cache  # the loaded code stays the same when its files change
 def code_hash() -> str:
-    """Of the package's code that can change an answer."""
+    """A hash of the part of the package's code that can change an answer."""
     return folder_hash(_PACKAGE, _CODE)
 
 
 def model_hash(model: Any) -> str:
-    """Of all parameters and buffers in a state dict, as they are in memory."""
+    """A hash of all parameters and buffers in a model's state dict, as they are in memory."""
 
     def pieces() -> Iterable[bytes]:
         for name, tensor in sorted(model.state_dict().items()):
@@ -68,7 +69,7 @@ def model_hash(model: Any) -> str:
 
 
 def processor_hash(processor: Any) -> str:
-    """Of the words, the template of the prompt, and how images are brought to size."""
+    """A hash of a processor's vocabulary, its chat template, and how it brings images to size."""
     said = [
         processor.tokenizer.get_vocab(),
         processor.chat_template,
@@ -78,7 +79,7 @@ def processor_hash(processor: Any) -> str:
 
 
 def adapter_hash(source: str, lora: str | None = None) -> str:
-    """Of an adapter's files, and of those of the LoRA beside it.
+    """A hash of an adapter's files and of those of the LoRA beside it.
 
     Raises:
         WeightsError: where there is no such folder, nor such an adapter on the Hub.
@@ -90,7 +91,7 @@ def adapter_hash(source: str, lora: str | None = None) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that compute."""
+    """The versions of the packages that compute, and the hash of this package's code."""
     return {
         "atp_patch": __version__,
         "code": code_hash(),
@@ -100,5 +101,5 @@ def versions() -> dict[str, str]:
 
 
 def today() -> str:
-    """The date, UTC."""
+    """The date of today in UTC, as YYYY-MM-DD."""
     return datetime.now(timezone.utc).date().isoformat()

@@ -1,4 +1,4 @@
-"""The command line, and what can be said of its arguments before any work."""
+"""The command line of the evaluation, and checks of its arguments before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 16
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parse = OneLineParser(
         prog=PROG,
         description="Accuracy of pruned models against visual tokens, every method on the same "
@@ -137,13 +137,16 @@ def check(args: argparse.Namespace) -> None:
 
 
 def drop_layers(given: list[str], num_layers: int, silent: Container[int] = ()) -> list[int]:
-    """Layers of ``--drop-from``; "all" are those from 1 on where it makes a difference.
+    """The layers that ``--drop-from`` names.
 
     Args:
-        silent: layers that add nothing; to drop before or after such a layer is the same.
+        given: numbers as words; "all" stands for every layer from 1 on where dropping makes a
+            difference.
+        num_layers: how many layers the decoder has.
+        silent: layers that add nothing: dropping tokens before or after such a layer is the same.
 
     Raises:
-        ConfigError: for what is no such layer.
+        ConfigError: for a word that is no layer of the decoder.
     """
     if given == ["all"]:
         return [layer for layer in range(1, num_layers) if layer - 1 not in silent]

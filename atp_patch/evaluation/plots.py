@@ -1,4 +1,4 @@
-"""Plots: accuracy against visual tokens, over all tasks and by task; kept tokens by task."""
+"""Plots of accuracy against visual tokens, over all tasks and by task, and of the tokens kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_plots() -> None:
     """Find out before the work whether plots can be drawn.
 
     Raises:
-        ConfigError: without matplotlib.
+        ConfigError: where matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -36,7 +36,7 @@ def check_plots() -> None:
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write the plots of each group of tasks; returns their paths."""
+    """Write the plots of each group of tasks to a folder, and return their paths."""
     written = []
     for group in dict.fromkeys(row.group for row in rows):
         members = [r for r in rows if r.group == group and r.unreachable is None]
@@ -55,7 +55,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def frontier(rows: Sequence[Row]) -> Any:
-    """Mean accuracy against average tokens, with 95 % intervals."""
+    """Draw mean accuracy against average visual tokens, with 95 % intervals."""
     figure, ((axes,),) = _figure(1, 1, (9, 5))
     for number, (label, points) in enumerate(_curves(rows).items()):
         estimates = [row.mean for row in points if row.mean is not None]
@@ -68,7 +68,7 @@ def frontier(rows: Sequence[Row]) -> Any:
 
 
 def frontier_by_task(rows: Sequence[Row]) -> Any:
-    """The same for each task."""
+    """Draw each task's accuracy against average visual tokens, in a panel of its own."""
     tasks = list(rows[0].accuracy)
     figure, places = _panels(len(tasks))
     for axes, task in zip(places, tasks, strict=True):
@@ -94,17 +94,20 @@ def _with_intervals(
     number: int,
     **look: Any,
 ) -> None:
-    """A line with the intervals that are known."""
+    """Draw one line, with an interval at each point where one is known."""
     values = [e.value for e in estimates]
-    # An interval of a few images may leave its own value out by a rounding error.
+    # With few images a rounding error may put the value itself outside of its interval.
     low = [max(0.0, e.value - _or(e.low, e.value)) for e in estimates]
     high = [max(0.0, _or(e.high, e.value) - e.value) for e in estimates]
     axes.errorbar(tokens, values, yerr=[low, high], label=label, **_look(number), lw=1, **look)
 
 
 def by_depth(rows: Sequence[Row]) -> Any:
-    """Accuracy by task without visual tokens from a decoder layer on, against that layer; the
-    unpruned model beyond the last; or None.
+    """Draw each task's accuracy where all visual tokens are left out from a decoder layer on,
+    against that layer. The unpruned model stands behind the last layer.
+
+    Returns:
+        the figure; None where nothing of the kind was measured.
     """
     points = {row.layers[0]: row for row in rows if row.setting.name == DROPPED}
     if not points:
@@ -112,7 +115,9 @@ def by_depth(rows: Sequence[Row]) -> Any:
     ends = {BLIND: 0, UNPRUNED: max(points) + 1}
     points |= {ends[row.setting.name]: row for row in rows if row.setting.name in ends}
     layers = sorted(points)
-    steps: dict[str, Any] = {"drawstyle": "steps-post"}  # between two layers nothing changes
+    steps: dict[str, Any] = {
+        "drawstyle": "steps-post"
+    }  # the count stays the same between two layers
     figure, ((axes,),) = _figure(1, 1, (8, 5))
     for number, task in enumerate(rows[0].accuracy):
         values = [points[layer].accuracy[task] for layer in layers]
@@ -127,9 +132,12 @@ def by_depth(rows: Sequence[Row]) -> Any:
 
 
 def kept_by_layer(rows: Sequence[Row]) -> Any:
-    """Visual tokens that enter each pruning layer, a line a task, a panel a setting; or None.
+    """Draw how many visual tokens enter each pruning layer: a panel for each setting, a line in it
+    for each task. Where some settings keep more for one task than for another, all others are left
+    out.
 
-    Where some settings tell tasks apart, those that do not are left out.
+    Returns:
+        the figure; None where no setting can be drawn so.
     """
     pruned = [row for row in rows if row.layers and row.setting.name != DROPPED]
     if not pruned:
@@ -150,8 +158,11 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
 
 
 def kept_by_stratum(rows: Sequence[Row]) -> Any:
-    """Visual tokens that enter the decoder and each pruning layer against the number of objects in
-    the picture, a panel a setting that decides by itself how many they are; or None.
+    """Draw how many visual tokens enter the decoder and each pruning layer, against the number of
+    objects in the picture. Each setting that decides itself how many to keep has a panel.
+
+    Returns:
+        the figure; None where there is no such setting.
     """
     given = {UNPRUNED, BLIND, DROPPED}
     adaptive = [r for r in rows if r.setting.budget is None and r.setting.name not in given]
@@ -172,7 +183,7 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
 
 
 def _tells_apart(row: Row) -> bool:
-    """Whether tasks differ by more than a twentieth in what enters some layer."""
+    """Whether the tokens that enter some layer differ between tasks by more than a twentieth."""
     by_layer: dict[int, list[float]] = {}
     for counts in row.entering.values():
         for layer, mean in counts.items():
@@ -181,7 +192,7 @@ def _tells_apart(row: Row) -> bool:
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Method and layers -> its rows by tokens."""
+    """The rows of each method and its layers, sorted by their average tokens."""
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.average_tokens):
         if not row.setting.is_reference and row.setting.name != DROPPED:
@@ -198,7 +209,7 @@ def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
         for row in (row for row in rows if row.setting.name == name):
             axes.axhline(value(row), color="0.5", ls=style, lw=1, label=name)
     low, high = axes.get_xlim()
-    if high > 3 * low:  # else a logarithmic axis has no round numbers to show
+    if high > 3 * low:  # a shorter logarithmic axis has no round numbers to show
         axes.set_xscale("log")
         for show in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             show(LogFormatter(minor_thresholds=(2, 0.5)))  # 40 and not 4 x 10^1
@@ -209,14 +220,14 @@ def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
 def _figure(
     height: int, columns: int, inches: tuple[float, float], common_y: bool = False
 ) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # pyplot would need a display and keep global state
 
     figure = Figure(figsize=inches, layout="constrained")
     return figure, figure.subplots(height, columns, squeeze=False, sharey=common_y)
 
 
 def _panels(count: int, common_y: bool = False) -> tuple[Any, list[Axes]]:
-    """A figure with so many panels, the rest of its grid left empty."""
+    """A figure with ``count`` panels; the other places of its grid are left empty."""
     columns = min(_COLUMNS, count)
     height = math.ceil(count / columns)
     inches = (3.2 * columns + 1.2, 2.6 * height)

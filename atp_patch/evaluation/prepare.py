@@ -1,4 +1,4 @@
-"""Questions as inputs: encoded once a question, padded to batches, with or without the image."""
+"""Questions as inputs: each is encoded once, and padded to batches with or without its image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PICTURE = "pixel_values"
 
 @dataclass(frozen=True)
 class Features:
-    """Features of images as a model's ``get_image_features`` returns them, to be handed to it.
+    """Features of images in the form that a model's ``get_image_features`` returns.
 
     Attributes:
-        pooler_output: (Lv, D) of each image.
-        deepstack_features: of models that add features inside the decoder: none here.
+        pooler_output: (Lv, D) features of each image.
+        deepstack_features: features that some models add inside the decoder; there are none here.
     """
 
     pooler_output: tuple[Tensor, ...]
@@ -36,10 +36,11 @@ class Sample:
     """One encoded question.
 
     Attributes:
-        inputs: what the processor gave, (1, L) or a row for each image.
-        visual: (L,) bool, the placeholders of visual tokens.
-        answer: ids of the true answer and the end token, empty where they are not needed.
-        features: (Lv, D) of its image, where they were found ahead (``features.see``).
+        example: the question.
+        inputs: what the processor made: tensors (1, L), or with a row for each image.
+        visual: (L,) bool, which is true at the placeholders of visual tokens.
+        answer: ids of the true answer and the end token; empty where they are not needed.
+        features: (Lv, D) features of its image where ``features.see`` found them ahead, or None.
     """
 
     example: Example
@@ -50,7 +51,7 @@ class Sample:
 
     @property
     def visual_tokens(self) -> int:
-        """Placeholders of visual tokens in the prompt."""
+        """How many placeholders of visual tokens the prompt has."""
         return int(self.visual.sum())
 
 
@@ -59,9 +60,10 @@ class Batch:
     """Samples padded on the left to one length.
 
     Attributes:
-        inputs: on the model's device; ``position_ids`` count from 0 at the first token of each.
-        answers, answers_valid: (B, A) ids of the true answers, padded on the right; both empty
-            where a sample has none.
+        inputs: arguments of ``model(...)`` on its device; ``position_ids`` count from 0 at the
+            first token of each sample.
+        answers: (B, A) ids of the true answers, padded on the right; empty where a sample has none.
+        answers_valid: (B, A) bool, which is false at their padding.
     """
 
     samples: tuple[Sample, ...]
@@ -78,7 +80,7 @@ def prepare(
     placeholder_ids: Sequence[int],
     with_answer: bool,
 ) -> Sample:
-    """Encode one question about one image; tensors stay on the model's device."""
+    """Encode one question about one image, with tensors on the model's device."""
     inputs: Inputs = {
         name: value
         for name, value in encode(processor, image, example.question, model).items()
@@ -99,10 +101,13 @@ def collate(
     """Pad samples on the left to one batch.
 
     Args:
-        seen: give the features that were found ahead instead of the images.
-        blind: leave the image and its placeholders out. The other tokens keep the position ids
-            that they have with the image, where ``positions`` says that the model takes such ids.
-        positions: whether to give (B, L) position ids; models with others find theirs themselves.
+        samples: at least one.
+        pad_id: the token id that fills shorter prompts up.
+        blind: whether to leave the images and their placeholders out. The other tokens then keep
+            the position ids that they have with the image, if ``positions`` is true.
+        positions: whether to give (B, L) position ids; models with other kinds of ids find theirs
+            themselves.
+        seen: whether to give the features that were found ahead in place of the images.
     """
     kept = [~sample.visual if blind else torch.ones_like(sample.visual) for sample in samples]
     counts = [int(mask.sum()) for mask in kept]
@@ -146,8 +151,8 @@ def end_ids(model: Any) -> tuple[int, ...]:
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:
-    """One tensor of all; of pictures cut into tiles, (1, tiles, ...), those with fewer tiles get
-    empty ones, as from their processor.
+    """Concatenate tensors. Of pictures cut into tiles, (1, tiles, ...), those with fewer tiles get
+    empty ones, as their processor would add them.
     """
     if len({part.shape[2:] for part in parts}) == 1 and parts[0].ndim > 3:
         most, rest = max(part.shape[1] for part in parts), (0, 0) * (parts[0].ndim - 2)
@@ -156,5 +161,5 @@ def _together(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _padded(row: Tensor, length: int, value: int) -> Tensor:
-    """(length,) with ``value`` on the left."""
+    """The row filled up on the left with ``value``, (length,)."""
     return torch.nn.functional.pad(row, (length - row.shape[0], 0), value=value)

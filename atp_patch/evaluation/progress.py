@@ -1,4 +1,4 @@
-"""How far a run is: a bar where rich is installed and stderr a terminal, else a line at times."""
+"""Progress of a run on stderr: a bar on a terminal if rich is installed, else a line at times."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def progress(total: int, done: int) -> Iterator[Advance]:
-    """Gives a function that is told how many more answers there are.
+    """Show progress inside this context.
 
     Args:
-        total: answers of all settings; ``done``: of these, answered in an earlier run.
+        total: number of answers of all settings.
+        done: how many of them an earlier run has answered.
+
+    Yields:
+        a function to be called with the number of further answers.
     """
     bar = terminal_bar("answers")
     if bar is None:
@@ -30,7 +34,7 @@ def progress(total: int, done: int) -> Iterator[Advance]:
 
 
 class _Lines:
-    """One line now and then, for logs."""
+    """Writes one line now and then, which suits a log."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done, self.told_at = total, done, time.monotonic()

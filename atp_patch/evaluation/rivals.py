@@ -1,4 +1,4 @@
-"""What each measured setting is compared with."""
+"""The rivals of each measured setting, with which it is compared."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _AS_MANY = 0.05
 
 
 def rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
-    """Whom a setting's accuracy is compared with, by the name of a column.
+    """The rows that a setting's accuracy is compared with, each under the name of its column.
 
-    With a budget: the first method and the baselines at the same budget, and before the same layers
-    where they were measured so. An adapter: its controls, and the first adapter and methods before
-    the same layers that keep as many tokens on average, to a twentieth. A method that decides by
-    itself: baselines that keep as many.
+    - A setting with a budget has the first method and the baselines at the same budget, and before
+      the same layers where they were measured so.
+    - An adapter has its controls, the first adapter, and those methods before the same layers that
+      keep as many tokens on average, to a twentieth.
+    - A method that decides itself how many to keep has the baselines that keep as many.
     """
     setting = row.setting
     if row.unreachable is not None or setting.control is not None or setting.name in _GIVEN:
@@ -55,7 +56,7 @@ def _controls(row: Row, others: Iterable[Row]) -> dict[str, Row]:
 
 
 def _by_name(rows: Iterable[Row]) -> dict[str, Row]:
-    """The first of each name."""
+    """The first row of each name."""
     return {row.setting.name: row for row in reversed(list(rows))}
 
 

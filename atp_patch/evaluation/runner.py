@@ -1,4 +1,4 @@
-"""The runner: every setting answers the same questions, chunk by chunk of images."""
+"""The runner, which has every setting answer the same questions, a few images at a time."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ Chunk = list[Example]
 
 @dataclass(frozen=True)
 class Bench:
-    """What answers.
+    """A model with what it needs to answer questions.
 
     Attributes:
+        model: the plain model, on its device.
+        processor: the model's own.
         speaks: whether the tokenizer is the built-in one, in which a text has one spelling.
-        answers: "forced" or "generate" (see ``answers``).
-        batch_size: questions a forward pass.
+        answers: "forced" or "generate" (see the module ``answers``).
+        batch_size: the most questions of a forward pass.
+        max_new_tokens: the most tokens of a generated answer.
         sized: whether each built-in scene is shown at a size of its own.
     """
 
@@ -53,35 +56,36 @@ class Bench:
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
-        """Ids of visual placeholders."""
+        """Ids of the placeholders of visual tokens."""
         return family_of(self.model.config).placeholder_ids(self.model.config)
 
     @property
     def pad_id(self) -> int:
-        """Of the token that fills up shorter prompts."""
+        """The id of the token that fills shorter prompts up."""
         return self.processor.tokenizer.pad_token_id or 0
 
     @cached_property
     def silent(self) -> tuple[int, ...]:
-        """Decoder layers that add nothing."""
+        """The numbers of the decoder layers that add nothing."""
         return silent_layers(self.model)
 
     @cached_property
     def shared(self) -> SharedLayers:
-        """What the layers before the first pruning made of a batch."""
+        """Keeps what the layers before the first pruning made of a batch."""
         return SharedLayers()
 
     def skipped(self, setting: Setting) -> set[int]:
-        """Decoder layers that add nothing, and whose attention is not scored, in the model as the
-        setting patched it.
+        """The decoder layers that may be left out of the model as the setting patched it: they add
+        nothing, and their attention is not scored.
         """
         places = () if setting.is_reference else require_patch(self.model).config.layers
         return set(self.silent) - {layer - 1 for layer in places}
 
     @contextmanager
     def shortened(self, setting: Setting) -> Iterator[None]:
-        """The model as the setting patched it, without the layers that add nothing, and without
-        those that did the same for another setting.
+        """Let the model as the setting patched it skip what is not needed inside this context: the
+        layers that add nothing, and layers whose results for this batch are known from another
+        setting.
         """
         skipped = self.skipped(setting)
         plain = self.answers == "forced" and setting.lora is None and not setting.is_reference
@@ -91,15 +95,16 @@ class Bench:
 
     @property
     def flat_positions(self) -> bool:
-        """Whether a token's position is one number (not so with M-RoPE)."""
+        """Whether the position of a token is one number, which it is not with M-RoPE."""
         rope = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
         return "mrope_section" not in rope
 
 
 def chunks(tasks: Sequence[Task], split: str, questions: int) -> list[Chunk]:
-    """All questions, those about one image together, a few images a chunk.
+    """Divide all questions into chunks of a few images each, with all questions about an image in
+    the same chunk.
 
-    The cut depends on the arguments alone, so that a resumed run meets the same batches.
+    The division depends on the arguments alone, so that a resumed run has the same batches.
     """
     found: list[Chunk] = []
     for _, members in groupby(sorted(tasks, key=lambda t: t.group), key=lambda t: t.group):
@@ -121,9 +126,19 @@ def run(
     work: Sequence[Chunk],
     advance: Advance,
 ) -> None:
-    """Answer what is not answered yet; each setting's chunk is written as soon as it is done.
+    """Answer every question that is not answered yet, and write each setting's answers to a chunk
+    as soon as they are complete.
 
-    A budget is a share of each image's own visual tokens: images of one size go together.
+    A budget is a share of each image's own visual tokens, so only images with as many of them are
+    batched together.
+
+    Args:
+        bench: the model.
+        runs: each setting with its file.
+        tasks: all tasks of the questions.
+        split: of the questions.
+        work: the questions (:func:`chunks`).
+        advance: is told how many more answers there are.
     """
     registry = {task.name: task for task in tasks}
     controls = _Controls(bench, tasks)
@@ -157,7 +172,7 @@ def run(
 
 
 class _Controls:
-    """The controls of adapters, each made once."""
+    """Makes the control of each adapter once."""
 
     def __init__(self, bench: Bench, tasks: Sequence[Task]) -> None:
         self.bench, self.tasks = bench, tasks
@@ -165,7 +180,7 @@ class _Controls:
 
     @contextmanager
     def __call__(self, setting: Setting) -> Iterator[None]:
-        """The patched model with the setting's control, where it has one."""
+        """Give the patched model the setting's control inside this context, if it has one."""
         if setting.control is None:
             yield
             return
@@ -190,7 +205,7 @@ class _Controls:
 
 
 def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:
-    """Encode a question of a task."""
+    """Encode one question of a task with its picture."""
     if bench.sized and task.group in SETS:
         image = scene_image(task.group, split, example.number, DYNAMIC)
     else:
@@ -202,7 +217,9 @@ def prepared(bench: Bench, task: Task, split: str, example: Example) -> Sample:
 def answered(
     bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
 ) -> Iterator[tuple[Sample, Answer]]:
-    """Answer samples with the model as it is now, batch by batch; forced ones apart from others."""
+    """Answer samples batch by batch with the model as it is now. A batch holds samples with forced
+    answers, or samples whose answers are generated, but not both.
+    """
     for with_answer in (True, False):
         alike = [sample for sample in samples if bool(sample.answer) == with_answer]
         for start in range(0, len(alike), bench.batch_size):
@@ -234,7 +251,7 @@ def _answer_batch(
 
 
 def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
-    """Visual tokens that entered layer 0 and each pruning layer, for each sample."""
+    """For each sample, the visual tokens that entered layer 0 and each pruning layer."""
     if setting.name == BLIND:
         return [(0,) for _ in samples]
     if setting.is_reference:

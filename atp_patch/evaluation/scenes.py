@@ -1,6 +1,7 @@
-"""The tasks of the built-in scenes: held-out ones, and sets shifted away from the training's.
+"""The tasks about built-in scenes: scenes held out from training, and sets that differ from those
+of training in one respect.
 
-Shifted sets are there to be measured on, never to choose anything by.
+The sets that differ are for measuring; nothing may be chosen by what they show.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from atp_patch.evaluation.shades import repaint
 from atp_patch.evaluation.tasks import Example, Task, register_task
 
 BUILTIN = "builtin"
-_SCENES_TO_TRY = 60  # for each question that is wanted
+_SCENES_TO_TRY = 60  # scenes that are looked at for each question that is wanted
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class SceneSet:
     """Scenes of one kind and what is asked about them.
 
     Attributes:
-        name: of the group; ``summary`` says for tables what is special about it.
-        tasks: of the generator; those of the set "builtin" keep their names, others are called
-            ``name/task``.
-        change: makes the picture of a scene, where it is not the generator's.
+        name: of the group of tasks.
+        summary: what tables say is special about it.
+        config: of the generator.
+        tasks: the generator's tasks that are asked. Those of the set "builtin" keep their names;
+            those of another set are called ``name/task``.
+        change: makes the picture of a scene; None: it is the generator's.
     """
 
     name: str
@@ -47,7 +50,7 @@ class SceneSet:
     change: Callable[[Scene], Image.Image] | None = None
 
     def task_name(self, task: str) -> str:
-        """What the registry calls a task of this set."""
+        """The name under which a task of this set is registered."""
         return task if self.name == BUILTIN else f"{self.name}/{task}"
 
 
@@ -92,22 +95,23 @@ def _questions(kind: str, split: str, number: int) -> tuple[Question, ...]:
 
 
 def scene_image(kind: str, split: str, number: int, model: str = LLAVA) -> Image.Image:
-    """The picture of a scene of a set, as a built-in model is shown it."""
+    """The picture of a scene of a set, at the size at which a built-in model is shown it."""
     scene = as_shown(_scene(kind, split, number), model, SETS[kind].config)
     change = SETS[kind].change
     return scene.image if change is None else change(scene)
 
 
 def scene_objects(kind: str, split: str, number: int) -> int:
-    """How many objects a scene of a set has."""
+    """The number of objects in a scene of a set."""
     return len(_scene(kind, split, number).objects)
 
 
 def scene_examples(kind: str, task: str, split: str, count: int) -> list[Example]:
-    """The first ``count`` questions of a task, one a scene at most, scenes in order.
+    """The first ``count`` questions of a task, in the order of their scenes, at most one for each
+    scene.
 
     Raises:
-        ConfigError: where scenes with such questions are too rare, or the split is unknown.
+        ConfigError: where too few scenes have such questions, or the split is unknown.
     """
     if split not in SPLITS:
         raise ConfigError(f"there is no split {split!r}; there are {', '.join(SPLITS)}.")

@@ -1,4 +1,4 @@
-"""What is measured: a method with its options, layers, budget and seed, or a reference."""
+"""The settings that are measured: methods with options, layers, budget and seed, and references."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from atp_patch.tools.trained import find_trained, merged
 
 UNPRUNED, BLIND = "unpruned", "no visual tokens"
 DROPPED = "no visual tokens from"
-CONTROL_QUESTIONS = 352  # of the split train, over all tasks: what controls are made from
+CONTROL_QUESTIONS = 352  # controls are made from so many questions of the split train
 _NOTHING = 1e-9
-_LOSSES = ("lambda_atp", "lambda_target", "target_loss")  # of training alone
+_LOSSES = ("lambda_atp", "lambda_target", "target_loss")  # options that matter in training alone
 BASELINES = ("random", "uniform", "downsample")
 
 
@@ -31,13 +31,15 @@ class Setting:
         name: UNPRUNED, BLIND, a method's name, two methods' as "FIRST/SECOND", "adapter NAME", or
             DROPPED: the unpruned model up to the layer in ``layers``, from which on it has no
             visual tokens.
-        options: of the method, or of the second, sorted; ``layers``: before which it prunes.
+        options: names and values of the method's options, sorted; of two methods, the second's.
+        layers: before which decoder layers the method prunes.
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
-            method, or an adapter, decides by itself.
-        seed: of what a method draws at random, None where it draws nothing.
-        adapter: as ``find_trained`` takes it, and the hash of its files.
-        control: which thresholds stand in for the adapter's own, or None.
-        trainings: folder of several trainings of one recipe, of which ``adapter`` is one.
+            method or the adapter decides itself how many to keep.
+        seed: of what the method draws at random; None where it draws nothing.
+        adapter: a trained adapter as ``find_trained`` takes it, or None.
+        adapter_hash: hash of the adapter's files, or None.
+        control: which thresholds replace the adapter's own; None where these are kept.
+        trainings: folder of several trainings of one recipe, one of which is ``adapter``; or None.
     """
 
     name: str
@@ -57,18 +59,20 @@ class Setting:
 
     @property
     def lora(self) -> str | None:
-        """Folder of what was trained beside the adapter, or None."""
+        """Folder of the LoRA that was trained beside the adapter, or None."""
         return None if self.adapter is None else find_trained(self.adapter).lora
 
     @property
     def pooled(self) -> Setting:
-        """The same without its seed or training: what those of one setting have in common."""
+        """This setting without its seed or training: settings with the same value are pooled."""
         if self.trainings is None:
             return replace(self, seed=None)
         return replace(self, adapter=self.trainings, adapter_hash=None)
 
     def identity(self) -> dict[str, Any]:
-        """As plain data, for files: options with their defaults, the adapter by its hash alone."""
+        """The setting as plain data for files: all options, those left at their defaults included,
+        and the adapter's hash in place of its name.
+        """
         data = asdict(self) | {"options": dict(self.options), "layers": list(self.layers)}
         if set(stages(self.name)) <= set(available_methods()):
             before, inside = make_methods(stages(self.name), dict(self.options))
@@ -86,7 +90,7 @@ class Setting:
 
 @contextmanager
 def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
-    """The model as the setting wants it; plain again afterwards.
+    """Patch the model as the setting says inside this context; it is plain again afterwards.
 
     Raises:
         BudgetError: where method and layers cannot meet the budget.
@@ -115,8 +119,11 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
 
 
 def unreachable(model: Any, setting: Setting, visual_tokens: int) -> str | None:
-    """Why a setting cannot meet its budget, or the model not take its method, or None; raises what
-    else is wrong with it.
+    """The reason why a setting cannot meet its budget, or why the model cannot take its method;
+    None where there is no such reason.
+
+    Raises:
+        ATPError: where something else is wrong with the setting.
     """
     try:
         with applied(model, setting, visual_tokens):
@@ -134,14 +141,19 @@ def plan(
     adapters: Sequence[str],
     drop_from: Sequence[int] = (),
 ) -> list[Setting]:
-    """All settings, references first, then by budget; the baselines are always among them.
+    """Make all settings: the references first, then the methods by falling budget. The baselines
+    are always among them.
 
     Args:
-        methods: names, or pairs as "prumerge+/atp", each with layers of its own where it says so:
-            "fastv@2", "atp@1+13+25", and budgets: "atp:0.5+0.25", "atp@1+13+25:0.06".
+        methods: names, or pairs as "prumerge+/atp". Each may name its own layers, as in "fastv@2"
+            and "atp@1+13+25", and its own budgets, as in "atp:0.5+0.25" and "atp@1+13+25:0.06".
+        budgets: shares of the visual tokens, for methods that name none.
+        seeds: how many seeds a method has that draws at random.
         options: given to every method that has them; "METHOD.NAME" goes to one method alone.
-        layers: of methods that prune inside the decoder and name none of their own.
-        drop_from: layers from which on to leave out all visual tokens, one a setting.
+        layers: for methods that prune inside the decoder and name none.
+        adapters: what ``--adapters`` names.
+        drop_from: decoder layers; for each there is a setting that leaves out all visual tokens
+            from it on.
 
     Raises:
         ConfigError: for an unknown method, or an option that no chosen method has.
@@ -187,7 +199,7 @@ def _trained(recipe: Recipe, source: str) -> Setting:
 def _named(
     text: str, layers: Sequence[int], budgets: Sequence[float]
 ) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
-    """Name, layers and budgets of a method; those of all methods where it has none of its own."""
+    """Name, layers and budgets of a method, which has those of all methods where it names none."""
     spec = read_method_spec(text)
     if any(issubclass(method_class(stage), VoCo) for stage in spec.stages):
         raise ConfigError(
@@ -198,8 +210,11 @@ def _named(
 
 
 def known_options(name: str, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Of a method's options as :meth:`Setting.identity` names them, those that are no defaults and
-    can change an answer.
+    """The options of a method that differ from its defaults and can change an answer.
+
+    Args:
+        name: of the method.
+        given: all options, as :meth:`Setting.identity` gives them.
     """
     if not set(stages(name)) <= set(available_methods()):
         return tuple(sorted(given.items()))
@@ -218,7 +233,9 @@ def _fields_of(name: str) -> set[str]:
 
 
 def _options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those meant for a method: of its own name, or of any method's and known to it."""
+    """The options for one method: those with its name before the dot, and those without a dot that
+    it has.
+    """
     mine = {k: v for k, v in options.items() if k in _fields_of(name)}
     own = {k.partition(".")[2]: v for k, v in options.items() if k.partition(".")[0] == name}
     return mine | own

@@ -1,4 +1,4 @@
-"""Scenes repainted: every object in a shade of its colour that training never showed."""
+"""Repainted scenes, with every object in a shade of its colour that training never showed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LEAST_SHIFT, MOST_SHIFT = 26, 40
 """By how much, 0-255, at least one channel of a shade is off the colour's mean. Training's shades
 are off by 12 at most in every channel, so the two never meet."""
 
-_STREAM = 1_000  # of a scene's randomness; the generator uses small numbers
+_STREAM = 1_000  # number of the random stream; the generator's own streams have small numbers
 
 
 def repaint(scene: Scene) -> Image.Image:
-    """The scene's picture with each object's pixels shifted to another shade.
+    """The scene's picture with the pixels of each object shifted to another shade of its colour.
 
-    Noise stays on. The shade is still nearest to the mean of its own colour, so the true answers
-    stay true.
+    The pixels keep their noise. A shade is nearer to the mean of its own colour than to that of any
+    other, so the true answers stay true.
     """
     rng = scene_rng(scene.split, scene.index, _STREAM)
     pixels = np.asarray(scene.image).astype(np.int16)
@@ -30,13 +30,13 @@ def repaint(scene: Scene) -> Image.Image:
         mask = Image.new("1", scene.image.size)
         ImageDraw.Draw(mask).polygon(outline(item), fill=1)
         inside = np.asarray(mask)
-        painted = pixels[inside].mean(0)  # (3,) what the generator drew
+        painted = pixels[inside].mean(0)  # (3,) the colour that the generator drew
         pixels[inside] += np.round(shade(item.colour, rng) - painted).astype(np.int16)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def shade(colour: str, rng: np.random.Generator) -> NDArray[np.float64]:
-    """(3,) RGB of an unseen shade of an object's colour, 0-255."""
+    """An unseen shade of an object's colour, (3,) RGB values from 0 to 255."""
     mean = np.array(OBJECT_COLOURS[colour], dtype=np.float64)
     others = [
         np.array(rgb)

@@ -1,7 +1,7 @@
-"""The decoder layers before the first pruning, run once a batch and not once a setting.
+"""Runs the decoder layers before the first pruning once for a batch, and not once for each setting.
 
-Whatever is pruned later on, these layers make the same of the same batch, so that what they left
-(hidden states, keys and values, and the recorded attention) is given again: the same bits, sooner.
+Whatever is pruned later, these layers compute the same from the same batch. So their results
+(hidden states, keys and values, and the recorded attention) are kept and given again, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from atp_patch.seam import Recorder, Recording
 
 @dataclass
 class _Left:
-    """What a layer left: (B, L, D), (B, Hk, L, d) twice, and its attention where it was scored."""
+    """What a layer computed from a batch.
+
+    Attributes:
+        hidden: (B, L, D) hidden states.
+        key: (B, Hk, L, d) keys.
+        value: (B, Hk, L, d) values.
+        recording: its attention, where a method scored it.
+    """
 
     hidden: Tensor
     key: Tensor
@@ -29,10 +36,10 @@ class _Left:
 
 
 class SharedLayers:
-    """What the first decoder layers of one model made of batches of plain embeddings.
+    """Keeps what the first decoder layers of one model computed from batches of plain embeddings.
 
     Attributes:
-        batch: what names the batch that the model is about to be given.
+        batch: a key of the batch that the model is given next.
     """
 
     def __init__(self) -> None:
@@ -40,16 +47,19 @@ class SharedLayers:
         self._left: dict[tuple[Hashable, int], _Left] = {}
 
     def forget(self) -> None:
-        """Other batches come from now on."""
+        """Drop all results, because other batches follow."""
         self._left.clear()
 
     @contextmanager
     def given_again(self, model: Any, skipped: Container[int]) -> Iterator[None]:
-        """A patched model whose layers before the first pruning are given again where they are
-        known; as it is where tokens are merged or turned before those.
+        """Replace the layers before the first pruning by their known results inside this context.
+
+        Nothing is replaced where visual tokens are merged before the decoder, or have rotary
+        positions by row and column, because the layers then compute something else.
 
         Args:
-            skipped: layers that something else stands in for.
+            model: a patched model.
+            skipped: numbers of layers that are left out anyway.
         """
         patch = require_patch(model)
         config, recorder = patch.config, patch.seam.recorder
@@ -82,12 +92,13 @@ class SharedLayers:
         name, attention = (self.batch, number), layer.self_attn
         left, scored = self._left.get(name), recorder.awaits(attention)
         if left is None or (scored and left.recording is None):
-            heard: list[Recording] = []
+            recordings: list[Recording] = []
             if scored:
-                recorder.overhear(heard.append)
+                recorder.overhear(recordings.append)
             made = original()
             held = cache.layers[number]
-            self._left[name] = _Left(made, held.keys, held.values, heard[0] if heard else None)
+            recording = recordings[0] if recordings else None
+            self._left[name] = _Left(made, held.keys, held.values, recording)
             return made
         if scored:
             assert left.recording is not None

@@ -1,8 +1,8 @@
 """Means over tasks and their intervals, by resampling the images that all methods answered about.
 
-Scores are (units, tasks) float64 arrays: a unit is an image, NaN where a task asks nothing about
-it. Questions about one image are not independent, so images are what is drawn; the same draws
-serve every method, so that differences and ratios are paired.
+Scores are (units, tasks) float64 arrays. A unit is an image; a score is NaN where a task asks
+nothing about the image. Questions about one image are not independent, so images are drawn and not
+questions. All methods share the same draws, so that differences and ratios are paired.
 """
 
 from __future__ import annotations
@@ -18,25 +18,31 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap interval; NaN where it is undefined."""
+    """A number with its 95 % bootstrap interval.
+
+    Attributes:
+        value: the number, NaN where it is undefined.
+        low: lower end of the interval, NaN where there is none.
+        high: upper end of the interval, NaN where there is none.
+    """
 
     value: float
     low: float
     high: float
 
     def to_list(self) -> list[float | None]:
-        """[value, low, high] for JSON, None for NaN."""
+        """[value, low, high] for JSON, with None in place of NaN."""
         return [None if np.isnan(x) else float(x) for x in (self.value, self.low, self.high)]
 
 
 def draw_weights(units: int, draws: int, seed: int) -> Array:
-    """(draws, units): how often each unit occurs when ``units`` are drawn with replacement."""
+    """How often each unit occurs in each draw of ``units`` with replacement, (draws, units)."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return rng.multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
 
 
 def task_means(scores: Array, weights: Array) -> Array:
-    """(draws, tasks): weighted mean of each task; NaN where no question of it was drawn."""
+    """The weighted mean of each task, (draws, tasks); NaN where no question of it was drawn."""
     asked = ~np.isnan(scores)
     total = weights @ np.where(asked, scores, 0.0)
     count = weights @ asked.astype(np.float64)
@@ -44,12 +50,14 @@ def task_means(scores: Array, weights: Array) -> Array:
 
 
 def mean_accuracy(scores: Array, weights: Array) -> Estimate:
-    """Mean over tasks of the mean score of each."""
+    """The mean over tasks of their mean scores."""
     return _estimate(*(task_means(scores, w).mean(1) for w in (_once(scores), weights)))
 
 
 def retention(scores: Array, plain: Array, weights: Array) -> Estimate:
-    """Mean over tasks of the mean score relative to the unpruned model's on the same questions."""
+    """The mean over tasks of their mean score divided by that of the unpruned model on the same
+    questions.
+    """
 
     def ratio(w: Array) -> Array:
         ours, reference = task_means(scores, w), task_means(plain, w)
@@ -62,7 +70,7 @@ def retention(scores: Array, plain: Array, weights: Array) -> Estimate:
 
 
 def difference(scores: Array, other: Array, weights: Array) -> Estimate:
-    """Mean accuracy less another's, paired by question."""
+    """The difference of two mean accuracies, paired by question."""
 
     def gap(w: Array) -> Array:
         return (task_means(scores, w) - task_means(other, w)).mean(1)
@@ -71,7 +79,7 @@ def difference(scores: Array, other: Array, weights: Array) -> Estimate:
 
 
 def score_matrix(tasks: Sequence[dict[int, float]], units: Sequence[int]) -> Array:
-    """(units, tasks) from unit -> score for each task; NaN where a task has no such unit."""
+    """Each task's scores by unit as (units, tasks); NaN where a task has no such unit."""
     matrix = np.full((len(units), len(tasks)), np.nan)
     row = {unit: at for at, unit in enumerate(units)}
     for column, scores in enumerate(tasks):
@@ -81,12 +89,12 @@ def score_matrix(tasks: Sequence[dict[int, float]], units: Sequence[int]) -> Arr
 
 
 def _once(scores: Array) -> Array:
-    """(1, units): every unit as it is."""
+    """Weights of the data as they are, with every unit once, (1, units)."""
     return np.ones((1, scores.shape[0]))
 
 
 def _estimate(value: Array, draws: Array) -> Estimate:
-    """Percentiles 2.5 and 97.5 of the draws in which the number is defined."""
+    """The value with percentiles 2.5 and 97.5 of the draws in which it is defined."""
     defined = draws[~np.isnan(draws)]
     if np.isnan(value[0]) or not defined.size:
         return Estimate(float(value[0]), float("nan"), float("nan"))

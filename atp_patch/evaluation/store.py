@@ -1,8 +1,9 @@
-"""Results on disk: one file a run, one line a chunk of questions; a killed run goes on from there.
+"""Results on disk, from which a killed run is continued: a file for each run, and in it a line for
+each chunk of questions.
 
 A file's name ends with the hash of everything that decides an answer (model, method, settings,
-split, code, versions, dtype), so answers of different kinds never mix. A line is written whole or
-not at all: what a kill leaves of a last line is cut off.
+split, code, versions, dtype), so answers of different kinds never mix. Where a kill leaves a part
+of a last line, that part is cut off.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from atp_patch.tools.files import parse_json
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's result.
+    """The result of one question.
 
     Attributes:
-        score: 0 (wrong) to 1 (right).
-        entering: visual tokens that entered layer 0 and each pruning layer, from the trace.
+        score: from 0 (wrong) to 1 (right).
+        entering: how many visual tokens entered layer 0 and each pruning layer.
     """
 
     score: float
@@ -37,8 +38,9 @@ class RunFile:
     """The file of one run.
 
     Attributes:
-        header: what the first line says; ``identity`` in it decides the name.
-        answers: task -> number of the question's image -> result.
+        path: of the file.
+        header: the object in the first line; its entry "identity" decides the file's name.
+        answers: the results by task, and by number of the question's image.
     """
 
     path: Path
@@ -49,11 +51,13 @@ class RunFile:
     def open(
         cls, folder: Path, name: str, identity: dict[str, Any], facts: dict[str, Any]
     ) -> RunFile:
-        """Open a run's file, with what it holds already, or begin one.
+        """Open a run's file with what it holds already, or begin one.
 
         Args:
+            folder: of the file; it is made where it is not there.
             name: readable first part of the file's name.
-            facts: written to the header of a new file beside the identity.
+            identity: everything that decides an answer, as plain data.
+            facts: further entries of a new file's header.
 
         Raises:
             ConfigError: where the folder cannot be written, or the file is damaged.
@@ -74,21 +78,26 @@ class RunFile:
         return number in self.answers.get(task, {})
 
     def add(self, chunk: int, results: dict[str, dict[int, Answer]]) -> None:
-        """Append a chunk's results: one line."""
+        """Append the results of a chunk as one line.
+
+        Args:
+            chunk: number of the chunk.
+            results: by task, and by number of the question's image.
+        """
         tasks = {task: _packed(answers) for task, answers in results.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line({"chunk": chunk, "tasks": tasks}))
         self._take(results)
 
     def _take(self, results: dict[str, dict[int, Answer]]) -> None:
-        """What is answered already stays as it is: nothing counts twice."""
+        """Add results, except for questions that have one already: nothing counts twice."""
         for task, answers in results.items():
             known = self.answers.setdefault(task, {})
             for number, answer in answers.items():
                 known.setdefault(number, answer)
 
     def _read(self) -> bool:
-        """Read the file; False where there is nothing in it yet."""
+        """Read the file, and say whether anything is in it."""
         if not self.path.exists():
             return False
         found = self.path.read_bytes()
@@ -113,7 +122,7 @@ def _line(data: dict[str, Any]) -> str:
 
 
 def _packed(answers: dict[int, Answer]) -> dict[str, list[Any]]:
-    """Columns; the token counts once where they are the same for all."""
+    """Answers as columns; the token counts stand there once where they are the same for all."""
     rows = [list(answer.entering) for answer in answers.values()]
     same = all(row == rows[0] for row in rows)
     scores = [int(a.score) if a.score in (0, 1) else a.score for a in answers.values()]

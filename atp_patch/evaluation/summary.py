@@ -1,4 +1,4 @@
-"""From answers to numbers: one row a setting and group of tasks."""
+"""The numbers that answers give: a row for each setting and group of tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class Stratum:
     """Questions about pictures of one kind, over all tasks of a group.
 
     Attributes:
-        accuracy: mean score; ``entering``: as in ``Row``.
+        questions: how many there are.
+        accuracy: their mean score.
+        entering: for each layer the mean of the visual tokens that enter it.
     """
 
     questions: int
@@ -45,19 +47,29 @@ class Row:
     """What a setting reached on a group of tasks.
 
     Attributes:
-        accuracy: task -> mean score, 0 to 1; ``by_task``: the same with intervals;
-            ``questions``: task -> how many.
-        mean: of the tasks' accuracies; ``retention``: mean of accuracy over unpruned accuracy.
-        against: name of a rival, as :func:`rivals` says -> difference of mean accuracy to it.
-        average_tokens: visual tokens averaged over all decoder layers and questions, as measured;
-            ``tokens``: by task; ``spread_tokens``: standard deviation over the questions, averaged
-            over seeds or trainings. ``working_tokens``: averaged over those layers that change
-            anything, where a model has others.
-        entering: task -> layer -> mean visual tokens that enter it, at 0 and each pruning layer.
-        strata: what ``Task.stratum`` says of the picture -> the questions about such pictures.
-        by_seed: mean accuracy of each seed. ``hashes``: of the adapter of each training.
-        unreachable: why the budget cannot be met; then nothing else is known.
-        run: header of the run; ``record``: what an earlier summary said of it, which stays so.
+        setting: without its seed or training.
+        group: of tasks.
+        layers: before which decoder layers it prunes.
+        seeds: of the draws, or numbers of the trainings, that are pooled.
+        accuracy: for each task the mean score, from 0 to 1.
+        by_task: for each task the mean score with its interval.
+        questions: for each task how many there are.
+        mean: mean of the tasks' accuracies.
+        retention: mean over tasks of the accuracy divided by the unpruned model's.
+        against: for each rival (:func:`rivals`) the difference of mean accuracy to it.
+        average_tokens: visual tokens averaged over all decoder layers and questions, as measured.
+        tokens: the same for each task.
+        spread_tokens: standard deviation of the visual tokens over the questions, averaged over
+            seeds or trainings.
+        working_tokens: visual tokens averaged over those decoder layers that change anything.
+        entering: for each task and layer the mean of the visual tokens that enter the layer, for
+            layer 0 and each pruning layer.
+        strata: for each value of ``Task.stratum`` the questions about such pictures.
+        by_seed: mean accuracy of each seed or training.
+        hashes: of the adapter of each training.
+        unreachable: why the budget cannot be met; nothing else is known then. None where it can.
+        run: header of the run.
+        record: what an earlier summary said of the setting, which is written again as it was.
     """
 
     setting: Setting
@@ -83,7 +95,9 @@ class Row:
     record: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; every row names model, method, options, seeds, versions, and so on."""
+        """The row as plain data, with all that it depends on: model, method, options, seeds and
+        versions.
+        """
         estimates = {
             "mean_accuracy": self.mean,
             "retention": self.retention,
@@ -117,7 +131,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """A setting with the files of its seeds, or why it has none."""
+    """A setting with what was measured of it.
+
+    Attributes:
+        setting: without its seed or training.
+        files: one for each seed or training; none where the budget cannot be met.
+        seeds: of the draws, or numbers of the trainings.
+        layers: before which decoder layers it prunes.
+        unreachable: why the budget cannot be met; None where it can.
+        run: header of the run.
+        hashes: of the adapter of each training.
+    """
 
     setting: Setting
     files: tuple[RunFile, ...]
@@ -137,13 +161,16 @@ def summarize(
     draws: int = DRAWS,
     silent: Collection[int] = (),
 ) -> list[Row]:
-    """Rows of every group of tasks, settings in the order given; the unpruned one is among them.
+    """Make the rows of every group of tasks, with the settings in the given order.
 
     Args:
-        examples: the questions that count; files may hold more.
-        num_layers: of the decoder.
+        measured: the settings, the unpruned model among them.
+        tasks: all tasks of the examples.
+        examples: the questions that count; the files may hold more.
+        num_layers: how many layers the decoder has.
         split: of the examples.
-        silent: layers of the decoder that change nothing.
+        draws: number of bootstrap draws.
+        silent: numbers of decoder layers that change nothing.
     """
     working = [layer for layer in range(num_layers) if layer not in silent]
     rows: list[Row] = []
@@ -183,7 +210,9 @@ def summarize(
             _count_tokens(row, m, asked, num_layers, working)
             row.strata = _strata(m, kinds)
         unpruned = next(row for row in members if row.setting.name == UNPRUNED)
-        for row in members:  # pictures may differ in size, of which a run's header knows one
+        for (
+            row
+        ) in members:  # a run's header has the tokens of one picture; others may differ in size
             row.run = {**row.run, "visual_tokens": unpruned.average_tokens}
             for name, rival in rivals(row, members).items():
                 other = pooled[rival.setting]
@@ -193,7 +222,7 @@ def summarize(
 
 
 def _matrix(file: RunFile, asked: dict[str, list[int]], units: list[int]) -> Array:
-    """(units, tasks) scores of the questions that count."""
+    """The scores of the questions that count, (units, tasks)."""
     return score_matrix(
         [{n: file.answers[task][n].score for n in numbers} for task, numbers in asked.items()],
         units,
@@ -201,7 +230,7 @@ def _matrix(file: RunFile, asked: dict[str, list[int]], units: list[int]) -> Arr
 
 
 def _means(scores: Array) -> list[float]:
-    """The accuracy of each task."""
+    """The mean score of each task."""
     means: list[float] = task_means(scores, np.ones((1, scores.shape[0])))[0].tolist()
     return means
 
@@ -213,7 +242,7 @@ def _count_tokens(
     num_layers: int,
     working: Sequence[int],
 ) -> None:
-    """Means over questions (and seeds) of what the trace counted."""
+    """Set the row's token counts: means over questions and seeds of what the traces counted."""
     starts = [0, *measured.layers]
     spans = np.diff([*starts, num_layers])
     totals: list[Array] = []
@@ -234,10 +263,11 @@ def _known(tokens: float) -> float | None:
 
 
 def tokens_in(layers: Sequence[int], entering: dict[str, dict[int, float]]) -> float:
-    """Visual tokens averaged over some layers and all tasks.
+    """Visual tokens averaged over some decoder layers and over all tasks, which count alike.
 
     Args:
-        entering: as in :class:`Row`; every task has as many questions.
+        layers: numbers of the decoder layers.
+        entering: as in :class:`Row`.
     """
     found = [
         counts[max(start for start in counts if start <= layer)]
@@ -248,10 +278,11 @@ def tokens_in(layers: Sequence[int], entering: dict[str, dict[int, float]]) -> f
 
 
 def _strata(measured: Measured, kinds: dict[str, list[tuple[int, int]]]) -> dict[int, Stratum]:
-    """Answers told apart by what their pictures show.
+    """Group the answers by the kind of their pictures.
 
     Args:
-        kinds: the numbers of each task's questions, with the kind of picture of each.
+        measured: the setting.
+        kinds: for each task the numbers of its questions, with the kind of picture of each.
     """
     found: dict[int, list[Answer]] = defaultdict(list)
     for task, numbered in kinds.items():

@@ -1,4 +1,4 @@
-"""Rows as Markdown."""
+"""Tables of rows in Markdown."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ NOTES = f"""\
 
 
 def markdown(rows: Sequence[Row], title: str) -> str:
-    """Everything for people: notes, then a table for each group of tasks.
+    """Write the page for people: notes, then a table for each group of tasks.
 
     Args:
+        rows: of all groups.
         title: one line that says what was measured.
     """
     origins = dict.fromkeys(map(_origin, rows))
@@ -47,7 +48,7 @@ def markdown(rows: Sequence[Row], title: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One group's table."""
+    """Write the table of one group of tasks."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.accuracy))
     rivals = dict.fromkeys(name for row in rows for name in row.against)
     rivals = dict.fromkeys(sorted(rivals, key=BASELINES.__contains__))
@@ -78,7 +79,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    """Why budgets cannot be met: a list, the same reason once."""
+    """A list of the reasons why budgets cannot be met, with each reason once; or nothing."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.unreachable is not None:
@@ -91,7 +92,7 @@ def _count(tokens: float) -> str:
 
 
 def percent(estimate: Estimate | None, signed: bool = False) -> str:
-    """``93.2 [91.0, 94.8]``, or "-" where it is undefined."""
+    """An estimate in percent, such as ``93.2 [91.0, 94.8]``; "-" where it is undefined."""
     if estimate is None or math.isnan(estimate.value):
         return "-"
     form = "{:+.1f}" if signed else "{:.1f}"

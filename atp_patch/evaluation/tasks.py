@@ -1,4 +1,4 @@
-"""The registry of tasks: a task is data and a scoring function."""
+"""The registry of tasks. A task has questions with true answers, pictures and a score."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Example:
 
     Attributes:
         task: the task's name.
-        number: of the image within the split and group; (group, number) names the image, and
-            (task, number) the question.
+        number: number of the image within the split and group. (group, number) names the image,
+            and (task, number) the question.
+        question: its text.
+        answer: the true answer.
     """
 
     task: str
@@ -27,12 +29,14 @@ class Example:
 
 
 def exact_match(given: str, true: str) -> float:
-    """1 if both texts are the same but for blanks around them, else 0."""
+    """Return 1 if both texts are the same apart from blanks around them, else 0."""
     return float(given.strip() == true.strip())
 
 
 def loose_match(given: str, true: str) -> float:
-    """1 if both texts are the same but for case, blanks around them and a full stop, else 0."""
+    """Return 1 if both texts are the same apart from case, blanks around them and a full stop at
+    the end, else 0.
+    """
     return exact_match(*(text.strip().rstrip(".").casefold() for text in (given, true)))
 
 
@@ -41,16 +45,17 @@ class Task:
     """Questions with true answers, and how an answer is scored.
 
     Attributes:
-        group: tasks of one group share their images; means and retention are taken over a group.
-        examples: (split, how many) -> so many questions, each of another image; the first of more
-            are the same.
-        image: (split, number) -> the picture of an example.
-        score: (given answer, true answer) -> 0 (wrong) to 1 (right).
-        exact: whether ``score`` asks for the true answer and nothing else, so that it may be found
-            without generating (see ``answers``).
-        loose: scores models that were not made for the task's words: they may write "Red.".
-        stratum: (split, number) -> what results are also told apart by, the number of objects in
-            the picture, for example; None where there is nothing.
+        name: under which ``--tasks`` takes it.
+        group: tasks of one group share their images, and means are taken over a group.
+        examples: takes a split and a number, and gives so many questions, each about another image.
+            A larger number gives the same questions and further ones.
+        image: takes a split and an example's number, and gives its picture.
+        score: takes a given and a true answer, and gives a score from 0 (wrong) to 1 (right).
+        exact: whether ``score`` is 1 for the true answer alone, so that an answer need not be
+            generated (see the module ``answers``).
+        loose: the score for models that were not made for the task's words and may write "Red.".
+        stratum: takes a split and an example's number, and gives the kind of picture by which
+            results are also grouped, such as the number of objects in it; None: they are not.
     """
 
     name: str
@@ -79,17 +84,17 @@ def register_task(task: Task) -> Task:
 
 
 def available_tasks() -> list[str]:
-    """Names of all tasks."""
+    """The names of all tasks."""
     return list(_TASKS)
 
 
 def task_groups() -> list[str]:
-    """Names of the groups, in the order of their first tasks."""
+    """The names of the groups, in the order of their first tasks."""
     return list(dict.fromkeys(task.group for task in _TASKS.values()))
 
 
 def choose_tasks(names: Iterable[str]) -> list[Task]:
-    """Tasks from names of tasks and groups, or "all"; each once, in the registry's order.
+    """Choose tasks by names of tasks and groups, or "all". Each comes once, in registry order.
 
     Raises:
         ConfigError: for an unknown name.

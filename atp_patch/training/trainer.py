@@ -128,8 +128,8 @@ class PruningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's own loss (eq. 14), and the divergence from the plain model if ``distill`` asks
-        for it.
+        """The model's own loss (eq. 14), and the divergence from the plain model if settings ask
+        for distillation.
 
         Raises:
             ATPError: where the loss, or what is learned, is not finite any more.
