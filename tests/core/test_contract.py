@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,10 +149,11 @@ word = "no class"
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("outside_")]:
+        del sys.modules[name]
 
 
 def test_a_method_of_another_package_is_found_by_its_name(site: Path) -> None:

@@ -1,0 +1,106 @@
+"""The examples of docs/methods.md, "A method of your own", run as they are printed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import atp_patch
+from tests.families.kinds import MIXED, make
+from tests.families.test_every_family import KINDS
+from tests.helpers import inputs as made
+from tests.helpers.run import forward
+from tests.helpers.tiny import tiny_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+FAMILIES = ("llava", "qwen2_5_vl", "internvl", "gemma3")
+
+
+def blocks() -> dict[str, str]:
+    """Name of the class that it defines -> the source of each example."""
+    section = PAGE.read_text(encoding="utf-8").partition("## A method of your own")[2]
+    section = section.partition("\n## ")[0]
+    sources = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return {re.findall(r"^class (\w+)", source, re.MULTILINE)[-1]: source for source in sources}
+
+
+def run(name: str, model: Any) -> dict[str, Any]:
+    """The names that an example leaves; examples before it have made their imports."""
+    space: dict[str, Any] = {"model": model}
+    for source in blocks().values():
+        exec("\n".join(re.findall(r"^(?:from|import) .*$", source, re.MULTILINE)), space)
+    exec(blocks()[name], space)
+    return space
+
+
+def test_there_is_one_for_each_kind() -> None:
+    found = {name: run(name, tiny_model("llava-llama"))[name].where for name in blocks()}
+    assert set(found.values()) == {"picture", "tower", "door", "layer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("Asked", {0: 9}),
+        ("Seen", {0: 10}),
+        ("Remembers", {2: 18, 4: 9, 6: 4}),
+        ("Bright", {0: 18}),
+        ("Shrunk", {0: 9}),
+    ],
+)
+def test_it_keeps_what_it_says(name: str, kept: dict[int, int], tmp_path: Path) -> None:
+    model = tiny_model("llava-llama")
+    run(name, model)
+    inputs = made.batch(model, made.SINGLE)
+    logits = forward(model, inputs).logits
+    trace = atp_patch.last_trace(model)
+    assert {layer: trace.layers[layer].kept_counts for layer in trace.layers} == {
+        layer: (count,) for layer, count in kept.items()
+    }
+    atp_patch.save_pretrained(model, tmp_path)
+    again = atp_patch.patch_model(tiny_model("llava-llama"), weights=tmp_path)
+    assert torch.equal(forward(again, inputs).logits, logits)
+
+
+def test_every_example_has_its_row() -> None:
+    assert set(blocks()) == {"Asked", "Seen", "Remembers", "Bright", "Shrunk"}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The first example as another package that is installed."""
+    source = blocks()["Asked"].partition("\n\n\natp_patch.patch_model")[0]
+    assert len(source.splitlines()) <= 25
+    (tmp_path / "asking.py").write_text(source, encoding="utf-8")
+    info = tmp_path / "asking-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: asking\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[atp_patch.methods]\nasked = asking:Asked\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("asking", None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_door_method_of_another_package_serves_any_family(package: Path, family: str) -> None:
+    (kind,) = (kind for kind in KINDS if kind.name == family)
+    assert "asked" in atp_patch.available_methods()
+    model = atp_patch.patch_model(kind.build(), method="asked", keep=0.25)
+    forward(model, make(kind, MIXED).inputs)
+    trace = atp_patch.last_trace(model)
+    assert trace.layers[0].kept_counts == tuple(
+        max(round(total / 4), min(total, 1)) for total in trace.layout.totals
+    )
+    # The choice is the page's: the most alike by the scores that the trace shows.
+    for b, total in enumerate(trace.layout.totals):
+        places = trace.layout.position[b, :total]
+        scores = trace.layers[0].scores["alike"][b, places]
+        kept = trace.layers[0].kept[b, places]
+        if 0 < int(kept.sum()) < total:
+            assert scores[kept].min() >= scores[~kept].max()
