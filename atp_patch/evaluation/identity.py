@@ -17,10 +17,10 @@ from atp_patch.patching.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from atp_patch.tools.trained import LORA_FILES
 from atp_patch.version import __version__
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 # The code that can change an answer, a question or what is kept. The demo, the bench, tables and
 # plots cannot.
-_CODE = (
+CODE = (
     *("contract/*.py", "maths/*.py", "methods/*.py", "families/*.py", "seam/**/*.py"),
     "patching/*.py",
     *(f"tools/{n}.py" for n in ("calibration", "loading", "trained", "visual_cache")),
@@ -54,7 +54,7 @@ def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
 @cache  # the loaded code stays the same when its files change
 def code_hash() -> str:
     """A hash of the part of the package's code that can change an answer."""
-    return folder_hash(_PACKAGE, _CODE)
+    return folder_hash(PACKAGE, CODE)
 
 
 def model_hash(model: Any) -> str:

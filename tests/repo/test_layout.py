@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from atp_patch.evaluation import identity
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "atp_patch"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -150,6 +152,11 @@ def test_what_is_public_is_explained(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "no module docstring"
     assert list(public_without_docstring(tree)) == []
+
+
+def test_the_hash_of_code_is_of_files_that_there_are() -> None:
+    """A file that moved would drop out of the hash without a word."""
+    assert all(any(identity.PACKAGE.glob(pattern)) for pattern in identity.CODE)
 
 
 def test_no_setting_is_in_both_configuration_files() -> None:
