@@ -1,1 +1,1 @@
-"""Time, memory and FLOPs of a pruned model against the plain one, side by side."""
+"""The benchmark: time, memory and FLOPs of a pruned model beside those of the plain one."""

@@ -1,4 +1,4 @@
-"""``python -m atp_patch.bench``: build, measure, report."""
+"""The command ``python -m atp_patch.bench``: it builds a model, measures it, and prints tables."""
 
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Build, measure each case and print its table; everything measured as plain data."""
+    """Build a model, measure each case, and print its table.
+
+    Returns:
+        everything that was measured, as plain data.
+
+    Raises:
+        ATPError: where an argument is wrong.
+    """
     if args.plot is not None:
         check_plot()
     check_mode(args)
@@ -108,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], file: Path | None) -> None:
-    """After every case: memory may not suffice for the next."""
+    """Write the report so far. It is written after each case, as memory may fail in the next."""
     if file is not None:
         write_text(file, json.dumps(report, indent=1) + "\n")
 
@@ -116,7 +123,7 @@ def _write(report: dict[str, Any], file: Path | None) -> None:
 def _special_case(
     args: argparse.Namespace, model: Any, preset: Preset, image: Size, inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """What ``--train`` or ``--follow-up`` measures, its table printed."""
+    """Measure what ``--train`` or ``--follow-up`` asks for, and print its table."""
     ids = inputs["input_ids"]
     config = model.config
     visual = family_of(config).placeholder_ids(config)
@@ -169,7 +176,7 @@ def _case(
 def _settings(
     args: argparse.Namespace, preset: Preset, image: Size, num_layers: int
 ) -> dict[str, dict[str, Any]]:
-    """Each method as it was named, with the arguments of ``patch_model``."""
+    """The arguments of ``patch_model`` for each method, by the name that the method was given."""
     total = preset.visual_tokens(image)
     found: dict[str, dict[str, Any]] = {}
     budgeted = False
@@ -208,7 +215,7 @@ def _settings(
 
 
 def _check_patches(shape: Any, settings: Iterable[dict[str, dict[str, Any]]]) -> None:
-    """Put every patch on a model without weights, before minutes go into one with weights.
+    """Try every patch on a model without weights, before minutes go into building one with weights.
 
     Raises:
         ATPError: where a method's name, layers or budget are wrong for the model.
@@ -219,7 +226,7 @@ def _check_patches(shape: Any, settings: Iterable[dict[str, dict[str, Any]]]) ->
 
 
 def _shares(schedule: Sequence[int], total: int, layers: Sequence[int] | None) -> list[float]:
-    """Share of the survivors that leaves each count."""
+    """For each pruning layer, the share of its visual tokens that leaves the scheduled count."""
     if layers is None or len(schedule) != len(layers):
         raise ConfigError(
             f"--schedule has {len(schedule)} counts; give as many --layers, and methods that prune "

@@ -16,7 +16,11 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass
 class Times:
-    """Milliseconds of the same work, run by run."""
+    """Times of the same work.
+
+    Attributes:
+        values_ms: milliseconds of each run.
+    """
 
     values_ms: list[float] = field(default_factory=list)
 
@@ -27,14 +31,14 @@ class Times:
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        """Lower and upper quartile."""
+        """The lower and the upper quartile of the runs."""
         if len(self.values_ms) < 2:
             return self.values_ms[0], self.values_ms[0]
         low, _, high = statistics.quantiles(self.values_ms, n=4, method="inclusive")
         return low, high
 
     def spread(self) -> dict[str, Any] | None:
-        """Median, quartiles and single values as plain data; None where nothing was timed."""
+        """Median, quartiles and all values as plain data; None where nothing was timed."""
         if not self.values_ms:
             return None
         low, high = self.quartiles_ms
@@ -51,7 +55,7 @@ def mark(device: torch.device) -> Any:
 
 
 def between_ms(start: Any, end: Any) -> float:
-    """Milliseconds from one mark to a later one; waits for a GPU to get there."""
+    """Milliseconds from one mark to a later one; on a GPU this waits for the later one."""
     if isinstance(end, float):
         return 1000 * (end - float(start))
     end.synchronize()
@@ -59,7 +63,7 @@ def between_ms(start: Any, end: Any) -> float:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far, where the machine allows it."""
+    """Start a new measurement of peak memory, where the machine allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
@@ -67,8 +71,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Most memory in use since :func:`reset_peak`, weights included: allocated on a GPU, resident
-    on a Linux host, None elsewhere.
+    """The most memory in use since :func:`reset_peak`, weights included: what was allocated on a
+    GPU, or resident on a Linux host. None where the machine does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""What was measured, as plain data and as tables."""
+"""Comparisons of pruned models with the plain one, as plain data and as tables."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from atp_patch.patching.trace import PruningTrace
 
 
 def entries(found: dict[str, Measured], batch_size: int) -> dict[str, dict[str, Any]]:
-    """Each contender's figures; those against the plain model under "against_plain".
+    """The figures of each contender as plain data.
 
-    Speed-ups are ratios of medians; "pairs" are their least and greatest over single rounds.
+    Those relative to the plain model stand under "against_plain". Speed-ups are ratios of medians;
+    "pairs" holds the least and the greatest ratio of a single round.
     """
     trace = next(one.trace for one in found.values() if one.trace is not None)
     result = {}
@@ -55,10 +56,11 @@ def _entry(one: Measured, example: PruningTrace, batch_size: int) -> dict[str, A
 
 
 def _paper_flops(trace: PruningTrace, visual: Tensor) -> float:
-    """Eq. 15 as printed, summed over samples and layers, text included.
+    """FLOPs by eq. 15 as the paper prints it, summed over samples and layers, with the text.
 
     Args:
-        visual: (B, layers) tokens.
+        trace: of the forward pass.
+        visual: (B, layers) visual tokens in each layer.
     """
     shape = trace.shape
     return sum(
@@ -85,7 +87,7 @@ def _against(plain: Measured, one: Measured) -> dict[str, Any]:
 
 
 def same_lengths(found: SameLengths) -> dict[str, Any]:
-    """A profile as plain data."""
+    """The figures of a profile as plain data."""
     return {
         "layer_lengths": found.layer_lengths,
         "plain_ms": {length: times.spread() for length, times in found.plain.items()},
@@ -96,7 +98,7 @@ def same_lengths(found: SameLengths) -> dict[str, Any]:
 
 
 def table(case: dict[str, Any]) -> str:
-    """One case for people, a column for each contender."""
+    """The table of one case, with a column for each contender."""
     columns = case["contenders"]
     rows = [
         ("visual tokens, average", [f"{c['average_tokens']:.1f}" for c in columns.values()]),
@@ -141,7 +143,7 @@ def table(case: dict[str, Any]) -> str:
 
 
 def heading(case: dict[str, Any]) -> str:
-    """What was measured, on which input, and how often."""
+    """A line that says on which input a case was measured, and how often."""
     width, height = case["image"]
     return (
         f"image {width}x{height}, {case['visual_tokens']} visual tokens, "
@@ -151,13 +153,13 @@ def heading(case: dict[str, Any]) -> str:
 
 
 def listing(case: dict[str, Any], head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """One case for people: a row for each way to do it, its name first."""
+    """The table of one case, with a row for each way to do it, which begins with its name."""
     lines = [heading(case), "", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
 
 
 def milliseconds(spread: dict[str, Any] | None) -> str:
-    """Median and quartiles."""
+    """A median with its quartiles in brackets; "-" where nothing was timed."""
     if spread is None:
         return "-"
     return f"{spread['median']:.1f} [{spread['q1']:.1f}, {spread['q3']:.1f}]"

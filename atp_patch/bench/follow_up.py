@@ -1,4 +1,4 @@
-"""A first and a second question about one image: what it saves to have read the image already."""
+"""Times of a first and a second question about one image, whose cache the second one may use."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from atp_patch.bench.measure import (
     Contender,
     Inputs,
     cache_bytes,
+    in_turn,
     last_positions,
     patched,
-    turned,
 )
 from atp_patch.tools.visual_cache import compress
 
@@ -27,7 +27,13 @@ AGAIN, KEPT = "plain, image read again", "plain, KV cache of the image kept"
 
 @dataclass
 class Questions:
-    """Times to the first token of two questions; ``kept_bytes`` of an image lie between them."""
+    """What was measured of two questions, one after the other.
+
+    Attributes:
+        first: times to the first token of the first question's answer.
+        second: times to the first token of the second question's answer.
+        kept_bytes: size of what is kept of the image between them.
+    """
 
     first: Times = field(default_factory=Times)
     second: Times = field(default_factory=Times)
@@ -36,7 +42,13 @@ class Questions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt cut behind its image: inputs of the first part, and (B, T) ids of the question."""
+    """A prompt that is cut behind its image.
+
+    Attributes:
+        whole: inputs of the whole prompt.
+        image: inputs of the part up to the image's last visual token.
+        question: (B, T) ids of the rest.
+    """
 
     whole: Inputs
     image: Inputs
@@ -44,7 +56,12 @@ class Prompt:
 
     @classmethod
     def cut(cls, inputs: Inputs, text: Tensor) -> Prompt:
-        """Cut after the last visual token, which stands at one place in all samples."""
+        """Cut a prompt after its last visual token, which stands at the same place in all samples.
+
+        Args:
+            inputs: of the prompt.
+            text: (B, L) bool, which is false at visual tokens.
+        """
         ids = inputs["input_ids"]
         length = int((~text[0]).nonzero().max()) + 1
         image = {n: t[:, :length] if t.shape == ids.shape else t for n, t in inputs.items()}
@@ -54,14 +71,17 @@ class Prompt:
 def compare_questions(
     model: Any, inputs: Inputs, text: Tensor, voco_tokens: Sequence[int], *, runs: int
 ) -> dict[str, Questions]:
-    """Time all ways in turns: the plain model without and with the image's cache kept, and VoCo.
+    """Time all ways to answer two questions, in turn: the plain model that reads the image again,
+    the plain model that keeps the image's cache, and VoCo.
 
-    A second question is the first one's text again: its length is what costs.
+    The second question has the text of the first, because only its length matters.
 
     Args:
-        inputs: on the model's device; ``text`` (B, L) says which tokens are no visual ones.
-        voco_tokens: as many VoCo tokens in turn.
-        runs: timed rounds, after one of warm-up.
+        model: the plain model.
+        inputs: of the prompt, on the model's device.
+        text: (B, L) bool, which is false at visual tokens.
+        voco_tokens: numbers of VoCo tokens, each of which is a way of its own.
+        runs: timed rounds, which follow one round of warm-up.
     """
     prompt = Prompt.cut(inputs, text)
     ways: list[tuple[Contender, Callable[[Any, Prompt], tuple[float, float, int]]]] = [
@@ -74,7 +94,7 @@ def compare_questions(
     found = {way.name: Questions() for way, _ in ways}
     with torch.inference_mode():
         for run in range(runs + 1):
-            for way, ask in turned(ways, run):
+            for way, ask in in_turn(ways, run):
                 with way.applied():
                     first_ms, second_ms, found[way.name].kept_bytes = ask(model, prompt)
                 if run:
@@ -84,7 +104,7 @@ def compare_questions(
 
 
 def _ask(model: Any, **inputs: Any) -> float:
-    """Milliseconds to the logits of the next token."""
+    """Milliseconds of a forward pass up to the logits of the next token."""
     start = mark(inputs["input_ids"].device)
     model(**{"use_cache": True, "logits_to_keep": 1, **inputs})
     return between_ms(start, mark(inputs["input_ids"].device))
@@ -122,7 +142,7 @@ def _compressed(model: Any, prompt: Prompt) -> tuple[float, float, int]:
 
 
 def questions_case(found: dict[str, Questions], about: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, ``about`` which input, as plain data."""
+    """What was measured as plain data; ``about`` says on which input."""
     plain = found[AGAIN].second.median_ms
     ways = {
         name: {
@@ -138,7 +158,7 @@ def questions_case(found: dict[str, Questions], about: dict[str, Any]) -> dict[s
 
 
 def questions_table(case: dict[str, Any]) -> str:
-    """One case for people, a row for each way."""
+    """The table of one case, with a row for each way."""
     head = ["way", "first question ms", "second ms", "of its first", "of plain", "kept MB"]
     rows = [
         [

@@ -1,8 +1,8 @@
-"""Where a pruned prefill's time goes: the plain model at the lengths that pruning leaves.
+"""Where the time of a pruned prefill goes, found by timing the plain model at the same lengths.
 
-Fewer tokens make smaller matrices, which a machine may multiply at fewer FLOPs a second. What the
-plain model needs at the same lengths is the least that any pruning can reach there; the rest is
-the patch's own.
+Fewer tokens make smaller matrices, which a machine may multiply at fewer FLOPs per second. The time
+that the plain model takes at the lengths that pruning leaves is the least that any pruning can
+reach there; the rest of the time is the patch's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from atp_patch.bench.clock import Times
-from atp_patch.bench.measure import Contender, Inputs, time_prefill, turned
+from atp_patch.bench.measure import Contender, Inputs, in_turn, time_prefill
 from atp_patch.patching.trace import PruningTrace
 
 
@@ -24,9 +24,9 @@ class SameLengths:
     """What :func:`time_same_lengths` found.
 
     Attributes:
-        layer_lengths: tokens that each decoder layer sees in the pruned pass.
-        plain: the plain model's decoder at each of these lengths, all layers.
-        pruned: the pruned prefill, in turns with those.
+        layer_lengths: number of tokens in each decoder layer of the pruned forward pass.
+        plain: for each of these lengths, times of all layers of the plain model's decoder.
+        pruned: times of the pruned decoder, measured in turn with those.
     """
 
     layer_lengths: list[int]
@@ -35,31 +35,36 @@ class SameLengths:
 
     @property
     def least_ms(self) -> float:
-        """Milliseconds of a prefill whose layers take what plain layers take at their lengths."""
+        """Milliseconds of a prefill whose layers each take as long as a plain layer at the same
+        length.
+        """
         depth = len(self.layer_lengths)
         return math.fsum(self.plain[n].median_ms / depth for n in self.layer_lengths)
 
     @property
     def reached(self) -> float:
-        """Share of the speed-up possible on this machine at these lengths that was reached."""
+        """The share that was reached of the speed-up that this machine allows at these lengths."""
         return self.least_ms / self.pruned.median_ms
 
 
 def time_same_lengths(
     model: nn.Module, contender: Contender, inputs: Inputs, trace: PruningTrace, *, runs: int
 ) -> SameLengths:
-    """Time a contender in turns with the plain model on text of its layers' lengths.
+    """Time a contender in turn with the plain model on text as long as each of its layers sees.
 
     Args:
-        model: the plain model; ``inputs`` are on its device and give ``trace`` when patched.
-        runs: timed rounds, after one of warm-up.
+        model: the plain model.
+        contender: prunes the model.
+        inputs: on the model's device.
+        trace: of the contender on these inputs.
+        runs: timed rounds, which follow one round of warm-up.
     """
     lengths = layer_lengths(trace)
     plain = {length: Times() for length in lengths}
     pruned = Times()
     with torch.inference_mode():
         for run in range(runs + 1):
-            for length in turned([None, *plain], run):
+            for length in in_turn([None, *plain], run):
                 if length is None:
                     with contender.applied():
                         times, spent_ms = pruned, time_prefill(model, inputs)
@@ -71,7 +76,7 @@ def time_same_lengths(
 
 
 def layer_lengths(trace: PruningTrace) -> list[int]:
-    """Tokens of the longest sample at each decoder layer, text included."""
+    """The number of tokens of the longest sample in each decoder layer, with the text."""
     lengths = trace.tokens_per_layer + torch.tensor(trace.text_tokens)[:, None]
     return [int(n) for n in lengths.amax(0)]
 

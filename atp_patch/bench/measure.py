@@ -1,4 +1,4 @@
-"""Timing several ways to run one model in turns, in one process."""
+"""Timing several ways to run one model, in turn and in one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run the model, within ``applied()``."""
+    """One way to run the model.
+
+    Attributes:
+        name: what tables call it.
+        applied: makes a context inside which the model runs this way.
+        prunes: whether the model is patched then, so that there is a trace.
+    """
 
     name: str
     applied: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -30,7 +36,13 @@ class Contender:
 
 
 def patched(model: nn.Module, name: str, settings: dict[str, Any]) -> Contender:
-    """A plain model with a patch of these settings put on, and taken off after each round."""
+    """A contender that patches a plain model for each round, and unpatches it again.
+
+    Args:
+        model: the plain model.
+        name: what tables call the contender.
+        settings: arguments of ``patch_model``.
+    """
 
     @contextmanager
     def applied() -> Iterator[None]:
@@ -48,13 +60,15 @@ class Measured:
     """What was measured of one contender.
 
     Attributes:
-        prefill: forward passes up to the next token's logits (time to first token); of each,
-            ``vision`` is the tower's and the projector's part, ``decoder`` the rest.
-        decode: one token each, on the cache of such a prefill.
-        overhead: scoring, choosing, merging and gathering of one pruned prefill, timed in runs of
-            its own.
-        kv_bytes: measured from the cache.
-        trace: of the last pruned pass.
+        prefill: times of forward passes up to the next token's logits (time to first token).
+        vision: the part of each that the vision tower and the projector take.
+        decoder: the rest of each.
+        decode: times of single tokens that are decoded on the cache of such a prefill.
+        overhead: times of scoring, choosing, merging and gathering in a pruned prefill, from
+            further runs.
+        kv_bytes: size of the keys and values in the cache after the prefill.
+        peak_bytes: the most memory in use; None where the machine does not tell.
+        trace: of the last pruned forward pass.
     """
 
     prefill: Times = field(default_factory=Times)
@@ -76,19 +90,24 @@ def compare(
     decode_tokens: int,
     with_overhead: bool = True,
 ) -> dict[str, Measured]:
-    """Time contenders in turns.
+    """Time contenders in turn.
 
     Args:
+        model: the plain model.
+        contenders: the ways to run it.
         inputs: on the model's device.
-        runs: timed rounds, after one of warm-up.
-        decode_tokens: tokens decoded after each prefill (0: none are timed).
+        runs: timed rounds, which follow one round of warm-up.
+        decode_tokens: number of tokens decoded after each prefill; 0: none are.
         with_overhead: whether to time scoring, choosing and gathering too, in further runs.
+
+    Returns:
+        what was measured of each contender, by its name.
     """
     found = {contender.name: Measured() for contender in contenders}
     device = inputs["input_ids"].device
     with torch.inference_mode():
         for run in range(runs + 1):
-            for contender in turned(contenders, run):
+            for contender in in_turn(contenders, run):
                 one = found[contender.name]
                 reset_peak(device)
                 with contender.applied():
@@ -101,7 +120,7 @@ def compare(
                 one.kv_bytes = cache_bytes(passed.cache)
                 if run:
                     _note(one, passed, steps)
-                del passed  # or its cache would count in the next one's peak
+                del passed  # its cache must not count in the next contender's peak
         for contender in (c for c in contenders if c.prunes and with_overhead):
             for _ in range(runs):
                 with contender.applied(), timed_seam(model) as spent:
@@ -110,9 +129,11 @@ def compare(
     return found
 
 
-def turned(ways: Sequence[Way], run: int) -> list[Way]:
-    """The ways of a round in their order, another one first in every round: what a run leaves
-    behind, warm or slow, meets each of them alike.
+def in_turn(ways: Sequence[Way], run: int) -> list[Way]:
+    """The order of the ways in a round, which begins with another one in every round.
+
+    So each way has each place in a round equally often, and what an earlier run leaves behind, such
+    as a warm machine, favours none.
     """
     first = run % len(ways)
     return [*ways[first:], *ways[:first]]
@@ -162,11 +183,13 @@ def _decode(model: Any, inputs: Inputs, passed: _Prefill, tokens: int) -> list[f
 
 
 def last_positions(model: Any, mask: Tensor, tokens: int = 1) -> dict[str, Tensor]:
-    """Position ids of the last tokens of a prompt where the model does not find them itself: with
-    M-RoPE, as ``generate`` does.
+    """The argument ``position_ids`` for the last tokens of a prompt, as ``generate`` makes it for
+    M-RoPE; nothing for other models, which find the positions themselves.
 
     Args:
-        mask: (B, L) of the whole prompt; ``tokens``: how many, all behind its images.
+        model: has read the prompt's images already.
+        mask: (B, L) attention mask of the whole prompt.
+        tokens: how many tokens, all of them behind the images.
     """
     deltas = getattr(_base(model), "rope_deltas", None)
     if deltas is None:
@@ -176,13 +199,13 @@ def last_positions(model: Any, mask: Tensor, tokens: int = 1) -> dict[str, Tenso
 
 
 def time_prefill(model: nn.Module, inputs: Inputs) -> float:
-    """Milliseconds of the decoder in one forward pass up to the next token's logits."""
+    """Milliseconds that the decoder takes in one forward pass up to the next token's logits."""
     passed = _prefill(model, inputs)
     return passed.total_ms - passed.vision_ms
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that a cache holds."""
+    """Size in bytes of the keys and values that a cache holds."""
     tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -193,8 +216,13 @@ def _base(model: Any) -> Any:
 
 @contextmanager
 def timed_seam(model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Yields what gives the milliseconds that the patch itself took. What prunes before the decoder
-    spends them in the vision time: on merging, and on reading the tower's attention once more.
+    """Time the patch's own work inside this context.
+
+    A method that prunes before the decoder does it within the vision time: it merges tokens, and
+    reads the tower's attention once more.
+
+    Yields:
+        a function that gives the milliseconds so far.
     """
     seam, device = require_patch(model).seam, next(model.parameters()).device
     inside = [name for name in ("begin", "before_layer", "finish") if hasattr(seam, name)]
@@ -205,7 +233,11 @@ def timed_seam(model: nn.Module) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def _timed(owner: Any, names: Sequence[str], device: torch.device) -> Iterator[Callable[[], float]]:
-    """Time every call of some methods of an object; yields the sum in milliseconds."""
+    """Time every call of some methods of an object inside this context.
+
+    Yields:
+        a function that gives the milliseconds so far.
+    """
     marks: list[tuple[Any, Any]] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:

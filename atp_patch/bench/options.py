@@ -1,4 +1,4 @@
-"""The command line, and what can be said of its arguments before any work."""
+"""The command line of the benchmark, and checks of its arguments before any work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECODE_TOKENS = 8
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parse = OneLineParser(
         prog="python -m atp_patch.bench",
         description=DESCRIPTION,
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def size(text: str) -> Size:
-    """Width and height from "896x672"; argparse names this function in its errors."""
+    """Read width and height from "896x672". argparse shows this function's name in its errors."""
     width, height = (int(side) for side in text.split("x"))
     if min(width, height) < 1:
         raise ValueError(f"{text} has a side without pixels")
@@ -105,7 +105,11 @@ def size(text: str) -> Size:
 
 
 def check_mode(args: argparse.Namespace) -> None:
-    """Arguments that go with, or without, ``--train`` and ``--follow-up`` alone."""
+    """Check that the arguments go with ``--train`` or ``--follow-up``, where these are given.
+
+    Raises:
+        ConfigError: naming an argument that does not.
+    """
     if args.gradient_checkpointing and not args.train:
         raise ConfigError("--gradient-checkpointing goes with --train.")
     if args.train and args.follow_up:

@@ -1,4 +1,4 @@
-"""Speed-up against what the FLOPs promise."""
+"""The plot of measured speed-ups against the ratio of FLOPs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_plot() -> None:
     """Find out before the work whether a plot can be drawn.
 
     Raises:
-        ConfigError: without matplotlib.
+        ConfigError: where matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -23,8 +23,14 @@ def check_plot() -> None:
 
 
 def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Decoder speed-up against FLOPs ratio, with the range of single rounds; the line is where
-    every FLOP saved is time saved.
+    """Draw the decoder's speed-up against the ratio of FLOPs, with the range over single rounds.
+
+    On the line every FLOP that is saved saves its time.
+
+    Args:
+        cases: what :func:`atp_patch.bench.__main__.run` reports.
+        title: of the plot.
+        path: of the file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,7 +46,7 @@ def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for name, members in points.items():
         ratio = [p["flops_ratio"] for p in members]
         speed = [p["decoder_speedup"] for p in members]
-        # A median may lie beyond the extremes of the single rounds.
+        # A ratio of medians may lie outside of the ratios of single rounds.
         low = [max(0.0, s - p["pairs"][0]) for s, p in zip(speed, members, strict=True)]
         high = [max(0.0, p["pairs"][1] - s) for s, p in zip(speed, members, strict=True)]
         axes.errorbar(ratio, speed, yerr=[low, high], fmt="o", capsize=3, label=name)

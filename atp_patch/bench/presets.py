@@ -1,4 +1,4 @@
-"""Real model shapes with random weights: what a benchmark needs of a checkpoint."""
+"""Models in the shapes of real checkpoints but with random weights, which suffice for timing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ _FIRST_WORD, _PLACEHOLDER = 10, 9
 
 @dataclass(frozen=True)
 class Depth:
-    """How many layers are built."""
+    """Numbers of layers.
+
+    Attributes:
+        decoder: of the language model.
+        tower: of the vision tower.
+    """
 
     decoder: int
     tower: int
@@ -38,11 +43,17 @@ class Depth:
 
 @dataclass(frozen=True)
 class Preset(ABC):
-    """Sizes of a decoder; subclasses know the vision tower and the inputs of its family.
+    """The shape of a model; subclasses know the vision tower and the inputs of its family.
 
     Attributes:
-        image: width and height in pixels where none are given.
-        tower_layers: of the vision tower.
+        hidden_size: of the decoder.
+        mlp_size: of the decoder's MLPs.
+        num_layers: of the decoder.
+        num_heads: of the decoder's attention.
+        num_kv_heads: of the decoder's keys and values.
+        vocab_size: number of token ids.
+        image: width and height of the image in pixels, where the command names none.
+        tower_layers: number of layers of the vision tower.
     """
 
     hidden_size: int
@@ -60,7 +71,7 @@ class Preset(ABC):
 
     @abstractmethod
     def visual_tokens(self, image: Size) -> int:
-        """Placeholders of one image.
+        """The number of visual tokens of one image.
 
         Raises:
             ConfigError: where the model takes no image of this size.
@@ -71,7 +82,7 @@ class Preset(ABC):
         """Random images as the model's processor would hand them over."""
 
     def depth(self, scale: float) -> Depth:
-        """Layers of decoder and tower at a share of the full depth, two at least.
+        """Numbers of layers at a share of the full depth, at least two of decoder and tower each.
 
         Raises:
             ConfigError: where ``scale`` is not above 0 and at most 1.
@@ -81,11 +92,13 @@ class Preset(ABC):
         return Depth(*(max(2, round(scale * n)) for n in (self.num_layers, self.tower_layers)))
 
     def build(self, scale: float, attention: str, device: str, dtype: torch.dtype) -> nn.Module:
-        """A model with random weights.
+        """Build a model with random weights.
 
         Args:
-            scale: share of the layers, of decoder and tower.
+            scale: share of the decoder's and the tower's layers that are built.
             attention: "sdpa", "eager" or "flash_attention_2".
+            device: of the weights; on "meta" there are none.
+            dtype: of the weights.
         """
         with torch.device(device):
             model: nn.Module = transformers.AutoModelForImageTextToText.from_config(
@@ -96,8 +109,8 @@ class Preset(ABC):
     def inputs(
         self, image: Size, batch_size: int, prompt_tokens: int, seed: int
     ) -> dict[str, Tensor]:
-        """One image and ``prompt_tokens`` text tokens a sample, a tenth of them before the
-        image.
+        """Random inputs: each sample has one image and ``prompt_tokens`` text tokens, a tenth of
+        them before the image.
         """
         generator = torch.Generator().manual_seed(seed)
         shape = (batch_size, prompt_tokens)
@@ -122,11 +135,12 @@ class Preset(ABC):
 
 @dataclass(frozen=True)
 class _Tiled(Preset):
-    """Square images of one size, or tiles of it.
+    """A model whose vision tower reads square images of one size, or square tiles.
 
     Attributes:
-        side: of a tile in pixels.
-        tower_sizes: hidden size, MLP size, heads.
+        side: width and height of an image or a tile in pixels.
+        patch: width and height of a patch in pixels.
+        tower_sizes: hidden size, MLP size and number of heads of the tower.
     """
 
     side: int = 336
@@ -135,7 +149,7 @@ class _Tiled(Preset):
     tower_sizes: tuple[int, int, int] = (1024, 4096, 16)
 
     def tiles(self, image: Size) -> int:
-        """Pictures that the tower gets of one image."""
+        """The number of pictures that the tower reads of one image."""
         if image != (self.side, self.side):
             raise ConfigError(
                 f"--image {image[0]}x{image[1]}: this model takes {self.side}x{self.side}."
@@ -172,13 +186,13 @@ class LlavaPreset(_Tiled):
         )
 
     def visual_tokens(self, image: Size) -> int:
-        """Placeholders of one image."""
+        """The number of visual tokens of one image."""
         return self.tiles(image) * (self.side // self.patch) ** 2
 
 
 class InternVLPreset(_Tiled):
-    """InternVL: tiles of 448 x 448 pixels, 256 visual tokens each, and one of the whole image
-    where there are several.
+    """InternVL: tiles of 448 x 448 pixels with 256 visual tokens each. Where there are several, a
+    picture of the whole image is added.
     """
 
     def config(self, depth: Depth) -> Any:
@@ -190,7 +204,7 @@ class InternVLPreset(_Tiled):
         )
 
     def tiles(self, image: Size) -> int:
-        """The tiles of an image, and one picture of the whole where there are several."""
+        """The number of tiles, and one more for the whole picture where there are several."""
         if any(side % self.side for side in image):
             raise ConfigError(
                 f"--image {image[0]}x{image[1]}: give multiples of {self.side} pixels."
@@ -199,7 +213,7 @@ class InternVLPreset(_Tiled):
         return number + (number > 1)
 
     def visual_tokens(self, image: Size) -> int:
-        """Placeholders of one image."""
+        """The number of visual tokens of one image."""
         return self.tiles(image) * (self.side // self.patch // 2) ** 2
 
 
@@ -207,7 +221,7 @@ _QWEN_PATCH, _QWEN_UNIT = 14, 28
 
 
 class QwenPreset(Preset):
-    """Qwen2-VL: images of any size, a visual token for 28 x 28 pixels."""
+    """Qwen2-VL: images of any size, with one visual token for each 28 x 28 pixels."""
 
     def config(self, depth: Depth) -> Any:
         """The family's configuration in this shape."""
@@ -231,7 +245,7 @@ class QwenPreset(Preset):
         )
 
     def visual_tokens(self, image: Size) -> int:
-        """Placeholders of one image."""
+        """The number of visual tokens of one image."""
         if any(side % _QWEN_UNIT for side in image):
             raise ConfigError(
                 f"--image {image[0]}x{image[1]}: give multiples of {_QWEN_UNIT} pixels."
@@ -248,7 +262,7 @@ class QwenPreset(Preset):
     def inputs(
         self, image: Size, batch_size: int, prompt_tokens: int, seed: int
     ) -> dict[str, Tensor]:
-        """As above, with the token types that tell images from text."""
+        """Random inputs as of any model, with the token types that tell images from text."""
         given = super().inputs(image, batch_size, prompt_tokens, seed)
         return given | {"mm_token_type_ids": (given["input_ids"] == _PLACEHOLDER).long()}
 
@@ -258,13 +272,13 @@ PRESETS: dict[str, Preset] = {
     "llava-1.5-13b": LlavaPreset(5120, 13824, 40, 40, 40, 32064, (336, 336), 24),
     "qwen2-vl-7b": QwenPreset(3584, 18944, 28, 28, 4, 152064, (896, 672), 32),
     "internvl-8b": InternVLPreset(3584, 18944, 28, 28, 4, 151674, (896, 896), 24, side=448),
-    # The smallest shape, for trying the command out.
+    # This small shape is for trying the command out.
     "tiny": LlavaPreset(256, 688, 8, 4, 4, 1000, (336, 336), 2, tower_sizes=(64, 64, 1)),
 }
 
 
 def describe(model: Any) -> str:
-    """One line on a model's decoder and tower."""
+    """A line about the shape of a model's decoder and tower."""
     text, vision = model.config.get_text_config(), model.config.vision_config
     tower = getattr(vision, "num_hidden_layers", None) or vision.depth
     return (

@@ -1,4 +1,4 @@
-"""Time and memory of training steps, forward and backward: plain and patched, in turns."""
+"""Time and memory of training steps, forward and backward, of the plain and the patched model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from torch import Tensor
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
 from atp_patch.bench.comparison_tables import listing
-from atp_patch.bench.measure import turned
+from atp_patch.bench.measure import in_turn
 from atp_patch.patching.patch import patch_model, unpatch_model
 from atp_patch.patching.pruner import HEADS
 
 IGNORE = -100
-ANSWER_SHARE = 0.25  # of the text tokens: the last of them are the answer, which is learned
+ANSWER_SHARE = 0.25  # the last quarter of the text tokens is the answer, which is learned
 
 
 @dataclass(frozen=True)
 class Way:
-    """What learns in a step: the decoder with the output head, the threshold heads, or both."""
+    """One way to train.
+
+    Attributes:
+        name: what tables call it.
+        patched: whether the model is patched with learned thresholds, whose heads learn then.
+        decoder: whether the decoder and the output head learn.
+    """
 
     name: str
     patched: bool
@@ -38,7 +44,12 @@ WAYS = (
 
 @dataclass
 class Steps:
-    """Training steps of one way; ``peak_bytes`` is the most memory in use, weights included."""
+    """What was measured of one way to train.
+
+    Attributes:
+        step: times of forward and backward pass.
+        peak_bytes: the most memory in use, weights included; None where the machine does not tell.
+    """
 
     step: Times = field(default_factory=Times)
     peak_bytes: int | None = None
@@ -53,19 +64,24 @@ def compare_steps(
     runs: int,
     gradient_checkpointing: bool = False,
 ) -> dict[str, Steps]:
-    """Time steps of all ways in turns. No optimizer runs: what it costs depends on it alone.
+    """Time the steps of all ways in turn.
+
+    No optimizer runs, because the time of its own work does not depend on what is pruned.
 
     Args:
-        layers: before which the patched model prunes; it runs at full length in training.
-        inputs: on the model's device; ``text`` (B, L) says which tokens are no visual ones.
-        runs: timed rounds, after one of warm-up.
+        model: the plain model.
+        layers: before which the patched model prunes; in training it runs at full length.
+        inputs: on the model's device.
+        text: (B, L) bool, which is false at visual tokens.
+        runs: timed rounds, which follow one round of warm-up.
+        gradient_checkpointing: whether activations are computed again in the backward pass.
     """
     found = {way.name: Steps() for way in WAYS}
     labels = _labels(inputs["input_ids"], text)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for run in range(runs + 1):
-        for way in turned(WAYS, run):
+        for way in in_turn(WAYS, run):
             one = found[way.name]
             if way.patched:
                 patch_model(model, layers, "atp", thresholds="learned")
@@ -84,7 +100,7 @@ def compare_steps(
 
 
 def _labels(ids: Tensor, text: Tensor) -> Tensor:
-    """(B, L) the ids of the last text tokens, IGNORE elsewhere."""
+    """Labels (B, L): the ids of the last text tokens, and IGNORE elsewhere."""
     rank = text.flip(1).cumsum(1).flip(1)  # 1 for the last text token, 2 for the one before it
     answer = text & (rank <= (text.sum(1, keepdim=True) * ANSWER_SHARE).ceil())
     return torch.where(answer, ids, IGNORE)
@@ -113,7 +129,7 @@ def _step(
 
 
 def as_data(found: dict[str, Steps]) -> dict[str, Any]:
-    """Plain data, with what a patched step takes relative to the plain one."""
+    """What was measured as plain data, with the times of patched steps relative to plain ones."""
     plain = found[WAYS[0].name]
     return {
         name: {
@@ -129,7 +145,7 @@ def as_data(found: dict[str, Steps]) -> dict[str, Any]:
 
 
 def steps_table(case: dict[str, Any]) -> str:
-    """One case for people, a row for each way."""
+    """The table of one case, with a row for each way."""
     rows = []
     for name, one in case["ways"].items():
         spread, peak = one["step_ms"], one["peak_bytes"]

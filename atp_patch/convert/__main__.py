@@ -28,7 +28,7 @@ Rewrite a checkpoint of another package as one that transformers loads by itself
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     made = OneLineParser(
         PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_for(args: argparse.Namespace) -> Plan:
-    """What is to be written.
+    """Plan the conversion that the arguments ask for.
 
     Raises:
         ATPError: where the arguments or the checkpoint are wrong.

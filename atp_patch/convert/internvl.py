@@ -1,4 +1,4 @@
-"""InternVL-2 checkpoints with a Qwen2 or LLaMA language model as transformers' ``internvl``."""
+"""Conversion of InternVL-2 with a Qwen2 or LLaMA language model to transformers' ``internvl``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ RULES = (
 
 
 def internvl_plan(folder: Path) -> Plan:
-    """How a checkpoint of InternVL-2 is converted.
+    """Plan how a checkpoint of InternVL-2 is converted.
 
     Raises:
         ATPError: naming what is wrong with the folder and the mend.
@@ -63,7 +63,7 @@ def internvl_plan(folder: Path) -> Plan:
     _check(old)
     text = config_of(BACKBONES[old["llm_config"]["model_type"]], old["llm_config"])
     vision = _vision_config(old)
-    # Where the language model shares its table of embeddings, a head in the file is a copy.
+    # Where the output head shares the embeddings, the head in the file is a copy of them.
     tied = bool(text.tie_word_embeddings)
     tokenizer = _tokenizer(folder, text.vocab_size)
     ratio = float(old.get("downsample_ratio", 0.5))
@@ -146,12 +146,12 @@ def _vision_config(old: Mapping[str, Any]) -> InternVLVisionConfig:
         attention_bias=bool(vision.get("qkv_bias", False)),
         use_qk_norm=bool(vision.get("qk_normalization", False)),
         use_absolute_position_embeddings=True,
-        use_mean_pooling=True,  # no norm after the last layer
+        use_mean_pooling=True,  # so that the tower has no norm after its last layer
     )
 
 
 def _tokenizer(folder: Path, vocabulary: int) -> Any:
-    """The tokenizer, which must know the words around and for an image already."""
+    """The tokenizer, which must have the special words for an image and around it."""
     tokenizer = tokenizer_of(folder)
     known = {} if tokenizer is None else tokenizer.get_vocab()
     missing = [word for word in IMAGE_WORDS if known.get(word, vocabulary) >= vocabulary]

@@ -1,6 +1,6 @@
-"""LLaVA and VILA-7B checkpoints as ``LlavaForConditionalGeneration``.
+"""Conversion of LLaVA and VILA-7B checkpoints to ``LlavaForConditionalGeneration``.
 
-Both keep a CLIP tower, a projector and a LLaMA or Mistral language model, either in one folder or,
+Both have a CLIP tower, a projector and a LLaMA or Mistral language model, either in one folder or,
 as VILA does, in the folders ``llm``, ``mm_projector`` and ``vision_tower``.
 """
 
@@ -30,12 +30,12 @@ PARTS = ("llm", "mm_projector", "vision_tower")
 IMAGE_TOKEN = "<image>"
 
 RULES = (
-    # position ids and rotary frequencies are computed; of a whole CLIP only the tower is wanted
+    # Position ids and rotary frequencies are computed. Of a whole CLIP only the tower is taken.
     Rule(r".*\.(?:position_ids|rotary_emb\.inv_freq)"),
     Rule(r"vision_tower\.(?:text_model\..+|logit_scale|(?:text|visual)_projection\.weight)"),
     Rule(r"(?:llm\.)?model\.((?:embed_tokens|layers|norm)\..+)", (r"language_model.model.\1",)),
     Rule(r"(?:llm\.)?lm_head\.weight", ("language_model.lm_head.weight",)),
-    # a projector of one layer, or the two of mlp2x_gelu
+    # The projector has one layer, or the two of mlp2x_gelu.
     Rule(
         r"(?:model\.)?mm_projector\.(?:layers\.)?(?:0\.)?(weight|bias)",
         (r"multi_modal_projector.linear_1.\1",),
@@ -55,7 +55,7 @@ TEXT_CONFIGS = {
     "LlavaLlamaModel": LlamaConfig,
     "LlavaMistralForCausalLM": MistralConfig,
 }
-# towers that LLaVA names without bringing their config
+# Towers that LLaVA names without a copy of their configuration.
 CLIP_LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -71,10 +71,11 @@ TOWERS = {
 
 
 def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
-    """How a checkpoint of LLaVA or VILA-7B is converted.
+    """Plan how a checkpoint of LLaVA or VILA-7B is converted.
 
     Args:
-        tower: folder of the CLIP model, where the checkpoint has not got it.
+        folder: of the checkpoint.
+        tower: folder of the CLIP model, where the checkpoint does not hold it; else None.
 
     Raises:
         ATPError: naming what is wrong with the folder and the mend.
@@ -131,7 +132,7 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
             save_llava_processor(out, tokenizer, config, squared=squared)
 
     table = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-    grow = partial(pad, pad=(0, 0, 0, grown))  # zeros: nothing reads or writes these words
+    grow = partial(pad, pad=(0, 0, 0, grown))  # with zeros: these words are not read or generated
     width, layer = text.hidden_size, "multi_modal_projector.linear_2"
     identity = {
         f"{layer}.weight": lambda dtype: torch.eye(width, dtype=dtype),
@@ -150,7 +151,7 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
 
 
 def _text_class(old: Mapping[str, Any]) -> Any:
-    """The class of the language model's config."""
+    """The class of the language model's configuration."""
     name = next(iter(old.get("architectures") or ()), None)
     if name not in TEXT_CONFIGS:
         raise UnsupportedModelError(
@@ -171,12 +172,12 @@ def _text_class(old: Mapping[str, Any]) -> Any:
 
 
 def _projector(folder: Path, old: Mapping[str, Any], split: bool) -> str:
-    """The projector's type."""
+    """The kind of the projector, which is a key of ``ACTIVATIONS``."""
     kind = old.get("mm_projector_type")
     if split:
         own = read_json(folder / "mm_projector" / "config.json", "the projector's")
         kind = own.get("mm_projector_type", kind)
-    kind = kind or "linear"  # the first LLaVA had no other
+    kind = kind or "linear"  # the first LLaVA had this projector alone
     if kind not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"mm_projector_type {kind!r} has no counterpart in transformers' LLaVA (only "
@@ -200,7 +201,7 @@ def _tower_name(old: Mapping[str, Any]) -> str:
 
 
 def _vision_config(folder: Path | None, old: Mapping[str, Any]) -> Any:
-    """The tower's config: its own, or that of a well-known name."""
+    """The tower's configuration: its own, or the known one of a tower with its name."""
     if folder is None:
         name = Path(_tower_name(old)).name
         if name not in TOWERS:
@@ -229,7 +230,7 @@ def _strategy(old: Mapping[str, Any]) -> str:
 
 
 def _image_token(tokenizer: Any, vocabulary: int) -> tuple[int, int]:
-    """The placeholder's id, and how many words the model then has."""
+    """The id of the placeholder, and the number of words that the model has with it."""
     if tokenizer is None:
         return vocabulary, vocabulary + 1
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

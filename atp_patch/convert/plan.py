@@ -1,4 +1,4 @@
-"""What a conversion is going to write, and the proof that it writes every tensor exactly once."""
+"""Plans of conversions, and the check that each tensor is written exactly once."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from atp_patch.convert.source import Source
 from atp_patch.tools.loading import first_line
 
 Change = Callable[[Tensor], Tensor]
-SHOWN = 4  # names in a message
+SHOWN = 4  # a message lists so many names
 
 
 @dataclass(frozen=True)
 class Rule:
-    r"""What becomes of the tensors whose whole name fits a pattern.
+    r"""What becomes of the tensors whose names fit a pattern.
 
     Attributes:
-        pattern: of the old name.
-        targets: new names, with the groups of the pattern as ``\1``. Several: the tensor is
-            cut into equal parts along its first dimension. None: it is not needed.
+        pattern: a regular expression for the whole old name.
+        targets: the new names, in which ``\1`` stands for the pattern's first group. Where there
+            are several, the tensor is cut into equal parts along its first dimension; where there
+            are none, it is left out.
     """
 
     pattern: str
     targets: tuple[str, ...] = ()
 
     def apply(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
-        """The new tensors, or None where the rule does not fit."""
+        """The new names and tensors, or None where the rule does not fit the name."""
         match = re.fullmatch(self.pattern, name)
         if match is None:
             return None
@@ -50,18 +51,18 @@ class Rule:
 
 @dataclass
 class Plan:
-    """One conversion.
+    """The plan of one conversion.
 
     Attributes:
         architecture: the class of transformers that the new checkpoint is for.
-        config: of the new model.
-        sources: where tensors are read.
-        rules: the first that fits a name says what becomes of it; the new names are those of the
-            files on the Hub.
-        changes: new name -> what is done to that tensor.
-        made: new name -> a tensor that stands in no source, from the type of the others.
-        save_more: writes everything but config and weights into a folder.
-        notes: what the user has yet to do.
+        config: configuration of the new model.
+        sources: the folders in which tensors are read.
+        rules: the first rule that fits a tensor's name says what becomes of it. The new names are
+            those that files on the Hub have.
+        changes: by new name, a function that is applied to the tensor.
+        made: by new name, a function that makes a tensor that no source holds, of the given dtype.
+        save_more: writes everything but configuration and weights to a folder.
+        notes: what the user still has to do.
     """
 
     architecture: Any
@@ -74,7 +75,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def renamed(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
-        """The new tensors that one old tensor becomes; None where no rule fits its name."""
+        """The names and tensors that an old tensor becomes; None where no rule fits its name."""
         for rule in self.rules:
             found = rule.apply(name, tensor)
             if found is not None:
@@ -82,7 +83,11 @@ class Plan:
         return None
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """All new tensors, read one by one; ``dtype`` is that of the made ones."""
+        """All new names and tensors, each read when it is asked for.
+
+        Args:
+            dtype: of the tensors that no source holds.
+        """
         for source in self.sources:
             for name, tensor in source.tensors():
                 yield from self.renamed(name, tensor) or ()
@@ -90,7 +95,10 @@ class Plan:
             yield name, make(dtype)
 
     def check(self) -> dict[str, Tensor]:
-        """Every new tensor without its data, in the order of :meth:`tensors`.
+        """Check that the new tensors are exactly those of the new model.
+
+        Returns:
+            the new tensors by name, without their data, in the order of :meth:`tensors`.
 
         Raises:
             WeightsError: naming tensors that are missing, unexpected, of another shape or there
@@ -119,7 +127,7 @@ class Plan:
         return found
 
     def _compare(self, found: Mapping[str, Tensor]) -> None:
-        """The tensors must be those of the new model, by name and by shape."""
+        """Compare the tensors with those of the new model, by name and by shape."""
         try:
             with torch.device("meta"):
                 model = self.architecture(self.config)
@@ -130,7 +138,7 @@ class Plan:
             ) from error
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if self.config.tie_word_embeddings:
-            wanted.pop("lm_head.weight")  # the table of embeddings itself
+            wanted.pop("lm_head.weight")  # it is the table of embeddings
         given = {_in_memory(name, wanted): tensor.shape for name, tensor in found.items()}
         missing, beyond = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
         if missing or beyond:
@@ -150,17 +158,17 @@ class Plan:
 
     @staticmethod
     def dtype(found: Mapping[str, Tensor]) -> torch.dtype:
-        """The type of the language model's embeddings."""
+        """The dtype of the language model's embeddings."""
         embeddings = (x.dtype for name, x in found.items() if name.endswith("embed_tokens.weight"))
         return next(embeddings, torch.float32)
 
 
 def _in_memory(name: str, wanted: Mapping[str, Any]) -> str:
-    """What the model calls a tensor that has this name in the files on the Hub."""
+    """The name that a tensor has in the model in memory, by its name in files on the Hub."""
     name = name.replace("language_model.lm_head.", "lm_head.")
     name = name.replace("language_model.model.", "language_model.")
     name = name if name.startswith("lm_head.") else f"model.{name}"
-    # Newer versions hold CLIP towers without this name in between.
+    # Newer versions of transformers leave this part out of the names in CLIP towers.
     plain = name.replace("vision_tower.vision_model.", "vision_tower.")
     return plain if plain in wanted else name
 

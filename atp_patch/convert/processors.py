@@ -1,4 +1,4 @@
-"""What stands beside the weights: tokenizer, processor, generation config."""
+"""The files beside the weights: tokenizer, processor and generation configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.tools.loading import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# The roles alternate; an image stands where its place in the message is.
+# The roles alternate, and an image stands at its place in the message.
 USER_ASSISTANT = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set name = '' %}"
@@ -59,15 +59,28 @@ def tokenizer_of(folder: Path, **options: Any) -> Any:
 def save_generation_config(
     folder: Path, out: Path, text: Any, unused: Sequence[int], notes: list[str]
 ) -> None:
-    """Take over the generation config, or make one of the language model's special tokens.
+    """Copy the generation configuration, or make one with the language model's special tokens.
 
     Args:
-        unused: ids that are never to be generated.
+        folder: of the old checkpoint.
+        out: of the new one.
+        text: configuration of the language model.
+        unused: ids that must never be generated.
+        notes: is appended to where the user still has to do something.
+
+    Raises:
+        ConfigError: where the file is broken.
     """
     ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = transformers.GenerationConfig(**ids)
     if (folder / "generation_config.json").is_file():
-        given = transformers.GenerationConfig.from_pretrained(folder)
+        try:
+            given = transformers.GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # a broken file raises errors of every kind
+            raise ConfigError(
+                f"generation_config.json in {folder} cannot be read ({first_line(error)}); mend or "
+                "remove it."
+            ) from error
         try:
             given.validate(strict=True)
             config = given
@@ -83,12 +96,15 @@ def save_generation_config(
 
 
 def save_llava_processor(out: Path, tokenizer: Any, config: Any, *, squared: bool) -> None:
-    """A processor that expands an image to as many placeholders as the tower has patches.
+    """Write a processor that makes one placeholder of an image for each patch of the tower.
 
     Args:
-        squared: images are filled up to squares; else the middle is cut out.
+        out: the folder to write to.
+        tokenizer: of the model.
+        config: of the model.
+        squared: whether images are padded to squares. Otherwise a square is cut from their middle.
     """
-    # Where torchvision is missing, importing these says so at length: not before it matters.
+    # Where torchvision is missing, importing these prints a long notice, so it is done late.
     from transformers import CLIPImageProcessor, LlavaImageProcessor
 
     side = config.vision_config.image_size
@@ -110,12 +126,16 @@ def save_llava_processor(out: Path, tokenizer: Any, config: Any, *, squared: boo
 def save_internvl_processor(
     out: Path, tokenizer: Any, config: Any, side: int, tiles: tuple[int, int]
 ) -> None:
-    """The tokenizer, and the JSON from which transformers makes the processor.
+    """Write the tokenizer, and the JSON file from which transformers makes the processor.
 
-    It is written without making one, which would need torchvision.
+    The file is written without making the processor, which would need torchvision.
 
     Args:
-        side: pixels along a side of a tile; ``tiles``: the least and the most of an image.
+        out: the folder to write to.
+        tokenizer: of the model.
+        config: of the model.
+        side: width and height of a tile in pixels.
+        tiles: the least and the most tiles of an image.
     """
     tokenizer.save_pretrained(out)
     size = {"height": side, "width": side}

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors one at a time: safetensors or .bin, in one file or in shards."""
+"""Reading a checkpoint's tensors one at a time, from a safetensors or .bin file or from shards."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
+
+    Args:
+        path: of the file.
+        what: what to give in place of a file that is missing or broken, for the error.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: where the file holds none.
     """
     try:
         table = parse_json(path.read_text(encoding="utf-8"))
@@ -40,13 +44,18 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with weights; its tensors are called ``prefix`` and their name in the file."""
+    """A folder with weights.
+
+    Attributes:
+        folder: where the files are.
+        prefix: is put before the tensors' names in the files.
+    """
 
     folder: Path
     prefix: str = ""
 
     def files(self) -> list[Path]:
-        """The weight files, in order.
+        """The weight files in order.
 
         Raises:
             WeightsError: where there are none, or not all that the index names.
@@ -76,14 +85,14 @@ class Source:
         return files
 
     def meta(self) -> Iterator[tuple[str, Tensor]]:
-        """Names, and tensors without data that have the shape and the type."""
+        """The names of all tensors, and for each a tensor of its shape and dtype without data."""
         for path in self.files():
             with _open(path) as file:
                 for name in file.names():
                     yield self.prefix + name, file.meta(name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, in the order of :meth:`meta`; each is read when it is asked for."""
+        """All names and tensors in the order of :meth:`meta`, each read when it is asked for."""
         for path in self.files():
             with _open(path) as file:
                 for name in file.names():
@@ -101,7 +110,7 @@ class _SafeFile:
 
     def meta(self, name: str) -> Tensor:
         part = self._file.get_slice(name)
-        # An empty slice tells the type without reading any data.
+        # An empty slice has the dtype, and no data is read for it.
         dtype = part[:0].dtype if part.get_shape() else self._file.get_tensor(name).dtype
         return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
@@ -111,7 +120,7 @@ class _SafeFile:
 
 
 class _PickleFile:
-    """Tensors of a file that torch.save wrote."""
+    """Tensors of a file that ``torch.save`` wrote."""
 
     def __init__(self, table: Mapping[str, Tensor]) -> None:
         self._table = table
@@ -141,7 +150,9 @@ def _open(path: Path) -> Iterator[_SafeFile | _PickleFile]:
 
 
 def _unpickled(path: Path) -> Mapping[str, Tensor]:
-    """Tensors only: code in the file is never run. Files of today's format stay on the disk."""
+    """Read a table of tensors, without running code that the file may hold. Files in the newer,
+    zipped format are mapped into memory and not read at once.
+    """
     try:
         table = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)

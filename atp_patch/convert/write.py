@@ -1,4 +1,4 @@
-"""Writing a converted checkpoint: shards, their index, config. The folder is whole or not there."""
+"""Writing a converted checkpoint as a folder that is complete, or not there at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARD_BYTES = 2**30
 def write(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
     """Write a conversion to a new folder.
 
-    One shard and one tensor are held at a time, and the shard once more while it is written.
+    Memory holds one shard and one tensor at a time, and the shard twice while it is written.
 
     Returns:
         The size of the weights in bytes.
@@ -50,7 +50,7 @@ def write(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
         if out.exists():
             out.rmdir()
         scratch.rename(out)
-    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
         raise ConfigError(f"{out} cannot be written ({first_line(error)}).") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -58,7 +58,7 @@ def write(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
 
 
 def _write_weights(plan: Plan, found: Mapping[str, Tensor], folder: Path, limit: int) -> None:
-    """Fill one shard after the other."""
+    """Write one shard after the other, and then their index."""
     shards = _shards(found, limit)
     files = [
         f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
@@ -68,7 +68,7 @@ def _write_weights(plan: Plan, found: Mapping[str, Tensor], folder: Path, limit:
     ]
     tensors = plan.tensors(plan.dtype(found))
     for names, file in zip(shards, files, strict=True):
-        # A part of a tensor is copied, so that it does not keep the whole.
+        # A part of a tensor is copied, so that it does not keep the whole one in memory.
         shard = {name: tensor.clone() for name, tensor in (next(tensors) for _ in names)}
         assert list(shard) == names
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -83,7 +83,7 @@ def _write_weights(plan: Plan, found: Mapping[str, Tensor], folder: Path, limit:
 
 
 def _shards(found: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-    """Names shard by shard, in order."""
+    """The names in each shard, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in found.items():

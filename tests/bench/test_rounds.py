@@ -13,7 +13,7 @@ import torch
 from atp_patch.bench import __main__ as bench
 from atp_patch.bench import measure
 from atp_patch.bench.__main__ import main
-from atp_patch.bench.measure import PLAIN, Contender, compare, patched, turned
+from atp_patch.bench.measure import PLAIN, Contender, compare, in_turn, patched
 from tests.bench.test_bench import SMALL
 
 
@@ -42,7 +42,7 @@ def test_no_cache_of_another_way_counts_as_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_round_begins_with_another_way() -> None:
-    rounds = [turned("abc", run) for run in range(4)]
+    rounds = [in_turn("abc", run) for run in range(4)]
     assert ["".join(ways) for ways in rounds] == ["abc", "bca", "cab", "abc"]
 
 

@@ -124,6 +124,10 @@ WRONG: dict[str, tuple[Make, str]] = {
     "siglip": (siglip, "'siglip_vision_model', not CLIP"),
     "towerless": (towerless, r"clip-vit-large-patch14-336\) is not in the .*--vision-tower DIR"),
     "tokenizer": (file("tokenizer.json", "{"), "tokenizer in .* cannot be read"),
+    "generation": (
+        file("generation_config.json", "[" * 100_000),
+        r"generation_config\.json in .* cannot be read .*mend or remove it",
+    ),
     "deep tokenizer": (file("tokenizer.json", "[" * 100_000), "tokenizer in .* cannot be read"),
 }
 
