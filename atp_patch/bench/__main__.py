@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = {image: _settings(args, preset, image, depth.decoder) for image in images}
     dtype = choose_dtype(args.dtype, choose_device(args.device))
     try:
-        _check_patches(preset.build(args.scale, args.attn, "meta", dtype), settings.values())
+        _check_patches(args, preset.build(args.scale, args.attn, "meta", dtype), settings.values())
         torch.manual_seed(args.seed)
         model: Any = preset.build(args.scale, args.attn, args.device, dtype)
     except ImportError as error:
@@ -214,14 +214,19 @@ def _settings(
     return found
 
 
-def _check_patches(shape: Any, settings: Iterable[dict[str, dict[str, Any]]]) -> None:
+def _check_patches(
+    args: argparse.Namespace, shape: Any, settings: Iterable[dict[str, dict[str, Any]]]
+) -> None:
     """Try every patch on a model without weights, before minutes go into building one with weights.
 
     Raises:
         ATPError: where a method's name, layers or budget are wrong for the model.
     """
+    if args.follow_up:  # which measures VoCo alone, and no method of --methods
+        return
+    learned = {"thresholds": "learned"} if args.train else {}
     for name, given in (item for one in settings for item in one.items()):
-        with patched(shape, name, given).applied():
+        with patched(shape, name, given | learned).applied():
             pass
 
 
