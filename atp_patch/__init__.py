@@ -42,8 +42,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
     )
     from atp_patch.families import Family, scaled_layers, supported_families
     from atp_patch.methods import available_methods
+    from atp_patch.patching.api import disabled, last_trace, patch_model, unpatch_model
     from atp_patch.patching.config import PruningConfig
-    from atp_patch.patching.patch import disabled, last_trace, patch_model, unpatch_model
     from atp_patch.patching.saving import push_to_hub, save_pretrained
     from atp_patch.patching.trace import LayerTrace, PruningTrace
     from atp_patch.tools.calibration import Calibration, calibrate, controlled, threshold_control
@@ -135,7 +135,7 @@ _HOMES = {
     "atp_patch.families": ("Family", "scaled_layers", "supported_families"),
     "atp_patch.methods": ("available_methods",),
     "atp_patch.patching.config": ("PruningConfig",),
-    "atp_patch.patching.patch": ("disabled", "last_trace", "patch_model", "unpatch_model"),
+    "atp_patch.patching.api": ("disabled", "last_trace", "patch_model", "unpatch_model"),
     "atp_patch.patching.saving": ("push_to_hub", "save_pretrained"),
     "atp_patch.patching.trace": ("LayerTrace", "PruningTrace"),
     "atp_patch.tools.calibration": ("Calibration", "calibrate", "controlled", "threshold_control"),

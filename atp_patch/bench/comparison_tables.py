@@ -11,8 +11,8 @@ from torch import Tensor
 from atp_patch.bench.lengths import SameLengths
 from atp_patch.bench.measure import PLAIN, Measured
 from atp_patch.maths import paper_layer_flops
-from atp_patch.patching.compression import CompressionTrace
 from atp_patch.patching.trace import PruningTrace
+from atp_patch.patching.voco import VoCoTrace
 
 
 def entries(found: dict[str, Measured], batch_size: int) -> dict[str, dict[str, Any]]:
@@ -37,7 +37,7 @@ def _entry(one: Measured, example: PruningTrace, batch_size: int) -> dict[str, A
     full = torch.tensor(trace.layout.totals, dtype=torch.float32)[:, None].expand_as(each)
     if one.trace is None:
         each = full
-    read = full if isinstance(trace, CompressionTrace) else each
+    read = full if isinstance(trace, VoCoTrace) else each
     decode = one.decode.spread()
     return {
         "average_tokens": float(each.mean()),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
-from atp_patch.patching.patch import last_trace, patch_model, require_patch, unpatch_model
+from atp_patch.patching.api import last_trace, patch_model, require_patch, unpatch_model
 from atp_patch.patching.trace import PruningTrace
 
 Inputs = dict[str, Tensor]
@@ -225,9 +225,12 @@ def timed_seam(model: nn.Module) -> Iterator[Callable[[], float]]:
         a function that gives the milliseconds so far.
     """
     seam, device = require_patch(model).seam, next(model.parameters()).device
-    inside = [name for name in ("begin", "before_layer", "finish") if hasattr(seam, name)]
+    inside = ("pass_of", "before_layer", "finish")
     merging = [name for name in ("_groups", "_merge_rows") if hasattr(seam.vision, name)]
-    with _timed(seam, inside, device) as spent, _timed(seam.vision, merging, device) as merged:
+    with (
+        _timed(seam.decoder, inside, device) as spent,
+        _timed(seam.vision, merging, device) as merged,
+    ):
         yield lambda: spent() + merged()
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
 from atp_patch.bench.comparison_tables import listing
 from atp_patch.bench.measure import in_turn
-from atp_patch.patching.patch import patch_model, unpatch_model
-from atp_patch.patching.pruner import HEADS
+from atp_patch.patching.api import patch_model, unpatch_model
+from atp_patch.patching.patch import HEADS
 
 IGNORE = -100
 ANSWER_SHARE = 0.25  # the last quarter of the text tokens is the answer, which is learned

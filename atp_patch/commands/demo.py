@@ -22,7 +22,7 @@ from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.commands.demo_options import check, parser, patch_settings
 from atp_patch.commands.demo_report import Report, Times, print_report
 from atp_patch.contract.errors import ConfigError
-from atp_patch.patching.patch import disabled, last_trace, patch_model
+from atp_patch.patching.api import disabled, last_trace, patch_model
 from atp_patch.tools.command_line import execute
 from atp_patch.tools.files import replaced
 from atp_patch.tools.loading import (

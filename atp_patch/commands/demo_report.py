@@ -12,7 +12,7 @@ import transformers
 
 from atp_patch.bench.measure import Measured
 from atp_patch.builtin import NAMES
-from atp_patch.patching.patch import require_patch
+from atp_patch.patching.api import require_patch
 from atp_patch.patching.trace import PruningTrace
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from atp_patch.contract.decision import Decision, Recycled
 from atp_patch.contract.layout import Layout, Span, VisualGrid
+from atp_patch.contract.mask import AttentionMask
 from atp_patch.contract.method import (
     DoorMethod,
     LayerMethod,
@@ -15,6 +16,7 @@ from atp_patch.contract.tower import Merge, Quota, TokenGroups, Tower, TowerToke
 from atp_patch.contract.view import DoorView, TokenView, View
 
 __all__ = [
+    "AttentionMask",
     "Decision",
     "DecoderShape",
     "DoorMethod",

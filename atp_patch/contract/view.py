@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.contract.layout import Layout
+from atp_patch.contract.mask import AttentionMask
 from atp_patch.contract.tower import TowerTokens
 
 
@@ -105,11 +106,11 @@ class View(TokenView):
     """What a layer method sees before decoder layer ``layer`` runs.
 
     Attributes:
-        layer: the decoder layer about to run; ``query``, ``key`` and ``mask`` are of ``layer - 1``.
+        layer: the decoder layer about to run; queries, keys and mask are of ``layer - 1``.
         step: which of the pruning layers this is, from 0.
         query, key: (B, H, L', d) and (B, Hk, K, d), after rotary embedding; ``L'`` tokens are left.
-        mask: what the attention of ``layer - 1`` masked with, broadcastable to (B, H, L', K): bool
-            (True = visible) or float (added to the logits).
+        attention_mask: what the attention of ``layer - 1`` masked with; :meth:`mask_rows` gives
+            what some rows see.
         scaling: factor of the attention logits; ``softcap`` and ``sinks`` (H,) as of
             :func:`atp_patch.maths.cross_scores`, where the host has them.
         hidden: (B, L', D), the hidden states that would enter ``layer``.
@@ -131,7 +132,7 @@ class View(TokenView):
     step: int
     query: Tensor
     key: Tensor
-    mask: Tensor | None
+    attention_mask: AttentionMask
     scaling: float
     hidden: Tensor
     slot: Tensor
@@ -150,6 +151,20 @@ class View(TokenView):
     def key_offset(self) -> int:
         """Keys of earlier turns that stand before this forward pass's own."""
         return self.key.shape[2] - self.query.shape[2]
+
+    def mask_rows(self, rows: Tensor) -> Tensor:
+        """What some rows see: (B, h, T, K) bool (True = visible) or float (added to the logits),
+        ``h`` being 1 or H.
+
+        Args:
+            rows: (B, T) places among the tokens that are left, as ``text`` or ``last[:, None]``.
+        """
+        return self.attention_mask.rows(rows)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What all rows see, broadcastable to (B, H, L', K); :meth:`mask_rows` costs less."""
+        return self.attention_mask.whole(self.query.device)
 
     @cached_property
     def features(self) -> Tensor:

@@ -29,7 +29,7 @@ from atp_patch.evaluation.summary import Measured, Row, summarize
 from atp_patch.evaluation.tables import markdown
 from atp_patch.evaluation.tasks import Task, choose_tasks
 from atp_patch.families import family_of
-from atp_patch.patching.patch import require_patch
+from atp_patch.patching.api import require_patch
 from atp_patch.tools.command_line import execute, machine, named_values
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers

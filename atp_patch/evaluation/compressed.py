@@ -12,8 +12,7 @@ from torch import Tensor
 
 from atp_patch.evaluation.answers import hits
 from atp_patch.evaluation.prepare import Sample, collate
-from atp_patch.patching.compression import Compression
-from atp_patch.patching.patch import is_patched, last_trace, require_patch
+from atp_patch.patching.api import is_patched, last_trace, require_patch
 from atp_patch.tools.visual_cache import compress
 
 _TEXT = ("input_ids", "attention_mask")
@@ -23,7 +22,7 @@ def can_compress(model: Any, samples: Sequence[Sample]) -> bool:
     """Whether images can be compressed ahead of their questions: the model has VoCo tokens, each
     sample's image features were found ahead, and its true answer is known.
     """
-    compresses = is_patched(model) and isinstance(require_patch(model), Compression)
+    compresses = is_patched(model) and require_patch(model).voco is not None
     return compresses and all(s.features is not None and s.answer for s in samples)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from atp_patch.evaluation.prepare import ENCODED, PICTURE, Sample, collate
 from atp_patch.methods import TowerMethod
-from atp_patch.patching.patch import is_patched, require_patch
+from atp_patch.patching.api import is_patched, require_patch
 from atp_patch.tools.trained import changes_features
 
 _GRID = "image_grid_thw"

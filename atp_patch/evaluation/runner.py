@@ -25,7 +25,7 @@ from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
 from atp_patch.methods.atp_given import GivenThresholds
-from atp_patch.patching.patch import last_trace, require_patch
+from atp_patch.patching.api import last_trace, require_patch
 from atp_patch.tools.calibration import controlled, threshold_control
 
 CHUNK_IMAGES = 4

@@ -11,7 +11,7 @@ from atp_patch.contract.errors import BudgetError, ConfigError, UnsupportedModel
 from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.methods import VoCo, available_methods, make_methods, method_class
-from atp_patch.patching.patch import patch_model, require_patch, unpatch_model
+from atp_patch.patching.api import patch_model, require_patch, unpatch_model
 from atp_patch.tools.method_spec import read_method_spec, stages
 from atp_patch.tools.trained import find_trained, merged
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from atp_patch.patching.patch import require_patch
+from atp_patch.patching.api import require_patch
 from atp_patch.seam import Recorder, Recording
 
 

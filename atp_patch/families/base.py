@@ -75,7 +75,7 @@ class Family:
         return self.tower is not _no_tower
 
     @property
-    def compressible(self) -> bool:
+    def takes_voco(self) -> bool:
         """Whether learned tokens can stand behind images, in at least some models of the family.
 
         They cannot where images or prefixes attend both ways, where visual features are added

@@ -140,21 +140,9 @@ def attention_paid(
         view.slot + view.key_offset,
         view.slot_valid,
         view.scaling,
-        mask=mask_rows(view.mask, rows),
+        mask=view.mask_rows(rows),
         softcap=view.softcap,
         sinks=view.sinks,
         renormalise=renormalise,
         per_head=per_head,
     )
-
-
-def mask_rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Rows of an attention mask: (B or 1, h, Q, K), rows (B, T) -> (B, h, T, K); None stays
-    None.
-    """
-    if mask is None:
-        return None
-    batch, count = rows.shape
-    _, heads, _, keys = mask.shape
-    wide = mask.expand(batch, -1, -1, -1)
-    return wide.gather(2, rows[:, None, :, None].expand(batch, heads, count, keys))

@@ -10,7 +10,7 @@ from torch import nn
 
 from atp_patch.contract import Decision, View
 from atp_patch.maths import cross_scores, gather_heads
-from atp_patch.methods.base import Ranking, choice, mask_rows
+from atp_patch.methods.base import Ranking, choice
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class FastV(Ranking):
         """Rank the visual tokens by one row of the attention of the layer before."""
         row = view.last[:, None]
         query, key, column = view.query, view.key, view.slot + view.key_offset
-        mask = mask_rows(view.mask, row)
+        mask = view.mask_rows(row)
         if self.rope == "before":
             assert view.unrotated is not None
             query, key = view.unrotated()
             column = view.slot  # keys of earlier turns were turned long ago
-            mask = None if mask is None else mask[..., view.key_offset :]
+            mask = mask[..., view.key_offset :]
         scores = cross_scores(
             gather_heads(query, row),
             key,

@@ -27,7 +27,7 @@ from atp_patch.maths import (
     raters,
     top_k_mask,
 )
-from atp_patch.methods.base import Ranking, choice, least_counts, mask_rows
+from atp_patch.methods.base import Ranking, choice, least_counts
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SparseVLM(Ranking):
             view.slot + view.key_offset,
             view.slot_valid,
             view.scaling,
-            mask=mask_rows(view.mask, view.text),
+            mask=view.mask_rows(view.text),
             softcap=view.softcap,
             sinks=view.sinks,
         )

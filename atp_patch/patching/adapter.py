@@ -24,8 +24,8 @@ from atp_patch.methods import (
     make_method,
     make_methods,
 )
-from atp_patch.patching.compression import check_alone
 from atp_patch.patching.config import BaseModel, PruningConfig
+from atp_patch.patching.voco import check_alone
 
 CONFIG_FILE = "atp_config.json"
 WEIGHTS_FILE = "atp_model.safetensors"

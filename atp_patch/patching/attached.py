@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from atp_patch.contract.errors import ConfigError
-from atp_patch.patching.pruner import Patch
+from atp_patch.patching.patch import Patch
 
 STATE = "_atp_patch"
 

@@ -1,293 +1,259 @@
-"""Joining a family, a method and the seam: the one line that patches a loaded model."""
+"""What patching one model adds to it: the seam asks it, it asks family, method and budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from atp_patch.contract.arguments import as_kind, as_shares, shown
-from atp_patch.contract.errors import ConfigError, NotPatchedError
-from atp_patch.families import Family, family_of
-from atp_patch.methods import (
-    DoorMethod,
+from atp_patch.contract import (
+    Decision,
+    DoorView,
+    GridQuery,
     LayerMethod,
-    Method,
-    ModuleSpec,
-    VoCo,
-    make_methods,
+    Layout,
+    LearningStep,
+    PictureMethod,
+    Quota,
+    TowerMethod,
+    View,
+    VisualGrid,
 )
-from atp_patch.patching.adapter import load_adapter
-from atp_patch.patching.attached import (
-    attach,
-    attached,
-    check_gradients_are_shared,
-    detach,
-    unwrapped,
+from atp_patch.contract.decision import check_decision
+from atp_patch.contract.errors import ConfigError
+from atp_patch.families.marks import with_marks
+from atp_patch.patching.plan import Plan, check_rope_2d, follows_budget
+from atp_patch.patching.quotas import door_counts, least_of_group, quotas
+from atp_patch.patching.trace import LayerTrace, PruningTrace
+from atp_patch.patching.voco import VoCoPart
+from atp_patch.seam import (
+    Learned,
+    MergeHooks,
+    PerThread,
+    Prefill,
+    ReadingHooks,
+    Recorder,
+    Seam,
+    ShrinkHooks,
+    VisionHooks,
+    VisualTokens,
+    decoder_shape,
 )
-from atp_patch.patching.compression import Compression, check_alone, check_compressible, voco_module
-from atp_patch.patching.config import BaseModel, PruningConfig, Stage
-from atp_patch.patching.pruner import (
-    HEADS,
-    IGNORED,
-    Patch,
-    check_turned,
-    follows_budget,
-    tower_of,
-    tower_read_by,
-)
-from atp_patch.patching.rollback import unchanged_on_failure
-from atp_patch.patching.trace import PruningTrace
-from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+HEADS = "atp_patch_heads"  # name of what learns, in the model
+IGNORED = "_keys_to_ignore_on_save"
 
 
-def patch_model(
-    model: ModelT,
-    layers: Sequence[int] | None = None,
-    method: str | Method | Sequence[str | Method] | None = None,
-    *,
-    keep: float | Sequence[float] | None = None,
-    target_tokens: float | None = None,
-    weights: str | Path | None = None,
-    family: str | Family | None = None,
-    min_tokens: int = 1,
-    min_tokens_per_image: int = 0,
-    rope_2d: bool | str = False,
-    prune_marks: bool = False,
-    **options: Any,
-) -> ModelT:
-    """Make a loaded vision-language model carry fewer visual tokens through its decoder, in place.
+class ThreadState(PerThread):
+    """What the running thread keeps of its passes through one patched model.
 
-    Args:
-        model: a loaded vision-language model of a supported family, or a wrapper around one (PEFT,
-            DistributedDataParallel, FullyShardedDataParallel): the model inside is patched.
-        layers: decoder layers, from 1, before which tokens are pruned; by default [4, 14, 24] of 32
-            in proportion to the decoder's depth, and none earlier than the family allows.
-        method: a name from :func:`available_methods` ("atp" by default), or a ``Method``; or two,
-            one that prunes before the decoder and then one that prunes inside it, which takes
-            layers, budget and options.
-        keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
-            Of a method on the vision tower: share of the tokens of each image, tile or frame. Of
-            one at the decoder's door: share of the sample's visual tokens that enter.
-        target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget
-            of either kind it is a quarter of the sample's visual tokens, or what the method
-            itself decides.
-        weights: a folder or Hub id of a saved adapter, which brings all of the above along.
-        family: the family that serves the model's type where it is left out; a
-            :class:`atp_patch.Family` of your own; or "generic" for any decoder of transformers,
-            where each call says which tokens are visual, by ``visual_mask=`` and, if wanted,
-            ``visual_grids=``.
-        min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
-            image.
-        rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
-            a decoder that learns it (ATP-LLaVA's pruning positional embedding): half of the rotary
-            frequencies each, counted from the first token of the image, frame or tile. "force"
-            also turns a frozen decoder's.
-        prune_marks: let newline and class tokens go too, which stand in no grid and are kept
-            otherwise. They then count as visual tokens; each column of them is an image by itself.
-        options: fields of the method.
-
-    Returns:
-        The same object. A model has one patch: patching a patched model, a wrapper around it, or
-        a part of it that holds its decoder, replaces the first patch. Whatever is raised, the model
-        stays as it was, and so does the first patch.
-
-    Raises:
-        ConfigError, BudgetError: naming the wrong argument and the mend.
-        UnsupportedModelError: where the model cannot be patched.
-        WeightsError: where an adapter is missing, broken, or made for another model.
+    Attributes:
+        trace: what its last pass with images did.
+        control: stands in for the heads, or None.
     """
-    whole, around = unwrapped(model)
-    old = attached(whole)
-    if old is not None and any(part is whole for part in old.parts.model.modules()):
-        whole = old.parts.model  # a part of the patched model was given
-    kind = family_of(getattr(whole, "config", None), family)
-    parts = locate(whole, kind.outer, bare=not kind.model_types)
-    check_uncompiled(parts, around)
-    shape = decoder_shape(parts.config)
-    base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
-    tensors: dict[str, Tensor] = {}
-    min_tokens = as_kind("min_tokens", min_tokens, "int")
-    min_tokens_per_image = as_kind("min_tokens_per_image", min_tokens_per_image, "int")
-    prune_marks = as_kind("prune_marks", prune_marks, "bool")
-    if rope_2d != "force":
-        if isinstance(rope_2d, str):
-            raise ConfigError(f'rope_2d={shown(rope_2d)} is not True, False or "force".')
-        rope_2d = as_kind("rope_2d", rope_2d, "bool")
-    also = {
-        "min_tokens": None if min_tokens == 1 else min_tokens,
-        "min_tokens_per_image": min_tokens_per_image or None,
-        "rope_2d": rope_2d or None,
-        "prune_marks": prune_marks or None,
-    }
-    if weights is not None:
-        given = (layers, method, keep, target_tokens, *also.values())
-        if options or any(x is not None for x in given):
-            raise ConfigError(
-                "weights bring layers, method, budget and options along; give weights alone."
+
+    def __init__(self) -> None:
+        self.trace: PruningTrace | None = None
+        self.control: nn.Module | None = None
+
+
+class Patch:
+    """What patching one model adds to it; the seam asks it, it asks family and methods.
+
+    Attributes:
+        config: what an adapter's JSON says; calibration changes its budget.
+        heads: the module that learns, or None.
+        voco: what is said about VoCo tokens, where the model has them.
+        thread: what the running thread keeps of its passes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.parts, self.family = plan, plan.parts, plan.family
+        self.config, self.heads, self.layers = plan.config, plan.heads, plan.config.layers
+        self.minimum = {
+            "min_tokens": plan.config.min_tokens,
+            "min_per_image": plan.config.min_tokens_per_image,
+        }
+        self.visual_token_ids = plan.family.placeholder_ids(plan.parts.model.config)
+        self.causal, self.newline = plan.family.causal, plan.family.newline
+        # Only the caller knows which tokens are visual.
+        self.explicit = not plan.family.token_ids and plan.family.outer is None
+        self.learned = plan.layer is not None and plan.heads is not None
+        self.leaves_tombstones = plan.before is not None
+        self.chooses_at_door = plan.door is not None
+        self.rope_2d = plan.config.rope_2d
+        self._ignored_before = {k: v for k, v in vars(self.parts.model).items() if k == IGNORED}
+        self.thread = ThreadState()
+        self.voco = None if plan.voco is None else VoCoPart(plan.voco, self)
+        self.seam = Seam(plan.parts, self)
+
+    @property
+    def method(self) -> LayerMethod | None:
+        """The method that prunes inside the decoder."""
+        return self.plan.layer
+
+    @property
+    def before(self) -> PictureMethod | TowerMethod | None:
+        """The method that prunes on the vision tower."""
+        return self.plan.before
+
+    def restore_ignored(self) -> None:
+        """Give the model back its own list of what is not saved, if it had one."""
+        self.parts.model.__dict__.pop(IGNORED, None)
+        self.parts.model.__dict__.update(self._ignored_before)
+
+    def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
+        """Where the grids of each sample lie, as the family says."""
+        found = self.family.grids(query)
+        return with_marks(found, query.spans) if self.config.prune_marks else found
+
+    def check_budget(self, visual_tokens: int) -> None:
+        """Raise BudgetError where no image of so many visual tokens could meet the budget."""
+        if follows_budget(self.method, self.config):
+            self.config.counts(visual_tokens)
+
+    def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
+        """What prunes on the vision tower, or reads it for a method at the door."""
+        plan = self.plan
+        if plan.vision is None:
+            return None
+        if plan.door is not None:
+            return ReadingHooks(
+                self.parts.base,
+                plan.vision,
+                plan.door.tower_blocks,
+                active,
+                recorder,
+                self.reads_videos,
             )
-        config, before, inside, tensors = load_adapter(weights, base)
-    else:
-        before, inside = make_methods("atp" if method is None else method, dict(options))
-        if layers is None and inside is not None:
-            layers = kind.default_layers(whole.config, shape.num_layers)
-        places = _places(layers, inside)
-        config = PruningConfig(
-            method=None if inside is None else inside.name,
-            layers=places,
-            base=base,
-            keep=as_shares(keep, places),
-            target_tokens=target_tokens,
-            min_tokens=min_tokens,
-            min_tokens_per_image=min_tokens_per_image,
-            options={} if inside is None else inside.options(),
-            before=None if before is None else Stage(before.name, before.options()),
-            rope_2d=bool(rope_2d),
-            prune_marks=prune_marks,
+        base, shares, least = self.parts.base, self.quotas, least_of_group(self.config)
+        if plan.picture is not None:
+            return ShrinkHooks(base, plan.vision, plan.picture.grid, shares, active)
+        assert plan.tower is not None
+        return MergeHooks(base, plan.vision, plan.tower.merge, shares, least, active, recorder)
+
+    def reads_videos(self) -> bool:
+        """Whether the running thread has the model read videos."""
+        return self.seam.videos.being_read
+
+    def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
+        """How many tokens each group keeps before the decoder; None: as many as it needs.
+
+        Args:
+            tokens: prunable tokens of each image, tile or frame; ``places``: its placeholders.
+        """
+        if self.config.method is not None:  # the budget is that of the method inside the decoder
+            return None
+        if not self.config.has_budget and not (self.before and self.before.needs_budget):
+            return None
+        ids = self.seam.thread.prompt_ids
+        kinds: list[list[int]] = []  # the likeliest first: those of images come before videos'
+        if ids is not None:
+            kinds = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
+        kinds = kinds[::-1] if self.reads_videos() else kinds
+        return quotas(self.config, tokens, places, kinds)
+
+    def counts(
+        self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """How many visual tokens the budget leaves each sample at a pruning layer."""
+        if not follows_budget(self.method, self.config):
+            return None
+        samples = zip(layout.grids, entered, left, strict=True)
+        return tuple(
+            min(self.config.counts(total, len(grids))[step], remaining)
+            for grids, total, remaining in samples
         )
-        if isinstance(before, VoCo):
-            check_alone(config)
-    if config.layers:
-        kind.check_layers(whole.config, config.layers)
-    tower = None
-    if isinstance(before, VoCo):
-        check_compressible(kind, whole.config)
-    elif isinstance(before, DoorMethod):
-        tower = tower_read_by(kind, whole.config, before)
-    elif before is not None:
-        tower = tower_of(kind, whole.config, before, config)
-    total = kind.visual_tokens(whole.config)
-    if total is not None and before is None and follows_budget(inside, config):
-        config.counts(total)  # a budget that no image can meet is an error now, not later
-    heads = None if inside is None else _build_heads(inside, config, parts, total, tensors)
-    if isinstance(before, VoCo):
-        heads = voco_module(before, parts, tensors)
-    forced = rope_2d == "force" or weights is not None
-    if config.rope_2d:
-        check_turned(kind, parts, forced=forced)
-    if heads is not None:
-        check_gradients_are_shared(whole, around)
-    changed: list[object] = [*whole.modules()]
-    if old is not None:
-        changed += [*old.parts.model.modules(), old, old.seam]
-    with unchanged_on_failure(changed):
-        if old is not None:
-            _remove(old)
-        patch = (
-            Compression(parts, kind, before, config, heads)
-            if isinstance(before, VoCo)
-            else Patch(parts, kind, before, inside, config, heads, tower)
+
+    def door_counts(self, layout: Layout) -> tuple[int, ...] | None:
+        """How many visual tokens of each sample enter the decoder; None: as many as the method
+        decides.
+        """
+        assert self.plan.door is not None
+        return door_counts(self.config, self.plan.door, layout.grids)
+
+    def decide_at_door(self, view: DoorView) -> Decision:
+        """The choice of the method at the door."""
+        door = self.plan.door
+        assert door is not None
+        return check_decision(door.decide(view), view, door.name)
+
+    def check_heads(self) -> None:
+        """Raise ConfigError where other heads than these would learn."""
+        if hasattr(getattr(self.parts.model, HEADS, None), "modules_to_save"):
+            raise ConfigError(
+                f"PEFT's modules_to_save trains a copy of {HEADS} that nothing uses; leave it out, "
+                f"and call model.{HEADS}.requires_grad_(True)."
+            )
+
+    def decide(self, view: View) -> Decision:
+        """The method's choice."""
+        assert self.method is not None
+        self.check_heads()
+        control = self.thread.control
+        decision = self.method.decide(view, self.heads if control is None else control)
+        return check_decision(decision, view, self.method.name)
+
+    def finished(self, prefill: Prefill) -> None:
+        """Note what a forward pass with images did."""
+        layers, layout, tokens = {}, prefill.layout, prefill.tokens
+        whole = VisualTokens.all_of(layout)
+        previous = layout.totals
+        for layer in (0, *self.layers) if self.config.before is not None else self.layers:
+            choice = tokens.choices.get(layer)
+            if choice is not None:
+                previous = choice.kept
+            seen, alive = whole if choice is None else choice.tokens, tokens.survivors(layer)
+            layers[layer] = LayerTrace(
+                layout=layout,
+                kept_counts=previous,
+                decision=None if choice is None else choice.decision,
+                token=seen.token,
+                token_valid=seen.valid,
+                alive=None if alive is None else (alive.index, alive.valid),
+                attended=tokens.attended,
+            )
+        counts = zip(prefill.prompt_tokens, layout.totals, strict=True)
+        self.thread.trace = PruningTrace(
+            layers=layers,
+            layout=layout,
+            shape=decoder_shape(self.parts.config),
+            text_tokens=tuple(all_tokens - visual for all_tokens, visual in counts),
+            bytes_per_element=prefill.embeds.element_size(),
         )
-        patch.frozen_may_turn = forced
-        if heads is not None:
-            whole.add_module(HEADS, heads)
-            # A checkpoint of the patched model is a checkpoint of the plain one.
-            ignored = {f"{HEADS}.{key}" for key in heads.state_dict()}
-            whole.__dict__[IGNORED] = set(getattr(whole, IGNORED) or ()) | ignored
-        attach(patch)
-        patch.seam.install()
-    return model
 
-
-def unpatch_model(model: ModelT) -> ModelT:
-    """Take the patch off: hooks, attributes, config and ``state_dict`` keys are as before.
-
-    Raises:
-        NotPatchedError: if the model is not patched.
-    """
-    _remove(require_patch(model))
-    return model
-
-
-def _remove(patch: Patch) -> None:
-    patch.seam.remove()
-    if patch.heads is not None:
-        delattr(patch.parts.model, HEADS)
-        patch.restore_ignored()
-    detach(patch)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while, in this thread. Caches that hold a pruned prompt already are
-    still read rightly.
-
-    Such contexts may overlap: the model prunes again when the last of them is left.
-    """
-    thread = require_patch(model).seam.thread
-    thread.disabled += 1
-    try:
-        yield
-    finally:
-        thread.disabled -= 1
-
-
-def last_trace(model: nn.Module) -> PruningTrace:
-    """What this thread's last forward pass with images did.
-
-    Raises:
-        NotPatchedError: if the model is not patched, or has seen no image from this thread since.
-    """
-    trace = require_patch(model).thread.trace
-    if trace is None:
-        raise NotPatchedError(
-            "this thread has run no forward pass with images through this patched model yet, and "
-            "each thread has the trace of its own last pass; call model(...) or "
-            "model.generate(...) in this thread first."
+    def losses(
+        self, prefill: Prefill, learned: Learned, output: Any
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss; its parts go into the trace too."""
+        if self.rope_2d and not self.plan.frozen_may_turn:
+            check_rope_2d(self.family, self.parts)
+        # From now on a checkpoint must hold the heads, or training could not be resumed from it.
+        self.restore_ignored()
+        entered, soft_counts = prefill.entered, learned.soft_counts
+        seen = [b for b, total in enumerate(entered) if total]
+        totals = torch.tensor([entered[b] for b in seen], dtype=torch.float32)
+        target = self.config.goal(float(totals.mean()))
+        counts = [count[seen].to(soft_counts[0].device) for count in soft_counts]
+        assert self.method is not None
+        trace = self.thread.trace
+        assert trace is not None
+        terms = self.method.step_losses(
+            LearningStep(
+                counts=counts,
+                totals=totals.to(counts[0].device),
+                layers=self.layers,
+                num_layers=self.config.base.num_layers,
+                target=target,
+                samples=torch.tensor(seen, device=counts[0].device),
+                views=learned.views,
+                decisions={n: prefill.tokens.choices[n].decision for n in learned.views},
+                output=output,
+            )
         )
-    return trace
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether a model is patched; wrappers around it and what holds its decoder may ask too."""
-    return attached(model) is not None
-
-
-def require_patch(model: nn.Module) -> Patch:
-    """The patch on a model, found from a wrapper around it and from what holds its decoder too.
-
-    Raises:
-        NotPatchedError: if there is none.
-    """
-    patch = attached(model)
-    if patch is None:
-        raise NotPatchedError(
-            f"this {type(model).__name__} is not patched; call atp_patch.patch_model(model) first."
-        )
-    return patch
-
-
-def _places(layers: Sequence[int] | None, method: LayerMethod | None) -> tuple[int, ...]:
-    """The pruning layers; none for what prunes before the decoder."""
-    if layers is None:
-        return ()
-    if method is None:
-        raise ConfigError(
-            "this method prunes before the decoder: leave layers out, or add a method that "
-            'prunes inside it, as in method=["prumerge+", "atp"].'
-        )
-    return tuple(as_kind("layers", layers, "tuple[int, ...]"))
-
-
-def _build_heads(
-    method: LayerMethod,
-    config: PruningConfig,
-    parts: Parts,
-    total: int | None,
-    tensors: dict[str, Tensor],
-) -> nn.Module | None:
-    """The method's learned module with an adapter's tensors, on the decoder's device."""
-    shares = config.shares(total)
-    heads = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
-    if heads is None:
-        return None
-    if tensors:
-        on_no_device = any(parameter.is_meta for parameter in heads.parameters())
-        heads.load_state_dict(tensors, assign=on_no_device)
-    weight = next(parts.layers[config.layers[0]].parameters(), None)  # FSDP 1 takes them out
-    return heads if weight is None or weight.is_meta else heads.to(weight.device)
+        parts = {name: float(loss.detach()) for name, (_, loss) in terms.items()}
+        self.thread.trace = replace(trace, losses=parts)
+        return terms

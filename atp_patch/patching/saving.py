@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from atp_patch.patching.adapter import Adapter, Beside, adapter_of
-from atp_patch.patching.patch import require_patch
-from atp_patch.patching.pruner import HEADS
+from atp_patch.patching.api import require_patch
+from atp_patch.patching.patch import HEADS
 
 
 def save_pretrained(

@@ -1,28 +1,38 @@
 """The only code that knows how transformers calls things."""
 
 from atp_patch.seam.decoder.prefill import Prefill
-from atp_patch.seam.hooks import Pruner, Seam
+from atp_patch.seam.decoder.visual_tokens import Learned, VisualTokens
 from atp_patch.seam.host.locate import Parts, check_uncompiled, decoder_shape, locate
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
-from atp_patch.seam.learning.learning_pass import LearningPass
+from atp_patch.seam.policy import Policy
+from atp_patch.seam.seam import Seam
 from atp_patch.seam.tower.merging import MergeHooks, VisionHooks
 from atp_patch.seam.tower.reading import ReadingHooks
 from atp_patch.seam.tower.shrinking import ShrinkHooks
-from atp_patch.seam.voco.held import Held, for_model
-from atp_patch.seam.voco.voco_pass import VoCoPass
-from atp_patch.seam.voco_seam import VoCoSeam
+from atp_patch.seam.voco.held import Held, for_model, read_ahead
+from atp_patch.seam.voco.voco_pass import VoCoPass, VoCoPolicy
 
-__all__ = ["LearningPass", "MergeHooks", "Parts", "Prefill", "Pruner", "Seam"]
-__all__ += [
+__all__ = [
     "Held",
+    "Learned",
+    "MergeHooks",
+    "Parts",
     "PerThread",
+    "Policy",
+    "Prefill",
     "ReadingHooks",
     "Recorder",
     "Recording",
+    "Seam",
     "ShrinkHooks",
     "VisionHooks",
+    "VisualTokens",
     "VoCoPass",
-    "VoCoSeam",
+    "VoCoPolicy",
+    "check_uncompiled",
+    "decoder_shape",
+    "for_model",
+    "locate",
+    "read_ahead",
 ]
-__all__ += ["check_uncompiled", "decoder_shape", "for_model", "locate"]

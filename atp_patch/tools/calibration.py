@@ -17,9 +17,9 @@ from atp_patch.contract.errors import BudgetError, ConfigError, InputError
 from atp_patch.maths import average_tokens
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.methods.atp_heads import Thresholds
+from atp_patch.patching.api import require_patch
 from atp_patch.patching.evaluating import evaluating
-from atp_patch.patching.patch import require_patch
-from atp_patch.patching.pruner import Patch
+from atp_patch.patching.patch import Patch
 
 CONTROLS = ("mean", "shuffled")
 WITHIN = 0.01  # of the target
@@ -290,7 +290,7 @@ def _thresholds(patch: Patch) -> LearnedThresholds:
             'method="atp", thresholds="learned", with an adapter that brings them, or with a '
             "method of your own whose module is an atp_patch.LearnedThresholds."
         )
-    if not patch.seam.enabled:
+    if not patch.seam.thread.enabled:
         raise ConfigError(
             "nothing is pruned within atp_patch.disabled(model); call this outside it."
         )

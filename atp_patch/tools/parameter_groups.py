@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
-from atp_patch.patching.patch import require_patch
-from atp_patch.patching.pruner import HEADS
+from atp_patch.patching.api import require_patch
+from atp_patch.patching.patch import HEADS
 
 _PREFIX = HEADS + "."
 

@@ -18,8 +18,8 @@ from atp_patch.builtin import builtin_path
 from atp_patch.contract.arguments import as_kind, shown
 from atp_patch.contract.errors import ConfigError, WeightsError, first_line
 from atp_patch.patching.adapter import check_values, is_folder, read_text
+from atp_patch.patching.api import patch_model
 from atp_patch.patching.config import parse_table
-from atp_patch.patching.patch import patch_model
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX, _UP, _DOWN = "base_model.model.", ".lora_B.weight", ".lora_A.weight"

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atp_patch.contract.errors import ConfigError, InputError, WeightsError
-from atp_patch.patching.compression import Compression
+from atp_patch.patching.api import require_patch
 from atp_patch.patching.evaluating import evaluating
-from atp_patch.patching.patch import require_patch
-from atp_patch.seam import Held, for_model
+from atp_patch.patching.patch import Patch
+from atp_patch.patching.voco import VoCoPart
+from atp_patch.seam import Held, for_model, read_ahead
 
 VERSION = 1
 TABLES = ("positions", "valid", "attention_mask", "following")
@@ -122,7 +123,7 @@ class VisualCache:
         path = Path(file)
         if not path.is_file():
             raise WeightsError(f"there is no file {path}; give one that VisualCache.save wrote.")
-        device = str(_compression(model).embedding.device)
+        device = str(_with_voco(model)[1].embedding.device)
         try:
             with safe_open(path, framework="pt", device=device) as opened:
                 about = json.loads((opened.metadata() or {}).get("atp_patch", "null"))
@@ -162,8 +163,8 @@ def compress(
         InputError: where there is no image, or not as many prompts as in ``after``.
         WeightsError: where another model made ``after``.
     """
-    patch = _compression(model)
-    if not patch.seam.enabled:
+    patch, _ = _with_voco(model)
+    if not patch.seam.thread.enabled:
         raise ConfigError("nothing is compressed within atp_patch.disabled(model); leave it first.")
     inputs = dict(image_inputs)
     ids = inputs["input_ids"]
@@ -182,7 +183,8 @@ def compress(
         cache, start = after.held.cache(), after.following
     # Gradient checkpointing, which a model in training may do, keeps no cache.
     with evaluating(model), torch.no_grad():
-        made, following = patch.seam.compress({**inputs, "attention_mask": mask}, cache, start)
+        inputs["attention_mask"] = mask
+        made, following = read_ahead(patch.parts.base, inputs, cache, start)
     return VisualCache(Held.of(made), mask, following, fingerprint(model))
 
 
@@ -190,9 +192,9 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of what a cache depends on: the adapter, and a sample of every parameter of vision
     tower, projector and decoder.
     """
-    patch = _compression(model)
+    patch, voco = _with_voco(model)
     made = hashlib.sha256(json.dumps(asdict(patch.config), sort_keys=True).encode())
-    samples = [patch.embedding.detach().flatten()]
+    samples = [voco.embedding.detach().flatten()]
     for name, parameter in _parameters(patch.parts.base):
         made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         samples.append(parameter.detach().flatten()[:: max(parameter.numel() // 16, 1)].clone())
@@ -223,11 +225,12 @@ def _check_model(model: nn.Module, made_with: str, what: str) -> None:
         )
 
 
-def _compression(model: nn.Module) -> Compression:
+def _with_voco(model: nn.Module) -> tuple[Patch, VoCoPart]:
+    """The patch on a model, and its part about VoCo tokens."""
     patch = require_patch(model)
-    if not isinstance(patch, Compression):
+    if patch.voco is None:
         raise ConfigError(
             f"this model is patched with {patch.config.name}, which does not compress; "
             'patch_model(model, method="voco", weights=...) does.'
         )
-    return patch
+    return patch, patch.voco

@@ -21,8 +21,8 @@ from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.patching.adapter import CARD_FILE, Beside
-from atp_patch.patching.patch import patch_model, require_patch
-from atp_patch.patching.pruner import HEADS
+from atp_patch.patching.api import patch_model, require_patch
+from atp_patch.patching.patch import HEADS
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
 from atp_patch.tools.command_line import execute

@@ -16,8 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 
 from atp_patch.contract.errors import ATPError, ConfigError, WeightsError
-from atp_patch.patching.patch import disabled, last_trace
-from atp_patch.patching.pruner import HEADS
+from atp_patch.patching.api import disabled, last_trace
+from atp_patch.patching.patch import HEADS
 from atp_patch.tools.parameter_groups import parameter_groups
 from atp_patch.training.dataset import SKIPPED
 from atp_patch.training.encode import IGNORED

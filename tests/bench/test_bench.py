@@ -17,7 +17,7 @@ from atp_patch.bench.comparison_tables import entries
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched, timed_seam
 from atp_patch.bench.presets import PRESETS, Preset
 from atp_patch.contract.errors import ConfigError
-from atp_patch.patching.patch import require_patch
+from atp_patch.patching.api import require_patch
 
 CPU = torch.device("cpu")
 # Real families in sizes that a test can build: depth and width cut, heads as wide as they are.

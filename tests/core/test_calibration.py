@@ -94,7 +94,7 @@ def test_the_average_meets_the_target(kind: str, target: int, tmp_path: Path) ->
     atp_patch.save_pretrained(model, tmp_path)
     again = atp_patch.patch_model(tiny_model(kind), weights=tmp_path)
     assert measured(again, data)[0] == after
-    assert atp_patch.patching.patch.require_patch(again).config.target_tokens == target
+    assert atp_patch.patching.api.require_patch(again).config.target_tokens == target
     assert f"{target} visual tokens" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
@@ -140,12 +140,12 @@ def test_untrained_heads_too_and_training_goes_on_as_before() -> None:
 @pytest.mark.parametrize("budget", [{"target_tokens": 16}, {"keep": 0.5}])
 def test_the_patchs_own_budget_is_the_default(budget: dict[str, float]) -> None:
     model = learner("llava-llama", **budget)
-    before = atp_patch.patching.patch.require_patch(model).config
+    before = atp_patch.patching.api.require_patch(model).config
     expected = 16 if "keep" not in budget else 36 * (2 + 2 * 0.5 + 2 * 0.25 + 2 * 0.125) / 8
     found = atp_patch.calibrate(model, batches(model))
     assert found.target == pytest.approx(expected)
     assert found.after == pytest.approx(expected, rel=0.01)
-    assert atp_patch.patching.patch.require_patch(model).config == before
+    assert atp_patch.patching.api.require_patch(model).config == before
 
 
 def test_behind_a_method_that_prunes_before_the_decoder() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import atp_patch
 from atp_patch.methods import ATP, FastV, PruMerge, SparseVLM, VoCo
-from atp_patch.patching.patch import is_patched, require_patch
+from atp_patch.patching.api import is_patched, require_patch
 from tests.helpers import inputs as made
 from tests.helpers.compare import snapshot
 from tests.helpers.run import forward

@@ -15,7 +15,7 @@ from atp_patch.evaluation.runner import Bench, answered, prepared
 from atp_patch.evaluation.settings import BLIND, UNPRUNED, Setting, applied
 from atp_patch.evaluation.tasks import Example, choose_tasks, exact_match
 from atp_patch.methods import untrained_methods
-from atp_patch.patching.patch import is_patched
+from atp_patch.patching.api import is_patched
 from tests.evaluation.conftest import LAYERS, TOKENS
 from tests.helpers.run import INSIDE
 

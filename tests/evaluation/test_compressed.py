@@ -18,7 +18,7 @@ from atp_patch.evaluation.runner import Bench, chunks, prepared, run
 from atp_patch.evaluation.settings import UNPRUNED, Setting, applied, plan
 from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.tasks import choose_tasks
-from atp_patch.patching.patch import last_trace
+from atp_patch.patching.api import last_trace
 from tests.evaluation.conftest import TOKENS, build
 
 TASKS = ["exist", "count", "background", "ocr"]

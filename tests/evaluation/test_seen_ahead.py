@@ -15,7 +15,7 @@ from atp_patch.evaluation.prepare import ENCODED, PICTURE, Sample, collate
 from atp_patch.evaluation.runner import Bench, chunks, prepared
 from atp_patch.evaluation.settings import UNPRUNED, Setting, applied
 from atp_patch.evaluation.tasks import choose_tasks
-from atp_patch.patching.patch import last_trace
+from atp_patch.patching.api import last_trace
 from tests.evaluation.conftest import TOKENS
 
 TASKS = ["exist", "count", "background"]

@@ -24,7 +24,7 @@ from atp_patch.evaluation.settings import (
 )
 from atp_patch.evaluation.tasks import choose_tasks
 from atp_patch.methods import untrained_methods
-from atp_patch.patching.patch import is_patched, require_patch
+from atp_patch.patching.api import is_patched, require_patch
 from tests.evaluation.conftest import TOKENS
 
 
@@ -86,7 +86,7 @@ def test_an_applied_setting_leaves_nothing_behind(bench: Bench) -> None:
     before = model_hash(bench.model)
     setting = Setting("random", layers=(2,), budget=0.5, seed=3)
     with applied(bench.model, setting, TOKENS):
-        assert atp_patch.patching.patch.require_patch(bench.model).config.options["seed"] == 3
+        assert atp_patch.patching.api.require_patch(bench.model).config.options["seed"] == 3
     with (
         pytest.raises(RuntimeError, match="stop"),
         applied(bench.model, setting, TOKENS),

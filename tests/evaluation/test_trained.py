@@ -16,7 +16,7 @@ from atp_patch.contract.errors import ConfigError, WeightsError
 from atp_patch.evaluation.identity import model_hash
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, applied, plan
-from atp_patch.patching.patch import is_patched
+from atp_patch.patching.api import is_patched
 from atp_patch.tools.parameter_groups import add_lora
 from atp_patch.tools.trained import (
     LORA_FILES,

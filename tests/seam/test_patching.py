@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import atp_patch
-from atp_patch.patching import patch
-from atp_patch.patching.patch import is_patched
-from atp_patch.seam import Seam
+from atp_patch.patching import api
+from atp_patch.patching.api import is_patched
+from atp_patch.seam import Recorder, Seam
 from atp_patch.seam.host import recorder
 from atp_patch.seam.host.replaced import Replaced
 from tests.helpers import inputs as prompts
@@ -204,8 +204,9 @@ STEPS = (
     (nn.Module, "add_module"),
     (Replaced, "__init__"),
     (recorder, "register"),
+    (Recorder, "watch"),
     (Seam, "__init__"),
-    (patch, "attach"),
+    (api, "attach"),
 )
 EARLIER: dict[str, dict[str, Any] | None] = {
     "plain": None,

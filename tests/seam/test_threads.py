@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import atp_patch
-from atp_patch.patching.patch import require_patch
+from atp_patch.patching.api import require_patch
 from tests.families import outside
 from tests.families.kinds import Picture, sample
 from tests.families.kinds import Words as Text

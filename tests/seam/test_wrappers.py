@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import atp_patch
-from atp_patch.patching.patch import is_patched, require_patch
+from atp_patch.patching.api import is_patched, require_patch
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import hooks, snapshot

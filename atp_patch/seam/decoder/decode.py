@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from atp_patch.seam.host.cache import pruned_layer
@@ -17,6 +18,25 @@ class Decode:
     def __init__(self, cache: Cache, flash: bool) -> None:
         self.cache, self.flash = cache, flash
         self._masks: dict[Any, Any] = {}
+
+    def before_layer(
+        self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return the layer's arguments, and change its keywords in place."""
+        self.narrow_kwargs(layer, args[0].shape[1], kwargs)
+        return args
+
+    def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
+        """None: the output stays as it is."""
+        return None
+
+    def without_output(self) -> Tensor | None:
+        """None: every place has an output."""
+        return None
+
+    def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
+        """None: nothing is learned here."""
+        return {}
 
     def narrow_kwargs(self, layer: int, length: int, kwargs: dict[str, Any]) -> None:
         """Give a layer the mask of the keys it holds (in place)."""

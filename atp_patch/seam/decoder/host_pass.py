@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
 from atp_patch.contract.errors import CacheError
 from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.survivors import Survivors
-from atp_patch.seam.host.cache import adopt, stored_positions
+from atp_patch.seam.host.cache import adopt, capacity, stored_positions
 from atp_patch.seam.host.masks import is_flash, prefill_mask
 
 
@@ -106,7 +106,7 @@ class HostPass:
         if mask is None:
             return None
         keys, valid = self._key_positions(layer, survivors)
-        if self._is_static(layer):
+        if capacity(self.cache, layer) is not None:
             # A static cache is as wide as its mask; its free slots are hidden.
             free = int(mask.shape[-1]) - keys.shape[1]
             keys = pad(keys, (0, free), value=-1)
@@ -122,14 +122,6 @@ class HostPass:
             causal_suffices=(
                 self.plain_mask and causal_by_itself and not self.past and not self._slides(layer)
             ),
-        )
-
-    def _is_static(self, layer: int) -> bool:
-        cache = self.cache
-        return (
-            cache is not None
-            and layer < len(cache.layers)
-            and isinstance(cache.layers[layer], StaticLayer)
         )
 
     def _key_positions(self, layer: int, survivors: Survivors) -> tuple[Tensor, Tensor | None]:

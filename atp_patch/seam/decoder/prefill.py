@@ -1,4 +1,4 @@
-"""The state of one forward pass that carries images: which tokens are left, layer by layer.
+"""One forward pass with images through the decoder: what is due before and behind its layers.
 
 It travels with the forward pass itself, as a keyword that the decoder hands to its layers, so
 nothing about a pass is kept on the model and gradient checkpointing replays the same choice.
@@ -6,305 +6,213 @@ nothing about a pass is kept on the model and gradient checkpointing replays the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from atp_patch.contract import Decision, Layout, Recycled, View
-from atp_patch.maths import gather_tokens, pack, scatter_tokens
+from atp_patch.contract import Decision, Layout, View
+from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.host_pass import HostPass
-from atp_patch.seam.decoder.rope_2d import RotaryPlaces
-from atp_patch.seam.decoder.survivors import Survivors
-from atp_patch.seam.host.masks import scoring_mask
+from atp_patch.seam.decoder.restoring import restored
+from atp_patch.seam.decoder.rope_2d import RowColumnRotary
+from atp_patch.seam.decoder.views import view_before
+from atp_patch.seam.decoder.visual_tokens import Learned, TokenState
 from atp_patch.seam.host.prompt import TextRows
-from atp_patch.seam.host.recorder import Recording
+from atp_patch.seam.host.recorder import ATTEND, Recorder, Recording
+
+
+class LayerPolicy(Protocol):
+    """What the rest of the package says about pruning before the decoder's layers.
+
+    Attributes:
+        layers: the pruning layers.
+        minimum: fields of a view that say how many tokens stay at least.
+    """
+
+    layers: tuple[int, ...]
+    minimum: dict[str, int]
+
+    def counts(
+        self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """How many visual tokens the budget leaves each sample at a pruning layer, or None without
+        a budget.
+
+        Args:
+            step: which of the pruning layers it is, from 0.
+            entered: visual tokens of each sample that entered the decoder; ``left``: are left.
+        """
+
+    def decide(self, view: View) -> Decision:
+        """The method's choice."""
+
+    def finished(self, prefill: Prefill) -> None:
+        """A forward pass with images is through the decoder."""
+
+    def losses(
+        self, prefill: Prefill, learned: Learned, output: Any
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss of the host's output: name -> its weight and a scalar."""
 
 
 @dataclass
-class LayerRecord:
-    """What one pruning layer did: the decision about the visual tokens that reached it.
-
-    ``slot``: (B, V) their places among the tokens that reached it; ``survivors``: who is left.
-    """
-
-    decision: Decision
-    token: Tensor
-    token_valid: Tensor
-    slot: Tensor
-    kept: tuple[int, ...]
-    survivors: Survivors | None
-
-
 class Prefill:
     """One forward pass with images through the decoder of a patched model.
 
     Attributes:
-        entry: (B, V) bool, the visual tokens that enter the decoder, None where all do.
-        entered: how many they are, of each sample.
-        embeds: (B, L, D) what enters the decoder.
-        places: what turns visual tokens by row and column, where that is asked for.
-        state: what the method keeps for its later pruning layers.
-        rotary: tables (cos, sin) of the layer whose attention is to be recorded.
-        gathers: layers run on survivors alone.
-
-    Args:
-        layout, text: where the visual tokens and the text rows lie.
-        attended: (B, L) bool, False at padding; None without padding.
-        token_counts: tokens of each sample, padding not counted.
+        policy: what is asked for decisions; ``recorder``: records the attention that they need.
+        tokens: which visual tokens are left; ``text``: where the text rows lie.
+        prompt_tokens: tokens of each sample, padding not counted.
         host: what the host brought to this pass.
-        bytes_per_element: of the hidden states, and so of the cache.
-        frozen: decisions of the first pass of a generation without a cache, filled by that pass;
+        embeds: (B, L, D) what enters the decoder.
+        entry: which visual tokens enter the decoder, None where all do.
+        rotary: turns visual tokens by row and column; None where the host's tables are kept.
+        known: decisions of the first pass of a generation without a cache, filled by that pass;
             None where a cache holds the choice.
+        recordings: layer -> its attention, until the decision that needs it is made.
+        state: what the method keeps from one pruning layer to the next.
+        entered: how many visual tokens of each sample entered the decoder.
     """
 
-    gathers = True
+    policy: LayerPolicy
+    recorder: Recorder
+    tokens: TokenState
+    text: TextRows
+    prompt_tokens: tuple[int, ...]
+    host: HostPass
+    embeds: Tensor
+    entry: Decision | None
+    rotary: RowColumnRotary | None
+    known: dict[int, Decision] | None
+    recordings: dict[int, Recording] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    entered: tuple[int, ...] = field(init=False)
 
-    def __init__(
-        self,
-        layout: Layout,
-        text: TextRows,
-        attended: Tensor | None,
-        token_counts: Sequence[int],
-        host: HostPass,
-        bytes_per_element: int,
-        frozen: dict[int, Decision] | None,
-    ) -> None:
-        self.layout, self.text, self.attended = layout, text, attended
-        self.host, self.frozen, self.bytes_per_element = host, frozen, bytes_per_element
-        self.prompt_tokens = tuple(token_counts)
-        self.records: dict[int, LayerRecord] = {}
-        self.survivors: Survivors | None = None
-        self.entry: Tensor | None = None
-        self.entered = layout.totals
-        self.embeds: Tensor | None = None
-        self.places: RotaryPlaces | None = None
-        self.rotary: tuple[Tensor, Tensor] | None = None
-        self.recording: Recording | None = None
-        self.state: dict[str, Any] = {}
-        self._token_counts = list(token_counts)
-        self._left = list(layout.totals)
-        slots = torch.arange(layout.valid.shape[1], device=layout.valid.device)
-        self._token = slots.expand_as(layout.valid)
-        self._token_valid = layout.valid
-
-    # -- choosing ---------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        if self.entry is not None:
+            self._carry_out(0, self.entry)
+        self.entered = self.tokens.visual.left
 
     @property
-    def left(self) -> tuple[int, ...]:
-        """Visual tokens that each sample still has."""
-        return tuple(self._left)
+    def layout(self) -> Layout:
+        """The visual tokens before any pruning."""
+        return self.tokens.visual.layout
 
-    def record(self, recording: Recording) -> None:
-        """Take the queries and keys of the layer before a pruning layer."""
-        self.recording = replace(recording, rotary=self.rotary)
+    # -- before and behind the layers -------------------------------------------------------------
 
-    def view(
-        self,
-        layer: int,
-        step: int,
-        hidden: Tensor,
-        counts: tuple[int, ...] | None,
-        **minimum: Any,
-    ) -> View:
-        """What a method may look at before ``layer``; takes the recording of the layer before."""
-        recording = self.recording
-        assert recording is not None, "the layer before a pruning layer was not recorded"
-        self.recording = None
-        query = recording.query
-        self._move(query.device)
-        keys = query.shape[2] + self.host.earlier_keys(layer - 1, query.shape[2])
-        return View(
-            layer=layer,
-            step=step,
-            query=query,
-            key=recording.key[:, :, :keys],
-            mask=scoring_mask(recording.mask, query.shape[2], keys, query.device),
-            scaling=recording.scaling,
-            softcap=recording.softcap,
-            sinks=recording.sinks,
-            hidden=hidden,
-            slot=self._slots(self.layout.position.gather(1, self._token)),
-            slot_valid=self._token_valid,
-            token=self._token,
-            text=self._slots(self.text.position),
-            text_valid=self.text.valid,
-            text_position=self.text.position,
-            last=self._slots(self.text.last[:, None])[:, 0],
-            layout=self.layout,
-            counts=counts,
-            sample_key=self.text.sample_key,
-            **minimum,
-            embeds=None if self.embeds is None else self.embeds.to(query.device),
-            state=self.state,
-            unrotated=replace(recording, key=recording.key[:, :, :keys]).unrotated,
-        )
+    def before_layer(
+        self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return the layer's arguments, and change its keywords in place."""
+        hidden, *rest = args
+        if layer in self.policy.layers:
+            self._prune(layer, hidden)
+        hidden = self.tokens.narrow_hidden(layer, hidden)
+        self._narrow_kwargs(layer, hidden, kwargs)
+        attend = self.tokens.attention_in(layer, hidden.device)
+        if attend is not None:
+            kwargs[ATTEND] = attend
+        if layer + 1 in self.policy.layers and self._needs_scores(layer + 1):
+            sink = partial(self.recordings.__setitem__, layer)
+            tables = kwargs.get("position_embeddings")
+            self.recorder.expect(module.self_attn, sink, rotary=tables)
+        return (hidden, *rest)
 
-    def _move(self, device: torch.device) -> None:
+    def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
+        """Note what the pass did, and give the decoder's output the public length; None leaves it
+        as it is.
+        """
+        self.policy.finished(self)
+        return restored(output, self.tokens, num_layers, square=not self.host.past)
+
+    def without_output(self) -> Tensor | None:
+        """(B, L) bool: places that have no output of their own; None where all have one."""
+        return self.tokens.without_output()
+
+    def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss: name -> its weight and a scalar."""
+        learned = self.tokens.learned()
+        return {} if learned is None else self.policy.losses(self, learned, output)
+
+    # -- pruning ----------------------------------------------------------------------------------
+
+    def _prune(self, layer: int, hidden: Tensor) -> None:
+        """Decide before ``layer`` who goes on."""
+        if layer in self.tokens.choices:  # a replay by gradient checkpointing
+            return
+        # The prompt is the same in every pass of a generation without a cache.
+        decision = None if self.known is None else self.known.get(layer)
+        recording = self.recordings.pop(layer - 1, None)
+        if decision is None and recording is None:
+            return  # the budget keeps everything: nothing was recorded, nothing changes
+        # A checkpoint around the layer counts what its replay saves, and no choice is made in a
+        # replay: what the thresholds learn from is kept beside it.
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            if decision is None:
+                assert recording is not None
+                decision = self._decide(layer, recording, hidden)
+            self._carry_out(layer, decision)
+
+    def _carry_out(self, layer: int, decision: Decision) -> None:
+        self.tokens.apply(layer, decision)
+        if self.known is not None:
+            self.known.setdefault(layer, decision)
+
+    def _decide(self, layer: int, recording: Recording, hidden: Tensor) -> Decision:
+        self._move_to(recording.query.device)
+        # Scores are compared with each other: no autocast rounds them.
+        with (
+            torch.set_grad_enabled(self.tokens.learning),
+            torch.autocast(hidden.device.type, enabled=False),
+        ):
+            view = view_before(
+                layer,
+                self.tokens,
+                self.text,
+                self.host,
+                recording,
+                hidden,
+                step=self.policy.layers.index(layer),
+                counts=self._counts(layer),
+                embeds=self.embeds.to(recording.query.device),
+                state=self.state,
+                **self.policy.minimum,
+            )
+            return self.policy.decide(view)
+
+    def _needs_scores(self, layer: int) -> bool:
+        if layer in self.tokens.choices or (self.known is not None and layer in self.known):
+            return False
+        counts = self._counts(layer)
+        return counts is None or counts != self.tokens.visual.left
+
+    def _counts(self, layer: int) -> tuple[int, ...] | None:
+        step, left = self.policy.layers.index(layer), self.tokens.visual.left
+        return self.policy.counts(step, self.layout, self.entered, left)
+
+    def _move_to(self, device: torch.device) -> None:
         """Follow the decoder to the device of the layer that was recorded (a model may span
         several).
         """
-        if self.layout.position.device == device:
-            return
-        self.layout, self.text = self.layout.to(device), self.text.to(device)
-        self._token, self._token_valid = self._token.to(device), self._token_valid.to(device)
-        if self.attended is not None:
-            self.attended = self.attended.to(device)
-        if self.survivors is not None:
-            self.survivors = self.survivors.to(device)
-            self.records[max(self.records)].survivors = self.survivors
+        if self.layout.position.device != device:
+            self.tokens.move_to(device)
+            self.text = self.text.to(device)
 
-    def frozen_decision(self, layer: int) -> Decision | None:
-        """The choice of the first pass of a generation without a cache, or None.
+    # -- what the host hands to a layer -----------------------------------------------------------
 
-        The prompt is the same in every pass, so the same tokens stand in the same columns.
-        """
-        return None if self.frozen is None else self.frozen.get(layer)
-
-    def enter(self) -> bool:
-        """Drop the visual tokens that do not enter the decoder (``entry``); False where all do."""
-        if self.entry is None:
-            return False
-        changed = self.apply(0, Decision(self.entry, soft=self.entry.float()), None)
-        self.entered = self.left
-        return changed
-
-    def choose_entry(self, decision: Decision) -> None:
-        """Drop the visual tokens that a method at the door does not let in."""
-        self.apply(0, decision, None)
-        self.entered = self.left
-
-    def apply(self, layer: int, decision: Decision, counts: tuple[int, ...] | None) -> bool:
-        """Drop what the decision does not keep; False where everything stays and nothing
-        changes.
-        """
-        keep = decision.keep.to(self._token_valid.device) & self._token_valid
-        kept = keep.sum(1).tolist()
-        slot = self._slots(self.layout.position.gather(1, self._token))
-        record = LayerRecord(decision, self._token, self._token_valid, slot, tuple(kept), None)
-        self.records[layer] = record
-        changed = kept != self._left
-        if changed:
-            self._narrow_to(keep, kept)
-        record.survivors = self.survivors
-        if self.frozen is not None and layer not in self.frozen:
-            self.frozen[layer] = decision
-        return changed
-
-    def _narrow_to(self, keep: Tensor, kept: list[int]) -> None:
-        position = self.layout.position.gather(1, self._token)
-        gone = self._token_valid & ~keep
-        length = self.layout.length
-        if self.survivors is not None:
-            alive = self.survivors.mask(length)
-        elif self.attended is not None:
-            alive = self.attended
-        else:
-            alive = position.new_ones(position.shape[0], length, dtype=torch.bool)
-        # A spare last column takes the writes of slots that are not meant.
-        alive = torch.nn.functional.pad(alive, (0, 1))
-        alive = alive.scatter(1, torch.where(gone, position, length), False)
-        for b, count in enumerate(kept):
-            self._token_counts[b] -= self._left[b] - count
-        longest = max(self._token_counts)
-        index, valid = pack(alive[:, :length], length=longest)
-        ragged = min(self._token_counts) < longest
-        # A padding slot repeats the sample's first token: finite numbers that nothing ever sees.
-        index = torch.where(valid, index, index[:, :1])
-        self.survivors = Survivors(index, valid if ragged else None)
-        chosen, chosen_valid = pack(keep, length=max(kept))
-        self._token, self._token_valid = self._token.gather(1, chosen), chosen_valid
-        self._left = kept
-
-    def _slots(self, position: Tensor) -> Tensor:
-        """Places of sequence positions among the tokens that are left."""
-        if self.survivors is None:
-            return position
-        return self.survivors.slots(self.layout.length).gather(1, position).clamp(min=0)
-
-    # -- narrowing --------------------------------------------------------------------------------
-
-    def entering(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None: all. Known again when the layer is replayed."""
-        return self.at(layer) if self.gathers else None
-
-    def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states of the tokens before a pruning layer -> those of its
-        survivors.
-        """
-        record, before, after = self.records.get(layer), self.at(layer - 1), self.entering(layer)
-        if record is None:
-            return hidden
-        if record.decision.recycled is not None:
-            hidden = _recycle(hidden, record.slot, record.decision.recycled)
-        if after is before or after is None:
-            return hidden
-        index = after.index
-        if before is not None:
-            index = before.slots(self.layout.length).gather(1, index.to(before.index.device))
-        return gather_tokens(hidden, index.to(hidden.device))
-
-    def narrow_kwargs(self, layer: int, kwargs: dict[str, Any]) -> None:
-        """Replace what the host hands to a layer by what the survivors need (in place)."""
-        survivors = self.entering(layer)
-        assert survivors is not None
-        self.host.narrow_kwargs(layer, survivors, kwargs)
-
-    # -- giving back the public shape -------------------------------------------------------------
-
-    def at(self, layer: int) -> Survivors | None:
-        """The survivors that entered a layer; None before the first pruning."""
-        done = [idx for idx in self.records if idx <= layer]
-        return self.records[max(done)].survivors if done else None
-
-    def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: tokens that entered ``layer``, in their original positions; padding
-        False.
-        """
-        survivors = self.at(layer)
+    def _narrow_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        if self.rotary is not None:
+            kwargs["position_embeddings"] = self.rotary.tables(kwargs.get("position_embeddings"))
+        survivors = self.tokens.entering(layer)
         if survivors is not None:
-            return survivors.mask(self.layout.length)
-        if self.attended is not None:
-            return self.attended
-        position = self.layout.position
-        return position.new_ones(position.shape[0], self.layout.length, dtype=torch.bool)
-
-    def restore(self, output: Any, num_layers: int) -> Any:
-        """The decoder's output in the public length: zeros at pruned places."""
-        length, square = self.layout.length, not self.host.past
-
-        def hidden(states: Tensor, layer: int) -> Tensor:
-            survivors = self.at(layer)
-            return states if survivors is None else survivors.restore_hidden(states, length)
-
-        def attention(weights: Tensor, layer: int) -> Tensor:
-            survivors = self.at(layer)
-            if survivors is None:
-                return weights
-            return survivors.restore_attention(weights, length, square=square)
-
-        last = num_layers - 1
-        if isinstance(output, tuple):
-            return (hidden(output[0], last), *output[1:])
-        output.last_hidden_state = hidden(output.last_hidden_state, last)
-        if output.hidden_states is not None:
-            # hidden_states[i] leaves layer i - 1; the first is what enters layer 0.
-            output.hidden_states = tuple(
-                hidden(h, max(i - 1, 0)) for i, h in enumerate(output.hidden_states)
-            )
-        if output.attentions is not None:
-            output.attentions = tuple(attention(w, i) for i, w in enumerate(output.attentions))
-        return output
+            self.host.narrow_kwargs(layer, survivors, kwargs)
+        elif self.host.cache is not None and self.host.past:
+            Decode(self.host.cache, self.host.flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
 
 
-def _recycle(hidden: Tensor, slot: Tensor, recycled: Recycled) -> Tensor:
-    """(B, L', D) with sums of visual tokens' states in place of those that take in others."""
-    slot, column = slot.to(hidden.device), recycled.column.to(hidden.device)
-    valid, weight = recycled.valid.to(hidden.device), recycled.weight.to(hidden.device)
-    made = weight @ gather_tokens(hidden, slot).float()
-    place, length = slot.gather(1, column), hidden.shape[1]
-    changed = scatter_tokens(valid, place, valid, length)
-    table = scatter_tokens(made.to(hidden.dtype), place, valid, length)
-    return torch.where(changed[..., None], table, hidden)
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

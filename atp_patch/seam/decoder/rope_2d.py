@@ -12,7 +12,7 @@ from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.maths import rotary_frequencies, turn_by_place
 
 
-class RotaryPlaces:
+class RowColumnRotary:
     """What turns the visual tokens of one forward pass in two dimensions.
 
     Rows and columns are counted from the first token of the image (of each frame, of each tile):
@@ -41,18 +41,18 @@ class RotaryPlaces:
         """(B, L): each token's own place, but that of visual tokens as given (B, V)."""
         batch, length = layout.valid.shape[0], layout.length
         own = torch.arange(length + 1, device=visual.device).repeat(batch, 1)
-        spare = torch.where(layout.valid, layout.position, length)
-        return own.scatter(1, spare, visual)[:, :length]
+        column = torch.where(layout.valid, layout.position, length)
+        return own.scatter(1, column, visual)[:, :length]
 
-    def turned(self, tables: Any) -> Any:
+    def tables(self, host: Any) -> Any:
         """The tables (cos, sin) that a layer is to get in place of the host's; made once.
 
         Raises:
             UnsupportedModelError: where the host's tables are made in a way that is not known.
         """
-        if id(tables) not in self._made:
-            self._made[id(tables)] = (tables, self._turn(tables))
-        return self._made[id(tables)][1]
+        if id(host) not in self._made:
+            self._made[id(host)] = (host, self._turn(host))
+        return self._made[id(host)][1]
 
     def _turn(self, tables: Any) -> Any:
         known = isinstance(tables, tuple) and len(tables) == 2 and tables[0].ndim == 3

@@ -43,9 +43,9 @@ class Survivors:
 
     def mask(self, length: int) -> Tensor:
         """(B, length) bool: the positions that survive."""
-        spare = torch.where(self.all_valid, self.index, length)
-        mask = torch.zeros(spare.shape[0], length + 1, dtype=torch.bool, device=spare.device)
-        return mask.scatter_(1, spare, True)[:, :length]
+        column = torch.where(self.all_valid, self.index, length)
+        mask = torch.zeros(column.shape[0], length + 1, dtype=torch.bool, device=column.device)
+        return mask.scatter_(1, column, True)[:, :length]
 
     def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
         """``make()`` once for each source object (which is kept alive, so its id stays its own)."""

@@ -7,40 +7,60 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
-from atp_patch.contract import GridQuery, Layout, TowerTokens, VisualGrid
+from atp_patch.contract import Decision, GridQuery, Layout, TowerTokens, VisualGrid
 from atp_patch.contract.errors import CacheError, InputError
+from atp_patch.seam.decoder.gathered_tokens import GatheredTokens
 from atp_patch.seam.decoder.host_pass import HostPass
-from atp_patch.seam.decoder.prefill import Prefill
-from atp_patch.seam.decoder.rope_2d import RotaryPlaces
-from atp_patch.seam.door.choosing import Chooser, choose
+from atp_patch.seam.decoder.prefill import LayerPolicy, Prefill
+from atp_patch.seam.decoder.rope_2d import RowColumnRotary
+from atp_patch.seam.decoder.visual_tokens import TokenState
+from atp_patch.seam.door.choosing import DoorPolicy, choose, narrow_late_features
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.door.tombstones import find_tombstones
-from atp_patch.seam.host.cache import check_cache
+from atp_patch.seam.host.cache import check_cache, check_prunable_again
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
 from atp_patch.seam.host.prompt import Prompt, TextRows
+from atp_patch.seam.host.recorder import Recorder
 from atp_patch.seam.host.session import Session
-from atp_patch.seam.learning.learning_pass import LearningPass, check_checkpointing
+from atp_patch.seam.learning.checkpointing import check_checkpointing
+from atp_patch.seam.learning.weighed_tokens import WeighedTokens
 
 
-class Reader(Chooser, Protocol):
-    """What the rest of the package says about a model's prompts."""
+class PromptPolicy(Protocol):
+    """What the rest of the package says about a model's prompts.
 
-    layers: tuple[int, ...]
+    Attributes:
+        visual_token_ids: placeholder ids of images and videos.
+        causal: no token attends to those behind it.
+        newline: name of the base model's parameter that ends rows of features, if it has one.
+        explicit: only the caller knows which tokens are visual.
+    """
+
     visual_token_ids: tuple[int, ...]
     causal: bool
     newline: str | None
     explicit: bool
-    learned: bool
-    before: Any
-    door: Any
-    rope_2d: bool
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
         """The grids of each sample's visual tokens."""
+
+
+class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
+    """What the rest of the package says about a forward pass with images.
+
+    Attributes:
+        learned: something is learned at the pruning layers.
+        leaves_tombstones: tokens are dropped before the decoder, on their way to it.
+        rope_2d: visual tokens are turned by row and column.
+    """
+
+    learned: bool
+    leaves_tombstones: bool
+    rope_2d: bool
 
 
 class TowerReader(Protocol):
@@ -50,13 +70,14 @@ class TowerReader(Protocol):
         """What blocks of the tower did, in the layout's places."""
 
 
-def begin(
+def prefill_of(
     parts: Parts,
-    pruner: Reader,
+    policy: PrefillPolicy,
+    recorder: Recorder,
+    reader: TowerReader | None,
     call: Call,
     session: Session | None,
     kwargs: dict[str, Any],
-    reader: TowerReader | None,
 ) -> Prefill | None:
     """The state of a pass with images, from what the decoder is about to get; None without any.
 
@@ -65,7 +86,7 @@ def begin(
     """
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
-    if pruner.explicit:
+    if policy.explicit:
         _check_explicit(call, embeds, past)
         if call.visual_mask is None:
             return None
@@ -75,17 +96,17 @@ def begin(
         )
     if embeds is None:  # a language model that other code feeds: ids are text
         return None
-    prompt = read_prompt(call, pruner.visual_token_ids, embeds, past)
+    prompt = read_prompt(call, policy.visual_token_ids, embeds, past)
     if not bool(prompt.visual.any()):
         return None
-    dropped = None if pruner.before is None else find_tombstones(embeds)
+    dropped = find_tombstones(embeds) if policy.leaves_tombstones else None
     check_features(embeds, prompt, dropped)
-    query = grid_query(parts, call, prompt, kwargs, pruner.newline)
+    query = grid_query(parts, call, prompt, kwargs, policy.newline)
     refuse_packed(call.sequences, query.position_ids, prompt.attended)
-    grids = find_grids(pruner.grids, query, prompt)
+    grids = find_grids(policy.grids, query, prompt)
     layout = Layout.from_grids(grids, embeds.shape[1], embeds.device)
-    early = pruner.before is not None or pruner.door is not None
-    check_cache(cache, 0 if early else pruner.layers[0])
+    early = policy.leaves_tombstones or policy.chooses_at_door
+    check_cache(cache, 0 if early else policy.layers[0])
     if past and cache is not None:
         _check_later_turn(parts, cache, past + layout.length)
     host = HostPass(
@@ -93,44 +114,53 @@ def begin(
         past=past,
         total=past + layout.length,
         implementation=parts.config._attn_implementation,
-        plain_mask=pruner.causal and call.mask_is_plain,
+        plain_mask=policy.causal and call.mask_is_plain,
         sliding_window=partial(sliding_window, parts.config),
     )
-    # What is generated in training mode, as in reinforcement learning, is generated as ever.
-    learning = pruner.learned and parts.top.training and session is None
-    if learning:
+    attended = None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device)
+    tokens: TokenState = GatheredTokens(layout, attended, prompt.token_counts)
+    # In training mode too, as in reinforcement learning, generation prunes as at inference.
+    if policy.learned and parts.top.training and session is None:
         check_checkpointing(parts.layers[0])
         if past:
             raise CacheError("thresholds learn from whole prompts: give no filled cache.")
-    run = (LearningPass if learning else Prefill)(
-        layout,
-        TextRows.of(prompt, embeds.device),
-        None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device),
-        prompt.token_counts,
-        host,
-        embeds.element_size(),
-        session.choices if session is not None and cache is None else None,
-    )
-    if pruner.rope_2d:
-        run.places = RotaryPlaces(layout)
+        tokens = WeighedTokens(layout, attended)
+    text = TextRows.of(prompt, embeds.device)
+    known = session.choices if session is not None and cache is None else None
+    entry = None if known is None else known.get(0)
     if dropped is not None and bool(dropped.any()):
-        run.entry = layout.valid & ~dropped.gather(1, layout.position)
+        keep = layout.valid & ~dropped.gather(1, layout.position)
+        entry = Decision(keep, soft=keep.float())
         kwargs["inputs_embeds"] = embeds.masked_fill(dropped[..., None], 0)
-    run.embeds = kwargs["inputs_embeds"]
     for name in call.sequences:  # They count tokens that may go.
         kwargs.pop(name, None)
-    if pruner.door is not None:
-        choose(run, prompt, pruner, partial(_tower, reader, pruner, prompt, layout), kwargs)
-    return run
+    if policy.chooses_at_door and entry is None:
+        tower = partial(_tower, reader, policy, prompt, layout)
+        entry = choose(policy, layout, prompt, text.sample_key, embeds, tower)
+    prefill = Prefill(
+        policy=policy,
+        recorder=recorder,
+        tokens=tokens,
+        text=text,
+        prompt_tokens=tuple(prompt.token_counts),
+        host=host,
+        embeds=kwargs["inputs_embeds"],
+        entry=entry,
+        rotary=RowColumnRotary(layout) if policy.rope_2d else None,
+        known=known,
+    )
+    if policy.chooses_at_door:
+        narrow_late_features(prefill, kwargs)
+    return prefill
 
 
 def _tower(
-    reader: TowerReader | None, pruner: Reader, prompt: Prompt, layout: Layout
+    reader: TowerReader | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
 ) -> Mapping[int, TowerTokens]:
     """What the vision tower did, as far as the method wants to know."""
     if reader is None:
         return {}
-    image = pruner.visual_token_ids[0]  # ids of videos follow
+    image = policy.visual_token_ids[0]  # ids of videos follow
     ids = prompt.ids
     videos = [
         [ids is not None and int(ids[number, grid.start]) != image for grid in grids]
@@ -157,11 +187,7 @@ def _check_explicit(call: Call, embeds: Tensor | None, past: int) -> None:
 
 def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
     """Raise CacheError where an image in a later turn cannot be pruned."""
-    if isinstance(cache.layers[0], StaticLayer):
-        raise CacheError(
-            "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache "
-            "for conversations with several images."
-        )
+    check_prunable_again(cache)
     narrowest = filled_window(parts, total)
     if narrowest is not None:
         raise CacheError(

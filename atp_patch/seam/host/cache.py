@@ -41,6 +41,11 @@ class PrunedSlots:
         self.positions, self.valid, self.covered = positions, valid, covered
 
     @property
+    def capacity(self) -> int | None:
+        """Slots of a layer that is allocated ahead; None where it grows as needed."""
+        return None
+
+    @property
     def dropped(self) -> int:
         """Logical positions that have no key here."""
         return 0 if self.positions is None else self.covered - self.positions.shape[-1]
@@ -126,6 +131,11 @@ class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
 class PrunedStaticLayer(PrunedSlots, StaticLayer):
     """A preallocated cache layer whose first ``n`` slots hold the survivors of the prompt."""
 
+    @property
+    def capacity(self) -> int:
+        """The slots that were allocated."""
+        return int(self.max_cache_len)
+
     def get_seq_length(self) -> Any:
         """Logical length: the positions seen so far, pruned ones included."""
         return self.cumulative_length + self.dropped if self.is_initialized else 0
@@ -181,6 +191,26 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
     return pruned
 
 
+def capacity(cache: Cache | None, layer_idx: int = 0) -> int | None:
+    """Slots of a layer that is allocated ahead; None where it grows as needed. Layers of the
+    host's own are asked too.
+    """
+    layers = [] if cache is None else cache.layers
+    layer: Any = layers[layer_idx] if layer_idx < len(layers) else None
+    if isinstance(layer, PrunedSlots):
+        return layer.capacity
+    return int(layer.max_cache_len) if isinstance(layer, StaticLayer) else None
+
+
+def check_prunable_again(cache: Cache, layer_idx: int = 0) -> None:
+    """Raise CacheError where a filled layer has no room to be pruned a second time."""
+    if capacity(cache, layer_idx) is not None:
+        raise CacheError(
+            "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache for "
+            "conversations with several images."
+        )
+
+
 def check_cache(cache: Cache | None, first_layer: int) -> None:
     """Raise CacheError now, before anything ran, if the cache could not hold a pruned prompt."""
     if cache is not None and len(cache.layers) > first_layer:
@@ -201,13 +231,9 @@ def stored_positions(
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if layer is None or not layer.is_initialized or layer.keys is None:
         return None
-    if isinstance(layer, StaticLayer):
-        if int(layer.cumulative_length) == 0:
-            return None
-        raise CacheError(
-            "an image in a later turn cannot be pruned into a StaticCache; use a DynamicCache for "
-            "conversations with several images."
-        )
+    if not layer.get_seq_length():
+        return None
+    check_prunable_again(cache, layer_idx)
     stored = layer.keys.shape[-2] if layer.keys.numel() else 0
     if stored == 0:
         return None

@@ -37,6 +37,8 @@ class Call:
         grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where this pass itself
             was given them.
         sequences: the arguments of this pass that tell where sequences begin in a row, if any.
+        through: the pass through the decoder, once it is done, where it leaves some places without
+            an output.
         alone: the model without its head was called, not the top.
         entered: the model without its head has begun.
     """
@@ -51,7 +53,7 @@ class Call:
     has_images: bool = False
     padding: Tensor | None = None
     num_items: Any = None
-    run: Any = None
+    through: Any = None
     alone: bool = False
     entered: bool = False
     visual_grids: Any = None
@@ -60,7 +62,7 @@ class Call:
     sequences: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def begin(
+    def of_outermost(
         cls,
         outside: Outside,
         args: tuple[Any, ...],
@@ -147,15 +149,16 @@ class Call:
         """
         return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
 
-    def unsupervise(self, run: Any) -> None:
-        """Drop the targets that places without an output would have had to predict.
+    def unsupervise(self, lost: Tensor) -> None:
+        """Drop the targets that places without an output would have had to predict (in the copied
+        labels).
 
-        Those are pruned places, and padding once it was dropped with them (in the copied labels).
+        Args:
+            lost: (B, L) bool: pruned places, and padding once it was dropped with them.
         """
-        if self.labels is None:
-            return
-        lost = ~run.kept(max(run.records)).to(self.labels.device)
-        self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
+        if self.labels is not None:
+            lost = lost.to(self.labels.device)
+            self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
 
     def add_losses(self, output: Any, losses: dict[str, tuple[float, Tensor]]) -> Any:
         """Add weighted losses to the host's own (``output.loss``, or the first of a tuple).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atp_patch.contract.errors import UnsupportedModelError
-from atp_patch.seam.host.cache import PrunedLayer, PrunedStaticLayer, columns
+from atp_patch.seam.host.cache import PrunedLayer, columns
 
 
 def is_flash(implementation: str) -> bool:
@@ -91,22 +91,6 @@ def prefill_mask(
     return gather_columns(gather_rows(mask, rows), keys - offset, keys_valid)
 
 
-def scoring_mask(mask: Tensor | None, rows: int, keys: int, device: torch.device) -> Tensor:
-    """A wide mask over (Q, K) for the scores, whatever the attention itself was given.
-
-    Returns:
-        (B or 1, 1, rows, keys) bool (True = visible), or the host's own float mask.
-    """
-    if mask is not None and mask.ndim == 4:
-        return mask[..., :keys]
-    place = torch.arange(rows, device=device)
-    column = torch.arange(keys, device=device) - (keys - rows)
-    visible = (column <= place[:, None])[None, None]
-    if mask is not None:
-        visible = visible & mask[:, None, None, -keys:].bool()
-    return visible
-
-
 def decode_mask(
     mask: Tensor | None, layer: PrunedLayer, query_length: int, *, flash: bool
 ) -> Tensor | None:
@@ -116,8 +100,8 @@ def decode_mask(
     """
     if mask is None and layer.valid is None:
         return None
-    static = isinstance(layer, PrunedStaticLayer)
-    width = layer.max_cache_len if static else layer.keys.shape[-2] + query_length
+    static = layer.capacity is not None
+    width = layer.capacity or layer.keys.shape[-2] + query_length
     positions, valid = columns(layer, width)
     if mask is None:
         assert valid is not None

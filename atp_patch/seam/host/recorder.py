@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -81,13 +81,15 @@ class _Expected:
     Attributes:
         view: the attention's config.
         sink: takes the recording, or None.
+        rotary: the tables (cos, sin) that the attention's layer was handed.
         every: all calls of the attention's own function until it returns are recorded (some
             vision towers attend image by image).
     """
 
     view: Any
     sink: Callable[[Recording], None] | None
-    every: bool
+    rotary: Any = None
+    every: bool = False
 
 
 class _Expectation(PerThread):
@@ -113,15 +115,21 @@ class Recorder:
             attention.config = attention.config._atp_host
 
     def expect(
-        self, attention: Any, sink: Callable[[Recording], None] | None, *, every: bool = False
+        self,
+        attention: Any,
+        sink: Callable[[Recording], None] | None,
+        *,
+        rotary: Any = None,
+        every: bool = False,
     ) -> None:
         """Have the next call of a watched module go through our function, which hands its q and k
         to ``sink``, and attends as the keyword ``ATTEND`` of that call says, where it has one.
 
         Args:
+            rotary: the tables (cos, sin) that its layer was handed.
             every: as long as the module's call lasts; then :meth:`forget` is to be called.
         """
-        self._thread.call = _Expected(attention.config, sink, every)
+        self._thread.call = _Expected(attention.config, sink, rotary, every)
 
     def forget(self) -> None:
         """The running thread expects nothing any more."""
@@ -145,7 +153,7 @@ class Recorder:
             also(recording)
             call.sink(recording)
 
-        self._thread.call = _Expected(call.view, both, call.every)
+        self._thread.call = replace(call, sink=both)
 
     def replay(self, recording: Recording) -> None:
         """Hand on a recording in place of the call that is awaited."""
@@ -231,7 +239,16 @@ def _attend(
     call = recorder.take()
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if call is not None and call.sink is not None:
-        found = Recording(query, key, attention_mask, scale, module, softcap=softcap, sinks=sinks)
+        found = Recording(
+            query,
+            key,
+            attention_mask,
+            scale,
+            module,
+            rotary=call.rotary,
+            softcap=softcap,
+            sinks=sinks,
+        )
         call.sink(found)
     implementation = module.config._attn_implementation
     attend = kwargs.pop(ATTEND, None)

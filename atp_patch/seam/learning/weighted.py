@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
+from atp_patch.contract import AttentionMask
 from atp_patch.maths import visible_keys
-from atp_patch.seam.host.masks import scoring_mask
 from atp_patch.seam.learning.fused import FusedWeightedAttention
 
 
@@ -46,14 +46,14 @@ def weighted_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if not probabilities and not dropout and softcap is None and sinks is None:
-        seen = scoring_mask(mask, query.shape[2], key.shape[2], query.device)
+        seen = AttentionMask(mask, query.shape[2], key.shape[2]).whole(query.device)
         same = (x.to(value.dtype) for x in (query, key, value))
         out = FusedWeightedAttention.apply(*same, weight.float(), seen, scaling)
         return out.transpose(1, 2).contiguous(), None
     logits = (query @ key.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    visible = scoring_mask(mask, query.shape[2], key.shape[2], query.device)
+    visible = AttentionMask(mask, query.shape[2], key.shape[2]).whole(query.device)
     if visible.dtype != torch.bool:
         logits = logits + visible
         visible = visible_keys(visible)

@@ -1,4 +1,6 @@
-"""What a cache with a compressed prompt holds, and the positions of what follows it."""
+"""Prompts that are compressed ahead of any question: what a cache then holds, and the positions of
+what follows.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,28 @@ def prompt_positions(base: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     given = {name: inputs[name] for name in names & set(inputs)}
     grid, _ = base.get_rope_index(**{**given, "attention_mask": mask})
     return torch.cat([count.to(grid), grid])
+
+
+def read_ahead(
+    base: Any, inputs: dict[str, Any], cache: Cache | None, start: Tensor | None
+) -> tuple[Cache, Tensor]:
+    """Read a prompt with images, and keep what text after it will need.
+
+    Args:
+        base: the patched model without its head.
+        inputs: of it; the attention mask covers the cache too.
+        cache: of earlier segments, with where their positions ended: ``start`` (r, B).
+
+    Returns:
+        the cache, and the position (r, B) of the token that follows.
+    """
+    mask = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
+    positions = prompt_positions(base, inputs, mask)
+    if start is not None:
+        positions = positions + start[..., None].to(positions)
+    cache = DynamicCache() if cache is None else cache
+    base(**inputs, position_ids=for_model(positions), past_key_values=cache, use_cache=True)
+    return cache, following(positions, mask)
 
 
 def following(positions: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
 from atp_patch.contract import Layout, Span, VisualGrid
 from atp_patch.contract.errors import CacheError, InputError, UnsupportedModelError
@@ -28,16 +28,21 @@ from atp_patch.maths import (
     public_slots,
     voco_visible,
 )
-from atp_patch.seam.door.entry import Reader, filled_window
+from atp_patch.seam.door.entry import PromptPolicy, filled_window
 from atp_patch.seam.door.features import check_features
-from atp_patch.seam.host.cache import adopt, check_cache, stored_positions
+from atp_patch.seam.host.cache import adopt, capacity, check_cache, stored_positions
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
 
 
-class Compressing(Reader, Protocol):
-    """What the rest of the package says about VoCo tokens."""
+class VoCoPolicy(Protocol):
+    """What the rest of the package says about VoCo tokens.
+
+    Attributes:
+        num_tokens: VoCo tokens of each segment.
+        segment_frames: frames of a video that make a segment; None: all of them.
+    """
 
     num_tokens: int
     segment_frames: int | None
@@ -46,7 +51,7 @@ class Compressing(Reader, Protocol):
     def embedding(self) -> Tensor:
         """(V, D) of the VoCo tokens."""
 
-    def compressed(self, run: VoCoPass) -> None:
+    def finished(self, voco_pass: VoCoPass) -> None:
         """A forward pass with images is through the decoder."""
 
 
@@ -69,6 +74,7 @@ class VoCoPass:
     """One forward pass with images through a model with VoCo tokens.
 
     Attributes:
+        policy: is told what the pass did.
         layout: the visual tokens, as they were given.
         segments: of each sample, (first, one behind the last) visual token of each segment.
         slots: the sequence that the decoder runs on.
@@ -78,6 +84,7 @@ class VoCoPass:
         bytes_per_element: of the hidden states, and so of the cache.
     """
 
+    policy: VoCoPolicy
     layout: Layout
     segments: list[list[tuple[int, int]]]
     slots: Slots
@@ -90,6 +97,31 @@ class VoCoPass:
     def kept(self) -> Tensor:
         """(B, n) bool: the slots that stay in the cache: text and VoCo tokens."""
         return self.attended & ~self.slots.visual
+
+    def before_layer(
+        self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Nothing is due before a layer."""
+        return args
+
+    def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
+        """Leave VoCo tokens and text alone in the cache, and give the output the public length."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:  # the decoder may have made one
+            rest = output[1:] if isinstance(output, tuple) else [output.past_key_values]
+            cache = next((part for part in rest if isinstance(part, Cache)), None)
+        if cache is not None:
+            self.evict(cache)
+        self.policy.finished(self)
+        return self.restore(output)
+
+    def without_output(self) -> Tensor | None:
+        """None: every place has an output."""
+        return None
+
+    def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
+        """None: VoCo tokens learn from the host's own loss."""
+        return {}
 
     def evict(self, cache: Cache) -> None:
         """Drop the keys and values of visual tokens, and of padding, from every layer."""
@@ -142,8 +174,12 @@ class VoCoPass:
         return output
 
 
-def begin(
-    parts: Parts, pruner: Compressing, call: Call, kwargs: dict[str, Any]
+def voco_pass_of(
+    parts: Parts,
+    prompts: PromptPolicy,
+    policy: VoCoPolicy,
+    call: Call,
+    kwargs: dict[str, Any],
 ) -> tuple[VoCoPass, dict[str, Any]] | None:
     """The state of a pass with images, and what the decoder gets instead; None without any image.
 
@@ -158,20 +194,20 @@ def begin(
         return None
     length = embeds.shape[1]
     past_length = 0 if cache is None else int(cache.get_seq_length())
-    prompt = read_prompt(call, pruner.visual_token_ids, embeds, past_length)
+    prompt = read_prompt(call, prompts.visual_token_ids, embeds, past_length)
     if not bool(prompt.visual.any()):
         return None
     check_features(embeds, prompt)
-    query = grid_query(parts, call, prompt, kwargs, pruner.newline)
+    query = grid_query(parts, call, prompt, kwargs, prompts.newline)
     refuse_packed(call.sequences, query.position_ids, prompt.attended)
-    grids = find_grids(pruner.grids, query, prompt)
+    grids = find_grids(prompts.grids, query, prompt)
     layout = Layout.from_grids(grids, length, embeds.device)
     segments = [
-        _segments(spans, grids, pruner.segment_frames)
+        _segments(spans, grids, policy.segment_frames)
         for spans, grids in zip(query.spans, layout.grids, strict=True)
     ]
-    _check(parts, call, segments, pruner.num_tokens)
-    slots = insert_slots(segments, length, pruner.num_tokens).to(embeds.device)
+    _check(parts, call, segments, policy.num_tokens)
+    slots = insert_slots(segments, length, policy.num_tokens).to(embeds.device)
     past = _past(parts, cache, past_length, length, slots)
     attended = gather_tokens(prompt.attended.to(embeds.device), slots.place) & slots.valid
     position_ids = kwargs.get("position_ids")
@@ -180,7 +216,7 @@ def begin(
     place = slots.place.expand(*position_ids.shape[:-2], -1, -1)
     position_ids = position_ids.expand(*place.shape[:-1], -1).gather(-1, place)
     voco = slots.voco[..., None]
-    learned = pruner.embedding.to(embeds)[slots.voco.clamp(min=0)]
+    learned = policy.embedding.to(embeds)[slots.voco.clamp(min=0)]
     visible = voco_visible(slots, attended)
     if past is not None:
         visible = torch.cat([_past_visible(past, call, visible), visible], dim=2)
@@ -188,8 +224,10 @@ def begin(
     if parts.config._attn_implementation == "eager":
         hidden = torch.finfo(embeds.dtype).min
         mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, hidden)
-    run = VoCoPass(layout, segments, slots, attended, position_ids, past, embeds.element_size())
-    return run, {
+    made = VoCoPass(
+        policy, layout, segments, slots, attended, position_ids, past, embeds.element_size()
+    )
+    return made, {
         **kwargs,
         "inputs_embeds": torch.where(voco >= 0, learned, gather_tokens(embeds, slots.place)),
         "position_ids": position_ids,
@@ -245,7 +283,7 @@ def _past(
     if cache is None:
         return None
     check_cache(cache, 0)
-    if any(isinstance(layer, StaticLayer) for layer in cache.layers):
+    if any(capacity(cache, layer) is not None for layer in range(len(cache.layers))):
         raise CacheError("visual keys cannot be evicted from a StaticCache; use a DynamicCache.")
     if not past_length:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,14 @@ from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family
 from atp_patch.methods import VoCo
 from atp_patch.patching.config import PruningConfig
-from atp_patch.patching.pruner import Patch
 from atp_patch.patching.trace import LayerTrace, PruningTrace
-from atp_patch.seam import Parts, VoCoPass, VoCoSeam, decoder_shape
+from atp_patch.seam import Parts, VoCoPass, decoder_shape
 
 SAMPLED_ROWS = 4096
 
 
 @dataclass(frozen=True, repr=False)
-class CompressionTrace(PruningTrace):
+class VoCoTrace(PruningTrace):
     """One forward pass with images through a model with VoCo tokens.
 
     ``tokens_per_layer``, ``average_tokens`` and ``kv_bytes`` are of what is left for text to see:
@@ -39,60 +38,71 @@ class CompressionTrace(PruningTrace):
         return sum(self._flops([tokens] * self.shape.num_layers) for tokens in self.slots)
 
 
-class Compression(Patch):
-    """As :class:`Patch`, for a method that compresses."""
+class Host(Protocol):
+    """The patch that VoCo tokens are a part of."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        family: Family,
-        method: VoCo,
-        config: PruningConfig,
-        heads: nn.Module | None,
-    ) -> None:
-        super().__init__(parts, family, None, None, config, heads, None)
+    parts: Parts
+    heads: nn.Module | None
+    thread: Any
+
+    def check_heads(self) -> None:
+        """Raise ConfigError where other heads than these would learn."""
+
+    def restore_ignored(self) -> None:
+        """Let checkpoints hold the heads."""
+
+
+class VoCoPart:
+    """What the seam asks about VoCo tokens.
+
+    Attributes:
+        num_tokens: VoCo tokens of each segment.
+        segment_frames: frames of a video that make a segment; None: all of them.
+    """
+
+    def __init__(self, method: VoCo, patch: Host) -> None:
         self.num_tokens, self.segment_frames = method.num_tokens, method.segment_frames
-        self.learned = False  # no pruning layer learns
-        self.seam: VoCoSeam = VoCoSeam(parts, self)
+        self._patch = patch
 
     @property
     def embedding(self) -> Tensor:
         """(V, D) of the VoCo tokens."""
-        self.check_heads()
-        heads: Any = self.heads
+        self._patch.check_heads()
+        heads: Any = self._patch.heads
         if heads.embedding.is_meta:
             raise ConfigError(
                 "the VoCo tokens were offloaded with the model; offload it first, then patch it."
             )
-        return heads.embedding
+        embedding: Tensor = heads.embedding
+        return embedding
 
-    def compressed(self, run: VoCoPass) -> None:
+    def finished(self, voco_pass: VoCoPass) -> None:
         """Note what a forward pass with images did."""
-        if self.parts.top.training:
+        parts = self._patch.parts
+        if parts.top.training:
             # From now on a checkpoint must hold the tokens, or training could not be resumed.
-            self.restore_ignored()
-        layout, kept = run.layout, run.kept
-        left = tuple(len(sample) * self.num_tokens for sample in run.segments)
-        slots = tuple(run.attended.sum(1).tolist())
-        voco = (run.slots.voco >= 0).sum(1).tolist()
-        visual = (run.attended & run.slots.visual).sum(1).tolist()
-        self.thread.trace = CompressionTrace(
+            self._patch.restore_ignored()
+        layout, slots = voco_pass.layout, voco_pass.slots
+        length = tuple(voco_pass.attended.sum(1).tolist())
+        voco = (slots.voco >= 0).sum(1).tolist()
+        visual = (voco_pass.attended & slots.visual).sum(1).tolist()
+        self._patch.thread.trace = VoCoTrace(
             layers={
                 0: LayerTrace(
                     layout=layout,
-                    kept_counts=left,
+                    kept_counts=tuple(len(s) * self.num_tokens for s in voco_pass.segments),
                     decision=None,
                     token=layout.position,
                     token_valid=layout.valid,
-                    alive=(run.slots.place, kept),
+                    alive=(slots.place, voco_pass.kept),
                     attended=None,
                 )
             },
             layout=layout,
-            shape=decoder_shape(self.parts.config),
-            text_tokens=tuple(n - v - w for n, v, w in zip(slots, visual, voco, strict=True)),
-            bytes_per_element=run.bytes_per_element,
-            slots=slots,
+            shape=decoder_shape(parts.config),
+            text_tokens=tuple(n - v - w for n, v, w in zip(length, visual, voco, strict=True)),
+            bytes_per_element=voco_pass.bytes_per_element,
+            slots=length,
         )
 
 
@@ -111,7 +121,7 @@ def voco_module(method: VoCo, parts: Parts, tensors: dict[str, Tensor]) -> nn.Mo
     return module if weight.is_meta else module.to(weight.device)
 
 
-def check_compressible(family: Family, config: Any) -> None:
+def check_family(family: Family, config: Any) -> None:
     """Raise UnsupportedModelError for models in which VoCo tokens cannot stand behind images."""
     why = None
     if family.outer is not None:
@@ -123,7 +133,7 @@ def check_compressible(family: Family, config: Any) -> None:
     elif family.late_layers(config):
         why = "it adds visual features inside its decoder"
     if why is not None:
-        able = ", ".join(f.name for f in FAMILIES if f.compressible)
+        able = ", ".join(f.name for f in FAMILIES if f.takes_voco)
         raise UnsupportedModelError(
             f"VoCo tokens cannot be put into this {config.model_type} model: {why}. Families that "
             f"take them: {able}. Any method that prunes inside the decoder works here."

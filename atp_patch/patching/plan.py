@@ -1,0 +1,260 @@
+"""What one call of ``patch_model`` puts where, settled and checked before the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from atp_patch.contract import (
+    DoorMethod,
+    LayerMethod,
+    Method,
+    ModuleSpec,
+    PictureMethod,
+    Tower,
+    TowerMethod,
+)
+from atp_patch.contract.arguments import as_kind, as_shares, shown
+from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+from atp_patch.families import FAMILIES, Family, family_of
+from atp_patch.methods import VoCo, make_methods
+from atp_patch.patching.adapter import load_adapter
+from atp_patch.patching.config import BaseModel, PruningConfig, Stage
+from atp_patch.patching.voco import check_alone, check_family, voco_module
+from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one patch puts where.
+
+    At most one of ``picture``, ``tower`` and ``door`` is there, and ``voco`` stands alone.
+
+    Attributes:
+        parts: the modules of the model; ``family``: how its prompts are read.
+        config: what an adapter's JSON says.
+        picture, tower, door, layer, voco: the method that stands there, or None.
+        vision: where the vision tower is, for a method that stands on it or reads it.
+        heads: the module that learns, or None.
+        frozen_may_turn: ``rope_2d`` is meant even where no layer of the decoder learns.
+    """
+
+    parts: Parts
+    family: Family
+    config: PruningConfig
+    picture: PictureMethod | None
+    tower: TowerMethod | None
+    door: DoorMethod | None
+    layer: LayerMethod | None
+    voco: VoCo | None
+    vision: Tower | None
+    heads: nn.Module | None
+    frozen_may_turn: bool
+
+    @property
+    def before(self) -> PictureMethod | TowerMethod | None:
+        """The method that prunes on the vision tower."""
+        return self.tower if self.picture is None else self.picture
+
+
+def make_plan(
+    model: nn.Module,
+    around: Sequence[nn.Module],
+    *,
+    layers: Sequence[int] | None,
+    method: str | Method | Sequence[str | Method] | None,
+    keep: float | Sequence[float] | None,
+    target_tokens: float | None,
+    weights: str | Path | None,
+    family: str | Family | None,
+    min_tokens: int,
+    min_tokens_per_image: int,
+    rope_2d: bool | str,
+    prune_marks: bool,
+    options: dict[str, Any],
+) -> Plan:
+    """The plan for a model inside its wrappers ``around``; arguments and errors are those of
+    :func:`atp_patch.patch_model`.
+    """
+    config_of_model: Any = getattr(model, "config", None)
+    kind = family_of(config_of_model, family)
+    parts = locate(model, kind.outer, bare=not kind.model_types)
+    check_uncompiled(parts, tuple(around))
+    shape = decoder_shape(parts.config)
+    base = BaseModel(kind.name, shape.num_layers, shape.hidden_size)
+    tensors: dict[str, Tensor] = {}
+    min_tokens = as_kind("min_tokens", min_tokens, "int")
+    min_tokens_per_image = as_kind("min_tokens_per_image", min_tokens_per_image, "int")
+    prune_marks = as_kind("prune_marks", prune_marks, "bool")
+    if rope_2d != "force":
+        if isinstance(rope_2d, str):
+            raise ConfigError(f'rope_2d={shown(rope_2d)} is not True, False or "force".')
+        rope_2d = as_kind("rope_2d", rope_2d, "bool")
+    if weights is not None:
+        given = (layers, method, keep, target_tokens)
+        further = min_tokens != 1 or min_tokens_per_image or rope_2d or prune_marks or options
+        if further or any(argument is not None for argument in given):
+            raise ConfigError(
+                "weights bring layers, method, budget and options along; give weights alone."
+            )
+        config, before, layer, tensors = load_adapter(weights, base)
+    else:
+        before, layer = make_methods("atp" if method is None else method, dict(options))
+        if layers is None and layer is not None:
+            layers = kind.default_layers(config_of_model, shape.num_layers)
+        chosen = _pruning_layers(layers, layer)
+        config = PruningConfig(
+            method=None if layer is None else layer.name,
+            layers=chosen,
+            base=base,
+            keep=as_shares(keep, chosen),
+            target_tokens=target_tokens,
+            min_tokens=min_tokens,
+            min_tokens_per_image=min_tokens_per_image,
+            options={} if layer is None else layer.options(),
+            before=None if before is None else Stage(before.name, before.options()),
+            rope_2d=bool(rope_2d),
+            prune_marks=prune_marks,
+        )
+        if isinstance(before, VoCo):
+            check_alone(config)
+    if config.layers:
+        kind.check_layers(config_of_model, config.layers)
+    total = kind.visual_tokens(config_of_model)
+    if total is not None and before is None and follows_budget(layer, config):
+        config.counts(total)  # a budget that no image can meet is an error now, not later
+    vision = heads = None
+    if isinstance(before, VoCo):
+        check_family(kind, config_of_model)
+        heads = voco_module(before, parts, tensors)
+    elif isinstance(before, DoorMethod):
+        vision = tower_read_by(kind, config_of_model, before)
+    elif before is not None:
+        vision = tower_for(before, kind, config_of_model, config)
+    if layer is not None:
+        heads = _build_heads(layer, config, parts, total, tensors)
+    frozen_may_turn = rope_2d == "force" or weights is not None
+    if config.rope_2d:
+        check_rope_2d(kind, parts, forced=frozen_may_turn)
+    return Plan(
+        parts=parts,
+        family=kind,
+        config=config,
+        picture=before if isinstance(before, PictureMethod) else None,
+        tower=before if isinstance(before, TowerMethod) else None,
+        door=before if isinstance(before, DoorMethod) else None,
+        layer=layer,
+        voco=before if isinstance(before, VoCo) else None,
+        vision=vision,
+        heads=heads,
+        frozen_may_turn=frozen_may_turn,
+    )
+
+
+def follows_budget(method: LayerMethod | None, config: PruningConfig) -> bool:
+    """Whether a method inside the decoder keeps the budget's counts, rather than its own."""
+    if method is None:
+        return False
+    return method.needs_budget or (method.takes_budget and config.has_budget)
+
+
+def check_rope_2d(family: Family, parts: Parts, *, forced: bool = False) -> None:
+    """Raise where visual tokens cannot turn with row and column.
+
+    Raises:
+        ConfigError: where no parameter of the decoder's layers learns, unless ``forced``.
+        UnsupportedModelError: where they turn with more than one position already.
+    """
+    rope = getattr(parts.config, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        raise UnsupportedModelError(
+            f"{family.name} models turn visual tokens by time, row and column already (M-RoPE); "
+            "patch without rope_2d."
+        )
+    if not forced and not any(p.requires_grad for p in parts.layers.parameters()):
+        raise ConfigError(
+            "rope_2d changes what the decoder has learned, and it is frozen: let it learn (or "
+            'LoRA in it), or give rope_2d="force".'
+        )
+
+
+def tower_read_by(family: Family, config: Any, method: DoorMethod) -> Tower | None:
+    """The vision tower that a method at the door reads; None where it wants to know nothing of it.
+
+    Raises:
+        UnsupportedModelError: where the family's cannot be read, naming those that can.
+    """
+    if not method.tower_blocks:
+        return None
+    tower = family.tower(config)
+    if tower is None or not tower.whole:
+        # Where rows of features end in a newline, tiles are cut after the tower has made them.
+        able = [f.name for f in FAMILIES if f.has_tower and f.newline is None and f is not family]
+        raise UnsupportedModelError(
+            f"{method.name} reads the vision tower, whose tokens cannot be followed to their "
+            f"places in this {config.model_type} model; families where they can: "
+            f"{', '.join(able)}. A method at the door that asks for no tower_blocks works here."
+        )
+    return tower
+
+
+def tower_for(
+    method: PictureMethod | TowerMethod, family: Family, config: Any, asked: PruningConfig
+) -> Tower:
+    """The vision tower that a method prunes.
+
+    Raises:
+        UnsupportedModelError: where the family's cannot be, naming those that can.
+        ConfigError: where the budget cannot be shared out.
+    """
+    tower = family.tower(config)
+    shrinks = isinstance(method, PictureMethod)
+    if tower is None or (shrinks and not family.resizable):
+        others = [f for f in FAMILIES if f is not family]
+        able = ", ".join(f.name for f in others if f.resizable or (f.has_tower and not shrinks))
+        raise UnsupportedModelError(
+            f"{method.name} prunes before the decoder, which this {config.model_type} model does "
+            f"not allow; these families do: {able}. Any method that prunes inside the decoder "
+            "works here."
+        )
+    if not tower.whole and asked.method is None and asked.target_tokens is not None:
+        raise ConfigError(
+            f"{config.model_type} cuts tiles after tokens are chosen in them, so {method.name} "
+            "cannot promise target_tokens; give keep=, the share of each tile, or neither."
+        )
+    return tower
+
+
+def _pruning_layers(layers: Sequence[int] | None, method: LayerMethod | None) -> tuple[int, ...]:
+    """The pruning layers; none for what prunes before the decoder."""
+    if layers is None:
+        return ()
+    if method is None:
+        raise ConfigError(
+            "this method prunes before the decoder: leave layers out, or add a method that "
+            'prunes inside it, as in method=["prumerge+", "atp"].'
+        )
+    return tuple(as_kind("layers", layers, "tuple[int, ...]"))
+
+
+def _build_heads(
+    method: LayerMethod,
+    config: PruningConfig,
+    parts: Parts,
+    total: int | None,
+    tensors: dict[str, Tensor],
+) -> nn.Module | None:
+    """The method's learned module with an adapter's tensors, on the decoder's device."""
+    shares = config.shares(total)
+    heads = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
+    if heads is None:
+        return None
+    if tensors:
+        on_no_device = any(parameter.is_meta for parameter in heads.parameters())
+        heads.load_state_dict(tensors, assign=on_no_device)
+    weight = next(parts.layers[config.layers[0]].parameters(), None)  # FSDP 1 takes them out
+    return heads if weight is None or weight.is_meta else heads.to(weight.device)

@@ -1,0 +1,136 @@
+"""Pruning by gathering: layers run on the tokens that are left, and on no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from atp_patch.contract import Decision, Layout, View
+from atp_patch.maths import gather_tokens, pack
+from atp_patch.seam.decoder.survivors import Survivors
+from atp_patch.seam.decoder.visual_tokens import (
+    Choice,
+    Learned,
+    VisualTokens,
+    kept_in,
+    survivors_of,
+)
+
+
+class GatheredTokens:
+    """The token state of a forward pass at inference.
+
+    Args:
+        layout: the visual tokens.
+        attended: (B, L) bool, False at padding; None without padding.
+        token_counts: tokens of each sample, padding not counted.
+    """
+
+    learning: ClassVar[bool] = False
+
+    def __init__(
+        self, layout: Layout, attended: Tensor | None, token_counts: Sequence[int]
+    ) -> None:
+        self.visual, self.attended = VisualTokens.all_of(layout), attended
+        self.choices: dict[int, Choice] = {}
+        self._latest: Survivors | None = None
+        self._token_counts = list(token_counts)
+
+    def apply(self, layer: int, decision: Decision) -> None:
+        """Drop what the decision does not keep, where that is anything."""
+        tokens = self.visual
+        keep = decision.keep.to(tokens.valid.device) & tokens.valid
+        kept = tuple(keep.sum(1).tolist())
+        slot = self.slots(tokens.position)
+        if kept != tokens.left:
+            self._drop(keep, kept)
+        self.choices[layer] = Choice(decision, tokens, slot, kept, self._latest)
+
+    def _drop(self, keep: Tensor, kept: tuple[int, ...]) -> None:
+        tokens, length = self.visual, self.visual.layout.length
+        if self._latest is not None:
+            alive = self._latest.mask(length)
+        elif self.attended is not None:
+            alive = self.attended
+        else:
+            alive = keep.new_ones(keep.shape[0], length)
+        # A further last column takes the writes of slots that are not meant.
+        column = torch.where(tokens.valid & ~keep, tokens.position, length)
+        alive = pad(alive, (0, 1)).scatter(1, column, False)[:, :length]
+        for b, (before, now) in enumerate(zip(tokens.left, kept, strict=True)):
+            self._token_counts[b] -= before - now
+        longest = max(self._token_counts)
+        index, valid = pack(alive, length=longest)
+        ragged = min(self._token_counts) < longest
+        # A padding slot repeats the sample's first token: finite numbers that nothing ever sees.
+        index = torch.where(valid, index, index[:, :1])
+        self._latest = Survivors(index, valid if ragged else None)
+        self.visual = tokens.keeping(keep, kept)
+
+    def slots(self, position: Tensor) -> Tensor:
+        """Places of positions (B, n) of the sequence among the tokens that are left."""
+        if self._latest is None:
+            return position
+        return self._latest.slots(self.visual.layout.length).gather(1, position).clamp(min=0)
+
+    def gone(self) -> Tensor | None:
+        """None: what is pruned is not there."""
+        return None
+
+    def seen(self, view: View) -> View:
+        """The view as it is."""
+        return view
+
+    def entering(self, layer: int) -> Survivors | None:
+        """The tokens that a layer runs on; None: all."""
+        return survivors_of(self.choices, layer)
+
+    def survivors(self, layer: int) -> Survivors | None:
+        """The tokens that a layer runs on; None: all."""
+        return survivors_of(self.choices, layer)
+
+    def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
+        """(B, L', D) hidden states of the tokens before a layer -> those of its survivors."""
+        choice = self.choices.get(layer)
+        before, after = self.survivors(layer - 1), self.survivors(layer)
+        if choice is None:
+            return hidden
+        hidden = choice.merged(hidden)
+        if after is None or after is before:
+            return hidden
+        index = after.index
+        if before is not None:
+            slots = before.slots(self.visual.layout.length)
+            index = slots.gather(1, index.to(slots.device))
+        return gather_tokens(hidden, index.to(hidden.device))
+
+    def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
+        """None: the host's own attention."""
+        return None
+
+    def kept(self, layer: int) -> Tensor:
+        """(B, L) bool: tokens that enter ``layer``, in their original positions."""
+        return kept_in(self, layer)
+
+    def without_output(self) -> Tensor | None:
+        """(B, L) bool: pruned places, and padding once it was dropped with them."""
+        return None if self._latest is None else ~self.kept(max(self.choices))
+
+    def learned(self) -> Learned | None:
+        """None: nothing learns."""
+        return None
+
+    def move_to(self, device: torch.device) -> None:
+        """Follow the decoder to another device."""
+        self.visual = self.visual.to(device)
+        if self.attended is not None:
+            self.attended = self.attended.to(device)
+        if self._latest is not None:
+            self._latest = self._latest.to(device)
+            last = max(self.choices)
+            self.choices[last] = replace(self.choices[last], survivors=self._latest)

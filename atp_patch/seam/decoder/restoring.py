@@ -1,0 +1,42 @@
+"""The decoder's output in the length that the host's code and its caller know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from atp_patch.seam.decoder.visual_tokens import TokenState
+
+
+def restored(output: Any, tokens: TokenState, num_layers: int, *, square: bool) -> Any:
+    """The decoder's output with zeros at pruned places; None where it has its length already.
+
+    Args:
+        square: attention weights have the tokens of this pass alone as keys, no earlier ones.
+    """
+    length, last = tokens.visual.layout.length, num_layers - 1
+    if tokens.entering(last) is None:
+        return None
+
+    def hidden(states: Tensor, layer: int) -> Tensor:
+        survivors = tokens.entering(layer)
+        return states if survivors is None else survivors.restore_hidden(states, length)
+
+    def attention(weights: Tensor, layer: int) -> Tensor:
+        survivors = tokens.entering(layer)
+        if survivors is None:
+            return weights
+        return survivors.restore_attention(weights, length, square=square)
+
+    if isinstance(output, tuple):
+        return (hidden(output[0], last), *output[1:])
+    output.last_hidden_state = hidden(output.last_hidden_state, last)
+    if output.hidden_states is not None:
+        # hidden_states[i] leaves layer i - 1; the first is what enters layer 0.
+        output.hidden_states = tuple(
+            hidden(states, max(i - 1, 0)) for i, states in enumerate(output.hidden_states)
+        )
+    if output.attentions is not None:
+        output.attentions = tuple(attention(w, i) for i, w in enumerate(output.attentions))
+    return output

@@ -1,0 +1,163 @@
+"""Hooks on the decoder and its layers: they give each forward pass its state.
+
+It travels as the keyword ``PASS`` that the decoder hands on to its layers, so that nothing of it is
+kept on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from atp_patch.seam.decoder.decode import Decode
+from atp_patch.seam.door.entry import TowerReader, prefill_of
+from atp_patch.seam.host.cache import pruned_layer
+from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.masks import check_implementation, is_flash
+from atp_patch.seam.host.recorder import ATTEND, Recorder
+from atp_patch.seam.policy import Policy
+from atp_patch.seam.thread_state import ThreadState
+from atp_patch.seam.voco.voco_pass import voco_pass_of
+
+PASS = "atp_patch_pass"
+
+
+class DecoderPass(Protocol):
+    """The state of one forward pass through the decoder."""
+
+    def before_layer(
+        self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return the layer's arguments, and change its keywords in place."""
+
+    def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
+        """The decoder's output in the public length; None leaves it as it is.
+
+        Args:
+            kwargs: what the decoder was given.
+        """
+
+    def without_output(self) -> Tensor | None:
+        """(B, L) bool: places that have no output of their own; None where all have one."""
+
+    def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
+        """What training adds to the loss of the model's output: name -> its weight and a scalar."""
+
+
+class LayerHook:
+    """Forward pre-hook of one decoder layer."""
+
+    def __init__(self, hooks: DecoderHooks, layer: int) -> None:
+        self.hooks, self.layer = hooks, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what is due before the layer, where a pass came along."""
+        decoder_pass: DecoderPass | None = kwargs.pop(PASS, None)
+        if decoder_pass is None:
+            return None
+        return self.hooks.before_layer(decoder_pass, self.layer, module, args, kwargs), kwargs
+
+
+class DecoderHooks:
+    """Gives each forward pass through the decoder its state.
+
+    Args:
+        reader: reads the vision tower for a method at the door, or None.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        policy: Policy,
+        thread: ThreadState,
+        recorder: Recorder,
+        reader: TowerReader | None,
+    ) -> None:
+        self.parts, self.policy, self.thread = parts, policy, thread
+        self.recorder, self.reader = recorder, reader
+
+    def install(self, add: Callable[[Any], None]) -> None:
+        """Register the hooks; ``add`` takes their handles."""
+        decoder = self.parts.decoder
+        add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        add(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+        for number, layer in enumerate(self.parts.layers):
+            before_layer = LayerHook(self, number)
+            add(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+            self.recorder.watch(layer.self_attn)
+            if self.policy.learned:
+                before = self._before_attention
+                add(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take back what is no hook."""
+        for layer in self.parts.layers:
+            self.recorder.release(layer.self_attn)
+
+    def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        made = self.pass_of(kwargs)
+        if made is None:
+            return None
+        decoder_pass, kwargs = made
+        return args, {**kwargs, PASS: decoder_pass}
+
+    def pass_of(self, kwargs: dict[str, Any]) -> tuple[DecoderPass, dict[str, Any]] | None:
+        """The pass that the decoder's arguments begin, and what the decoder gets in their place;
+        None where the pass is the host's alone.
+        """
+        call, cache = self.thread.call, kwargs.get("past_key_values")
+        implementation = self.parts.config._attn_implementation
+        explicit, voco = self.policy.explicit, self.policy.voco
+        if self.thread.enabled and call is not None and (call.has_images or explicit):
+            if voco is not None:
+                compressing = voco_pass_of(self.parts, self.policy, voco, call, kwargs)
+                if compressing is not None:
+                    return compressing
+            else:
+                check_implementation(implementation)
+                session = self.thread.session
+                prefill = prefill_of(
+                    self.parts, self.policy, self.recorder, self.reader, call, session, kwargs
+                )
+                if prefill is not None:
+                    return prefill, kwargs
+        if cache is not None and pruned_layer(cache, len(cache.layers) - 1):
+            return Decode(cache, is_flash(implementation)), kwargs
+        return None
+
+    def before_layer(
+        self,
+        decoder_pass: DecoderPass,
+        layer: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, ...]:
+        """Return the layer's arguments, and change its keywords in place."""
+        return decoder_pass.before_layer(layer, module, args, kwargs)
+
+    def _before_attention(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """A call of the attention that is to be weighed goes through our function. That this hook
+        says so, not the layer's, holds where checkpointing replays a layer without its hooks.
+        """
+        if ATTEND in kwargs and not self.recorder.expects(module.config):
+            self.recorder.expect(module, None)
+
+    def _after_decoder(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        decoder_pass: DecoderPass | None = kwargs.get(PASS)
+        return None if decoder_pass is None else self.finish(decoder_pass, output, kwargs)
+
+    def finish(self, decoder_pass: DecoderPass, output: Any, kwargs: dict[str, Any]) -> Any:
+        """The decoder's output in the public length; None leaves it as it is. What has no output of
+        its own is not supervised.
+        """
+        output = decoder_pass.finish(output, kwargs, len(self.parts.layers))
+        call, lost = self.thread.call, decoder_pass.without_output()
+        if call is not None and lost is not None:
+            call.unsupervise(lost)
+            call.through = decoder_pass
+        return output

@@ -1,0 +1,111 @@
+"""Hooks on the model and on the model without its head: where a forward pass begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from atp_patch.seam.door.tombstones import without_tombstones
+from atp_patch.seam.host.inputs import Call, refuse_replica
+from atp_patch.seam.host.locate import Parts
+from atp_patch.seam.host.outside import Outside
+from atp_patch.seam.host.recorder import Recorder
+from atp_patch.seam.host.replaced import Replaced
+from atp_patch.seam.host.session import Session
+from atp_patch.seam.thread_state import ThreadState
+from atp_patch.seam.tower.reading import ReadingHooks
+
+
+class ModelHooks:
+    """Reads what a forward pass was given, and adds to its loss what is learned."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        thread: ThreadState,
+        recorder: Recorder,
+        reader: ReadingHooks | None,
+        *,
+        leaves_tombstones: bool,
+    ) -> None:
+        self.parts, self.thread, self.recorder = parts, thread, recorder
+        self.reader, self.leaves_tombstones, self.outside = (
+            reader,
+            leaves_tombstones,
+            Outside(parts),
+        )
+        self._generate: Replaced | None = None
+
+    def install(self, add: Callable[[Any], None]) -> None:
+        """Register the hooks, and a ``generate`` that knows where the prompt ends; ``add`` takes
+        the hooks' handles.
+        """
+        parts = self.parts
+        if parts.top is not parts.base:
+            add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
+            add(parts.top.register_forward_hook(self._after, always_call=True))
+        add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        add(parts.base.register_forward_hook(self._after, always_call=True))
+        self.outside.install()
+        if hasattr(parts.top, "generate"):
+            self._generate = Replaced(parts.top, "generate", self.generate)
+
+    def remove(self) -> None:
+        """Take back what is no hook."""
+        if self._generate is not None:
+            self._generate.restore()
+        self.outside.remove()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's ``generate``; it tells the forward passes within where the prompt ends."""
+        outer = self.thread.session
+        if self.thread.enabled:
+            self.thread.session = Session.of_generate(self.outside, args, kwargs)
+            if self.reader is not None:
+                self.reader.forget()
+        for name in ("visual_mask", "visual_grids"):
+            kwargs.pop(name, None)
+        assert self._generate is not None
+        try:
+            return self._generate.original(*args, **kwargs)
+        finally:
+            self.thread.session = outer
+
+    def _before_top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        refuse_replica(module)
+        self._open_call(args, kwargs)
+        return args, kwargs
+
+    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        refuse_replica(module)
+        # One that has been here before was broken off: Ctrl-C runs no hook after it.
+        call = self.thread.call
+        if call is None or call.entered:
+            call = self._open_call(args, kwargs)
+            call.alone = module is not self.parts.top
+        call.with_base(module, args, kwargs)
+        return args, kwargs
+
+    def _open_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
+        self.recorder.forget()
+        call = Call.of_outermost(self.outside, args, kwargs, self.thread.session)
+        if self.reader is not None and self.thread.session is None:
+            self.reader.forget()
+        self.thread.call = call
+        return call
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.recorder.forget()
+        if self.leaves_tombstones and hasattr(output, "image_hidden_states"):
+            output.image_hidden_states = without_tombstones(output.image_hidden_states)
+        call = self.thread.call
+        if module is not self.parts.top and not (call is not None and call.alone):
+            return None
+        self.thread.call = None
+        if call is None or output is None or call.through is None:
+            return None
+        if call.labels is None:  # the loss is made elsewhere, without the thresholds' terms
+            return None
+        return call.add_losses(output, call.through.losses(output))

@@ -1,0 +1,41 @@
+"""What a thread is doing with one patched model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from atp_patch.seam.host.inputs import Call
+from atp_patch.seam.host.passes import PerThread
+from atp_patch.seam.host.session import Session
+
+
+class ThreadState(PerThread):
+    """What the running thread is doing with one patched model.
+
+    Attributes:
+        disabled: contexts of ``disabled(model)`` that the thread is in.
+        session: the call of ``generate`` that it is in.
+        call: the forward pass that it is in.
+    """
+
+    def __init__(self) -> None:
+        self.disabled = 0
+        self.session: Session | None = None
+        self.call: Call | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether passes with images are pruned."""
+        return not self.disabled
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the vision tower runs for a pass that is to be pruned."""
+        return self.enabled and (self.call is not None or self.session is not None)
+
+    @property
+    def prompt_ids(self) -> Tensor | None:
+        """(B, L) ids of the prompt whose images are being read, where there are any."""
+        if self.call is not None and self.call.input_ids is not None:
+            return self.call.input_ids
+        return None if self.session is None else self.session.ids
