@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-matrix test-slow results lint types format clean
+.PHONY: demo test test-fast test-matrix test-slow mutation results lint types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -18,6 +18,26 @@ demo: $(VENV)/.installed-demo
 # One thread each: as many processes as there are cores share the files of tests.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# The exactness core, for daily work: two families, every method, what patching leaves, the mathematics.
+FAST := tests/maths tests/repo/test_layout.py tests/core/test_config.py tests/core/test_contract.py \
+	tests/core/test_hub.py tests/core/test_methods.py tests/core/test_narrow.py \
+	tests/seam/test_every_method.py tests/seam/test_exactness.py tests/seam/test_patching.py
+test-fast: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FAST)
+
+# How many small faults in the source the tests find; docs/testing.md says how it went.
+MATHS_TESTS := tests/maths tests/core/test_methods.py tests/core/test_budget_losses.py \
+	tests/core/test_narrow.py tests/core/test_rope_2d.py tests/families/test_softmax.py
+SEAM_CORE := atp_patch/seam/decoder atp_patch/seam/door atp_patch/seam/host/cache.py \
+	atp_patch/seam/host/masks.py
+SEAM_TESTS := tests/seam/test_every_method.py tests/seam/test_exactness.py \
+	tests/seam/test_caches.py tests/seam/test_generation.py
+mutation: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --sources atp_patch/maths \
+		--tests $(MATHS_TESTS) --sample 400 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --sources $(SEAM_CORE) \
+		--tests $(SEAM_TESTS) --sample 150 --seed 0
 
 # The families' tests on each of these versions of transformers; writes the table in README.md.
 MATRIX ?= 5.4.0 5.13.1 5.23.0

@@ -23,8 +23,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "steps.json"
-    options = ["--preset", "tiny", "--train", "--gradient-checkpointing", "--runs", "2"]
-    assert main([*options, "--batch-size", "2", "--json", str(path)]) == 0
+    options = ["--preset", "tiny", "--train", "--gradient-checkpointing", "--runs", "1"]
+    assert main([*options, "--batch-size", "1", "--json", str(path)]) == 0
     (case,) = json.loads(path.read_text())["cases"]
     assert list(case["ways"]) == [way.name for way in WAYS]
     assert case["gradient_checkpointing"] is True
@@ -38,7 +38,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_each_way_learns_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     preset, image, _ = SMALL["llava"]
     model: Any = preset.build(1.0, "sdpa", "cpu", torch.float32)
-    inputs = preset.inputs(image, 2, 12, seed=0)
+    inputs = preset.inputs(image, 1, 12, seed=0)
     text = inputs["input_ids"] != model.config.image_token_id
     before = {name: value.clone() for name, value in model.state_dict().items()}
     learned: list[set[str]] = []

@@ -147,13 +147,13 @@ def test_held_out_scenes_are_answered(loaded: Loaded, size: tuple[int, int]) -> 
     right = []
     for number in range(10):
         scene = at_size(make_scene("test", number), size, SceneConfig().noise)
-        for asked_for in scene.questions[:4]:
+        for asked_for in scene.questions[:2]:
             inputs = processor(
                 images=scene.image, text=prompt(asked_for.text, "dynamic"), return_tensors="pt"
             )
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
             right.append(processor.decode(ids, skip_special_tokens=True) == asked_for.answer)
-    assert len(right) >= 36
+    assert len(right) >= 18
     assert sum(right) / len(right) >= 0.85
 
 

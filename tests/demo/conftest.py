@@ -9,9 +9,11 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from atp_patch.builtin import make_scene
+from atp_patch.builtin.scenes import IMAGE_PX
 from workshop.processing import build_processor
 
-SIDE, LAYERS = 24, 32
+SIDE, LAYERS = 12, 32
+PATCH_PX = IMAGE_PX // SIDE
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +26,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: LLaVA with 32 decoder layers and 576 visual tokens, of random weights."""
+    """A model folder: LLaVA with 32 decoder layers and 144 visual tokens, of random weights."""
     processor = build_processor()
+    processor.patch_size = PATCH_PX
     tokens = processor.tokenizer
     text = LlamaConfig(
         vocab_size=len(tokens),
@@ -42,8 +45,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=8 * SIDE,
-        patch_size=8,
+        image_size=IMAGE_PX,
+        patch_size=PATCH_PX,
     )
     image_token = tokens.convert_tokens_to_ids("<image>")
     torch.manual_seed(0)

@@ -82,7 +82,7 @@ def test_image(kind: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--layers", "four"], ["--layers", "'four'", "int"]),
         (["--target-tokens", "-5"], ["-5", "above 0"]),
         (["--target-tokens", "nan"], ["nan", "finite"]),
-        (["--target-tokens", "20"], ["20", "least possible"]),
+        (["--target-tokens", "10"], ["10", "least possible"]),
         (["--keep", "-0.5"], ["-0.5", "above 0"]),
         (["--keep", "1.5"], ["1.5", "at most 1"]),
         (["--keep", "0.5,0.5"], ["2 shares for 3"]),

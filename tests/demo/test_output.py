@@ -28,20 +28,21 @@ def found(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("quick")
 def test_json_holds_everything_and_it_adds_up(
     scene: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "survivors.png"
     data = found(capsys, scene, QUESTION, "--model", checkpoint, "--overlay", picture)
-    assert data["visual_tokens"] == 576
+    assert data["visual_tokens"] == 144
     assert data["method"] == "atp"
     assert data["note"] is None
     # The budget is a quarter where nothing is asked, within a token.
-    assert data["average_tokens"] == pytest.approx(144, abs=1)
+    assert data["average_tokens"] == pytest.approx(36, abs=1)
     per_layer = data["tokens_per_layer"]
     assert len(per_layer) == 32
     assert data["average_tokens"] == pytest.approx(sum(per_layer) / 32)
-    assert per_layer[:4] == [576] * 4
+    assert per_layer[:4] == [144] * 4
     assert [row["layer"] for row in data["layers"]] == [4, 14, 24]
     for row in data["layers"]:
         assert (row["tokens_in"], row["tokens_kept"]) == (
@@ -51,7 +52,7 @@ def test_json_holds_everything_and_it_adds_up(
         assert set(row["thresholds"]) == {"redundant", "spatial"}
     assert data["flops"] < data["flops_plain"]
     # Two heads of 16 in float32, keys and values, for each token of each layer.
-    text = data["kv_bytes_plain"] / (2 * 32 * 4) / 32 - 576
+    text = data["kv_bytes_plain"] / (2 * 32 * 4) / 32 - 144
     assert text == int(text) > 0
     assert data["kv_bytes"] == 2 * 32 * 4 * sum(n + text for n in per_layer)
     times = data["times"]
@@ -67,7 +68,7 @@ def test_keeping_everything_answers_as_plain(
 ) -> None:
     data = found(capsys, scene, QUESTION, "--model", checkpoint, "--layers", "3,9", "--keep", "1")
     assert data["answer_pruned"] == data["answer_plain"] != ""
-    assert data["average_tokens"] == 576
+    assert data["average_tokens"] == 144
     assert data["flops"] == data["flops_plain"]
 
 
@@ -77,11 +78,11 @@ def test_options_reach_the_patch(
 ) -> None:
     argv = (scene, QUESTION, "--model", checkpoint, "--method", "fastv")
     data = found(capsys, *argv, "--layers", "2,8", "--keep", "0.5,0.25", "--dtype", "bfloat16")
-    assert [row["tokens_kept"] for row in data["layers"]] == [288, 72]
+    assert [row["tokens_kept"] for row in data["layers"]] == [72, 18]
     assert data["dtype"] == "bfloat16"
     assert data["layers"][0]["thresholds"] == {}
-    data = found(capsys, *argv, "--layers", "2", "--target-tokens", "100")
-    assert data["average_tokens"] == pytest.approx(100, abs=1)
+    data = found(capsys, *argv, "--layers", "2", "--target-tokens", "25")
+    assert data["average_tokens"] == pytest.approx(25, abs=1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -108,17 +109,18 @@ def test_an_adapter_brings_its_settings(
     atp_patch.save_pretrained(model, tmp_path / "adapter")
     data = found(capsys, scene, QUESTION, "--model", checkpoint, "--weights", tmp_path / "adapter")
     assert data["method"] == "uniform"
-    assert data["layers"] == [{"layer": 5, "tokens_in": 576, "tokens_kept": 288, "thresholds": {}}]
+    assert data["layers"] == [{"layer": 5, "tokens_in": 144, "tokens_kept": 72, "thresholds": {}}]
 
 
 @pytest.mark.parametrize("method", ["prumerge+", "downsample"])
 def test_before_the_decoder_all_tokens_come_in(
-    method: str, scene: Path, capsys: pytest.CaptureFixture[str], quick: None
+    method: str, scene: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
-    data = found(capsys, scene, QUESTION, "--method", method, "--keep", "0.25")
+    argv = (scene, QUESTION, "--model", checkpoint)
+    data = found(capsys, *argv, "--method", method, "--keep", "0.25")
     (row,) = data["layers"]
-    assert (row["layer"], row["tokens_in"]) == (0, 576)
-    assert row["tokens_kept"] == data["tokens_per_layer"][0] == 144
+    assert (row["layer"], row["tokens_in"]) == (0, 144)
+    assert row["tokens_kept"] == data["tokens_per_layer"][0] == 36
 
 
 def test_people_get_tables(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import atp_patch
-from atp_patch.evaluation import command
+from atp_patch.evaluation import command, runner
 from tests.evaluation.conftest import TOKENS, build
 
 ASKED = "--methods uniform --budgets 0.5 --tasks exist --questions 6 --seeds 1 --split development"
@@ -38,7 +38,10 @@ def test_an_adapter_decides_by_itself(folder: Path, tmp_path: Path) -> None:
     assert "| adapter heads | 1+5 | its own |" in table
 
 
-def test_an_adapters_controls_keep_as_many(folder: Path, tmp_path: Path) -> None:
+def test_an_adapters_controls_keep_as_many(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "CONTROL_QUESTIONS", 24)
     model, _ = build()
     torch.manual_seed(0)
     atp_patch.patch_model(model, [1, 5], "atp", thresholds="learned", target_tokens=12)
@@ -48,7 +51,7 @@ def test_an_adapters_controls_keep_as_many(folder: Path, tmp_path: Path) -> None
     heads = tmp_path / "heads"
     atp_patch.save_pretrained(model, heads)
     named = f"{heads},{heads}~mean,{heads}~shuffled"
-    asked = rows(folder, tmp_path / "out", "--adapters", named, "--questions", "60")
+    asked = rows(folder, tmp_path / "out", "--adapters", named, "--questions", "24")
     found = {row["method"]: row for row in asked}
     own, mean, shuffled = (found[f"adapter heads{end}"] for end in ("", "~mean", "~shuffled"))
     assert "control" not in own
@@ -59,8 +62,12 @@ def test_an_adapters_controls_keep_as_many(folder: Path, tmp_path: Path) -> None
 
 
 def test_several_trainings_are_pooled(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(runner, "CONTROL_QUESTIONS", 4)  # how well controls match plays no part
     model, _ = build()
     for number, layers in enumerate(([1, 5], [1, 5], [2, 5])):
         torch.manual_seed(number)

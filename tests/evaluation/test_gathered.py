@@ -10,7 +10,7 @@ import pytest
 
 from atp_patch.builtin import load_builtin
 from atp_patch.contract.errors import ConfigError
-from atp_patch.evaluation import command
+from atp_patch.evaluation import command, runner
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash
 
@@ -19,7 +19,7 @@ WORKING = (0, 3, 6, 9, 13, 18, 23, 28)  # of the first built-in model
 TASKS = ("exist", "colour")
 
 
-def ask(out: Path, *argv: str, questions: int = 4) -> list[dict[str, Any]]:
+def ask(out: Path, *argv: str, questions: int = 2) -> list[dict[str, Any]]:
     given = ["--tasks", ",".join(TASKS), "--seeds", "2", "--split", "development", *argv]
     given += ["--questions", str(questions), "--no-plots", "--out", str(out)]
     assert command.main(given) == 0
@@ -34,7 +34,9 @@ def rows_in(folder: Path) -> list[dict[str, Any]]:
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
     methods = "atp@1+4+10:0.25+0.02,prumerge+,random@1+4+10,uniform@1+4+10"
-    ask(folder, "--methods", methods, "--budgets", "0.25", "--adapters", "atp25,atp25~mean")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "CONTROL_QUESTIONS", 2)  # how well controls match plays no part
+        ask(folder, "--methods", methods, "--budgets", "0.25", "--adapters", "atp25,atp25~mean")
     return folder
 
 
@@ -72,7 +74,7 @@ def test_what_does_not_go_together_is_refused(first: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="cannot be read"):
         gather([tmp_path / "nothing"], known, WORKING)
     fewer = tmp_path / "fewer"
-    ask(fewer, "--methods", "uniform", "--budgets", "0.5", questions=3)
+    ask(fewer, "--methods", "uniform", "--budgets", "0.5", questions=1)
     with pytest.raises(ConfigError, match="other questions"):
         gather([first, fewer], known, WORKING)
     for change, why in (

@@ -24,6 +24,7 @@ import transformers.generation.utils
 from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 def snapshot():
@@ -38,6 +39,12 @@ def snapshot():
                     seen[module.__name__, name, key] = id(entry)
     seen["attention"] = sorted(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)
     seen["masks"] = sorted(transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
+    caches = transformers.cache_utils
+    seen["static"] = sorted(caches.STATIC_LAYER_TYPE_MAPPING.items(), key=str)
+    seen["dynamic"] = sorted(caches.DYNAMIC_LAYER_TYPE_MAPPING.items(), key=str)
+    for name, table in vars(torch.nn.modules.module).items():
+        if "hooks" in name and hasattr(table, "items"):
+            seen["hooks", name] = [(key, id(hook)) for key, hook in table.items()]
     seen["torch"] = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
     seen["filters"] = list(warnings.filters)
     seen["loggers"] = [logging.getLogger().level, logging.getLogger("transformers").level]
@@ -45,6 +52,8 @@ def snapshot():
 
 before = snapshot()
 import atp_patch
+for name in atp_patch.__all__:
+    getattr(atp_patch, name)  # each loads the module that it is in
 after = snapshot()
 # Modules loaded lazily for the first time are no change; what was there must be as it was.
 changed = {k for k, v in before.items() if after.get(k) != v and "_cache" not in str(k[-1])}

@@ -76,7 +76,7 @@ def test_the_papers_recipe_reads_as_it_stands(folder: Path, tmp_path: Path, data
 def test_the_papers_recipe_on_the_builtin_model(tmp_path: Path) -> None:
     """With its own layers, target and bfloat16: sizes alone are others."""
     argv = [str(ROOT / "examples" / "llava15_665k.yaml"), "--model", "builtin", "--data", "builtin"]
-    argv += ["--out", str(tmp_path), "--batch-size", "4", "--micro-batch-size", "2", "--steps", "2"]
+    argv += ["--out", str(tmp_path), "--batch-size", "2", "--micro-batch-size", "1", "--steps", "2"]
     argv += ["--deepspeed", "none", "--workers", "0", "--calibrate", "0", "--log-every", "1"]
     assert command.main([*argv, "--device", "cpu"]) == 0
     lines = history(tmp_path)

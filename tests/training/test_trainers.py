@@ -1,8 +1,9 @@
-"""The examples of other people's trainers, each in a process of its own, and mixed precision."""
+"""The examples of other people's trainers, and mixed precision."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 import atp_patch
 from tests.core.test_learning import labelled, learner
@@ -21,16 +23,35 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "trainers"
 
 
-def run(name: str, folder: Path, out: Path) -> str:
-    """What an example printed; two steps on the small model."""
+def arguments(folder: Path, out: Path) -> list[str]:
+    """Two steps on the small model."""
     argv = ["--model", str(folder), "--layers", "2,4,6", "--target-tokens", "12"]
-    argv += ["--steps", "2", "--batch-size", "2", "--out", str(out)]
+    return [*argv, "--steps", "2", "--batch-size", "2", "--out", str(out)]
+
+
+def run_in_process(name: str, argv: list[str]) -> None:
+    """Run an example here, on the CPU, as if its processes were the first of Accelerate."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        finally:
+            sys.modules.pop("scenes", None)
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_alone(name: str, argv: list[str], folder: Path) -> str:
+    """What an example printed in a process of its own."""
     paths = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *argv],
         capture_output=True,
         text=True,
-        cwd=out.parent,
+        cwd=folder,
         env={**os.environ, **paths},
         check=False,
     )
@@ -39,10 +60,16 @@ def run(name: str, folder: Path, out: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["loop", "accelerate_loop", "trainer", "trl_sft"])
-def test_the_examples_train_an_adapter(name: str, folder: Path, tmp_path: Path) -> None:
-    if name == "trl_sft":
+def test_the_examples_train_an_adapter(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path / "adapter")
+    if name == "trl_sft":  # TRL changes transformers when it is imported
         pytest.importorskip("trl")
-    said = run(name, folder, tmp_path / "adapter")
+        said = run_alone(name, argv, tmp_path)
+    else:
+        run_in_process(name, argv)
+        said = capsys.readouterr().out
     assert "loss" in said
     model = atp_patch.patch_model(plain(folder), weights=tmp_path / "adapter")
     start = plain(folder)
