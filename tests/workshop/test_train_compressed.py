@@ -56,7 +56,7 @@ def run(example: Any, out: Path, *flags: str) -> dict[str, torch.Tensor]:
 METHODS = {"voco": ["--option", "num_tokens=2"], "prumerge+": ["--keep", "0.05"]}
 
 
-@pytest.mark.parametrize(("name", "method"), zip(NAMES, METHODS, strict=True))
+@pytest.mark.parametrize(("name", "method"), list(zip(NAMES, METHODS, strict=True)))
 def test_a_stopped_training_goes_on_as_if_it_had_not(
     name: str, method: str, example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
