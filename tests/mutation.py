@@ -389,7 +389,11 @@ def run_tests(tests: Sequence[str], folder: Path, plugin: object) -> int:
 
 
 def trace(sources: Sequence[Path], tests: Sequence[str]) -> dict[str, Any]:
-    """What :class:`Tracer` notes of the tests on the source as it is; they must pass."""
+    """What :class:`Tracer` notes of the tests on the source as it is; they must pass.
+
+    Args:
+        tests: files, folders, and pytest's options of choosing among them.
+    """
 
     def work(folder: Path) -> int:
         tracer = Tracer(folder / "note", sources)
@@ -486,13 +490,14 @@ def main() -> int:
     )
     parser.add_argument("--sources", nargs="+", required=True, help="files and folders to mutate")
     parser.add_argument("--tests", nargs="+", required=True, help="files and folders of tests")
+    parser.add_argument("--keyword", default="", help="choose among them, as pytest's -k does")
     parser.add_argument("--sample", type=int, help="mutants to draw; all where left out")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each mutant")
     given = parser.parse_args()
 
     sources = sources_of(given.sources)
-    told = trace(sources, given.tests)
+    told = trace(sources, [*given.tests, "-k", given.keyword])
     preload(told["modules"])
     tests = {test for by_line in told["lines"].values() for at in by_line.values() for test in at}
     chooser = Chooser(told["lines"], sorted(tests - {""}))
