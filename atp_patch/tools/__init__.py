@@ -1,1 +1,1 @@
-"""What stands on a patched model: calibration, trained adapters, visual caches, pictures."""
+"""Tools for patched models and for the commands: calibration, adapters, caches, pictures, files."""

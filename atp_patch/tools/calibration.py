@@ -1,5 +1,5 @@
-"""Thresholds set to a budget on unlabelled data, and the controls that adaptive ones are held
-against.
+"""Setting learned thresholds to a budget on unlabelled data, and controls with which adaptive
+thresholds are compared.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from atp_patch.patching.evaluating import evaluating
 from atp_patch.patching.patch import Patch
 
 CONTROLS = ("mean", "shuffled")
-WITHIN = 0.01  # of the target
+WITHIN = 0.01  # a calibrated average is off its target by this share at most
 _ROUNDS, _EDGE = 3, 30.0  # logits beyond the edge are 0 and 1 in float32
 Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What :func:`calibrate` did.
+    """What :func:`calibrate` did. Visual tokens are averaged over all decoder layers and the data.
 
     Attributes:
-        target, before, after: visual tokens averaged over all decoder layers and the data.
-        shifts: pruning layer -> what was added to the logits of its thresholds.
-        samples: how many with images there were.
+        target: the visual tokens that were asked for.
+        before: the visual tokens that the data kept before.
+        after: the visual tokens that the data keeps now.
+        shifts: for each pruning layer the number that was added to the logits of its thresholds.
+        samples: how many samples of the data have images.
     """
 
     target: float
@@ -50,16 +52,16 @@ def calibrate(
     """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
 
     Layer by layer, one number is added to the thresholds of all instances (of ATP: to the logits of
-    both): their differences stay, and so does the proportion of tokens between the layers. The
-    number is a quantile over the data of what each token's scores have to spare. Adapters saved
-    from then on bring the shift along.
+    both), so that their differences stay, and the proportion of tokens between the layers too. The
+    number is a quantile, over the data, of the margins by which tokens pass the thresholds.
+    Adapters that are saved afterwards contain the shift.
 
     Args:
         model: patched with ``thresholds="learned"``, with an adapter that brings them, or with any
             method whose module is a :class:`~atp_patch.LearnedThresholds`.
-        batches: inputs of the model with images; a few dozen samples like those to come. They are
-            held in memory and gone through several times. No labels are needed; where there are
-            some, answers do not count, as in training.
+        batches: inputs of the model with images: a few dozen samples like those of later use. They
+            stay in memory and are read several times. No labels are needed; where there are some,
+            the tokens of the answers do not count, as in training.
         target_tokens: visual tokens averaged over all decoder layers and the data; by default the
             budget that the patch was made with.
 
@@ -94,7 +96,7 @@ def calibrate(
                 f"{seen.average:.1f}; give more data, or scores that tie less (of atp: "
                 "score_norm='rank', spatial_order='progressive', and spatial_share below 1)."
             )
-    except BaseException:  # also Ctrl-C: half of the shifts would be left
+    except BaseException:  # Ctrl-C too must not leave half of the shifts behind
         with _whole(module):
             module.load_state_dict(start)
         raise
@@ -104,13 +106,15 @@ def calibrate(
 
 
 def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> GivenThresholds:
-    """Thresholds like the model's own, but without their adaptivity, for :func:`controlled`.
+    """Make thresholds that do not adapt to the instance, for :func:`controlled`.
 
-    At every pruning layer they keep as many tokens of the data on average as the model's own do. An
-    adaptive method that is no better than these has learned nothing from its instances.
+    At every pruning layer they keep as many tokens of the data on average as the model's own
+    thresholds do. If an adaptive method is no better with its own, it has learned nothing about
+    single instances.
 
     Args:
-        model, batches: as in :func:`calibrate`.
+        model: as in :func:`calibrate`.
+        batches: as in :func:`calibrate`.
         kind: "mean": every instance gets the data's mean thresholds; "shuffled": every instance
             gets those of another one, drawn from the data.
 
@@ -137,8 +141,16 @@ def threshold_control(model: nn.Module, batches: Iterable[Batch], kind: str) -> 
 
 @contextmanager
 def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
-    """The model with other thresholds for a while, in this thread; what is saved meanwhile are its
-    own.
+    """Replace a model's thresholds by a control inside this context and in this thread.
+
+    Adapters that are saved meanwhile contain the model's own thresholds.
+
+    Args:
+        model: as in :func:`calibrate`.
+        control: what :func:`threshold_control` made of this patch.
+
+    Raises:
+        ConfigError: where the control belongs to other layers, or the thresholds are not ATP's.
     """
     patch = require_patch(model)
     _adaptive(patch)
@@ -157,14 +169,18 @@ def controlled(model: nn.Module, control: GivenThresholds) -> Iterator[None]:
 
 @dataclass
 class _Seen:
-    """One pass over the data.
+    """What one pass over the data showed.
 
     Attributes:
-        visual, total, counts: visual tokens of a sample on average: all, those that enter the
-            decoder, and those left after each pruning layer.
-        thetas: layer -> (samples, thresholds of the method) in the order of their names.
-        spare: for each token that came to the layer asked for: its margin above the thresholds, as
-            the method counts it; infinite where it stays whatever they are.
+        samples: how many samples have images.
+        visual: visual tokens of a sample on average, before anything is pruned or merged.
+        total: visual tokens of a sample on average that enter the decoder.
+        counts: for each pruning layer the visual tokens of a sample that are left, on average.
+        average: visual tokens averaged over all decoder layers and samples.
+        thetas: for each pruning layer (samples, thresholds of the method), in the order of their
+            names.
+        spare: for each token that reached the layer asked for, the margin by which it passes the
+            thresholds, as the method counts it; infinite where it stays at any thresholds.
     """
 
     samples: int
@@ -183,7 +199,7 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
     kept: dict[int, list[int]] = {i: [] for i in patch.layers}
     thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
     spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
-    # Offloaded weights are nowhere; accelerate's hooks then move what is given.
+    # Offloaded weights are on no device; accelerate's hooks then move the inputs themselves.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     method = patch.method
     assert method is not None  # as _thresholds has made sure
@@ -191,7 +207,7 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
         patch.thread.trace = None
         with torch.no_grad():
             model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        if patch.thread.trace is None:  # text alone
+        if patch.thread.trace is None:  # the batch is text alone
             continue
         trace = patch.thread.trace
         seen = [b for b, total in enumerate(trace.layout.totals) if total]
@@ -229,7 +245,7 @@ def _spare(record: Any, method: LayerMethod) -> Tensor:
 def _meet(
     model: nn.Module, data: Sequence[Batch], module: LearnedThresholds, layer: int, wanted: float
 ) -> float:
-    """Shift one layer's thresholds to ``wanted`` tokens a sample; returns the shift."""
+    """Shift one layer's thresholds so that ``wanted`` tokens of a sample stay; return the shift."""
     seen = _observe(model, data, layer)
     ranked = seen.spare.sort(descending=True).values.clamp(-_EDGE, _EDGE)
     ranked = torch.cat([ranked.new_tensor([_EDGE]), ranked, ranked.new_tensor([-_EDGE])])
@@ -241,8 +257,8 @@ def _meet(
 
 
 def _whole(module: nn.Module) -> AbstractContextManager[object]:
-    """Where DeepSpeed's ZeRO-3 holds parameters in parts: puts them together, and keeps what the
-    first process changes.
+    """A context inside which parameters are whole that DeepSpeed's ZeRO-3 divides among processes.
+    What the first process changes in them is kept.
     """
     parts = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not parts:
@@ -254,7 +270,7 @@ def _whole(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:
-    """Counts in the proportion of those seen whose average is the target."""
+    """The seen counts of each pruning layer, scaled so that their average is the target."""
     layers, num_layers = patch.layers, patch.config.base.num_layers
     least = average_tokens(seen.total, [1.0] * len(layers), layers, num_layers)
     if not least <= target <= seen.total:
@@ -275,7 +291,7 @@ def _scaled(seen: _Seen, patch: Patch, target: float) -> dict[int, float]:
 
 
 def _adaptive(patch: Patch) -> None:
-    """Raise ConfigError where the thresholds are not ATP's, which alone have controls."""
+    """Refuse thresholds that are not ATP's, because there are no controls for others."""
     if not isinstance(_thresholds(patch), Thresholds):
         raise ConfigError(
             f"there are controls for the learned thresholds of atp, not for those of "

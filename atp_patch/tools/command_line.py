@@ -1,4 +1,4 @@
-"""What the command lines have in common."""
+"""What all command lines share: parsing, errors of one line, exit statuses, and a progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 INTERRUPTED = 130
-# What the system refuses because of its state or a path, and no program can mend.
+# Errors of the system that come from its state or from a path, and not from a bug.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = _FULL | {
     errno.EACCES,
@@ -38,15 +38,15 @@ Value = TypeVar("Value")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
+        """Print the error and exit with status 2."""
         self.exit(2, _shown(f"{self.prog}: {message} (see {self.prog} --help)\n"))
 
 
 def machine(device: torch.device) -> str:
-    """What computes, for the record: a GPU's name, or the CPU's with the number of threads."""
+    """The name of what computes: the GPU's, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = _PROCESSORS.read_text("utf-8").splitlines() if _PROCESSORS.exists() else []
@@ -64,17 +64,19 @@ def execute(
     memory: str,
     stopped: str = "stopped.",
 ) -> int:
-    """Parse the arguments and do the work; what goes wrong is one line on stderr.
+    """Parse the arguments, do the work, and report an error in one line on stderr.
 
     Args:
+        parser: of the arguments.
+        work: is given the parsed arguments.
         argv: the arguments; None: those of the process.
-        memory: what to do where memory does not suffice.
-        stopped: what is said after Ctrl-C.
+        memory: what the user can do where memory does not suffice.
+        stopped: what is printed after Ctrl-C.
 
     Returns:
-        The exit status: 0; 2 where an argument or the data is wrong, memory does not suffice, or
-        the system refuses to read or write a file; 130 after Ctrl-C. Every other exception is a
-        bug, and is raised.
+        the exit status: 0 where the work was done; 2 where an argument or the data is wrong, memory
+        does not suffice, or the system refuses to read or write a file; 130 after Ctrl-C. Any other
+        exception is a bug, and is raised.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -102,14 +104,14 @@ def execute(
 
 
 def check_text(text: str, name: str) -> None:
-    """Refuse text that can stand in no path and in no file that is written in UTF-8.
+    """Refuse text that no path and no file in UTF-8 can hold.
 
     Args:
         name: what the text is, for the error.
 
     Raises:
-        ConfigError: where it holds NUL, or a half of a surrogate pair (which is also how Python
-            shows the bytes of a file name that is not UTF-8).
+        ConfigError: where it holds NUL or a lone surrogate. Python also reads a byte of a file name
+            as a lone surrogate where the name is not UTF-8.
     """
     wrong = re.search("[\\0\ud800-\udfff]", text)
     if wrong:
@@ -120,12 +122,16 @@ def check_text(text: str, name: str) -> None:
 
 
 def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """The ``type`` of an argument that takes several values."""
+    """Make the ``type`` of an argument that takes several values.
+
+    Args:
+        kind: the type of each value.
+    """
 
     def parse(text: str) -> list[Value]:
         return [kind(part) for part in text.split(",")]
 
-    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse names it in errors
+    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse shows it in errors
     return parse
 
 
@@ -141,7 +147,7 @@ def seed(text: str) -> int:
 
 
 def named_values(given: list[str]) -> dict[str, Any]:
-    """``name=value`` as a mapping; values are JSON where they can be, else words.
+    """Read options such as "name=value" into a mapping. A value is read as JSON, or else as a word.
 
     Raises:
         ConfigError: where there is no "=".
@@ -166,8 +172,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def terminal_bar(label: str) -> Progress | None:
-    """A bar of rich on stderr, with how many are done and the time that is left; None where rich is
-    not installed, or stderr is no terminal.
+    """Make a progress bar on stderr that shows how much is done and the time that is left.
+
+    Returns:
+        the bar of rich; None where rich is not installed, or stderr is no terminal.
     """
     try:
         from rich import progress
@@ -182,26 +190,26 @@ def terminal_bar(label: str) -> Progress | None:
 
 
 def _shown(text: str) -> str:
-    """The text with escapes for what cannot be encoded: names of files need not be UTF-8."""
+    """The text with escapes in place of what UTF-8 cannot encode, such as some names of files."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _one_line(error: ATPError) -> str:
     text = str(error)
-    if "worker process" in text:  # which puts the place where it happened before the message
+    if "worker process" in text:  # torch puts the worker's traceback before the message
         text = text.splitlines()[-1]
     return " ".join(text.split())
 
 
 def _refusal(error: Exception) -> str | None:
-    """What the system refused to do, if that is what the exception is about."""
+    """The system's refusal that an exception reports, as a line; None where it reports none."""
     text = str(error)
     if isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text:
         return "torch could not write a file to its end; make room on the disk."
     name = None
     if isinstance(error, OSError):
         code, name = error.errno, error.filename
-    else:  # libraries in Rust, such as safetensors and tokenizers, have no class of their own
+    else:  # libraries in Rust, such as safetensors, tell of the system's errors in their text
         told = re.search(r"\(os error (\d+)\)", text)
         code = int(told[1]) if told else None
     if code not in _REFUSED:

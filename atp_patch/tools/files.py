@@ -1,4 +1,4 @@
-"""Files and folders that the commands read and write."""
+"""Reading and writing files: whole or not at all, and with errors that can be caught."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from atp_patch.contract.errors import ConfigError
 
 
 def check_folder(path: Path, name: str) -> None:
-    """Find out before the work whether a folder can be made, or written if it is there.
+    """Check before the work that a folder can be made, or can be written if it is there.
 
     Args:
+        path: of the folder.
         name: of the argument that gave the folder, for the error.
 
     Raises:
@@ -36,14 +37,15 @@ def replaced(path: Path) -> Iterator[Path]:
     """Write a file, or a folder that is not there yet, whole or not at all.
 
     Yields:
-        a path in the same folder, with the same suffix, to write to. What was written there takes
-        the place of ``path`` at the end; where writing fails, it is removed, and an earlier file
-        stays. Devices and pipes, which cannot be replaced, are yielded themselves.
+        a path to write to, in the same folder and with the same suffix. At the end, what was
+        written there takes the place of ``path``. Where writing fails, it is removed, and an
+        earlier file stays. For a device or a pipe, which cannot be replaced, ``path`` itself is
+        yielded.
     """
     if path.exists() and not path.is_file():
         yield path
         return
-    path = path.resolve()  # a link keeps leading to the file
+    path = path.resolve()  # so that a symbolic link stays, and its file is replaced
     scratch = path.with_name(f".atp_patch-{os.getpid()}{path.suffix}")
     try:
         yield scratch
@@ -62,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """What a text in JSON says.
+    """Read a text in JSON.
 
     Raises:
         ValueError: where it is not JSON, or is nested more deeply than can be read.

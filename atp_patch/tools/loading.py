@@ -1,4 +1,4 @@
-"""From names on a command line to device, model and inputs, with errors that help."""
+"""Finding the device, the model and the inputs that a command line names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atp_patch.families import family_of
 from atp_patch.tools.command_line import is_out_of_memory
 from atp_patch.tools.files import parse_json
 
-# Architectures of other packages -> what `python -m atp_patch.convert` calls their checkpoints.
+# By architecture of another package, the name of its layout for `python -m atp_patch.convert`.
 FOREIGN = {
     "LlavaLlamaForCausalLM": "llava",
     "LlavaMistralForCausalLM": "llava",
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best one here.
+    """The named device, or a GPU if there is one, or the CPU.
 
     Raises:
         ConfigError: for a name torch does not know, or a device that this machine does not have.
@@ -42,7 +42,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # "meta" has a name but holds nothing
+        torch.empty(1, device=device).item()  # the device "meta" holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"--device {name} cannot be used here ({first_line(error)}); give cpu, or cuda where "
@@ -52,7 +52,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named dtype, or the device's usual one: float32 on a CPU, else bfloat16."""
+    """The named dtype, or the usual one of the device: float32 on a CPU, and bfloat16 elsewhere."""
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPES[name]
@@ -65,8 +65,13 @@ def load_checkpoint(
 
     Args:
         name: a folder or a Hub id.
-        check: is given the model without its weights first, so that what is wrong with the
-            arguments comes out before gigabytes are read.
+        device: where the model goes.
+        dtype: of its weights.
+        check: is called with the model without its weights first, so that a wrong argument is found
+            before gigabytes are read.
+
+    Returns:
+        the model and its processor.
 
     Raises:
         ConfigError: where the name leads to no checkpoint, or to a broken one.
@@ -119,11 +124,15 @@ def encode(
 
 @contextmanager
 def quiet_transformers(progress: bool) -> Iterator[None]:
-    """Keep the notes of transformers, and its progress bars unless asked for, off stderr."""
+    """Silence transformers on stderr inside this context.
+
+    Args:
+        progress: whether its progress bars are shown all the same.
+    """
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_level = hub_logging.get_verbosity()
     logging.set_verbosity_error()
-    hub_logging.set_verbosity(logging.CRITICAL)  # it would tell of every retry
+    hub_logging.set_verbosity(logging.CRITICAL)  # otherwise it reports each retry
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     try:
         yield
@@ -156,7 +165,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_layout(name: str, architectures: Any) -> None:
-    """Raise for a checkpoint of another package: transformers would read it as random weights."""
+    """Refuse a checkpoint of another package, which transformers would read as random weights."""
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     layout = FOREIGN.get(first) if isinstance(first, str) else None
     if layout is not None:
@@ -168,10 +177,15 @@ def _check_layout(name: str, architectures: Any) -> None:
 
 @contextmanager
 def _explained(name: str, what: str, mend: str) -> Iterator[None]:
-    """Around one call of transformers' readers, whose errors are then about the checkpoint.
+    """Report an error of transformers' readers as one about the checkpoint.
 
-    For what is wrong in its files they raise errors of every kind, such as plain ``Exception`` from
-    tokenizers and ``ZeroDivisionError`` from a configuration without heads.
+    For a broken file they raise errors of every kind, such as plain ``Exception`` from tokenizers,
+    and ``ZeroDivisionError`` from a configuration without heads.
+
+    Args:
+        name: of the checkpoint.
+        what: what the error means for the checkpoint.
+        mend: what the user can do.
     """
     try:
         yield
@@ -181,6 +195,6 @@ def _explained(name: str, what: str, mend: str) -> Iterator[None]:
         if isinstance(error, ATPError) or is_out_of_memory(error):
             raise
         problem = first_line(error).rstrip(".")
-        if not isinstance(error, (OSError, ValueError)):  # whose messages are not for people
+        if not isinstance(error, (OSError, ValueError)):  # other messages need their type's name
             problem = f"{type(error).__name__}: {problem}"
         raise ConfigError(f"{name} {what} ({problem}); {mend}.") from error

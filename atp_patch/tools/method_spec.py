@@ -14,7 +14,7 @@ class MethodSpec:
 
     Attributes:
         name: as it was written, "FIRST/SECOND" for two.
-        layers: before which the method inside the decoder prunes; None where none are named.
+        layers: before which decoder layers the method prunes; None where none are named.
         budgets: visual tokens averaged over all decoder layers, as shares of all; None where none
             are named.
     """
@@ -30,12 +30,12 @@ class MethodSpec:
 
 
 def stages(name: str) -> list[str]:
-    """The methods of "FIRST/SECOND", or the one."""
+    """The names of both methods in "FIRST/SECOND", or the one name."""
     return name.split("/")
 
 
 def read_method_spec(text: str) -> MethodSpec:
-    """What ``--methods`` names, one of its parts between commas.
+    """Read one of the methods that ``--methods`` names.
 
     >>> read_method_spec("prumerge+/atp@1+13:0.5+0.25")
     MethodSpec(name='prumerge+/atp', layers=(1, 13), budgets=(0.5, 0.25))

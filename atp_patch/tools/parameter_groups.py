@@ -1,4 +1,4 @@
-"""What learns, and how fast: the threshold heads, the language model, or LoRA beside the heads."""
+"""Which parameters learn, and how fast: threshold heads, the language model, or LoRA."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _PREFIX = HEADS + "."
 def parameter_groups(
     model: nn.Module, lr: float = 2e-5, atp_lr: float = 1e-4, atp_bias_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: the threshold heads learn faster than the model.
+    """Make parameter groups for an optimizer, in which the threshold heads learn faster than the
+    model.
 
-    The defaults are those of ATP-LLaVA (Ye et al., 2024). Only parameters with ``requires_grad``
-    are in them, each once; what does not learn at all has no group.
+    The defaults are those of ATP-LLaVA (Ye et al., 2024). Each parameter with ``requires_grad`` is
+    in one group, and no other parameter is in any.
 
     Args:
         model: a patched model with learned thresholds.
@@ -42,7 +43,7 @@ def parameter_groups(
         raise ConfigError(
             'this patch learns nothing; patch with method="atp", thresholds="learned".'
         )
-    learned = set(heads.parameters())  # wrappers give them longer names
+    learned = set(heads.parameters())  # found by identity, because wrappers change their names
     rates = {"model": lr, "atp": atp_lr, "atp_bias": atp_lr if atp_bias_lr is None else atp_bias_lr}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
@@ -63,10 +64,10 @@ def parameter_groups(
 
 
 def freeze(model: Any, freeze_lm: bool) -> None:
-    """Let the heads learn, and the model with its projector too unless ``freeze_lm``.
+    """Let the heads learn, and the language model and the projector too unless ``freeze_lm``.
 
-    The vision tower never learns, as in LLaVA-1.5's instruction tuning; where a family keeps its
-    projector inside the tower (Qwen2-VL's merger), neither does that.
+    The vision tower never learns, as in LLaVA-1.5's instruction tuning. Where a family has its
+    projector inside the tower (Qwen2-VL's merger), the projector does not learn either.
 
     Raises:
         UnsupportedModelError: where the model does not say which part is its vision tower.
@@ -85,14 +86,17 @@ def freeze(model: Any, freeze_lm: bool) -> None:
 
 
 def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = ()) -> None:
-    """LoRA (Hu et al., 2021) on every linear layer of the decoder; the heads learn beside it.
+    """Add LoRA (Hu et al., 2021) to every linear layer of the decoder; the heads learn beside it.
 
-    It is added inside the model (``model.add_adapter``): wrappers of PEFT before 0.21 may call
-    ``forward`` past the hooks that prune, and all of them freeze the heads. What learns is float32,
-    whatever the model's weights are: in bfloat16 small steps would be lost.
+    It is added inside the model (``model.add_adapter``), because wrappers of PEFT before 0.21 may
+    call ``forward`` without the hooks that prune, and all wrappers freeze the heads. Everything
+    that learns becomes float32, because small steps would be lost in bfloat16.
 
     Args:
-        leave_out: decoder layers that get none.
+        model: a patched model of transformers.
+        rank: of the two factors.
+        alpha: LoRA's scale; what it adds is multiplied by alpha / rank.
+        leave_out: numbers of decoder layers that get none.
 
     Raises:
         ConfigError: where PEFT is not installed.
@@ -115,8 +119,8 @@ def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = (
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     model.add_adapter(config)
     if Path(config.base_model_name_or_path or "").is_dir():
-        config.base_model_name_or_path = None  # a folder of this machine: nobody else's business
-    for name, parameter in model.named_parameters():  # PEFT has frozen all but its own
+        config.base_model_name_or_path = None  # the path of a local folder is not for publishing
+    for name, parameter in model.named_parameters():  # PEFT has frozen all parameters but its own
         if name.startswith(_PREFIX):
             parameter.requires_grad_(True)
         elif parameter.requires_grad:

@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPL
 from atp_patch.contract.errors import InputError
 from atp_patch.tools.loading import first_line
 
-_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # one channel of more than 8 bits
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes with one channel of over 8 bits
 _WITH_ALPHA = ("P", "PA", "LA", "RGBA", "RGBa")
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1  # values of the TIFF tags for photometry and sample format
 _HALF_STEP = 0.5 / 255  # of the 8-bit result, where white is 1
@@ -41,8 +41,8 @@ def read_image(path: Path, max_image_pixels: int | None = None) -> Image.Image:
         InputError: where the file is missing, a folder, no picture, broken or too large, or where
             its samples do not say which of them is white.
     """
-    # Pillow is given the open file and not its name: it would map an uncompressed picture into
-    # memory in the stored orientation and then take it for an upright one.
+    # Pillow is given the open file, because by its name it would map an uncompressed picture into
+    # memory, and some versions then confuse the stored with the upright width and height.
     with _explained(path), path.open("rb") as stream, Image.open(stream) as file:
         width, height = file.size
         if max_image_pixels is not None and width * height > max_image_pixels:
@@ -65,9 +65,10 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _as_8_bit(path: Path, file: Image.Image, upright: Image.Image) -> NDArray[np.uint8]:
-    """(height, width) deep greyscale, scaled to 0-255.
+    """The deep greyscale picture, scaled to 0-255, (height, width).
 
     Args:
+        path: of the file, for errors.
         file: the opened file, whose tags say what its samples mean.
         upright: its picture, in the right orientation.
     """
@@ -98,7 +99,7 @@ def _as_8_bit(path: Path, file: Image.Image, upright: Image.Image) -> NDArray[np
 
 
 def _white(path: Path, file: Image.Image, tags: Any, samples: NDArray[Any], high: float) -> float:
-    """The value of white, as :func:`read_image` says."""
+    """The sample value that is white, by the rules of :func:`read_image`."""
     if file.mode == "F":
         if high <= 1 + _HALF_STEP:
             return 1.0

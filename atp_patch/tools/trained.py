@@ -1,4 +1,4 @@
-"""What trainings leave: an adapter, and the LoRA that learned beside it."""
+"""The results of trainings: an adapter, and the LoRA that learned beside it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from atp_patch.patching.config import parse_table
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX, _UP, _DOWN = "base_model.model.", ".lora_B.weight", ".lora_A.weight"
-_ADDED = "_atp_patch_lora"  # attribute of a model: what load_trained added to its weights
-_BASE = ".base_layer.weight"  # of an output layer, as it was
+_ADDED = "_atp_patch_lora"  # attribute of a model: the LoRA that load_trained has added
+_BASE = ".base_layer.weight"  # ends the name of an output layer's weight without LoRA
 _NOT_PLAIN = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a training's results are.
+    """The places of a training's results.
 
     Attributes:
-        adapter: folder or Hub id; ``lora``: folder, None where no LoRA learned beside it.
+        adapter: folder or Hub id of the adapter.
+        lora: folder of the LoRA; None where none learned beside the adapter.
     """
 
     adapter: str
@@ -41,13 +42,16 @@ class Trained:
 
 
 def shipped() -> tuple[str, ...]:
-    """Names of the trained adapters of the built-in model that come with the package."""
+    """The names of the built-in model's trained adapters that come with the package."""
     return tuple(sorted(folder.parent.name for folder in _shipped().glob("*/adapter")))
 
 
 def find_trained(source: str) -> Trained:
-    """From a name of :func:`shipped`, the folder of a training (``adapter`` in it, and ``lora``
-    where that learned), or an adapter's own folder or Hub id.
+    """Find the results of a training.
+
+    Args:
+        source: a name of :func:`shipped`, the folder of a training (with the folder ``adapter`` in
+            it, and ``lora`` where that learned), or an adapter's own folder or Hub id.
 
     Raises:
         WeightsError: for the folder of a training whose whole model learned.
@@ -67,12 +71,12 @@ def find_trained(source: str) -> Trained:
 
 
 def _lora(training: Path) -> str | None:
-    """The LoRA of a training's folder, or None."""
+    """The folder of the LoRA in a training's folder, or None."""
     return str(training / "lora") if (training / "lora").is_dir() else None
 
 
 def load_trained(model: Any, source: str) -> Any:
-    """Patch a model with a trained adapter, and add the LoRA beside it to its weights for good.
+    """Patch a model with a trained adapter, and add the LoRA beside it to the model's weights.
 
         model, processor = load_builtin()
         load_trained(model, "voco8")
@@ -81,12 +85,12 @@ def load_trained(model: Any, source: str) -> Any:
         source: as :func:`find_trained` takes it.
 
     Returns:
-        the same model. Un-patching leaves the LoRA in its weights; :func:`merged` adds one for a
-        while.
+        the same model. Unpatching does not take the LoRA out of its weights; :func:`merged` adds
+        one inside a context.
 
     Raises:
-        WeightsError: where it was made for another model, or a LoRA was added before; the model is
-            as before then.
+        WeightsError: where it was made for another model, or a LoRA was added before. The model
+            stays as it was then.
     """
     found = find_trained(source)
     changes = [] if found.lora is None else _changes(model, found.lora)
@@ -105,10 +109,14 @@ def load_trained(model: Any, source: str) -> Any:
 
 @contextmanager
 def merged(model: Any, lora: str | None) -> Iterator[None]:
-    """The model with the LoRA of a folder added to its weights; exactly as before afterwards.
+    """Add the LoRA of a folder to a model's weights inside this context.
+
+    Afterwards the weights are exactly what they were before.
 
     Args:
-        lora: what PEFT, or ``save_pretrained`` of a model with LoRA, wrote; None adds nothing.
+        model: with the modules that the LoRA changes.
+        lora: folder that PEFT, or ``save_pretrained`` of a model with LoRA, wrote; None: nothing is
+            added.
 
     Raises:
         WeightsError: where the folder holds no plain LoRA, or that of another model.
@@ -125,7 +133,7 @@ def merged(model: Any, lora: str | None) -> Iterator[None]:
 
 
 def changes_features(model: Any, lora: str) -> bool:
-    """Whether a LoRA changes a layer outside the decoder: of the tower or the projector."""
+    """Whether a LoRA changes image features: a layer of the vision tower or the projector."""
     decoder = {id(module) for module in model.get_decoder().modules()}
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
@@ -138,7 +146,7 @@ def _shipped() -> Path:
 
 
 def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
-    """Each weight that LoRA changes, and what it adds."""
+    """The weights that a LoRA changes, each with what is added to it."""
     modules, changes = dict(model.named_modules()), []
     for name, (delta, base) in _deltas(folder, _written(folder)).items():
         weight = getattr(modules.get(name), "weight", None)
@@ -162,7 +170,7 @@ def _add(changes: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _written(folder: str) -> tuple[tuple[str, int], ...]:
-    """The files of a LoRA, and when each was written."""
+    """The paths of a LoRA's files, each with the time in ns when it was written."""
     files = [Path(folder, name).resolve() for name in LORA_FILES]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -174,8 +182,11 @@ def _written(folder: str) -> tuple[tuple[str, int], ...]:
 def _deltas(
     folder: str, written: tuple[tuple[str, int], ...]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Name of a linear layer -> what LoRA adds to its weight, and that weight where PEFT wrote it
-    too; ``written`` tells files of one name apart.
+    """By name of a linear layer, what LoRA adds to its weight, and that weight if PEFT wrote it.
+
+    Args:
+        folder: of the LoRA.
+        written: what :func:`_written` gives, so that a changed file is read again.
     """
     scale, stored = _scale(folder), _stored(folder)
     changed = [name.removesuffix(_UP) for name in stored if name.endswith(_UP)]
@@ -201,7 +212,7 @@ def _deltas(
 
 
 def _scale(folder: str) -> float:
-    """What the product of a LoRA's two halves is multiplied by.
+    """The number by which the product of a LoRA's two factors is multiplied.
 
     Raises:
         WeightsError: where its configuration is broken, or is not that of a plain LoRA.

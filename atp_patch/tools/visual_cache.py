@@ -1,4 +1,4 @@
-"""Images compressed ahead of any question: a few keys and values, to keep, send and ask about."""
+"""Images that are compressed before any question to a few keys and values, which can be saved."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class VisualCache:
     """What a model with VoCo tokens keeps of a prompt's images, and of the text among them.
 
     Attributes:
-        held: keys and values.
-        attention_mask: (B, L) int64 of the prompt, 0 at padding.
-        following: (r, B) int64 position of the token that follows.
-        model: what it was made with; it fits no other model.
+        held: the keys and values, with their positions.
+        attention_mask: (B, L) int64, the prompt's attention mask, which is 0 at padding.
+        following: (r, B) int64 position ids of the token that follows.
+        model: the :func:`fingerprint` of the model that made it; no other model can use it.
     """
 
     held: Held
@@ -43,31 +43,31 @@ class VisualCache:
 
     @property
     def batch(self) -> int:
-        """Prompts that were compressed together."""
+        """The number of prompts that were compressed together."""
         return int(self.attention_mask.shape[0])
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens that each prompt keeps: those of its text, and the VoCo tokens of its images."""
+        """The number of tokens that each prompt keeps: its text, and its images' VoCo tokens."""
         return tuple(self.held.valid.sum(1).tolist())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """The size of the keys and values in bytes."""
         return sum(t.nbytes for t in (*self.held.keys, *self.held.values))
 
     def inputs(
         self, model: nn.Module, question: Mapping[str, Tensor] | Tensor, beams: int = 1
     ) -> dict[str, Any]:
-        """Arguments of ``model(...)`` or ``model.generate(...)`` for text that follows.
+        """Make arguments of ``model(...)`` or ``model.generate(...)`` for the text that follows.
 
         ``generate`` returns the question and the answer, without what was compressed.
 
         Args:
             model: the patched model that made the cache.
             question: ids (B, T), or a tokenizer's ``input_ids`` and ``attention_mask``, padded on
-                the left; without special tokens in front. One compressed prompt takes any number
-                of questions.
+                the left and without special tokens in front. There may be any number of questions
+                about one compressed prompt.
             beams: sequences that ``generate`` makes of each question: its ``num_beams``, or its
                 ``num_return_sequences`` where it samples.
 
@@ -149,14 +149,14 @@ class VisualCache:
 def compress(
     model: nn.Module, image_inputs: Mapping[str, Any], after: VisualCache | None = None
 ) -> VisualCache:
-    """Read a prompt with images once; its visual tokens go, its text and VoCo tokens stay.
+    """Read a prompt with images once, and keep its text and VoCo tokens without its visual tokens.
 
     Args:
         model: patched with ``method="voco"``.
         image_inputs: what its processor makes of the prompt up to the question (as of
             "USER: <image>"), padded on the left in a batch.
-        after: an earlier segment, which this one continues: of a video, or a further image. Its
-            VoCo tokens are seen by this one's.
+        after: the cache of an earlier segment that this one continues, such as a part of a video
+            or another image. This segment's VoCo tokens see those of the earlier one.
 
     Raises:
         ConfigError: where the model is patched with another method.
@@ -181,7 +181,7 @@ def compress(
             )
         mask = torch.cat([after.attention_mask.to(mask), mask], dim=1)
         cache, start = after.held.cache(), after.following
-    # Gradient checkpointing, which a model in training may do, keeps no cache.
+    # A model in training may use gradient checkpointing, which keeps no cache.
     with evaluating(model), torch.no_grad():
         inputs["attention_mask"] = mask
         made, following = read_ahead(patch.parts.base, inputs, cache, start)
@@ -189,8 +189,8 @@ def compress(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of what a cache depends on: the adapter, and a sample of every parameter of vision
-    tower, projector and decoder.
+    """A hash of what a cache depends on: the adapter, and a sample of each parameter of the vision
+    tower, the projector and the decoder.
     """
     patch, voco = _with_voco(model)
     made = hashlib.sha256(json.dumps(asdict(patch.config), sort_keys=True).encode())
@@ -204,8 +204,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters by all of their names, for offloading forgets which are tied; what accelerate
-    has offloaded is fetched, module by module.
+    """All parameters by all of their names, because offloading forgets which parameters are tied.
+    Parameters that accelerate has offloaded are fetched, one module at a time.
     """
     if not any(parameter.is_meta for parameter in base.parameters()):
         yield from base.named_parameters(remove_duplicate=False)

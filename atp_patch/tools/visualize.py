@@ -1,4 +1,4 @@
-"""Pictures of what survives, in the manner of Fig. 4 of the ATP-LLaVA paper."""
+"""Pictures of the visual tokens that survive, in the manner of Fig. 4 of the ATP-LLaVA paper."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from atp_patch.patching.trace import PruningTrace
 PANEL = 336
 TITLE = 30
 GAP = 12
-DIMMED, FADE_TO = 0.18, 210.0  # what is left of a pruned patch, and the grey it fades to
+DIMMED, FADE_TO = 0.18, 210.0  # share of a pruned patch that is left, and the grey of the rest
 
 
 def survivors(trace: PruningTrace, grid: VisualGrid, layer: int, sample: int = 0) -> Tensor:
-    """(frames, height, width) bool: the tokens of one grid that enter a pruning layer."""
+    """Which tokens of one grid enter a pruning layer, (frames, height, width) bool."""
     position = grid.coordinates()[0]
     kept = trace.layers[layer].kept[sample].cpu()
     return kept[position].reshape(grid.frames, grid.height, grid.width)
@@ -33,16 +33,18 @@ def overlay(
     sample: int = 0,
     panel: int = PANEL,
 ) -> Image.Image:
-    """Draw an image beside what each pruning layer leaves of it; pruned patches are dimmed.
+    """Draw an image beside what each pruning layer leaves of it, with pruned patches dimmed.
 
     Args:
-        images: as the model sees them (:func:`as_seen`), one for each frame of each of the sample's
-            grids, in order. A picture alone is taken for every frame.
+        images: the images as the model sees them (:func:`as_seen`), one for each frame of each of
+            the sample's grids, in order. A single picture stands for every frame.
         trace: of the forward pass.
+        sample: number of the sample in the batch.
         panel: width of one panel in pixels.
 
     Returns:
-        One row of panels a frame: the image, then one a pruning layer with its count in the title.
+        a row of panels for each frame: the image, and then a panel for each pruning layer, whose
+        title has the number of tokens.
 
     Raises:
         InputError: where the sample has no images, or another number of frames.
@@ -71,13 +73,17 @@ def overlay(
 def as_seen(
     image: Image.Image, inputs: Mapping[str, Any], processor: Any, trace: PruningTrace
 ) -> list[Image.Image]:
-    """What a model was shown of one image, a picture for each frame of each grid of sample 0.
+    """The pictures that a model was shown of one image, for each frame of each grid of sample 0.
 
-    A processor may crop, stretch or tile; where ``pixel_values`` are pictures that match the grids,
-    they are taken, and the whole image otherwise (patches in a row, or a grid over several tiles).
+    A processor may crop, stretch or tile an image. Where ``pixel_values`` are pictures that match
+    the grids, these pictures are taken. Otherwise (patches in a row, or a grid over several tiles)
+    the whole image stands for each.
 
     Args:
+        image: as it was given to the processor.
         inputs: what the processor made of the image.
+        processor: of the model.
+        trace: of the forward pass on these inputs.
     """
     grids = trace.grids[0]
     pixels = inputs["pixel_values"].float().cpu()
@@ -100,7 +106,7 @@ def as_seen(
 
 
 def _fit(image: Image.Image, grid: VisualGrid, panel: int) -> Image.Image:
-    """The image at a size where every token covers the same whole number of pixels."""
+    """The image at a size at which every token covers the same whole number of pixels."""
     cell = max(4, round(panel / grid.width))
     return image.convert("RGB").resize(
         (grid.width * cell, grid.height * cell), Image.Resampling.LANCZOS
@@ -126,7 +132,7 @@ def _titled(image: Image.Image, title: str) -> Image.Image:
 
 
 def _sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Rows of panels on one white sheet."""
+    """Put rows of panels on one white sheet."""
     width = max(sum(panel.width + GAP for panel in row) for row in rows) + GAP
     height = sum(max(panel.height for panel in row) + GAP for row in rows) + GAP
     sheet = Image.new("RGB", (width, height), "white")
