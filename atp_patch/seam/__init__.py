@@ -1,4 +1,4 @@
-"""The only code that knows how transformers calls things."""
+"""The seam: the only code that knows the calling conventions of transformers."""
 
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.decoder.visual_tokens import Learned, VisualTokens

@@ -1,7 +1,7 @@
-"""Hooks on the decoder and its layers: they give each forward pass its state.
+"""Hooks on the decoder and its layers, which give each forward pass its state.
 
-It travels as the keyword ``PASS`` that the decoder hands on to its layers, so that nothing of it is
-kept on the model.
+The state travels as the keyword ``PASS`` that the decoder hands on to its layers, so that nothing
+of it is kept on the model.
 """
 
 from __future__ import annotations
@@ -36,24 +36,26 @@ class DecoderPass(Protocol):
         """The decoder's output in the public length; None leaves it as it is.
 
         Args:
+            output: what the decoder returned.
             kwargs: what the decoder was given.
+            num_layers: how many layers the decoder has.
         """
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: places that have no output of their own; None where all have one."""
+        """(B, L) bool: the places that have no output of their own; None where all have one."""
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss of the model's output: name -> its weight and a scalar."""
+        """What training adds to the loss of the model's output: name -> (weight, scalar)."""
 
 
 class LayerHook:
-    """Forward pre-hook of one decoder layer."""
+    """The forward pre-hook of one decoder layer."""
 
     def __init__(self, hooks: DecoderHooks, layer: int) -> None:
         self.hooks, self.layer = hooks, layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what is due before the layer, where a pass came along."""
+        """Let the pass change the layer's arguments, where the keywords hold one."""
         decoder_pass: DecoderPass | None = kwargs.pop(PASS, None)
         if decoder_pass is None:
             return None
@@ -61,9 +63,13 @@ class LayerHook:
 
 
 class DecoderHooks:
-    """Gives each forward pass through the decoder its state.
+    """Hooks that give each forward pass through the decoder its state.
 
     Args:
+        parts: the model's modules.
+        policy: what the rest of the package says about pruning.
+        thread: what the running thread is doing with the model.
+        recorder: records the attention of the layers.
         reader: reads the vision tower for a method at the door, or None.
     """
 
@@ -92,7 +98,7 @@ class DecoderHooks:
                 add(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take back what is no hook."""
+        """Undo what ``install`` has changed besides hooks."""
         for layer in self.parts.layers:
             self.recorder.release(layer.self_attn)
 
@@ -104,8 +110,12 @@ class DecoderHooks:
         return args, {**kwargs, PASS: decoder_pass}
 
     def pass_of(self, kwargs: dict[str, Any]) -> tuple[DecoderPass, dict[str, Any]] | None:
-        """The pass that the decoder's arguments begin, and what the decoder gets in their place;
-        None where the pass is the host's alone.
+        """The pass that the decoder's arguments begin, and the arguments that the decoder gets.
+
+        It is None where the host runs the pass without us.
+
+        Args:
+            kwargs: the arguments that the host gives the decoder.
         """
         call, cache = self.thread.call, kwargs.get("past_key_values")
         implementation = self.parts.config._attn_implementation
@@ -139,8 +149,10 @@ class DecoderHooks:
         return decoder_pass.before_layer(layer, module, args, kwargs)
 
     def _before_attention(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """A call of the attention that is to be weighed goes through our function. That this hook
-        says so, not the layer's, holds where checkpointing replays a layer without its hooks.
+        """Send a call of the attention that is to be weighed through our function.
+
+        This is a hook of the attention, and not of its layer, because checkpointing replays a layer
+        without the layer's own hooks.
         """
         if ATTEND in kwargs and not self.recorder.expects(module.config):
             self.recorder.expect(module, None)
@@ -152,8 +164,9 @@ class DecoderHooks:
         return None if decoder_pass is None else self.finish(decoder_pass, output, kwargs)
 
     def finish(self, decoder_pass: DecoderPass, output: Any, kwargs: dict[str, Any]) -> Any:
-        """The decoder's output in the public length; None leaves it as it is. What has no output of
-        its own is not supervised.
+        """The decoder's output in the public length; None leaves it as it is.
+
+        Labels at places without an output of their own are dropped.
         """
         output = decoder_pass.finish(output, kwargs, len(self.parts.layers))
         call, lost = self.thread.call, decoder_pass.without_output()

@@ -1,4 +1,4 @@
-"""Hooks on the model and on the model without its head: where a forward pass begins and ends."""
+"""Hooks on the model and on the model without its head, where a forward pass begins and ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atp_patch.seam.tower.reading import ReadingHooks
 
 
 class ModelHooks:
-    """Reads what a forward pass was given, and adds to its loss what is learned."""
+    """Hooks that read the arguments of a forward pass and add the method's losses to its loss."""
 
     def __init__(
         self,
@@ -53,13 +53,13 @@ class ModelHooks:
             self._generate = Replaced(parts.top, "generate", self.generate)
 
     def remove(self) -> None:
-        """Take back what is no hook."""
+        """Undo what ``install`` has changed besides hooks."""
         if self._generate is not None:
             self._generate.restore()
         self.outside.remove()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's ``generate``; it tells the forward passes within where the prompt ends."""
+        """Call the host's ``generate`` and tell the forward passes within where the prompt ends."""
         outer = self.thread.session
         if self.thread.enabled:
             self.thread.session = Session.of_generate(self.outside, args, kwargs)
@@ -80,7 +80,7 @@ class ModelHooks:
 
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse_replica(module)
-        # One that has been here before was broken off: Ctrl-C runs no hook after it.
+        # A call that has entered before was broken off, since Ctrl-C skips the hooks behind it.
         call = self.thread.call
         if call is None or call.entered:
             call = self._open_call(args, kwargs)
@@ -106,6 +106,6 @@ class ModelHooks:
         self.thread.call = None
         if call is None or output is None or call.through is None:
             return None
-        if call.labels is None:  # the loss is made elsewhere, without the thresholds' terms
+        if call.labels is None:  # the caller makes the loss, without the method's terms
             return None
         return call.add_losses(output, call.through.losses(output))

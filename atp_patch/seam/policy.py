@@ -16,12 +16,16 @@ class Policy(PrefillPolicy, Protocol):
 
     @property
     def voco(self) -> VoCoPolicy | None:
-        """What is said about VoCo tokens, where the model has them; it then prunes no layer."""
+        """What the package says about VoCo tokens; None for models without them.
+
+        A model with VoCo tokens prunes at no layer.
+        """
 
     def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
-        """What hooks into the vision tower, or None.
+        """The hooks on the vision tower, or None.
 
         Args:
-            active: whether the running thread's call of the tower is part of a pass that may be
-                pruned.
+            active: tells whether the running thread's call of the tower is part of a pass that may
+                be pruned.
+            recorder: records the tower's attention.
         """

@@ -30,9 +30,10 @@ class Seam:
 
     Attributes:
         thread: what the running thread is doing with the model.
-        recorder: records the attention of the model's modules.
-        vision: hooks on the vision tower, or None; ``videos``: whether it reads videos.
-        decoder: hooks on the decoder.
+        recorder: the object that records the attention of the model's modules.
+        vision: the hooks on the vision tower, or None.
+        videos: the object that knows whether the tower reads videos.
+        decoder: the hooks on the decoder.
     """
 
     def __init__(self, parts: Parts, policy: Policy) -> None:
@@ -61,7 +62,7 @@ class Seam:
             self.videos.install()
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Remove the hooks, and undo what ``install`` has changed besides them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -72,14 +73,18 @@ class Seam:
             self.vision.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A patched model that is unpickled needs its attention function known in that process."""
+        """Register our attention function in the process that unpickles a patched model."""
         self.__dict__.update(state)
         recorder.register()
 
     @contextmanager
     def reading(self, prompt_ids: Tensor) -> Iterator[None]:
-        """The model's ``get_image_features`` gives what a pass over these prompts (B, L) would find
-        in their images: merged, with tombstones where tokens are dropped.
+        """Let the model's ``get_image_features`` give what a pass over these prompts would get.
+
+        Within this context the features are merged, with tombstones where tokens are dropped.
+
+        Args:
+            prompt_ids: (B, L) int64.
         """
         outer = self.thread.session
         self.thread.session = Session(prompt_ids.shape[1], ids=prompt_ids)

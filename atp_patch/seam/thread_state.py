@@ -13,9 +13,9 @@ class ThreadState(PerThread):
     """What the running thread is doing with one patched model.
 
     Attributes:
-        disabled: contexts of ``disabled(model)`` that the thread is in.
-        session: the call of ``generate`` that it is in.
-        call: the forward pass that it is in.
+        disabled: how many contexts of ``disabled(model)`` the thread is in.
+        session: the call of ``generate`` that the thread is in, or None.
+        call: the arguments of the forward pass that the thread is in, or None.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class ThreadState(PerThread):
 
     @property
     def enabled(self) -> bool:
-        """Whether passes with images are pruned."""
+        """Whether the thread's passes with images are pruned."""
         return not self.disabled
 
     @property
@@ -35,7 +35,7 @@ class ThreadState(PerThread):
 
     @property
     def prompt_ids(self) -> Tensor | None:
-        """(B, L) ids of the prompt whose images are being read, where there are any."""
+        """(B, L) int64 ids of the prompt whose images are being read; None where none came."""
         if self.call is not None and self.call.input_ids is not None:
             return self.call.input_ids
         return None if self.session is None else self.session.ids

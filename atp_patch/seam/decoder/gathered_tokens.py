@@ -1,4 +1,4 @@
-"""Pruning by gathering: layers run on the tokens that are left, and on no others."""
+"""Pruning by gathering, where layers run on the tokens that are left and on no others."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class GatheredTokens:
     """The token state of a forward pass at inference.
 
     Args:
-        layout: the visual tokens.
+        layout: where the visual tokens lie.
         attended: (B, L) bool, False at padding; None without padding.
-        token_counts: tokens of each sample, padding not counted.
+        token_counts: how many tokens each sample has without padding.
     """
 
     learning: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class GatheredTokens:
         self._token_counts = list(token_counts)
 
     def apply(self, layer: int, decision: Decision) -> None:
-        """Drop what the decision does not keep, where that is anything."""
+        """Drop the tokens that the decision does not keep, if there are any."""
         tokens = self.visual
         keep = decision.keep.to(tokens.valid.device) & tokens.valid
         kept = tuple(keep.sum(1).tolist())
@@ -59,7 +59,7 @@ class GatheredTokens:
             alive = self.attended
         else:
             alive = keep.new_ones(keep.shape[0], length)
-        # A further last column takes the writes of slots that are not meant.
+        # Slots that drop nothing write to an extra last column, which is cut off.
         column = torch.where(tokens.valid & ~keep, tokens.position, length)
         alive = pad(alive, (0, 1)).scatter(1, column, False)[:, :length]
         for b, (before, now) in enumerate(zip(tokens.left, kept, strict=True)):
@@ -67,7 +67,7 @@ class GatheredTokens:
         longest = max(self._token_counts)
         index, valid = pack(alive, length=longest)
         ragged = min(self._token_counts) < longest
-        # A padding slot repeats the sample's first token: finite numbers that nothing ever sees.
+        # A padding slot repeats the sample's first token, whose finite numbers nothing reads.
         index = torch.where(valid, index, index[:, :1])
         self._latest = Survivors(index, valid if ragged else None)
         self.visual = tokens.keeping(keep, kept)
@@ -79,23 +79,23 @@ class GatheredTokens:
         return self._latest.slots(self.visual.layout.length).gather(1, position).clamp(min=0)
 
     def gone(self) -> Tensor | None:
-        """None: what is pruned is not there."""
+        """None, since layers do not run on pruned tokens."""
         return None
 
     def seen(self, view: View) -> View:
-        """The view as it is."""
+        """The view, unchanged."""
         return view
 
     def entering(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None: all."""
+        """The tokens that a layer runs on; None where it runs on all."""
         return survivors_of(self.choices, layer)
 
     def survivors(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None: all."""
+        """The tokens that a layer runs on; None where it runs on all."""
         return survivors_of(self.choices, layer)
 
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states of the tokens before a layer -> those of its survivors."""
+        """(B, L'', D) hidden states of a layer's survivors, from (B, L', D) of those before it."""
         choice = self.choices.get(layer)
         before, after = self.survivors(layer - 1), self.survivors(layer)
         if choice is None:
@@ -110,23 +110,23 @@ class GatheredTokens:
         return gather_tokens(hidden, index.to(hidden.device))
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
-        """None: the host's own attention."""
+        """None, since the host's own attention is used."""
         return None
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: tokens that enter ``layer``, in their original positions."""
+        """(B, L) bool: the tokens that enter ``layer``, in their original positions."""
         return kept_in(self, layer)
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: pruned places, and padding once it was dropped with them."""
+        """(B, L) bool: pruned places, and padding where it was dropped with them."""
         return None if self._latest is None else ~self.kept(max(self.choices))
 
     def learned(self) -> Learned | None:
-        """None: nothing learns."""
+        """None, since nothing is learned."""
         return None
 
     def move_to(self, device: torch.device) -> None:
-        """Follow the decoder to another device."""
+        """Move the state to the device on which the decoder goes on."""
         self.visual = self.visual.to(device)
         if self.attended is not None:
             self.attended = self.attended.to(device)

@@ -1,7 +1,7 @@
-"""One forward pass with images through the decoder: what is due before and behind its layers.
+"""The state of one forward pass with images through the decoder.
 
-It travels with the forward pass itself, as a keyword that the decoder hands to its layers, so
-nothing about a pass is kept on the model and gradient checkpointing replays the same choice.
+It travels with the forward pass itself, as a keyword that the decoder hands to its layers. So
+nothing of a pass is kept on the model, and gradient checkpointing replays the same choice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerPolicy(Protocol):
 
     Attributes:
         layers: the pruning layers.
-        minimum: fields of a view that say how many tokens stay at least.
+        minimum: the fields of a view that say how many tokens are kept at least, by name.
     """
 
     layers: tuple[int, ...]
@@ -39,24 +39,27 @@ class LayerPolicy(Protocol):
     def counts(
         self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
     ) -> tuple[int, ...] | None:
-        """How many visual tokens the budget leaves each sample at a pruning layer, or None without
-        a budget.
+        """How many visual tokens the budget leaves each sample at a pruning layer.
+
+        It is None without a budget.
 
         Args:
-            step: which of the pruning layers it is, from 0.
-            entered: visual tokens of each sample that entered the decoder; ``left``: are left.
+            step: the number of the pruning layer, from 0.
+            layout: the visual tokens before any pruning.
+            entered: how many visual tokens of each sample entered the decoder.
+            left: how many visual tokens of each sample are left.
         """
 
     def decide(self, view: View) -> Decision:
         """The method's choice."""
 
     def finished(self, prefill: Prefill) -> None:
-        """A forward pass with images is through the decoder."""
+        """Take note of a forward pass with images that has gone through the decoder."""
 
     def losses(
         self, prefill: Prefill, learned: Learned, output: Any
     ) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss of the host's output: name -> its weight and a scalar."""
+        """What training adds to the loss of the host's output: name -> (weight, scalar)."""
 
 
 @dataclass
@@ -64,15 +67,17 @@ class Prefill:
     """One forward pass with images through the decoder of a patched model.
 
     Attributes:
-        policy: what is asked for decisions; ``recorder``: records the attention that they need.
-        tokens: which visual tokens are left; ``text``: where the text rows lie.
-        prompt_tokens: tokens of each sample, padding not counted.
+        policy: what the rest of the package says about pruning; it makes the decisions.
+        recorder: the object that records the attention that decisions need.
+        tokens: the visual tokens that are left.
+        text: where the text rows lie.
+        prompt_tokens: how many tokens each sample has without padding.
         host: what the host brought to this pass.
-        embeds: (B, L, D) what enters the decoder.
-        entry: which visual tokens enter the decoder, None where all do.
-        rotary: turns visual tokens by row and column; None where the host's tables are kept.
-        known: decisions of the first pass of a generation without a cache, filled by that pass;
-            None where a cache holds the choice.
+        embeds: (B, L, D), what enters the decoder.
+        entry: the decision about the visual tokens that enter the decoder; None where all do.
+        rotary: the rotary tables by row and column; None where the host's tables are kept.
+        known: layer -> the decision of the first pass of a generation without a cache, filled by
+            that pass; None where a cache holds the choice.
         recordings: layer -> its attention, until the decision that needs it is made.
         state: what the method keeps from one pruning layer to the next.
         entered: how many visual tokens of each sample entered the decoder.
@@ -123,34 +128,35 @@ class Prefill:
         return (hidden, *rest)
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
-        """Note what the pass did, and give the decoder's output the public length; None leaves it
-        as it is.
+        """Report what the pass did, and give the decoder's output the public length.
+
+        None leaves the output as it is.
         """
         self.policy.finished(self)
         return restored(output, self.tokens, num_layers, square=not self.host.past)
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: places that have no output of their own; None where all have one."""
+        """(B, L) bool: the places that have no output of their own; None where all have one."""
         return self.tokens.without_output()
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss: name -> its weight and a scalar."""
+        """What training adds to the loss: name -> (weight, scalar)."""
         learned = self.tokens.learned()
         return {} if learned is None else self.policy.losses(self, learned, output)
 
     # -- pruning ----------------------------------------------------------------------------------
 
     def _prune(self, layer: int, hidden: Tensor) -> None:
-        """Decide before ``layer`` who goes on."""
+        """Decide which tokens enter ``layer``, and drop the others."""
         if layer in self.tokens.choices:  # a replay by gradient checkpointing
             return
         # The prompt is the same in every pass of a generation without a cache.
         decision = None if self.known is None else self.known.get(layer)
         recording = self.recordings.pop(layer - 1, None)
         if decision is None and recording is None:
-            return  # the budget keeps everything: nothing was recorded, nothing changes
-        # A checkpoint around the layer counts what its replay saves, and no choice is made in a
-        # replay: what the thresholds learn from is kept beside it.
+            return  # the budget keeps everything, so nothing was recorded and nothing changes
+        # A checkpoint around the layer counts the tensors that its replay saves, and a replay makes
+        # no choice. So what the thresholds learn from is saved outside of the checkpoint.
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             if decision is None:
                 assert recording is not None
@@ -164,7 +170,7 @@ class Prefill:
 
     def _decide(self, layer: int, recording: Recording, hidden: Tensor) -> Decision:
         self._move_to(recording.query.device)
-        # Scores are compared with each other: no autocast rounds them.
+        # Scores are compared with each other, so autocast must not round them.
         with (
             torch.set_grad_enabled(self.tokens.learning),
             torch.autocast(hidden.device.type, enabled=False),
@@ -195,8 +201,9 @@ class Prefill:
         return self.policy.counts(step, self.layout, self.entered, left)
 
     def _move_to(self, device: torch.device) -> None:
-        """Follow the decoder to the device of the layer that was recorded (a model may span
-        several).
+        """Move the state to the device of the layer that was recorded.
+
+        The layers of one model may lie on several devices.
         """
         if self.layout.position.device != device:
             self.tokens.move_to(device)

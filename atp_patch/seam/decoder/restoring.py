@@ -1,4 +1,4 @@
-"""The decoder's output in the length that the host's code and its caller know."""
+"""Giving the decoder's output the length that the host's code and its caller expect."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from atp_patch.seam.decoder.visual_tokens import TokenState
 
 
 def restored(output: Any, tokens: TokenState, num_layers: int, *, square: bool) -> Any:
-    """The decoder's output with zeros at pruned places; None where it has its length already.
+    """The decoder's output with zeros at pruned places; None where it has its full length already.
 
     Args:
-        square: attention weights have the tokens of this pass alone as keys, no earlier ones.
+        output: what the decoder returned.
+        tokens: the token state of the pass.
+        num_layers: how many layers the decoder has.
+        square: the keys of the attention weights are the tokens of this pass alone.
     """
     length, last = tokens.visual.layout.length, num_layers - 1
     if tokens.entering(last) is None:
@@ -33,7 +36,7 @@ def restored(output: Any, tokens: TokenState, num_layers: int, *, square: bool) 
         return (hidden(output[0], last), *output[1:])
     output.last_hidden_state = hidden(output.last_hidden_state, last)
     if output.hidden_states is not None:
-        # hidden_states[i] leaves layer i - 1; the first is what enters layer 0.
+        # hidden_states[i] is what layer i - 1 returned, and hidden_states[0] what enters layer 0.
         output.hidden_states = tuple(
             hidden(states, max(i - 1, 0)) for i, states in enumerate(output.hidden_states)
         )

@@ -1,4 +1,4 @@
-"""Visual tokens turned by row and column: the host's rotary tables, gathered anew."""
+"""Rotary embedding of visual tokens by row and column, gathered from the host's tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from atp_patch.maths import rotary_frequencies, turn_by_place
 
 
 class RowColumnRotary:
-    """What turns the visual tokens of one forward pass in two dimensions.
+    """The rotary tables of one forward pass in which visual tokens have a row and a column.
 
-    Rows and columns are counted from the first token of the image (of each frame, of each tile):
-    the token in row r and column c turns with the positions of the r-th and c-th tokens behind that
-    one. These stand in the same sequence, so their angles stand in the host's own tables, whatever
-    made those.
+    Rows and columns are counted from the first token of the image, frame or tile. The token in row
+    r and column c is rotated by the positions of the r-th and the c-th token behind the first one.
+    These stand in the same sequence, so that the host's own tables hold their angles, however the
+    host computes them.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -38,17 +38,17 @@ class RowColumnRotary:
 
     @staticmethod
     def _places(layout: Layout, visual: Tensor) -> Tensor:
-        """(B, L): each token's own place, but that of visual tokens as given (B, V)."""
+        """(B, L) int64: the place of each token, and for visual tokens the given one (B, V)."""
         batch, length = layout.valid.shape[0], layout.length
         own = torch.arange(length + 1, device=visual.device).repeat(batch, 1)
         column = torch.where(layout.valid, layout.position, length)
         return own.scatter(1, column, visual)[:, :length]
 
     def tables(self, host: Any) -> Any:
-        """The tables (cos, sin) that a layer is to get in place of the host's; made once.
+        """The tables (cos, sin) that a layer gets in place of the host's; they are made once.
 
         Raises:
-            UnsupportedModelError: where the host's tables are made in a way that is not known.
+            UnsupportedModelError: where the layout of the host's tables is not known.
         """
         if id(host) not in self._made:
             self._made[id(host)] = (host, self._turn(host))

@@ -17,9 +17,10 @@ class Survivors:
     """The tokens that enter the layers from one pruning layer up to the next.
 
     Attributes:
-        index: (B, n) positions in this forward's sequence, in order; padding slots stand last.
+        index: (B, n) int64 positions in the sequence of this pass, in order; padding slots are
+            last.
         valid: (B, n) bool, or None where every slot holds a token.
-        narrowed: what the host's tables became for these tokens, by their identity.
+        narrowed: what was made once for these tokens, with the object that it was made of.
     """
 
     index: Tensor
@@ -34,11 +35,11 @@ class Survivors:
 
     @property
     def all_valid(self) -> Tensor:
-        """(B, n) bool ``valid``, written out."""
+        """(B, n) bool: ``valid``, with True everywhere where it is None."""
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
     def slots(self, length: int) -> Tensor:
-        """(B, length) int64: which slot holds each position of the sequence, -1 where none does."""
+        """(B, length) int64: the slot of each position of the sequence, -1 where it has none."""
         return self.once("slots", None, lambda: local_index(self.index, self.all_valid, length))
 
     def mask(self, length: int) -> Tensor:
@@ -48,21 +49,26 @@ class Survivors:
         return mask.scatter_(1, column, True)[:, :length]
 
     def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
-        """``make()`` once for each source object (which is kept alive, so its id stays its own)."""
+        """The result of ``make()``, which runs once for each key.
+
+        The source object is kept alive, so that a key that holds its id stays unique.
+        """
         if key not in self.narrowed:
             self.narrowed[key] = (source, make())
         return self.narrowed[key][1]
 
     def restore_hidden(self, hidden: Tensor, length: int) -> Tensor:
-        """(B, n, *) -> (B, length, *): survivors in their places, zeros elsewhere."""
+        """(B, length, *) states with zeros at pruned places, from (B, n, *) of the survivors."""
         here = self.to(hidden.device)
         return scatter_tokens(hidden, here.index, here.all_valid, length)
 
     def restore_attention(self, weights: Tensor, length: int, *, square: bool) -> Tensor:
-        """(B, H, n, K) -> (B, H, length, K) attention weights, zeros at pruned places.
+        """(B, H, length, K) attention weights with zeros at pruned places, from (B, H, n, K).
 
         Args:
-            square: the keys are the survivors too; they are then put in their places as well.
+            weights: (B, H, n, K).
+            length: ``L``, tokens of the whole sequence.
+            square: the keys are the survivors too, and are put into their places as well.
         """
         rows = self.restore_hidden(weights.transpose(1, 2), length).transpose(1, 2)
         if not square:

@@ -1,4 +1,4 @@
-"""What a layer method gets to see, made of the tokens that are left and of recorded attention."""
+"""Views of layer methods, made of the tokens that are left and of recorded attention."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def view_before(
     hidden: Tensor,
     **more: Any,
 ) -> View:
-    """What a method may look at before ``layer``.
+    """The view of a method that chooses before ``layer``.
 
     Args:
-        tokens, text: on the device of the recording.
-        recording: of the layer before.
+        layer: the number of the layer.
+        tokens, text: the token state and the text rows, on the device of the recording.
+        host: what the host brought to the pass.
+        recording: the attention of the layer before.
         hidden: (B, L', D) hidden states that would enter the layer.
         more: further fields of the view.
     """

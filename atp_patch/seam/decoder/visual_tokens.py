@@ -1,4 +1,4 @@
-"""The visual tokens that are left before a decoder layer, and what was chosen among them."""
+"""The visual tokens that are left before a decoder layer, and the choices among them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class VisualTokens:
 
     Attributes:
         layout: the visual tokens before any pruning.
-        token: (B, V) int64: which of the sample's visual tokens each is (a column of the layout).
+        token: (B, V) int64, the column of the layout in which each token stands.
         valid: (B, V) bool, False in padding slots.
-        left: how many each sample has.
+        left: how many visual tokens each sample has.
     """
 
     layout: Layout
@@ -38,14 +38,15 @@ class VisualTokens:
 
     @property
     def position(self) -> Tensor:
-        """(B, V) int64 positions in the sequence."""
+        """(B, V) int64: the tokens' positions in the sequence."""
         return self.layout.position.gather(1, self.token)
 
     def keeping(self, keep: Tensor, kept: Sequence[int]) -> VisualTokens:
-        """Those of them that are kept.
+        """The visual tokens that are kept.
 
         Args:
-            keep: (B, V) bool; ``kept``: how many these are, of each sample.
+            keep: (B, V) bool.
+            kept: how many are kept of each sample.
         """
         chosen, valid = pack(keep, length=max(kept))
         return VisualTokens(self.layout, self.token.gather(1, chosen), valid, tuple(kept))
@@ -58,13 +59,14 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen before one layer.
+    """The choice that was made before one layer.
 
     Attributes:
-        decision: about the visual tokens that reached the layer.
-        tokens: those visual tokens; ``slot`` (B, V) their places among all tokens that reached it.
+        decision: the method's decision about the visual tokens that reached the layer.
+        tokens: the visual tokens that reached the layer.
+        slot: (B, V) int64, their places among all tokens that reached the layer.
         kept: how many of them each sample keeps.
-        survivors: all tokens that are left, None where nothing was pruned so far.
+        survivors: all tokens that are left; None where nothing has been pruned so far.
     """
 
     decision: Decision
@@ -74,8 +76,9 @@ class Choice:
     survivors: Survivors | None
 
     def merged(self, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states of all tokens that reached the layer, sums in place of those
-        that take in others.
+        """(B, L', D) hidden states of all tokens that reached the layer.
+
+        A token that takes in others has their weighted sum in place of its own state.
         """
         recycled = self.decision.recycled
         if recycled is None:
@@ -94,8 +97,8 @@ class Learned:
     """What the losses of a forward pass that learns are made of.
 
     Attributes:
-        soft_counts: (B,) float32 tokens left after each pruning layer, with the gradient that the
-            budget takes.
+        soft_counts: for each pruning layer (B,) float32, how many tokens are left after it, with
+            the gradient of the budget's loss.
         views: pruning layer -> what the method saw there.
     """
 
@@ -107,10 +110,10 @@ class TokenState(Protocol):
     """How one forward pass makes its visual tokens fewer, layer by layer.
 
     Attributes:
-        learning: decisions need a soft mask, and their scores a gradient.
+        learning: True where decisions need a soft mask, and their scores a gradient.
         visual: the visual tokens that are left.
         attended: (B, L) bool, False at padding; None without padding.
-        choices: layer -> what was chosen before it.
+        choices: layer -> the choice that was made before it.
     """
 
     learning: ClassVar[bool]
@@ -122,43 +125,47 @@ class TokenState(Protocol):
         """Carry out a decision before ``layer``."""
 
     def slots(self, position: Tensor) -> Tensor:
-        """Places of positions (B, n) of the sequence among the tokens that are left."""
+        """(B, n) int64: the places of positions (B, n) of the sequence among the tokens left."""
 
     def gone(self) -> Tensor | None:
-        """(B, L') bool: tokens that layers still run on, but no score may see; None: none."""
+        """(B, L') bool: the tokens that layers run on but no score may see; None without any."""
 
     def seen(self, view: View) -> View:
-        """Take note of what a method is about to see, and give it back as it is to be seen."""
+        """Take note of the view of a method, and return it as the method is to see it."""
 
     def entering(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None: all. Known again when the layer is replayed."""
+        """The tokens that a layer runs on; None where it runs on all.
+
+        It is the same when gradient checkpointing replays the layer.
+        """
 
     def survivors(self, layer: int) -> Survivors | None:
         """The tokens that were chosen before a layer or earlier; None before the first pruning."""
 
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states that would enter a layer -> those that do."""
+        """(B, L'', D) hidden states that enter a layer, from (B, L', D) of those before it."""
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
-        """What stands in for the attention of a layer; None: the host's own."""
+        """The attention that a layer uses; None for the host's own."""
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: tokens that are left in ``layer``, in their original positions; padding
-        False.
+        """(B, L) bool: the tokens that are left in ``layer``, in their original positions.
+
+        It is False at padding.
         """
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: places that have no output of their own; None where all have one."""
+        """(B, L) bool: the places that have no output of their own; None where all have one."""
 
     def learned(self) -> Learned | None:
-        """What losses are made of; None where nothing learns."""
+        """What losses are made of; None where nothing is learned."""
 
     def move_to(self, device: torch.device) -> None:
-        """Follow the decoder to another device (a model may span several)."""
+        """Move the state to the device on which the decoder goes on."""
 
 
 def kept_in(state: TokenState, layer: int) -> Tensor:
-    """As :meth:`TokenState.kept`, from the survivors."""
+    """The result of :meth:`TokenState.kept`, from the survivors."""
     layout, survivors = state.visual.layout, state.survivors(layer)
     if survivors is not None:
         return survivors.mask(layout.length)
@@ -169,6 +176,6 @@ def kept_in(state: TokenState, layer: int) -> Tensor:
 
 
 def survivors_of(choices: dict[int, Choice], layer: int) -> Survivors | None:
-    """As :meth:`TokenState.survivors`, from the choices."""
+    """The result of :meth:`TokenState.survivors`, from the choices."""
     made = [number for number in choices if number <= layer]
     return choices[max(made)].survivors if made else None

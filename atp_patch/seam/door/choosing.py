@@ -20,8 +20,8 @@ class DoorPolicy(Protocol):
     """What the rest of the package says about the door.
 
     Attributes:
-        chooses_at_door: a method chooses there.
-        minimum: fields of a view that say how many tokens stay at least.
+        chooses_at_door: True where a method chooses there.
+        minimum: the fields of a view that say how many tokens are kept at least, by name.
     """
 
     chooses_at_door: bool
@@ -46,9 +46,10 @@ def choose(
 
     Args:
         policy: what the rest of the package says about the door.
-        layout: the visual tokens of the pass; ``prompt`` all its tokens.
-        sample_key: (B,) int64 as of a view.
-        embeds: (B, L, D) what is about to enter the decoder.
+        layout: the visual tokens of the pass.
+        prompt: all tokens of the pass.
+        sample_key: (B,) int64 as in a view.
+        embeds: (B, L, D), what is about to enter the decoder.
         tower: gives what the vision tower did.
     """
     counts = policy.door_counts(layout)
@@ -57,7 +58,7 @@ def choose(
     position, valid = pack(prompt.attended & prompt.scored & ~prompt.visual)
     position, valid = position.to(embeds.device), valid.to(embeds.device)
     tokens = VisualTokens.all_of(layout)
-    # Scores are compared with each other: no autocast rounds them.
+    # Scores are compared with each other, so autocast must not round them.
     with torch.no_grad(), torch.autocast(embeds.device.type, enabled=False):
         features = gather_tokens(embeds, layout.position)
         view = DoorView(
@@ -84,7 +85,7 @@ def narrow_late_features(prefill: Prefill, kwargs: dict[str, Any]) -> None:
 
     Args:
         prefill: a pass whose entry has been chosen.
-        kwargs: of the decoder (changed in place).
+        kwargs: the decoder's arguments, which are changed in place.
     """
     mask, late = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
     if mask is None or not late:

@@ -1,4 +1,4 @@
-"""Reading the arguments of a forward pass: is there an image, what does the prompt hold."""
+"""Reading the arguments of a forward pass: whether it has images, and what its prompt holds."""
 
 from __future__ import annotations
 
@@ -32,15 +32,25 @@ class Call:
     """The arguments of one forward pass that matter to pruning.
 
     Attributes:
-        padding: (B, L) of a prompt, where ``generate`` was given it and its passes are not.
+        labels: (B, L) int64, a copy of the labels that the call was given, or None.
+        visual_mask: (B, L) bool, True at visual tokens, where the caller gave it, or None.
+        prompt_length: how many tokens the prompt of ``generate`` has, or None outside of it.
+        input_ids: (B, L) int64, or None where embeddings were given.
+        inputs_embeds: (B, L, D) embeddings that were given in place of ids, or None.
+        attention_mask: the attention mask as it was given, or None.
+        embedding: the module that embeds ids.
+        has_images: True where the pass may hold images.
+        padding: (B, L), the attention mask of the prompt that ``generate`` was given, or None. Its
+            passes may get another mask.
+        num_items: how many supervised tokens the trainer divides the loss by, or None.
         session: the call of ``generate`` that this pass belongs to, or None.
         grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where this pass itself
             was given them.
         sequences: the arguments of this pass that tell where sequences begin in a row, if any.
-        through: the pass through the decoder, once it is done, where it leaves some places without
-            an output.
-        alone: the model without its head was called, not the top.
-        entered: the model without its head has begun.
+        through: the finished pass through the decoder, where it left some places without an output.
+        alone: True where the model without its head was called, and not the top.
+        entered: True where the model without its head has begun.
+        visual_grids: for each sample the (frames, height, width) of its images, or None.
     """
 
     labels: Tensor | None
@@ -69,11 +79,10 @@ class Call:
         kwargs: dict[str, Any],
         session: Session | None,
     ) -> Call:
-        """Start reading at the outermost module; takes ``visual_mask`` and ``visual_grids`` out of
-        its keywords.
+        """Read the arguments of the outermost module.
 
-        ``labels`` are replaced by a copy, in which targets that pruned places would have had to
-        predict are dropped once the choice is made.
+        ``visual_mask`` and ``visual_grids`` are taken out of its keywords. ``labels`` are replaced
+        by a copy, from which the targets of pruned places are dropped once the choice is made.
         """
         visual_mask, grids = kwargs.pop("visual_mask", None), kwargs.pop("visual_grids", None)
         labels = kwargs.get("labels")
@@ -98,7 +107,7 @@ class Call:
         )
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Add what the model without its head was given."""
+        """Read the arguments of the model without its head too."""
         given, self.entered = kwargs, True
         if args:
             names = list(inspect.signature(type(base).forward).parameters)[1:]
@@ -117,7 +126,7 @@ class Call:
         given = self.visual_grids
         if not given or self.prompt_length is None or batch % len(given):
             return given
-        repeats = batch // len(given)  # beams, sequences
+        repeats = batch // len(given)  # beams and returned sequences
         return [sample for sample in given for _ in range(repeats)]
 
     def ids(self, batch: int, length: int) -> Tensor | None:
@@ -131,10 +140,10 @@ class Call:
         samples, known = prompt.shape
         if known != length or batch % samples:
             return None
-        return prompt.repeat_interleave(batch // samples, 0)  # beams, sequences
+        return prompt.repeat_interleave(batch // samples, 0)  # beams and returned sequences
 
     def grids(self, batch: int) -> tuple[dict[str, Tensor], int]:
-        """``grid_thw`` of this pass or of its prompt, and how many rows share one sample's."""
+        """The ``grid_thw`` of this pass or of its prompt, and how many rows share one sample's."""
         session = self.session
         if self.grid_thw or session is None or not session.samples:
             return self.grid_thw, 1
@@ -142,29 +151,29 @@ class Call:
 
     @property
     def mask_is_plain(self) -> bool:
-        """Whether a wide mask of the host says no more than causality and padding.
+        """Whether a wide mask that the host builds says no more than causality and padding.
 
-        Without any mask given, the host builds a wide one only for something else (packed
-        sequences).
+        Where no mask is given, the host builds a wide one only for another reason, such as packed
+        sequences.
         """
         return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
 
     def unsupervise(self, lost: Tensor) -> None:
-        """Drop the targets that places without an output would have had to predict (in the copied
-        labels).
+        """Drop the targets of places without an output from the copied labels.
 
         Args:
-            lost: (B, L) bool: pruned places, and padding once it was dropped with them.
+            lost: (B, L) bool, the places without an output: pruned ones, and padding where it was
+                dropped with them.
         """
         if self.labels is not None:
             lost = lost.to(self.labels.device)
             self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
 
     def add_losses(self, output: Any, losses: dict[str, tuple[float, Tensor]]) -> Any:
-        """Add weighted losses to the host's own (``output.loss``, or the first of a tuple).
+        """Add weighted losses to the host's loss (``output.loss``, or the first of a tuple).
 
-        Where the host divides by the supervised tokens of several batches, so that their gradients
-        can be accumulated, this batch's share of them weighs what is added.
+        Where gradients are accumulated, the host divides by the supervised tokens of several
+        batches. What is added is then weighed by this batch's share of these tokens.
         """
         assert self.labels is not None
         if not losses:
@@ -185,7 +194,7 @@ class Call:
 
 
 def refuse_replica(module: nn.Module) -> None:
-    """Raise in a copy that ``nn.DataParallel`` made: its layers are not those that are watched."""
+    """Raise in a copy by ``nn.DataParallel``, since the seam watches the original's layers."""
     if getattr(module, "_is_replica", False):
         raise UnsupportedModelError(
             "nn.DataParallel would prune nothing; start one process for each GPU (torchrun), or "
@@ -201,12 +210,13 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     """The prompt of a forward pass on the CPU.
 
     Args:
-        token_ids: placeholder ids of images and videos.
-        embeds: (B, L, D) what the decoder gets.
-        past: tokens of earlier turns in the cache.
+        call: the arguments of the pass.
+        token_ids: the ids of placeholders of images and videos.
+        embeds: (B, L, D), what the decoder gets.
+        past: how many tokens of earlier turns the cache holds.
 
     Raises:
-        InputError: if only embeddings were given and nothing says which of them are visual.
+        InputError: where only embeddings were given and nothing says which of them are visual.
     """
     batch, length = embeds.shape[:2]
     ids, finite = call.ids(batch, length), _finite(embeds)
@@ -217,10 +227,11 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
         finite = known.bool()
     if call.visual_mask is not None:
         visual = call.visual_mask.cpu().bool()[:, -length:]
-        if call.prompt_length is not None:  # what came behind the prompt is text
+        if call.prompt_length is not None:  # what stands behind the prompt is text
             visual = pad(visual, (0, length - visual.shape[1]))
         if call.prompt_length is not None and batch % visual.shape[0] == 0:
-            visual = visual.repeat_interleave(batch // visual.shape[0], 0)  # beams, sequences
+            # Beams and returned sequences share their prompt.
+            visual = visual.repeat_interleave(batch // visual.shape[0], 0)
         if visual.shape != (batch, length):
             raise InputError(
                 f"visual_mask has shape {tuple(call.visual_mask.shape)}; it must be (batch, "
@@ -234,12 +245,12 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
     if isinstance(call.attention_mask, Tensor) and call.attention_mask.ndim == 2:
         attended = call.attention_mask[:, -length:].cpu().bool()
     elif call.padding is not None and not past and call.padding.shape[1] == length:
-        repeats = batch // len(call.padding)  # beams, sequences
+        repeats = batch // len(call.padding)  # beams and returned sequences
         attended = call.padding.cpu().bool().repeat_interleave(repeats, 0)
     scored = torch.ones_like(attended)
     if call.prompt_length is not None:
         scored &= torch.arange(length) + past < call.prompt_length
-        visual = visual & scored  # a placeholder's id that was generated is no image
+        visual = visual & scored  # a generated id of a placeholder is no image
     if call.labels is not None:
         supervised = call.labels.cpu() != IGNORED_LABEL
         scored &= _before_answers(supervised, visual, attended)
@@ -249,17 +260,18 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
 def _finite(embeds: Tensor) -> Tensor:
     """(B, L) bool: the embeddings (B, L, D) that hold neither NaN nor infinity.
 
-    A sum keeps either of them, and needs no table of the embeddings' own size.
+    A sum over the channels is NaN or infinite then, and needs no table of the embeddings' size.
     """
     wide = torch.promote_types(embeds.dtype, torch.float32)
     return embeds.detach().sum(-1, dtype=wide).isfinite()
 
 
 def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Tensor:
-    """(B, L) bool: what a prompt at inference holds, which ends before the answer.
+    """(B, L) bool: the tokens that a prompt at inference would hold, which ends before the answer.
 
-    That is the first one behind the last image; what stands after it has seen it. Where nothing
-    behind the images is unsupervised, labels do not tell an answer from its question: all counts.
+    The answer is the first one behind the last image; later text has read it already. Where all
+    text behind the images is supervised, labels do not tell an answer from its question, and all
+    tokens count.
     """
     place = torch.arange(visual.shape[1])
     behind = place > torch.where(visual, place, -1).amax(1, keepdim=True)
@@ -274,15 +286,18 @@ def grid_query(
     """What a family may look at, on the CPU, from what the decoder is about to get.
 
     Args:
-        kwargs: the decoder's, with ``inputs_embeds`` (B, L, D).
-        newline: name of the base model's parameter that ends rows of features, if it has one.
+        parts: the model's modules.
+        call: the arguments of the pass.
+        prompt: its tokens.
+        kwargs: the decoder's arguments, with ``inputs_embeds`` (B, L, D).
+        newline: the name of the base model's parameter that ends rows of features, or None.
     """
     embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
     grids, repeats = call.grids(len(embeds))
     newlines = None
     if newline is not None:
         value = getattr(parts.base, newline).detach().to(embeds)
-        # Autocast may have rounded what was written to half precision.
+        # Autocast may have rounded the newlines among the embeddings to half precision.
         newlines = ((embeds - value).abs() <= value.abs() / 128).all(-1).cpu() & prompt.visual
     return GridQuery(
         config=parts.model.config,
@@ -320,7 +335,7 @@ def find_grids(
 
 
 def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
-    """(B, L) bool: embeddings that are still those of the placeholders, as the host finds them."""
+    """(B, L) bool: the embeddings that equal those of placeholders, as the host finds them too."""
     embeds, embedding = call.inputs_embeds, call.embedding
     assert embeds is not None
     assert embedding is not None

@@ -1,8 +1,8 @@
-"""Narrowing what the decoder hands to its layers: masks, rotary tables, position ids.
+"""Narrowing the attention masks that the decoder hands to its layers.
 
-Masks, as transformers makes them: sdpa None or bool (B, 1, Q, K); eager float (B, 1, Q, K); flash
-None or (B, K). A wide mask is never rebuilt from guesses: its rows and columns are gathered, so
-whatever pattern the host put into it (padding, sliding windows, prefixes) stays exact.
+transformers makes masks of these kinds: None or bool (B, 1, Q, K) for sdpa, float (B, 1, Q, K) for
+eager, None or (B, K) for flash. A wide mask is never rebuilt. Its rows and columns are gathered, so
+that any pattern in it (padding, sliding windows, prefixes) stays exact.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from atp_patch.seam.host.cache import PrunedLayer, columns
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether an attention implementation takes 2D masks and finds packed sequences by itself."""
+    """Whether an attention implementation takes 2D masks and looks for packed sequences itself."""
     return "flash" in implementation
 
 
 def check_implementation(implementation: str) -> None:
-    """Raise for attention implementations whose masks cannot be narrowed."""
+    """Raise UnsupportedModelError for implementations whose masks cannot be narrowed."""
     if implementation == "flex_attention" or implementation.startswith("paged"):
         raise UnsupportedModelError(
             f"attention implementation {implementation!r} is not supported while patched; call "
@@ -29,7 +29,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def gather_rows(mask: Tensor, index: Tensor) -> Tensor:
-    """Rows of a mask: (B or 1, h, Q, K), index (B, n) -> (B, h, n, K)."""
+    """Rows of a mask: (B or 1, h, Q, K) and index (B, n) -> (B, h, n, K)."""
     batch, n = index.shape
     _, heads, _, width = mask.shape
     wide = mask.expand(batch, -1, -1, -1)
@@ -37,7 +37,7 @@ def gather_rows(mask: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    """Columns of a mask; places outside it, and invalid ones, are hidden.
+    """Columns of a mask; columns outside of it, and invalid ones, are hidden.
 
     Args:
         mask: (B or 1, h, Q, W), or (B, W).
@@ -48,7 +48,7 @@ def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
         (B, h, Q, K), or (B, K).
     """
     width = mask.shape[-1]
-    index = index.to(mask.device)  # a model over several devices has its masks on the first
+    index = index.to(mask.device)  # a model on several devices has its masks on the first
     seen = (index >= 0) & (index < width)
     if valid is not None:
         seen = seen & valid.to(mask.device)
@@ -72,16 +72,17 @@ def prefill_mask(
     total: int,
     causal_suffices: bool,
 ) -> Tensor | None:
-    """The mask of the layers that run on survivors only.
+    """The mask of the layers that run on survivors alone; None where they need none.
 
     Args:
         mask: what the host gives these layers for the whole sequence.
-        rows: (B, n) places of the survivors in this forward's sequence.
-        keys: (B, K) logical positions of the keys; ``keys_valid`` (B, K) bool or None.
-        total: logical length, earlier turns included.
-        causal_suffices: the host's mask is causal and padding only, nothing is cached yet, and the
-            attention is causal by itself without a mask. Survivors stand in order and padding slots
-            stand last, where causality hides them: no mask is needed.
+        rows: (B, n) int64 places of the survivors in the sequence of this pass.
+        keys: (B, K) int64 logical positions of the keys.
+        keys_valid: (B, K) bool, or None where all are valid.
+        total: the logical length, earlier turns included.
+        causal_suffices: True where the host's mask says no more than causality and padding, nothing
+            is cached yet, and the attention is causal by itself. No mask is needed then, because
+            survivors stand in order, and padding slots stand last, where causality hides them.
     """
     if mask is None or causal_suffices:
         return None
@@ -96,7 +97,7 @@ def decode_mask(
 ) -> Tensor | None:
     """The mask of a layer that holds a pruned prompt, for ``query_length`` new tokens.
 
-    Where the host needs no mask and no slot is empty this is None, found in constant time.
+    It is None, which takes constant time, where the host needs no mask and no slot is empty.
     """
     if mask is None and layer.valid is None:
         return None
@@ -106,6 +107,6 @@ def decode_mask(
     if mask is None:
         assert valid is not None
         return valid if flash else valid[:, None, None, :]
-    # The last column of a growing mask is the newest token; a static one starts at position 0.
+    # The last column of a growing mask is the newest token; a static mask begins at position 0.
     offset = 0 if static else max(width + layer.dropped - mask.shape[-1], 0)
     return gather_columns(mask, positions - offset, valid)

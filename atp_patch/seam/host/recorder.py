@@ -1,10 +1,10 @@
 """Recording the post-rotary queries and keys of one layer, whatever its attention implementation.
 
-transformers looks the attention function up by the name in ``self_attn.config`` at every call. A
-watched attention has a view of the host's config in that place: it shares all of the host's
-attributes, and answers with our name while the running thread expects a call of this very
-attention. The function below notes q and k, and calls the host's function, which sees the host's
-name again. The decoder's own config, from which masks are made, is never touched.
+transformers finds the attention function at every call by the name in ``self_attn.config``. A
+watched attention has a view of the host's config in its place. The view shares all attributes of
+the host's config, but gives our function's name while the running thread expects a call of this
+attention. Our function notes q and k and calls the host's function, which reads the host's name
+again. The decoder's own config, from which masks are made, is never changed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ ATTEND = "atp_patch_attend"
 
 @dataclass
 class Recording:
-    """q, k and mask of one attention call: (B, H, Q, d), (B, Hk, K, d) and a host mask or None.
+    """What was recorded of one call of an attention.
 
-    ``module`` is the attention; ``rotary`` the tables (cos, sin) that its layer was handed;
-    ``softcap`` and ``sinks`` what else its softmax takes (Gemma 2, gpt-oss).
+    Attributes:
+        query, key: (B, H, Q, d) and (B, Hk, K, d), after rotary embedding.
+        mask: the host's mask, or None.
+        scaling: the factor of the logits.
+        module: the attention.
+        rotary: the tables (cos, sin) that the attention's layer was given, or None.
+        softcap: the bound of the logits (Gemma 2), or None.
+        sinks: (H,) float, a logit of each head that counts in the sums of its softmax and for no
+            token (gpt-oss), or None.
     """
 
     query: Tensor
@@ -44,13 +51,13 @@ class Recording:
     sinks: Tensor | None = None
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
-        """Q and k of this pass's own tokens before rotary embedding, by turning them back.
+        """The queries and keys of this pass's own tokens before rotary embedding.
 
-        The host's own function is called with the angles negated, so its convention is kept
-        whatever it is.
+        They are rotated back by the host's own function with negated angles, so that any convention
+        of the host is followed.
 
         Raises:
-            UnsupportedModelError: where the host turns them in another way.
+            UnsupportedModelError: where the host has no such function.
         """
         home = sys.modules[type(self.module).__module__]
         rotate = getattr(home, "apply_rotary_pos_emb", None)
@@ -61,15 +68,16 @@ class Recording:
             )
         cos, sin = self.rotary
         own = self.key[:, :, -self.query.shape[2] :]
-        # Tables that are scaled (long contexts) scale twice on the way there and back.
+        # Scaled tables (of long contexts) scale once in the host's call and once in this one.
         scale = float(cos.flatten()[0].float() ** 2 + sin.flatten()[0].float() ** 2)
         query, key = rotate(self.query, own, cos, -sin)
         return query / scale, key / scale
 
 
 def register() -> None:
-    """Make the recording attention known to transformers (idempotent; done when a model is
-    patched).
+    """Register our attention function in transformers; a second call changes nothing.
+
+    This is done when a model is patched, never at import.
     """
     AttentionInterface.register(ATTENTION_NAME, _attend)
 
@@ -80,10 +88,10 @@ class _Expected:
 
     Attributes:
         view: the attention's config.
-        sink: takes the recording, or None.
-        rotary: the tables (cos, sin) that the attention's layer was handed.
-        every: all calls of the attention's own function until it returns are recorded (some
-            vision towers attend image by image).
+        sink: the function that is given the recording, or None where none is wanted.
+        rotary: the tables (cos, sin) that the attention's layer was given.
+        every: True where all calls of the attention function are recorded until the module returns,
+            because some vision towers attend image by image.
     """
 
     view: Any
@@ -93,24 +101,24 @@ class _Expected:
 
 
 class _Expectation(PerThread):
-    """The call that the running thread expects."""
+    """The call that the running thread expects, or None."""
 
     def __init__(self) -> None:
         self.call: _Expected | None = None
 
 
 class Recorder:
-    """Records the attention of one model's modules, for each thread apart."""
+    """Records the attention of one model's modules, for each thread by itself."""
 
     def __init__(self) -> None:
         self._thread = _Expectation()
 
     def watch(self, attention: Any) -> None:
-        """Be able to record a module's attention, until :meth:`release`."""
+        """Make a module's attention one that can be recorded, until :meth:`release`."""
         attention.config = _viewed(attention.config, self)
 
     def release(self, attention: Any) -> None:
-        """Give a watched module the host's config back."""
+        """Give a watched module its own config back."""
         if isinstance(attention.config, _View):
             attention.config = attention.config._atp_host
 
@@ -122,17 +130,21 @@ class Recorder:
         rotary: Any = None,
         every: bool = False,
     ) -> None:
-        """Have the next call of a watched module go through our function, which hands its q and k
-        to ``sink``, and attends as the keyword ``ATTEND`` of that call says, where it has one.
+        """Send the next call of a watched module through our function.
+
+        The function hands what it records to ``sink``. It attends with the function in the keyword
+        ``ATTEND`` of that call, if there is one.
 
         Args:
-            rotary: the tables (cos, sin) that its layer was handed.
-            every: as long as the module's call lasts; then :meth:`forget` is to be called.
+            attention: the module.
+            sink: the function that is given the recording, or None.
+            rotary: the tables (cos, sin) that the attention's layer was given.
+            every: record all calls until :meth:`forget`, which is called when the module returns.
         """
         self._thread.call = _Expected(attention.config, sink, rotary, every)
 
     def forget(self) -> None:
-        """The running thread expects nothing any more."""
+        """Let the running thread expect no call."""
         self._thread.call = None
 
     def expects(self, view: Any) -> bool:
@@ -146,7 +158,7 @@ class Recorder:
         return call is not None and call.view is attention.config and call.sink is not None
 
     def overhear(self, also: Callable[[Recording], None]) -> None:
-        """Have the recording that is awaited go to ``also`` too."""
+        """Hand the recording that is expected to ``also`` too."""
         call = self._awaited()
 
         def both(recording: Recording) -> None:
@@ -156,19 +168,19 @@ class Recorder:
         self._thread.call = replace(call, sink=both)
 
     def replay(self, recording: Recording) -> None:
-        """Hand on a recording in place of the call that is awaited."""
+        """Hand on a recording in place of the call that is expected."""
         call = self._awaited()
         self.forget()
         call.sink(recording)
 
     def take(self) -> _Expected | None:
-        """The expected call, which has come."""
+        """The expected call, which is expected no longer."""
         call = self._thread.call
         self.forget()
         return call
 
     def resume(self, call: _Expected | None) -> None:
-        """Expect further calls, if all are wanted."""
+        """Expect the next call too, where all calls are recorded."""
         if call is not None and call.every:
             self._thread.call = call
 
@@ -180,9 +192,9 @@ class Recorder:
 
 
 class _View:
-    """A config that shares the attributes of the host's, and answers for its attention's name.
+    """A config that shares all attributes of the host's config but the attention's name.
 
-    Slots: the host's config, and the recorder.
+    Its slots hold the host's config and the recorder.
     """
 
     __slots__ = ()
@@ -190,7 +202,7 @@ class _View:
     _atp_recorder: Recorder
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Nothing: transformers would make a dataclass of it."""
+        """Do nothing here, since transformers would make the subclass a dataclass."""
 
     @property
     def _attn_implementation(self) -> Any:
@@ -203,7 +215,7 @@ class _View:
         self._atp_host._attn_implementation = value
 
     def __copy__(self) -> Any:
-        """A copy is a config like the host's, which nothing watches."""
+        """A copy of the host's config, which no recorder watches."""
         return copy.copy(self._atp_host)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -233,7 +245,10 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Hand on q and k where they are waited for, then attend as the host would, or as told."""
+    """Our attention function: record the call where it is expected, then attend.
+
+    It attends with the function in the keyword ``ATTEND`` where there is one, else as the host.
+    """
     recorder: Recorder = module.config._atp_recorder
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = recorder.take()
@@ -272,7 +287,7 @@ def _attend(
 
 
 def _eager_function(module: Any) -> Callable[..., Any]:
-    """The eager attention of the file that the attention module comes from."""
+    """The eager attention of the file that defines the attention module."""
     home = sys.modules[type(module).__module__]
     function = getattr(home, "eager_attention_forward", None)
     if function is None:

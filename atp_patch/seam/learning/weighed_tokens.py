@@ -1,4 +1,4 @@
-"""Pruning that learns: layers run on all tokens, and the keys of pruned ones are weighed down."""
+"""Pruning that is learned, where layers run on all tokens and weigh the keys of pruned ones."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from atp_patch.seam.learning.weighted import weighted_attention
 
 
 class WeighedTokens:
-    """The token state of a forward pass that learns (METHOD: training attention).
+    """The token state of a forward pass in which thresholds learn.
 
     Args:
-        layout: the visual tokens.
+        layout: where the visual tokens lie.
         attended: (B, L) bool, False at padding; None without padding.
     """
 
@@ -37,16 +37,16 @@ class WeighedTokens:
     def __init__(self, layout: Layout, attended: Tensor | None) -> None:
         self.visual, self.attended = VisualTokens.all_of(layout), attended
         self.choices: dict[int, Choice] = {}
-        # layer -> (B, L) float32 weight of each key from there on: 1 for text, the product of the
-        # soft masks so far for visual tokens.
+        # layer -> (B, L) float32, the weight of each key from that layer on: 1 for text, and for
+        # visual tokens the product of the soft masks so far.
         self._weights: dict[int, Tensor] = {}
-        self._counted: Tensor | None = None  # as the last of these, with the gradient of counts
+        self._counted: Tensor | None = None  # equal to the last weight, with the gradient of counts
         self._soft_counts: list[Tensor] = []
         self._views: dict[int, View] = {}
-        self._alive: Tensor | None = None  # (B, L) bool, what is not pruned yet
+        self._alive: Tensor | None = None  # (B, L) bool, the tokens that are not pruned yet
 
     def apply(self, layer: int, decision: Decision) -> None:
-        """Weigh down what the decision does not keep; the sequence stays as long as it is."""
+        """Weigh the tokens by the decision's soft mask; the sequence keeps its length."""
         assert decision.soft is not None
         tokens, length = self.visual, self.visual.layout.length
         keep = decision.keep.to(tokens.valid.device) & tokens.valid
@@ -62,7 +62,7 @@ class WeighedTokens:
         counted = decision.soft if decision.counted is None else decision.counted
         self._weights[layer] = weighed(decision.soft, self._weight_in(layer))
         self._counted = weighed(counted, self._counted)
-        if layer:  # what enters the decoder is no choice of the thresholds
+        if layer:  # thresholds do not choose what enters the decoder
             self._soft_counts.append((self._counted * tokens.layout.mask).sum(1))
         alive = (self.kept(layer) if self._alive is None else self._alive).to(position.device)
         goes = torch.where(tokens.valid & ~keep, position, length)
@@ -72,20 +72,20 @@ class WeighedTokens:
         self.visual = tokens.keeping(keep, kept)
 
     def slots(self, position: Tensor) -> Tensor:
-        """The positions themselves: every token keeps its place."""
+        """The positions themselves, since every token keeps its place."""
         return position
 
     def gone(self) -> Tensor | None:
-        """(B, L) bool: what is pruned already, padding included."""
+        """(B, L) bool: the tokens that are pruned already, and padding."""
         return None if self._alive is None else ~self._alive
 
     def seen(self, view: View) -> View:
-        """The view, which asks for a soft mask; losses may look at it again."""
+        """The view with ``learning`` set; it is kept for the losses."""
         self._views[view.layer] = replace(view, learning=True)
         return self._views[view.layer]
 
     def entering(self, layer: int) -> Survivors | None:
-        """None: layers run on all tokens."""
+        """None, since layers run on all tokens."""
         return None
 
     def survivors(self, layer: int) -> Survivors | None:
@@ -93,34 +93,37 @@ class WeighedTokens:
         return survivors_of(self.choices, layer)
 
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """The hidden states of all tokens, those that take in others among them."""
+        """(B, L, D) hidden states of all tokens, where some may have taken in others."""
         choice = self.choices.get(layer)
         return hidden if choice is None else choice.merged(hidden)
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
-        """Weighted attention, behind the first pruning layer."""
+        """Weighted attention from the first pruning layer on; None before it."""
         weight = self._weight_in(layer)
         return None if weight is None else partial(weighted_attention, weight=weight.to(device))
 
     def _weight_in(self, layer: int) -> Tensor | None:
-        """Of the keys in a layer, None before the first pruning; the same when it is replayed."""
+        """(B, L) float32: the weights of the keys in a layer; None before the first pruning layer.
+
+        They are the same when gradient checkpointing replays the layer.
+        """
         made = [number for number in self._weights if number <= layer]
         return self._weights[max(made)].to(self.visual.layout.mask.device) if made else None
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: tokens that are left in ``layer``, in their original positions."""
+        """(B, L) bool: the tokens that are left in ``layer``, in their original positions."""
         return kept_in(self, layer)
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: the tokens that are pruned at last, and padding."""
+        """(B, L) bool: the tokens that are pruned in the end, and padding."""
         return ~self.kept(max(self.choices)) if self.choices else None
 
     def learned(self) -> Learned:
-        """What losses are made of."""
+        """What the losses are made of."""
         return Learned(self._soft_counts, self._views)
 
     def move_to(self, device: torch.device) -> None:
-        """Follow the decoder to another device."""
+        """Move the state to the device on which the decoder goes on."""
         self.visual = self.visual.to(device)
         if self.attended is not None:
             self.attended = self.attended.to(device)

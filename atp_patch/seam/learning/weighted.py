@@ -1,4 +1,4 @@
-"""Attention in which keys are weighed by a mask that can be learned (ATP-LLaVA, below eq. 11)."""
+"""Attention whose keys are weighed by a mask that can be learned (ATP-LLaVA, below eq. 11)."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ def weighted_attention(
     """Softmax attention whose exponentials are multiplied by each key's weight before the sum.
 
     A token always sees itself. With weights of 0 and 1 this is attention without the keys of
-    weight 0, and the weights of those keys still get a gradient: adding ``log(weight)`` to the
-    logits would stop it. The row's maximum is taken over the keys that count, so that a row's sum
-    is never lost to rounding.
+    weight 0. The weights of those keys still get a gradient, which adding ``log(weight)`` to the
+    logits would stop. The maximum of a row is taken over the keys that count, so that rounding
+    never loses the row's sum.
 
     Args:
-        query: (B, H, L, d); ``key``, ``value``: (B, Hk, L, d).
-        mask: the host's, wide or (B, L) or None (causal).
-        weight: (B, L) in [0, 1].
-        dropout: of the attention probabilities.
-        softcap: logits are brought below it by a tanh (Gemma 2).
-        sinks: (H,) a logit of each head that takes part in its rows' sums alone (gpt-oss).
-        probabilities: return them; without them and without dropout no (L, L) table is kept.
+        query: (B, H, L, d).
+        key, value: (B, Hk, L, d).
+        mask: the host's mask, wide or (B, L), or None for causal attention.
+        scaling: the factor of the logits.
+        weight: (B, L) float in [0, 1].
+        dropout: the rate of dropout on the attention probabilities.
+        softcap: the bound below which a tanh brings the logits (Gemma 2).
+        sinks: (H,) float, a logit of each head that counts in the sums of its softmax and for no
+            token (gpt-oss).
+        probabilities: return the probabilities too. Without them and without dropout no (L, L)
+            table is kept.
 
     Returns:
         (B, L, H, d) in the dtype of ``value``, and the probabilities (B, H, L, L) or None.
@@ -65,9 +69,9 @@ def weighted_attention(
     if sinks is not None:
         sinks = sinks[None, :, None, None].to(logits)
         highest = torch.maximum(highest, sinks.detach())
-    # Keys that do not count may lie above the maximum; clamping keeps them finite.
+    # Logits of keys that do not count may exceed the maximum; clamping keeps them finite.
     exponential = (logits - highest).clamp(max=0).exp().masked_fill(~visible, 0.0) * weight
-    # A row of padding that sees nothing gives zeros.
+    # A row of padding that sees no key gives zeros.
     total = exponential.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + (sinks - highest).exp()

@@ -1,6 +1,4 @@
-"""Prompts that are compressed ahead of any question: what a cache then holds, and the positions of
-what follows.
-"""
+"""Prompts that are compressed before any question: what their cache holds, and what follows."""
 
 from __future__ import annotations
 
@@ -17,15 +15,20 @@ from atp_patch.seam.host.cache import adopt
 
 
 def for_model(positions: Tensor) -> Tensor:
-    """Positions (r, B, L) as a model takes them: (B, L) where it has one row."""
+    """Positions (r, B, L) as a model takes them, which is (B, L) where there is one row."""
     return positions[0] if len(positions) == 1 else positions
 
 
 def prompt_positions(base: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
-    """Positions of a prompt as ``generate`` would make them, from 0: (r, B, L).
+    """(r, B, L) int64: the positions of a prompt as ``generate`` would make them, from 0.
 
-    One row where the model counts tokens; else four, of which the first counts tokens and the
-    others are (t, h, w).
+    There is one row where the model counts tokens. Else there are four, of which the first counts
+    tokens and the others are (t, h, w).
+
+    Args:
+        base: the model without its head.
+        inputs: the arguments of the prompt's forward pass.
+        mask: (B, L), 0 at padding.
     """
     count = (mask.long().cumsum(-1) - 1).clamp(min=0)[None]
     if not hasattr(base, "get_rope_index"):
@@ -41,15 +44,16 @@ def prompt_positions(base: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
 def read_ahead(
     base: Any, inputs: dict[str, Any], cache: Cache | None, start: Tensor | None
 ) -> tuple[Cache, Tensor]:
-    """Read a prompt with images, and keep what text after it will need.
+    """Run the model over a prompt with images, and keep what text behind it needs.
 
     Args:
         base: the patched model without its head.
-        inputs: of it; the attention mask covers the cache too.
-        cache: of earlier segments, with where their positions ended: ``start`` (r, B).
+        inputs: the arguments of the forward pass; the attention mask covers the cache too.
+        cache: the cache of earlier segments, or None.
+        start: (r, B) int64, the position that follows the earlier segments, or None.
 
     Returns:
-        the cache, and the position (r, B) of the token that follows.
+        the cache, and (r, B) int64 the position of the token that follows.
     """
     mask = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
     positions = prompt_positions(base, inputs, mask)
@@ -61,7 +65,12 @@ def read_ahead(
 
 
 def following(positions: Tensor, mask: Tensor) -> Tensor:
-    """(r, B): the position of a token behind those of (r, B, L) that ``mask`` (B, L) counts."""
+    """(r, B) int64: the position that follows the tokens of a prompt.
+
+    Args:
+        positions: (r, B, L) int64.
+        mask: (B, L), 0 at padding.
+    """
     behind = torch.where(mask.bool(), positions, -1).amax(-1) + 1
     if len(behind) == 1:
         return behind
@@ -70,13 +79,13 @@ def following(positions: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Held:
-    """What a cache with a compressed prompt holds.
+    """What the cache of a compressed prompt holds.
 
     Attributes:
-        keys, values: of each layer, (B, Hk, n, d).
-        positions: (B, n) int64 logical positions; ``valid`` (B, n) bool, False where a shorter
-            sample is filled up.
-        length: logical length.
+        keys, values: for each layer (B, Hk, n, d).
+        positions: (B, n) int64 logical positions of the keys.
+        valid: (B, n) bool, False in the padding slots of shorter samples.
+        length: the logical length.
     """
 
     keys: tuple[Tensor, ...]
@@ -97,7 +106,7 @@ class Held:
         return cls(keys, values, first.positions, valid, first.covered)
 
     def cache(self, repeats: int = 1) -> Cache:
-        """A new cache that holds this, every sample ``repeats`` times; this itself stays."""
+        """A new cache that holds the same, with each sample ``repeats`` times."""
         cache = DynamicCache()
         every = bool(self.valid.all())
         for number, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
