@@ -195,9 +195,8 @@ def _settings(
             given["layers"] = own or args.layers or scaled_layers(num_layers)
         if not isinstance(before, VoCo):  # its number of tokens is its budget
             budgeted = True
-            if (
-                args.schedule is not None and spec.layers
-            ):  # as many on average, before its own layers
+            if args.schedule is not None and spec.layers:
+                # Before its own layers a method keeps as many tokens on average.
                 at = args.layers or scaled_layers(num_layers)
                 _shares(args.schedule, total, at)
                 given["target_tokens"] = average_tokens(total, args.schedule, at, num_layers)

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--vision-tower",
         type=Path,
         metavar="DIR",
-        help="the CLIP model, where FOLDER has not got it (llava, vila)",
+        help="the CLIP model, if FOLDER does not hold it (llava, vila)",
     )
     return made
 

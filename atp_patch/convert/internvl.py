@@ -108,13 +108,13 @@ def _check(old: Mapping[str, Any]) -> None:
     backbone = old["llm_config"].get("model_type")
     if backbone not in BACKBONES:
         raise UnsupportedModelError(
-            f"its language model is of type {backbone!r}, which transformers has not got; "
+            f"its language model is of type {backbone!r}, which transformers does not have; "
             f"checkpoints with {' or '.join(BACKBONES)} can be converted."
         )
     if old.get("ps_version", "v1") != "v2":
         raise UnsupportedModelError(
-            f"ps_version {old.get('ps_version')!r} lays the patches of a token out otherwise than "
-            "transformers; only v2 can be converted (InternVL-2 and later)."
+            f"ps_version {old.get('ps_version')!r} orders the patches of a token differently "
+            "from transformers; only v2 can be converted (InternVL-2 and later)."
         )
     vision = old["vision_config"]
     size = old.get("force_image_size") or vision["image_size"]

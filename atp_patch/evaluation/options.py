@@ -37,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
         type=comma_separated(str),
         default=untrained_methods(),
         metavar="A[,B..]",
-        help="default: all that need no training; NAME@I+J+K prunes before layers of its own, "
-        "NAME:S+T has budgets of its own, FIRST/SECOND prunes before the decoder and inside it. "
-        "Differences are to the first",
+        help="default: all that need no training; NAME@I+J+K prunes before these layers, NAME:S+T "
+        "has these budgets, FIRST/SECOND prunes before the decoder and inside it. Differences are "
+        "to the first",
     )
     add(
         "--budgets",
@@ -59,25 +59,26 @@ def parser() -> argparse.ArgumentParser:
         type=comma_separated(str),
         default=[],
         metavar="I[,J..]",
-        help="also measure the model without any visual token from these decoder layers on, one at "
-        "a time; all: from each where it makes a difference",
+        help="also measure the model without any visual token from each of these decoder layers "
+        "on; all: from each layer where this makes a difference",
     )
     add(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of every method that has it, or METHOD.NAME=VALUE; may be repeated",
+        help="an option of all methods that have it, or METHOD.NAME=VALUE of one; may be repeated",
     )
     add(
         "--adapters",
         type=comma_separated(str),
         default=[],
         metavar="A[,B..]",
-        help="saved adapters, those of the built-in model by name (shipped: all of them), what a "
-        "training left (adapter and LoRA), folders of several trainings, pooled as seeds are, or a "
-        "folder of such folders; A~mean and A~shuffled are their controls: learned thresholds' "
-        "mean, or those of another question, at the same average on questions of the split train",
+        help="saved adapters, those of the built-in model by name (shipped: all of them), folders "
+        "of trainings (adapter and LoRA), folders of several trainings, which are pooled as seeds "
+        "are, or a folder of such folders; A~mean and A~shuffled are controls, with the mean of "
+        "the learned thresholds or those of another question, at the same average on questions of "
+        "the split train",
     )
     add(
         "--tasks",
@@ -110,8 +111,8 @@ def parser() -> argparse.ArgumentParser:
         "--summaries",
         type=comma_separated(Path),
         metavar="A[,B..]",
-        help="ask nothing: table and plots of what lies in these folders, of one model and the "
-        "same questions",
+        help="ask nothing, and make table and plots of the results in these folders, which are of "
+        "one model and the same questions",
     )
     add("--no-plots", action="store_true", help="write no plots (they need matplotlib)")
     return parse

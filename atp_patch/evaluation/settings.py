@@ -203,7 +203,7 @@ def _named(
     spec = read_method_spec(text)
     if any(issubclass(method_class(stage), VoCo) for stage in spec.stages):
         raise ConfigError(
-            f"--methods {text}: {spec.name} is nothing before it is trained; give the folder of a "
+            f"--methods {text}: {spec.name} has to be trained first; give the folder of a "
             "trained one to --adapters."
         )
     return spec.name, spec.layers or tuple(layers), spec.budgets or tuple(budgets)

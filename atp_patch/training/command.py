@@ -83,7 +83,7 @@ def train(settings: Settings, resume: bool = False) -> Path:
     source = _source(settings)
     check_source(source, settings.skip_bad)
     if source.problems:
-        sys.stderr.write(f"{len(source.problems)} samples of {source.name} are bad: left out.\n")
+        sys.stderr.write(f"{len(source.problems)} bad samples of {source.name} are left out.\n")
     device = choose_device(settings.device)
     args = arguments(settings, device)
     if settings.text_only and args.world_size > 1:

@@ -102,7 +102,7 @@ class Encoder:
             inside = at >= 0 and at + len(answer) <= len(after)
             if not text.startswith(before) or not text.startswith(after) or not inside:
                 raise UnsupportedModelError(
-                    "the chat template writes a turn otherwise once others follow, so answers "
+                    "the chat template writes a turn differently once others follow, so answers "
                     "cannot be told from prompts; give the processor a template that does not."
                 )
             stop = text.find(eos, at + len(answer), len(after))

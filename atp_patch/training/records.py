@@ -29,8 +29,8 @@ class Conversation:
     """Questions and answers about images.
 
     Attributes:
-        turns: pairs of a role ("user" and "assistant" by turns) and a text, in which each
-            ``<image>`` stands for the next image.
+        turns: pairs of a role, which alternates between "user" and "assistant", and a text, in
+            which each ``<image>`` stands for the next image.
         images: the pictures, in the order in which the texts name them.
     """
 
@@ -81,7 +81,7 @@ class Scenes:
         return self.samples
 
     def __getitem__(self, index: int) -> Conversation:
-        """One sample; the tasks that the questions belong to come by turns."""
+        """One sample. The questions of consecutive samples belong to different tasks."""
         scene = make_scene("train", index)
         question = scene.questions[index % len(scene.questions)]
         turns = (("user", f"{MARK}\n{question.text}"), ("assistant", question.answer))
@@ -154,7 +154,9 @@ class LlavaFile:
         turns = tuple(_turn(turn) for turn in record["conversations"])
         roles = [role for role, _ in turns]
         if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-            raise InputError("its turns are not a human's and an answer's (gpt) by turns.")
+            raise InputError(
+                "its turns do not alternate between a human and gpt, who answers last."
+            )
         named = record.get("image")
         names = [] if named is None else [named] if isinstance(named, str) else named
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -36,7 +36,9 @@ class Settings:
     model: str = _says(BUILTIN, f"{', '.join(NAMES)}, or a folder or Hub id")
     data: str = _says(BUILTIN, "builtin, or a .json or .jsonl file in LLaVA's format")
     images: str | None = _says(None, "folder of the images (default: the data file's)")
-    samples: int | None = _says(None, "take the first so many (default: all; builtin: 20000)")
+    samples: int | None = _says(
+        None, "number of samples, from the first on (default: all; builtin: 20000)"
+    )
     out: str = _says("training", "folder of checkpoints and of what is learned")
     layers: tuple[int, ...] | None = _says(None, "default: 4,14,24 of 32, in proportion")
     target_tokens: float | None = _says(None, "visual tokens to average (default: a quarter)")
@@ -47,7 +49,9 @@ class Settings:
     freeze_lm: bool = _says(True, "train the threshold heads alone")
     lora_rank: int = _says(0, "with freeze_lm: LoRA of this rank on the decoder")
     lora_alpha: float = _says(32.0, "LoRA's scale")
-    rope_2d: bool = _says(False, "turn visual tokens by row and column; the decoder must learn")
+    rope_2d: bool = _says(
+        False, "rotary positions of visual tokens by row and column; the decoder must learn"
+    )
     distill: float = _says(0.0, "weight of the KL divergence to the unpruned model")
     lr: float = _says(2e-5, "learning rate of the model or its LoRA")
     atp_lr: float = _says(1e-4, "learning rate of the heads")
@@ -61,7 +65,9 @@ class Settings:
     weight_decay: float = _says(0.0, "of the model, not of the heads")
     betas: tuple[float, ...] = _says((0.9, 0.999), "of AdamW")
     clip: float = _says(1.0, "greatest norm of the gradient")
-    calibrate: int = _says(64, "samples to set the average on the target with, at the end; 0: none")
+    calibrate: int = _says(
+        64, "samples on which the thresholds are set to the target at the end; 0: none"
+    )
     max_length: int | None = _says(None, "tokens of a sample; text beyond is cut")
     max_image_pixels: int = _says(50_000_000, "larger images are bad samples")
     text_only: bool = _says(False, "take conversations without an image too")
@@ -140,7 +146,9 @@ class Settings:
         if self.adapter is not None and (
             self.layers or self.options or self.target_tokens or self.rope_2d
         ):
-            raise ConfigError("adapter brings layers, target_tokens, options and rope_2d along.")
+            raise ConfigError(
+                "adapter has layers, target_tokens, options and rope_2d in it; leave them out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, which YAML and JSON can hold."""

@@ -88,7 +88,7 @@ def test_a_template_without_an_end_gets_one_after_each_answer() -> None:
     sample = Encoder(processor, [4], None)(Conversation(TURNS, (make_scene("train", 0).image,)))
     assert learned(processor, sample) == ["yes", "</s>"]
     processor.chat_template = template.replace("message['content'] is string", "not loop.last")
-    with pytest.raises(UnsupportedModelError, match="otherwise once others follow"):
+    with pytest.raises(UnsupportedModelError, match="differently once others follow"):
         Encoder(processor, [4], None)(Conversation(TURNS + MORE, (make_scene("train", 0).image,)))
     processor.chat_template = None
     with pytest.raises(UnsupportedModelError, match="chat template"):
@@ -115,9 +115,9 @@ HUMAN, GPT = {"from": "human", "value": "<image> Anything red?"}, {"from": "gpt"
 BAD = {
     "no mapping": (["words"], "no mapping"),
     "no turns": (record(conversations=None), "conversations"),
-    "empty turns": (record(conversations=[]), "by turns"),
-    "answer first": (record(conversations=[GPT, HUMAN]), "by turns"),
-    "no answer": (record(conversations=[HUMAN]), "by turns"),
+    "empty turns": (record(conversations=[]), "alternate"),
+    "answer first": (record(conversations=[GPT, HUMAN]), "alternate"),
+    "no answer": (record(conversations=[HUMAN]), "alternate"),
     "unknown speaker": (record(conversations=[HUMAN, {"from": "cat", "value": "miau"}]), "from"),
     "no value": (record(conversations=[HUMAN, {"from": "gpt"}]), "value"),
     "empty answer": (record(conversations=[HUMAN, {"from": "gpt", "value": " "}]), "empty answer"),
