@@ -13,9 +13,10 @@ from atp_patch.contract.method import (
 from atp_patch.contract.method_learning import LearnedThresholds, LearningStep, ModuleSpec
 from atp_patch.contract.model import DecoderShape, GridQuery, Outer
 from atp_patch.contract.tower import Merge, Quota, TokenGroups, Tower, TowerTokens
-from atp_patch.contract.view import DoorView, TokenView, View
+from atp_patch.contract.view import Attention, DoorView, TokenView, View
 
 __all__ = [
+    "Attention",
     "AttentionMask",
     "Decision",
     "DecoderShape",

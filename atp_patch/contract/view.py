@@ -102,27 +102,60 @@ class DoorView(TokenView):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The attention of one decoder layer, and where in it the tokens stood that are left now.
+
+    ``L'`` are the tokens that this layer ran on: more than are left, where some were pruned since.
+
+    Attributes:
+        query, key: (B, H, L', d) and (B, Hk, K, d), after rotary embedding.
+        mask: what the attention masked with.
+        scaling: factor of the attention logits; ``softcap`` and ``sinks`` (H,) as of
+            :func:`atp_patch.maths.cross_scores`, where the host has them.
+        slot: (B, V) places of the visual tokens that are left now, among the ``L'``; their place
+            among the ``K`` keys is ``slot + key_offset``.
+        text: (B, T) places of the text rows that count, and ``last`` (B,) that of the last prompt
+            token, among the ``L'``.
+        unrotated: gives query (B, H, L', d) and key (B, Hk, L', d) of this forward pass before
+            rotary embedding.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: AttentionMask
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    slot: Tensor
+    text: Tensor
+    last: Tensor
+    unrotated: Callable[[], tuple[Tensor, Tensor]]
+
+    @property
+    def key_offset(self) -> int:
+        """Keys of earlier turns that stand before this forward pass's own."""
+        return self.key.shape[2] - self.query.shape[2]
+
+
+@dataclass(frozen=True, kw_only=True)
 class View(TokenView):
     """What a layer method sees before decoder layer ``layer`` runs.
 
+    ``L'`` are the tokens that are left, those of the text included. Queries, keys and what belongs
+    to them (``query``, ``key``, ``mask_rows``, ``scaling``, ...) are those of ``layer - 1``.
+
     Attributes:
-        layer: the decoder layer about to run; queries, keys and mask are of ``layer - 1``.
+        layer: the decoder layer about to run.
         step: which of the pruning layers this is, from 0.
-        query, key: (B, H, L', d) and (B, Hk, K, d), after rotary embedding; ``L'`` tokens are left.
-        attention_mask: what the attention of ``layer - 1`` masked with; :meth:`mask_rows` gives
-            what some rows see.
-        scaling: factor of the attention logits; ``softcap`` and ``sinks`` (H,) as of
-            :func:`atp_patch.maths.cross_scores`, where the host has them.
+        attention: the attention of the layers that the method asked for
+            (:meth:`LayerMethod.attention_layers`), by their numbers.
         hidden: (B, L', D), the hidden states that would enter ``layer``.
-        slot: (B, V) places of the visual tokens that are left among the ``L'``; their place among
-            the ``K`` keys is ``slot + key_offset``.
+        slot: (B, V) places of the visual tokens that are left among the ``L'``.
         text, text_valid: (B, T) places of the text rows that count, among the ``L'``;
             ``text_position`` in the sequence.
         last: (B,) place of the last prompt token, among the ``L'``.
         learning: the decision needs a ``soft`` mask.
         embeds: (B, L, D) what entered the decoder, all tokens in their places.
-        unrotated: gives query (B, H, L', d) and key (B, Hk, L', d) of this forward pass before
-            rotary embedding.
         state: what the method itself put here at earlier pruning layers of the same forward pass;
             empty at the first one. A table over the layout's columns (:meth:`to_table`) is read
             back for the tokens that are left by :meth:`of_token`.
@@ -130,10 +163,7 @@ class View(TokenView):
 
     layer: int
     step: int
-    query: Tensor
-    key: Tensor
-    attention_mask: AttentionMask
-    scaling: float
+    attention: Mapping[int, Attention]
     hidden: Tensor
     slot: Tensor
     text: Tensor
@@ -142,15 +172,57 @@ class View(TokenView):
     last: Tensor
     learning: bool = False
     embeds: Tensor | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    unrotated: Callable[[], tuple[Tensor, Tensor]] | None = None
     state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Attention:
+        """The attention of the layer before.
+
+        Raises:
+            ConfigError: where the method did not ask for it.
+        """
+        if self.layer - 1 not in self.attention:
+            raise ConfigError(
+                f"the attention of layer {self.layer - 1} was not asked for; the method's "
+                f"attention_layers({self.layer}) must name it."
+            )
+        return self.attention[self.layer - 1]
+
+    @property
+    def query(self) -> Tensor:
+        """(B, H, L', d) queries of the layer before, after rotary embedding."""
+        return self.before.query
+
+    @property
+    def key(self) -> Tensor:
+        """(B, Hk, K, d) keys of the layer before, after rotary embedding."""
+        return self.before.key
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the attention logits of the layer before."""
+        return self.before.scaling
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the attention logits of the layer before, where the host has one."""
+        return self.before.softcap
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """(H,) a further logit of each head of the layer before, where the host has them."""
+        return self.before.sinks
 
     @property
     def key_offset(self) -> int:
         """Keys of earlier turns that stand before this forward pass's own."""
-        return self.key.shape[2] - self.query.shape[2]
+        return self.before.key_offset
+
+    def unrotated(self) -> tuple[Tensor, Tensor]:
+        """Query (B, H, L', d) and key (B, Hk, L', d) of the layer before and of this forward pass,
+        before rotary embedding.
+        """
+        return self.before.unrotated()
 
     def mask_rows(self, rows: Tensor) -> Tensor:
         """What some rows see: (B, h, T, K) bool (True = visible) or float (added to the logits),
@@ -159,12 +231,12 @@ class View(TokenView):
         Args:
             rows: (B, T) places among the tokens that are left, as ``text`` or ``last[:, None]``.
         """
-        return self.attention_mask.rows(rows)
+        return self.before.mask.rows(rows)
 
     @cached_property
     def mask(self) -> Tensor:
         """What all rows see, broadcastable to (B, H, L', K); :meth:`mask_rows` costs less."""
-        return self.attention_mask.whole(self.query.device)
+        return self.before.mask.whole(self.query.device)
 
     @cached_property
     def features(self) -> Tensor:

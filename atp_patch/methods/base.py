@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from atp_patch.contract import LayerMethod, Layout, TokenView, View
+from atp_patch.contract import Attention, LayerMethod, Layout, TokenView, View
 from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import cross_scores, even_counts, gather_heads, top_k_mask
 
@@ -121,28 +121,32 @@ def attention_paid(
     rows: Tensor,
     row_valid: Tensor,
     *,
+    of: Attention | None = None,
     renormalise: bool = False,
     per_head: bool = False,
 ) -> Tensor:
-    """(B, V) float32: the attention that some rows pay each visual token in the layer before.
+    """(B, V) float32: the attention that some rows pay each visual token that is left.
 
     It is averaged over the rows and, unless ``per_head`` (then (B, H, V)), over the heads.
 
     Args:
-        rows: (B, T) places among the tokens that are left, as ``view.text`` or
-            ``view.last[:, None]``; ``row_valid`` (B, T) bool.
+        rows: (B, T) places among the layer's tokens, as ``view.text`` or ``view.last[:, None]``;
+            ``row_valid`` (B, T) bool.
+        of: of which layer, one of ``view.attention``, whose own ``text`` and ``last`` are then its
+            rows; by default the layer before.
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
     """
+    of = view.before if of is None else of
     return cross_scores(
-        gather_heads(view.query, rows),
-        view.key,
+        gather_heads(of.query, rows),
+        of.key,
         row_valid,
-        view.slot + view.key_offset,
+        of.slot + of.key_offset,
         view.slot_valid,
-        view.scaling,
-        mask=view.mask_rows(rows),
-        softcap=view.softcap,
-        sinks=view.sinks,
+        of.scaling,
+        mask=of.mask.rows(rows),
+        softcap=of.softcap,
+        sinks=of.sinks,
         renormalise=renormalise,
         per_head=per_head,
     )

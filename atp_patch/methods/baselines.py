@@ -24,6 +24,10 @@ class Random(Ranking):
 
     seed: int = 0
 
+    def attention_layers(self, layer: int) -> tuple[int, ...]:
+        """None: no attention is looked at."""
+        return ()
+
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Rank by a hash of (seed, layer, question, token), so that the batch plays no part."""
         start = (self.seed * 1_000_003 + view.layer * 7919) % _MODULUS
@@ -46,6 +50,10 @@ class Uniform(Ranking):
 
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "an even grid over each image (baseline)"
+
+    def attention_layers(self, layer: int) -> tuple[int, ...]:
+        """None: no attention is looked at."""
+        return ()
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Rank by the place in a farthest-point-first order of the grid."""

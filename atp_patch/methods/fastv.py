@@ -40,7 +40,6 @@ class FastV(Ranking):
         query, key, column = view.query, view.key, view.slot + view.key_offset
         mask = view.mask_rows(row)
         if self.rope == "before":
-            assert view.unrotated is not None
             query, key = view.unrotated()
             column = view.slot  # keys of earlier turns were turned long ago
             mask = mask[..., view.key_offset :]

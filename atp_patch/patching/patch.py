@@ -73,6 +73,7 @@ class Patch:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.parts, self.family = plan, plan.parts, plan.family
         self.config, self.heads, self.layers = plan.config, plan.heads, plan.config.layers
+        self.attention_layers = plan.attention_layers
         self.minimum = {
             "min_tokens": plan.config.min_tokens,
             "min_per_image": plan.config.min_tokens_per_image,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Plan:
         parts: the modules of the model; ``family``: how its prompts are read.
         config: what an adapter's JSON says.
         picture, tower, door, layer, voco: the method that stands there, or None.
+        attention_layers: pruning layer -> the earlier layers whose attention ``layer`` looks at.
         vision: where the vision tower is, for a method that stands on it or reads it.
         heads: the module that learns, or None.
         frozen_may_turn: ``rope_2d`` is meant even where no layer of the decoder learns.
@@ -51,6 +52,7 @@ class Plan:
     door: DoorMethod | None
     layer: LayerMethod | None
     voco: VoCo | None
+    attention_layers: Mapping[int, tuple[int, ...]]
     vision: Tower | None
     heads: nn.Module | None
     frozen_may_turn: bool
@@ -149,6 +151,7 @@ def make_plan(
         door=before if isinstance(before, DoorMethod) else None,
         layer=layer,
         voco=before if isinstance(before, VoCo) else None,
+        attention_layers={} if layer is None else _attention_layers(layer, config.layers),
         vision=vision,
         heads=heads,
         frozen_may_turn=frozen_may_turn,
@@ -239,6 +242,20 @@ def _pruning_layers(layers: Sequence[int] | None, method: LayerMethod | None) ->
             'prunes inside it, as in method=["prumerge+", "atp"].'
         )
     return tuple(as_kind("layers", layers, "tuple[int, ...]"))
+
+
+def _attention_layers(method: LayerMethod, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Pruning layer -> the layers whose attention the method wants to see there."""
+    found = {}
+    for layer in layers:
+        wanted = method.attention_layers(layer)
+        if not all(isinstance(number, int) and 0 <= number < layer for number in wanted):
+            raise ConfigError(
+                f"{method.name}: attention_layers({layer}) is {wanted!r}; it must name decoder "
+                f"layers from 0 to {layer - 1}, which run before layer {layer}."
+            )
+        found[layer] = tuple(sorted(set(wanted)))
+    return found
 
 
 def _build_heads(

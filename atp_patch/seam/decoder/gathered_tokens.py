@@ -46,7 +46,7 @@ class GatheredTokens:
         tokens = self.visual
         keep = decision.keep.to(tokens.valid.device) & tokens.valid
         kept = tuple(keep.sum(1).tolist())
-        slot = self.slots(tokens.position)
+        slot = self.slots(layer - 1, tokens.position)
         if kept != tokens.left:
             self._drop(keep, kept)
         self.choices[layer] = Choice(decision, tokens, slot, kept, self._latest)
@@ -72,13 +72,15 @@ class GatheredTokens:
         self._latest = Survivors(index, valid if ragged else None)
         self.visual = tokens.keeping(keep, kept)
 
-    def slots(self, position: Tensor) -> Tensor:
-        """Places of positions (B, n) of the sequence among the tokens that are left."""
-        if self._latest is None:
+    def slots(self, layer: int, position: Tensor) -> Tensor:
+        """Places of positions (B, n) of the sequence among the tokens that a layer runs on."""
+        survivors = self.survivors(layer)
+        if survivors is None:
             return position
-        return self._latest.slots(self.visual.layout.length).gather(1, position).clamp(min=0)
+        slots = survivors.slots(self.visual.layout.length).to(position.device)
+        return slots.gather(1, position).clamp(min=0)
 
-    def gone(self) -> Tensor | None:
+    def gone(self, layer: int) -> Tensor | None:
         """None, since layers do not run on pruned tokens."""
         return None
 

@@ -6,6 +6,7 @@ nothing of a pass is kept on the model, and gradient checkpointing replays the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from atp_patch.contract import Decision, Layout, View
+from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.host_pass import HostPass
 from atp_patch.seam.decoder.restoring import restored
@@ -30,10 +32,13 @@ class LayerPolicy(Protocol):
 
     Attributes:
         layers: the pruning layers.
+        attention_layers: pruning layer -> the numbers of the earlier layers whose attention the
+            method sees there.
         minimum: the fields of a view that say how many tokens are kept at least, by name.
     """
 
     layers: tuple[int, ...]
+    attention_layers: Mapping[int, tuple[int, ...]]
     minimum: dict[str, int]
 
     def counts(
@@ -78,7 +83,7 @@ class Prefill:
         rotary: the rotary tables by row and column; None where the host's tables are kept.
         known: layer -> the decision of the first pass of a generation without a cache, filled by
             that pass; None where a cache holds the choice.
-        recordings: layer -> its attention, until the decision that needs it is made.
+        recordings: layer -> its attention, until the decisions that need it are made.
         state: what the method keeps from one pruning layer to the next.
         entered: how many visual tokens of each sample entered the decoder.
     """
@@ -121,7 +126,7 @@ class Prefill:
         attend = self.tokens.attention_in(layer, hidden.device)
         if attend is not None:
             kwargs[ATTEND] = attend
-        if layer + 1 in self.policy.layers and self._needs_scores(layer + 1):
+        if self._is_scored(layer):
             sink = partial(self.recordings.__setitem__, layer)
             tables = kwargs.get("position_embeddings")
             self.recorder.expect(module.self_attn, sink, rotary=tables)
@@ -152,24 +157,39 @@ class Prefill:
             return
         # The prompt is the same in every pass of a generation without a cache.
         decision = None if self.known is None else self.known.get(layer)
-        recording = self.recordings.pop(layer - 1, None)
-        if decision is None and recording is None:
+        if decision is None and not self._needs_decision(layer):
             return  # the budget keeps everything, so nothing was recorded and nothing changes
         # A checkpoint around the layer counts the tensors that its replay saves, and a replay makes
         # no choice. So what the thresholds learn from is saved outside of the checkpoint.
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             if decision is None:
-                assert recording is not None
-                decision = self._decide(layer, recording, hidden)
+                decision = self._decide(layer, hidden)
             self._carry_out(layer, decision)
+        wanted = {
+            number
+            for later, numbers in self.policy.attention_layers.items()
+            for number in numbers
+            if later > layer
+        }
+        for number in set(self.recordings) - wanted:
+            del self.recordings[number]
 
     def _carry_out(self, layer: int, decision: Decision) -> None:
         self.tokens.apply(layer, decision)
         if self.known is not None:
             self.known.setdefault(layer, decision)
 
-    def _decide(self, layer: int, recording: Recording, hidden: Tensor) -> Decision:
-        self._move_to(recording.query.device)
+    def _decide(self, layer: int, hidden: Tensor) -> Decision:
+        wanted = self.policy.attention_layers[layer]
+        missing = [number for number in wanted if number not in self.recordings]
+        if missing:
+            raise UnsupportedModelError(
+                f"layers {missing} of this decoder have no attention that can be recorded, and the "
+                f"method asks for it before layer {layer}; it must ask for other attention_layers."
+            )
+        device = self.recordings[max(wanted)].query.device if wanted else hidden.device
+        recordings = {number: self.recordings[number].to(device) for number in wanted}
+        self._move_to(device)
         # Scores are compared with each other, so autocast must not round them.
         with (
             torch.set_grad_enabled(self.tokens.learning),
@@ -180,17 +200,24 @@ class Prefill:
                 self.tokens,
                 self.text,
                 self.host,
-                recording,
+                recordings,
                 hidden,
                 step=self.policy.layers.index(layer),
                 counts=self._counts(layer),
-                embeds=self.embeds.to(recording.query.device),
+                embeds=self.embeds.to(device),
                 state=self.state,
                 **self.policy.minimum,
             )
             return self.policy.decide(view)
 
-    def _needs_scores(self, layer: int) -> bool:
+    def _is_scored(self, layer: int) -> bool:
+        """Whether a decision that is still to be made looks at the attention of a layer."""
+        return any(
+            later > layer and layer in numbers and self._needs_decision(later)
+            for later, numbers in self.policy.attention_layers.items()
+        )
+
+    def _needs_decision(self, layer: int) -> bool:
         if layer in self.tokens.choices or (self.known is not None and layer in self.known):
             return False
         counts = self._counts(layer)

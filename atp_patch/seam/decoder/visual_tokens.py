@@ -124,11 +124,13 @@ class TokenState(Protocol):
     def apply(self, layer: int, decision: Decision) -> None:
         """Carry out a decision before ``layer``."""
 
-    def slots(self, position: Tensor) -> Tensor:
-        """(B, n) int64: the places of positions (B, n) of the sequence among the tokens left."""
+    def slots(self, layer: int, position: Tensor) -> Tensor:
+        """(B, n) int64: the places of positions (B, n) of the sequence among the tokens that a
+        layer runs on.
+        """
 
-    def gone(self) -> Tensor | None:
-        """(B, L') bool: the tokens that layers run on but no score may see; None without any."""
+    def gone(self, layer: int) -> Tensor | None:
+        """(B, L') bool: the tokens that a layer runs on but no score may see; None without any."""
 
     def seen(self, view: View) -> View:
         """Take note of the view of a method, and return it as the method is to see it."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -49,6 +50,18 @@ class Recording:
     rotary: tuple[Tensor, Tensor] | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    def to(self, device: torch.device) -> Recording:
+        """The same on another device (a model may span several)."""
+        if self.query.device == device:
+            return self
+        moved = {
+            name: value.to(device)
+            for name in ("query", "key", "mask", "sinks")
+            if (value := getattr(self, name)) is not None
+        }
+        tables: Any = self.rotary and tuple(table.to(device) for table in self.rotary)
+        return replace(self, **moved, rotary=tables)
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
         """The queries and keys of this pass's own tokens before rotary embedding.

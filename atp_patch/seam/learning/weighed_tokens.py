@@ -71,13 +71,14 @@ class WeighedTokens:
         self.choices[layer] = Choice(decision, tokens, position, kept, survivors)
         self.visual = tokens.keeping(keep, kept)
 
-    def slots(self, position: Tensor) -> Tensor:
+    def slots(self, layer: int, position: Tensor) -> Tensor:
         """The positions themselves, since every token keeps its place."""
         return position
 
-    def gone(self) -> Tensor | None:
-        """(B, L) bool: the tokens that are pruned already, and padding."""
-        return None if self._alive is None else ~self._alive
+    def gone(self, layer: int) -> Tensor | None:
+        """(B, L) bool: the tokens that are pruned before a layer or earlier, and padding."""
+        pruned = any(number <= layer for number in self.choices)
+        return ~self.kept(layer) if pruned else None
 
     def seen(self, view: View) -> View:
         """The view with ``learning`` set; it is kept for the losses."""
