@@ -236,11 +236,6 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
         return None
     if newest is None:
         raise ConfigError(f"there is no checkpoint in {out} to go on from; leave --resume out.")
-    if (out / ADAPTER).exists():
-        raise ConfigError(
-            f"the training in {out} is finished, and its adapter is {out / ADAPTER}: nothing was "
-            "changed. Leave --resume out and give another --out to train anew."
-        )
     file = out / SETTINGS_FILE
     try:
         before = parse_json(file.read_text(encoding="utf-8"))
@@ -260,6 +255,11 @@ def _checkpoint(settings: Settings, resume: bool) -> str | None:
         raise ConfigError(
             f"{out} was trained with other settings: {', '.join(changed)}; go on with the same, "
             "or train anew in another out."
+        )
+    if (out / ADAPTER).exists():
+        raise ConfigError(
+            f"the training in {out} is finished, and its adapter is {out / ADAPTER}: nothing was "
+            "changed. Leave --resume out and give another --out to train anew."
         )
     return newest
 
