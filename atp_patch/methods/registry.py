@@ -7,8 +7,10 @@ name is the method's. It is loaded when the method is asked for, not before.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -43,7 +45,7 @@ BeforeDecoder = PictureMethod | TowerMethod | DoorMethod
 def available_methods() -> list[str]:
     """Names that ``patch_model(method=...)`` takes: this package's, then those of others."""
     own = [method.name for method in METHODS]
-    return own + sorted({point.name for point in entry_points(group=GROUP)} - set(own))
+    return own + sorted({point.name for point in _entry_points()} - set(own))
 
 
 def untrained_methods() -> list[str]:
@@ -59,7 +61,7 @@ def method_class(name: str) -> type[Method]:
             the package that brings it is broken.
     """
     own = [cls for cls in METHODS if cls.name == name]
-    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    points = [point for point in _entry_points() if point.name == name]
     if len(own) + len(points) > 1:
         claims = ["atp_patch"] * len(own) + [_package(point) for point in points]
         raise ConfigError(
@@ -75,6 +77,19 @@ def method_class(name: str) -> type[Method]:
         f"unknown method {shown(name)}; known are: {', '.join(available_methods())}. A method of "
         "your own must be defined first."
     )
+
+
+def _entry_points() -> tuple[EntryPoint, ...]:
+    """The methods that packages on today's ``sys.path`` bring."""
+    return _entry_points_on(tuple(sys.path))
+
+
+@lru_cache(maxsize=8)
+def _entry_points_on(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """As :func:`_entry_points`. Reading the metadata of every package there takes milliseconds, so
+    it is done once; a package that is installed later is seen by the next process.
+    """
+    return tuple(entry_points(group=GROUP))
 
 
 def _defined(name: str) -> list[type[Method]]:
