@@ -1,4 +1,4 @@
-"""What the rooms agree on: errors, arguments, and the plain data that they hand to each other."""
+"""What all other rooms share: errors, arguments, and the plain data that they exchange."""
 
 from atp_patch.contract.decision import Decision, Recycled
 from atp_patch.contract.layout import Layout, Span, VisualGrid

@@ -1,7 +1,8 @@
-"""Arguments and what JSON holds, by one and the same rules: Python's own values of the right kind.
+"""One check for arguments and for values from JSON: plain Python values of the right kind.
 
-A truth is no number, 1.5 is no whole number, and nothing is NaN or infinite. Kinds are written as a
-dataclass annotates its fields: "int", "float | None", "tuple[int, ...]" and so on.
+A bool is not accepted as a number, 1.5 is not accepted as a whole number, and no number may be NaN
+or infinite. Kinds are written as a dataclass annotates its fields: "int", "float | None",
+"tuple[int, ...]" and so on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from atp_patch.contract.errors import ConfigError
 
-MOST_TOKENS = 2**31 - 1  # of a prompt: more than any model can read
+MOST_TOKENS = 2**31 - 1  # the most tokens of a prompt, more than any model can read
 _INT_BOUND = 2**63  # integers go into int64 tensors
 _FLOAT_BOUND = 3e38  # numbers go into float32 tensors
 _SHOWN = 120  # characters of a wrong value that a message repeats
@@ -30,13 +31,14 @@ _SAID = {
 
 
 def as_kind(name: str, value: Any, kind: str) -> Any:
-    """A value of a kind as Python's own, which JSON can hold.
+    """Check that a value is of a kind and return it as a plain Python value that JSON can hold.
 
     Args:
-        name: what errors call it.
+        name: the name of the argument, for error messages.
+        value: the value to check.
         kind: "int", "float", "bool", "str", "dict[str, Any]", a tuple of those as
             "tuple[int, ...]", or one of them and " | None". A value of any other kind, which only
-            the user's own method knows, comes back as it is.
+            the user's own method knows, is returned unchanged.
 
     Raises:
         ConfigError: where the value is of another kind, not finite, or too large.
@@ -67,7 +69,7 @@ def as_kind(name: str, value: Any, kind: str) -> Any:
 def as_shares(
     keep: float | Sequence[float] | None, layers: Sequence[int]
 ) -> tuple[float, ...] | None:
-    """One share for every pruning layer, from one share or one for each."""
+    """Return one share for each pruning layer, from one share for all or one for each."""
     if keep is None:
         return None
     if isinstance(_unwrapped(keep), Iterable) and not isinstance(keep, str):
@@ -76,7 +78,7 @@ def as_shares(
 
 
 def kinds_of(cls: Any) -> dict[str, str]:
-    """Name -> kind of the fields of a dataclass, or of an object of one."""
+    """Return the name and kind of each field of a dataclass or of an instance of one."""
     return {
         field.name: field.type if isinstance(field.type, str) else formatannotation(field.type)
         for field in fields(cls)
@@ -84,7 +86,7 @@ def kinds_of(cls: Any) -> dict[str, str]:
 
 
 def check_fields(made: Any) -> None:
-    """Bring the fields of a dataclass's object, which may be frozen, to the kinds it declares.
+    """Convert the fields of a dataclass instance, which may be frozen, to the kinds it declares.
 
     Raises:
         ConfigError: where a field holds something of another kind.
@@ -94,7 +96,7 @@ def check_fields(made: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: one line, not too long, of whatever size and depth."""
+    """Return a value as one short line for a message, however large or deep the value is."""
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):  # integers of thousands of digits; lists in lists
@@ -103,7 +105,7 @@ def shown(value: Any) -> str:
 
 
 def _as_tuple(name: str, value: Any, kind: str) -> tuple[Any, ...]:
-    """Each of several values as one of a kind."""
+    """Check that each of several values is of a kind."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
     try:
         items = tuple(value) if several else None
@@ -119,12 +121,12 @@ def _as_tuple(name: str, value: Any, kind: str) -> tuple[Any, ...]:
 
 
 def _unwrapped(value: Any) -> Any:
-    """A scalar of NumPy or torch as Python's own; anything else as it is."""
+    """Return a scalar of NumPy or torch as a Python number, and anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _finite(name: str, value: Any) -> float:
-    """A number within float32's range; a whole one stays whole."""
+    """Return a number that is within the range of float32; an int stays an int."""
     try:
         number = float(value)
     except OverflowError:
@@ -135,7 +137,7 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _encodable(text: str) -> bool:
-    """Whether the text is whole: JSON's escapes can name halves of characters."""
+    """Whether the text can be encoded; JSON's escapes can name one half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What a method decides: which visual tokens go on, and what the kept ones take in.
+"""What a method decides: which visual tokens are kept, and which of them take in others.
 
 Shapes: ``B`` batch, ``L`` sequence, ``V`` visual tokens (packed, padded to the longest sample),
 ``T`` text rows, ``H`` heads, ``Hk`` key/value heads, ``K`` keys, ``d`` head size, ``D`` hidden
@@ -20,11 +20,14 @@ from atp_patch.contract.view import TokenView
 
 @dataclass(frozen=True)
 class Recycled:
-    """Kept tokens that take in others: what they carry on is a sum of hidden states.
+    """Kept tokens that take in others: their hidden state becomes a weighted sum of hidden states.
+
+    ``C`` is the number of such tokens in the sample that has most.
 
     Attributes:
-        column: (B, C) int64 over the view's visual tokens, kept ones; ``valid`` (B, C) bool.
-        weight: (B, C, V) float32 of each visual token's hidden state.
+        column: (B, C) int64, the kept tokens that take in others, as columns of the view's tokens.
+        valid: (B, C) bool, False in padding slots.
+        weight: (B, C, V) float32, the weight of each visual token's hidden state in the sum.
     """
 
     column: Tensor
@@ -37,13 +40,15 @@ class Decision:
     """What a method decided before one layer, or at the decoder's door.
 
     Attributes:
-        keep: (B, V) bool over the view's visual tokens; padding slots do not count.
-        scores: name -> (B, V) floating point; the trace shows them.
-        thresholds: name -> (B,) floating point.
-        soft: (B, V) float32, where the view asks for learning: 1 kept, 0 not, with a gradient.
-        counted: the same numbers, with the gradient that losses of their count take; None: that
-            of ``soft``.
-        recycled: which kept tokens take in others; None: none does.
+        keep: (B, V) bool, True for each of the view's visual tokens that is kept. Values in padding
+            slots are ignored.
+        scores: for each name, (B, V) floating point scores of the tokens; the trace shows them.
+        thresholds: for each name, (B,) floating point thresholds of the samples.
+        soft: (B, V) floating point mask with a gradient, 1 for a kept token and 0 for a dropped
+            one. It is needed where ``view.learning`` is True.
+        counted: (B, V) the same numbers as ``soft``, with the gradient that losses of the token
+            count use. None means that they use the gradient of ``soft``.
+        recycled: which kept tokens take in others, or None if none does.
 
     >>> import torch
     >>> Decision(torch.tensor([[True, False, True]])).keep.sum(1).tolist()
@@ -59,7 +64,7 @@ class Decision:
     recycled: Recycled | None = None
 
     def __post_init__(self, exact: bool | None) -> None:
-        """``exact`` said once that the budget's counts are kept; what is kept is now counted."""
+        """Warn about ``exact``, which is ignored: kept tokens are counted instead."""
         if exact is not None:
             warnings.warn(
                 "Decision(exact=...) is no longer needed: what is kept is counted. Leave it out.",
@@ -69,17 +74,18 @@ class Decision:
 
 
 def check_decision(decision: Any, view: TokenView, method: str) -> Decision:
-    """A method's decision, if it is one for the tokens that the method saw.
+    """Check that a method returned a valid decision for the tokens it saw, and return it.
 
-    All values are read from the device at once.
+    All results are read from the device at once.
 
     Args:
-        method: its name, for the message.
+        decision: what the method returned.
+        view: what the method saw.
+        method: the name of the method, for the message.
 
     Raises:
-        DecisionError: naming the method and what is wrong: a shape, dtype or device, a score or
-            threshold that is not finite, fewer tokens than must stay, a token that takes in others
-            and goes itself.
+        DecisionError: if a shape, dtype or device is wrong, a score or threshold is not finite,
+            fewer tokens are kept than must be, or a token that takes in others is dropped itself.
     """
     if not isinstance(decision, Decision):
         raise DecisionError(
@@ -95,7 +101,7 @@ def check_decision(decision: Any, view: TokenView, method: str) -> Decision:
 
 
 def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
-    """Shapes, dtypes and devices, for which nothing is read from the device."""
+    """Check shapes, dtypes and devices; no value is read from the device."""
     batch, tokens = view.slot_valid.shape
     device = view.slot_valid.device
 
@@ -143,7 +149,10 @@ def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
 
 
 def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], Tensor]:
-    """(what is wrong, the mend) -> a bool scalar on the device; the causes stand first."""
+    """Return, for each possible fault and its mend, a bool scalar on the device.
+
+    Faults that cause others come first, so that the message names the cause.
+    """
     valid, wrong = view.slot_valid, {}
     keep = decision.keep & valid
     for name, scores in decision.scores.items():

@@ -1,4 +1,4 @@
-"""The one class tree of errors: every message names what was wrong, where, and the mend."""
+"""All error classes of the package. Every message says what was wrong, where, and the mend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ConfigError(ATPError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """The token budget cannot be met; the message names the least possible one."""
+    """The token budget cannot be met; the message names the smallest possible one."""
 
 
 class UnsupportedModelError(ATPError, ValueError):
@@ -28,11 +28,11 @@ class WeightsError(ATPError, ValueError):
 
 
 class HubError(ATPError, OSError):
-    """The Hugging Face Hub could not be reached, or refused what was asked of it."""
+    """The Hugging Face Hub could not be reached, or refused the request."""
 
 
 class CacheError(ATPError, ValueError):
-    """The key/value cache cannot carry pruned layers, or cannot do what was asked of it."""
+    """The key/value cache cannot hold pruned layers, or cannot do what was requested."""
 
 
 class InputError(ATPError, ValueError):
@@ -40,10 +40,10 @@ class InputError(ATPError, ValueError):
 
 
 class DecisionError(ATPError):
-    """A method returned a decision that is none for the tokens that it saw."""
+    """A method returned a decision that is not valid for the tokens that it saw."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's kind where it has none."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

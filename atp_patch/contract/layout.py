@@ -1,4 +1,4 @@
-"""Where the visual tokens of a forward pass lie: grids, runs of placeholders, the layout.
+"""Where the visual tokens of a forward pass are: grids, runs of placeholders, the layout.
 
 Shapes: ``B`` batch, ``L`` sequence, ``V`` visual tokens (packed, padded to the longest sample),
 ``T`` text rows, ``H`` heads, ``Hk`` key/value heads, ``K`` keys, ``d`` head size, ``D`` hidden
@@ -17,12 +17,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VisualGrid:
-    """One image, tile or video in the sequence: ``frames`` x ``height`` x ``width`` tokens.
+    """One image, tile or video in the sequence, of ``frames`` x ``height`` x ``width`` tokens.
 
-    The token of (frame, row, column) stands at
-    ``start + frame * frame_stride + row * row_stride + column``; strides of 0 mean "no gaps".
-    Tokens in the gaps (a newline after each row, a class token of each frame) belong to no grid and
-    are never pruned.
+    The token of (frame, row, column) is at position
+    ``start + frame * frame_stride + row * row_stride + column``. Tokens in the gaps (a newline
+    after each row, a class token of each frame) belong to no grid and are never pruned.
+
+    Attributes:
+        start: position of the first token in the sequence.
+        frames, height, width: number of frames, of rows in a frame and of columns in a row.
+        row_stride: distance between the first tokens of two rows; 0 if rows follow without a gap.
+        frame_stride: distance between the first tokens of two frames; 0 if frames follow without a
+            gap.
     """
 
     start: int
@@ -34,11 +40,14 @@ class VisualGrid:
 
     @property
     def length(self) -> int:
-        """How many visual tokens the grid has."""
+        """Number of visual tokens in the grid."""
         return self.frames * self.height * self.width
 
     def coordinates(self) -> Tensor:
-        """(4, length) int64: position in the sequence, frame, row, column; row-major."""
+        """(4, length) int64: each token's position in the sequence, frame, row and column.
+
+        Tokens are in the order of the sequence.
+        """
         row_stride = self.row_stride or self.width
         frame_stride = self.frame_stride or row_stride * self.height
         frame, row, column = torch.meshgrid(
@@ -53,13 +62,14 @@ class VisualGrid:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the prunable visual tokens of one forward pass lie.
+    """Where the prunable visual tokens of one forward pass are.
 
     Attributes:
         length: sequence length ``L`` of the forward pass.
         grids: for each sample, its grids in sequence order.
-        position, image, frame, row, column: (B, V) int64; ``position`` in the sequence, ``image``
-            the number of the grid within the sample. 0 in padding slots.
+        position: (B, V) int64, position of each visual token in the sequence; 0 in padding slots.
+        image: (B, V) int64, the number of the token's grid within the sample; 0 in padding slots.
+        frame, row, column: (B, V) int64, the token's place in its grid; 0 in padding slots.
         valid: (B, V) bool, False in padding slots.
     """
 
@@ -76,8 +86,9 @@ class Layout:
     def from_grids(
         cls, grids: Sequence[Sequence[VisualGrid]], length: int, device: torch.device
     ) -> Layout:
-        """Lay out each sample's grids (on ``device``); samples without images have an empty
-        list.
+        """Make the layout of each sample's grids, on ``device``.
+
+        A sample without images has an empty list of grids.
         """
         totals = [sum(grid.length for grid in sample) for sample in grids]
         table = torch.zeros(5, len(totals), max(totals, default=0), dtype=torch.long)
@@ -102,16 +113,16 @@ class Layout:
 
     @property
     def totals(self) -> tuple[int, ...]:
-        """Prunable visual tokens of each sample before any pruning."""
+        """Number of prunable visual tokens of each sample before any pruning."""
         return tuple(sum(grid.length for grid in sample) for sample in self.grids)
 
     @cached_property
     def mask(self) -> Tensor:
-        """(B, L) bool: the prunable visual tokens in the sequence."""
+        """(B, L) bool, True at the prunable visual tokens of the sequence."""
         mask = torch.zeros(
             len(self.grids), self.length + 1, dtype=torch.bool, device=self.position.device
         )
-        # Padding slots write to a column of their own, cut off after.
+        # Padding slots write to an additional last column, which is then cut off.
         column = torch.where(self.valid, self.position, self.length)
         return mask.scatter_(1, column, True)[:, : self.length]
 
@@ -126,5 +137,5 @@ class Span:
 
     @property
     def length(self) -> int:
-        """How many placeholders the run has."""
+        """Number of placeholders in the run."""
         return self.stop - self.start

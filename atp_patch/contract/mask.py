@@ -1,4 +1,4 @@
-"""Which keys the queries of one attention call see, without tables that nobody asks for.
+"""Which keys the queries of one attention call see; only the rows that are read are built.
 
 A table of all queries and keys of 20,000 tokens takes 381 MiB. Scores need a few rows of it, and
 some methods need none.
@@ -14,16 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """The mask of one attention call, of which rows or the whole can be asked for.
+    """The mask of one attention call, from which some rows or the whole can be built.
 
     ``B`` batch, ``h`` heads or 1, ``Q`` queries, ``K`` keys.
 
     Attributes:
-        given: what the host gave to the attention: (B or 1, h, Q, K or more) bool (True = visible)
-            or float (added to the logits); (B, K or more) bool or int, False at keys that nothing
-            sees; or None. In the last two cases a query sees no key behind it.
-        queries, keys: how many there are; the last queries' keys stand last.
-        gone: (B, K) bool, keys that are hidden besides, or None.
+        given: the mask that the host gave to the attention. It is (B or 1, h, Q, K or more), bool
+            (True = visible) or float (added to the logits); or (B, K or more) bool or int, False or
+            0 at keys that no query sees; or None. In the last two cases attention is causal as
+            well.
+        queries, keys: the numbers Q and K; the queries' own keys are the last Q keys.
+        gone: (B, K) bool, keys that are hidden in addition, or None.
     """
 
     given: Tensor | None
@@ -32,7 +33,7 @@ class AttentionMask:
     gone: Tensor | None = None
 
     def rows(self, index: Tensor) -> Tensor:
-        """The rows of some queries (B, T) int64.
+        """Build the rows of the queries with the numbers ``index``, (B, T) int64.
 
         Returns:
             (B, h, T, K) bool, True at visible keys, or float, to be added to the logits.
@@ -50,7 +51,7 @@ class AttentionMask:
         return self._without_gone(visible)
 
     def whole(self, device: torch.device) -> Tensor:
-        """(B or 1, h, Q, K), as of :meth:`rows`, for all queries."""
+        """Build the rows of all queries, (B or 1, h, Q, K), bool or float as in :meth:`rows`."""
         if self.given is not None and self.given.ndim == 4:
             return self._without_gone(self.given[..., : self.keys])
         return self.rows(torch.arange(self.queries, device=device)[None])

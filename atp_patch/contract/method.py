@@ -1,7 +1,8 @@
-"""The contract of a method: one base class, and one class for each place where a method can stand.
+"""The base class of all methods, and one class for each of the four places where they prune.
 
-A method is a frozen dataclass: its fields are its options, checked when it is made, written to an
-adapter's JSON, and never changed after. What it learns, if anything, lives in a module of its own.
+A method is a frozen dataclass. Its fields are its options: they are checked when the method is made
+and written to an adapter's JSON. What a method learns is in a separate module, which ``build``
+makes.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from atp_patch.contract.view import DoorView, View
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base class of every method: a name, and options as its fields.
+    """Base class of every method, with a name, and with its options as fields.
 
-    A method derives from the class for the place where it stands: :class:`PictureMethod`,
+    A method derives from the class for the place where it prunes: :class:`PictureMethod`,
     :class:`TowerMethod`, :class:`DoorMethod` or :class:`LayerMethod`.
 
     Class attributes:
-        name: what ``patch_model(method=...)`` calls it.
+        name: the name that ``patch_model(method=...)`` takes.
         summary: one line for listings.
-        where: the place where it stands: "picture", "tower", "door", "layer" or "voco".
+        where: the place where the method prunes: "picture", "tower", "door", "layer" or "voco".
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Method(ABC):
     where: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A class from before the four kinds, which derives from ``Method``, is a layer method."""
+        """Make a class that derives from ``Method`` directly, as in 0.1, a layer method."""
         super().__init_subclass__(**kwargs)
         if "decide" in vars(cls) and not hasattr(cls, "where"):
             warnings.warn(
@@ -69,18 +70,19 @@ class Method(ABC):
 
     @property
     def needs_budget(self) -> bool:
-        """Whether the method keeps a given number of tokens (else it decides how many by
-        itself).
+        """Whether the method must be given a number of tokens to keep.
+
+        A method that need not be given one can decide the number itself.
         """
         return True
 
     @property
     def takes_budget(self) -> bool:
-        """Whether the method keeps a given number of tokens where one is given."""
+        """Whether the method keeps exactly the number of tokens that it is given."""
         return True
 
     def options(self) -> dict[str, Any]:
-        """The fields, for an adapter's JSON."""
+        """The fields by name, as an adapter's JSON holds them."""
         return asdict(self)
 
 
@@ -102,17 +104,19 @@ class PictureMethod(Method):
     def grid(
         self, height: int, width: int, count: int, least: int, *, square: bool
     ) -> tuple[int, int]:
-        """The grid that one of ``height`` x ``width`` tokens becomes.
+        """Return the height and width of the grid that replaces one of ``height`` x ``width``.
 
         Args:
-            count: about so many tokens are wanted, ``least`` at least.
-            square: the grid must be square.
+            height, width: the size of the grid in tokens.
+            count: number of tokens that the new grid should have approximately.
+            least: number of tokens that it must have at least.
+            square: whether the new grid must be square.
         """
 
 
 @dataclass(frozen=True)
 class TowerMethod(Method):
-    """Base class of methods that make fewer tokens of the vision tower's, before the projector.
+    """Base class of methods that merge the vision tower's tokens into fewer ones.
 
     >>> import torch
     >>> class First(TowerMethod):
@@ -132,20 +136,20 @@ class TowerMethod(Method):
 
     @abstractmethod
     def merge(self, groups: TokenGroups) -> Merge:
-        """Choose tokens of each group, and what goes into each."""
+        """Choose the tokens to keep in each group, and what is merged into each of them."""
 
 
 @dataclass(frozen=True)
 class DoorMethod(Method):
     """Base class of methods that choose among the projected visual features, before layer 0.
 
-    Alone, a door method takes the budget: ``keep`` is the share of a sample's visual tokens that
-    enter the decoder, ``target_tokens`` their number. In a pair with a layer method the budget is
-    that method's, and ``share`` says how many enter.
+    A door method that is used alone takes the budget: ``keep`` is the share of a sample's visual
+    tokens that enter the decoder, ``target_tokens`` is their number. In a pair with a layer method
+    the budget belongs to the layer method, and ``share`` says how many tokens enter.
 
     Attributes:
-        share: share of a sample's visual tokens that enter where ``patch_model`` is given no budget
-            for this method; None: what the method decides by itself.
+        share: the share of a sample's visual tokens that enter if ``patch_model`` is given no
+            budget for this method, or None if the method itself decides how many enter.
 
     >>> class Loud(DoorMethod):
     ...     name, summary = "loud", "the features of the largest norm"
@@ -169,10 +173,10 @@ class DoorMethod(Method):
 
     @property
     def tower_blocks(self) -> tuple[int, ...]:
-        """The blocks of the vision tower whose attention the method wants to see; by default none.
+        """The blocks of the vision tower whose attention the method needs; by default none.
 
-        Numbers from 0 are blocks from the front; -1 is the block whose output the model uses, -2
-        the one before it.
+        Numbers from 0 count blocks from the first; -1 is the block whose output the model uses, -2
+        the block before it.
         """
         return ()
 
@@ -200,21 +204,26 @@ class LayerMethod(Method):
     where: ClassVar[str] = "layer"
 
     def attention_layers(self, layer: int) -> tuple[int, ...]:
-        """The decoder layers whose attention the method wants to see before ``layer``.
+        """The decoder layers whose attention the method needs to prune before ``layer``.
 
-        By default this is the layer just before; a method may ask for earlier ones, or for none,
-        and then nothing is recorded for it.
+        By default this is the layer just before. A method may name earlier layers, or none, and
+        then no attention is recorded for it.
         """
         return (layer - 1,)
 
     @abstractmethod
     def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Choose which of the view's visual tokens go on (``module`` is what ``build`` made)."""
+        """Choose which of the view's visual tokens are kept.
+
+        Args:
+            view: what the method sees.
+            module: the module that :meth:`build` made, or None.
+        """
 
     def build(self, spec: ModuleSpec) -> nn.Module | None:
-        """The module that holds what the method learns, or None.
+        """Make the module that holds what the method learns, or return None.
 
-        It is also called under ``torch.device("meta")``, to know the names and shapes that an
+        This is also called under ``torch.device("meta")``, to find the names and shapes that an
         adapter must hold before any of its weights is read.
         """
         return None
@@ -227,38 +236,42 @@ class LayerMethod(Method):
         num_layers: int,
         target: float,
     ) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the host's loss where counts say it all.
+        """Losses that training adds to the host's loss, from the numbers of tokens alone.
+
+        ``S`` is the number of samples with visual tokens.
 
         Args:
-            counts: (S,) float with a gradient, tokens left after each pruning layer.
-            totals: (S,) float, tokens before any pruning.
-            target: visual tokens averaged over all decoder layers that are aimed at.
+            counts: for each pruning layer, (S,) float with a gradient, the tokens left after it.
+            totals: (S,) float, the tokens before any pruning.
+            layers: the pruning layers.
+            num_layers: the number of decoder layers.
+            target: the number of visual tokens, averaged over all decoder layers, to aim at.
 
         Returns:
-            Name -> its weight and a scalar.
+            For each name, the weight of the loss and the loss, a scalar tensor.
         """
         return {}
 
     def step_losses(self, step: LearningStep) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the host's loss, from all that one forward pass has to say.
+        """Losses that training adds to the host's loss, from everything that a forward pass shows.
 
-        By default it is :meth:`losses`.
+        By default these are the :meth:`losses`.
 
         Returns:
-            Name -> its weight and a scalar.
+            For each name, the weight of the loss and the loss, a scalar tensor.
         """
         return self.losses(step.counts, step.totals, step.layers, step.num_layers, step.target)
 
     def margins(self, decision: Decision) -> Tensor:
-        """(B, V) how far each token is above the threshold that would send it away.
+        """(B, V) floating point: how far each token is above the threshold that drops it.
 
         The unit is that of :meth:`LearnedThresholds.shift <atp_patch.LearnedThresholds.shift>`;
-        numbers beyond 30 on either side are as good as infinite. By default scores and thresholds
-        of the same name lie between 0 and 1, the unit is a logit, and a token stays where one of
-        its scores reaches its threshold.
+        numbers above 30 and below -30 count as infinite. By default the unit is a logit: scores and
+        thresholds of the same name are between 0 and 1, and a token is kept if one of its scores
+        reaches its threshold.
 
         Raises:
-            ConfigError: where no score has a threshold of its name.
+            ConfigError: if no score has a threshold of the same name.
         """
         names = [name for name in decision.thresholds if name in decision.scores]
         if not names:

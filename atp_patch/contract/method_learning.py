@@ -15,12 +15,13 @@ from atp_patch.contract.view import View
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """What a method's learned module is built for.
+    """What a method needs to know to build its learned module.
 
     Attributes:
         layers: the pruning layers.
-        hidden_size: of the decoder.
-        shares: of all visual tokens, what an untrained module is to leave after each pruning layer.
+        hidden_size: hidden size of the decoder.
+        shares: for each pruning layer, the share of all visual tokens that an untrained module
+            should leave after it.
     """
 
     layers: tuple[int, ...]
@@ -45,31 +46,33 @@ class LearnedThresholds(nn.Module, ABC):
 
     @abstractmethod
     def shift(self, layer: int, by: float) -> None:
-        """Raise every threshold of a layer by a number, for every instance.
+        """Raise every threshold of a layer by the same number, for every sample.
 
         Args:
-            by: in the unit of the method's :meth:`~atp_patch.LayerMethod.margins`: a token whose
-                margin is below it no longer stays. By default the unit is the logit of a threshold
-                between 0 and 1.
+            layer: the pruning layer.
+            by: the number, in the unit of the method's :meth:`~atp_patch.LayerMethod.margins`:
+                tokens whose margin is below it are dropped from then on. By default the unit is the
+                logit of a threshold between 0 and 1.
         """
 
 
 @dataclass(frozen=True)
 class LearningStep:
-    """What the losses of a method may see of one forward pass in training.
+    """What the losses of a method may use of one forward pass in training.
 
-    ``S`` is the number of samples that have visual tokens; ``B``, of views and decisions, counts
-    the others too.
+    ``S`` is the number of samples with visual tokens. The views and decisions have all ``B``
+    samples of the batch.
 
     Attributes:
-        counts: for each pruning layer, (S,) float32 with a gradient: tokens left after it.
-        totals: (S,) float32, the tokens that entered the decoder.
+        counts: for each pruning layer, (S,) float32 with a gradient, the tokens left after it.
+        totals: (S,) float32, the visual tokens that entered the decoder.
         layers: the pruning layers.
-        num_layers: the decoder's layers.
-        target: visual tokens averaged over all decoder layers that are aimed at.
-        samples: the rows of the batch that are counted, (S,) int64.
-        views, decisions: pruning layer -> what the method saw there and what it decided.
-        output: what the model returned: its loss, logits, and what else was asked of it.
+        num_layers: the number of decoder layers.
+        target: the number of visual tokens, averaged over all decoder layers, to aim at.
+        samples: (S,) int64, the rows of the batch that have visual tokens.
+        views: for each pruning layer, what the method saw there.
+        decisions: for each pruning layer, what the method decided there.
+        output: the model's output, with its loss and logits.
     """
 
     counts: Sequence[Tensor]

@@ -1,4 +1,4 @@
-"""What families say and are asked about a model, and the sizes of its decoder."""
+"""Plain data between the families and the seam, and the sizes of a decoder."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from atp_patch.contract.layout import Span
 
 @dataclass(frozen=True)
 class GridQuery:
-    """What a family may look at to say where the grids lie.
+    """What a family is given to find the grids of a prompt.
 
     Attributes:
         config: the config of the whole vision-language model.
         spans: for each sample, its runs of visual placeholders in order.
-        position_ids: (..., B, L) int64 on the CPU as the decoder got them, or None.
-        ids: (B, L) int64 on the CPU, or None where only embeddings were given.
-        newlines: (B, L) bool on the CPU, the visual places that hold the model's newline feature;
-            None for families without one.
-        visual: (B, L) bool on the CPU, the visual places.
-        sizes: for each sample the (frames, height, width) that the caller gave, or None.
-        grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3) int64, where the call
-            brought them: the frames, rows and columns of patches, in the order of the prompts.
-        repeats: how many samples in a row share their images (beams, returned sequences).
+        position_ids: (..., B, L) int64 on the CPU, the position ids that the decoder was given, or
+            None.
+        ids: (B, L) int64 on the CPU, or None if only embeddings were given.
+        newlines: (B, L) bool on the CPU, the visual positions that hold the model's newline
+            feature; None for families without one.
+        visual: (B, L) bool on the CPU, all visual positions.
+        sizes: for each sample, the (frames, height, width) of its grids as the caller gave them, or
+            None.
+        grid_thw: the arguments "image_grid_thw" and "video_grid_thw" of the call, each (images, 3)
+            int64: the frames, rows and columns of patches, in the order of the prompts. An argument
+            that was not given is left out.
+        repeats: the number of consecutive samples that share their images (beams, returned
+            sequences).
     """
 
     config: object
@@ -43,15 +47,17 @@ class GridQuery:
 class Outer:
     """How a model of another package holds a causal language model of transformers and feeds it.
 
-    It writes visual features among the embeddings itself and calls the language model with
-    ``inputs_embeds``, so one of the two last attributes says how visual positions are known.
+    Such a model writes visual features among the embeddings itself and calls the language model
+    with ``inputs_embeds``. Visual positions are found through ``embed`` or ``image_token``.
 
     Attributes:
-        decoder: its attribute that holds the language model, head included.
-        embed: its method (input_ids, ..., labels, ...) -> (embeddings, labels, attention mask), of
-            which the labels are -100 at visual positions; or None.
-        image_token: its attribute that holds the id of the placeholders in ``input_ids``; or None.
-        mend: what to do with an object that does not have these.
+        decoder: name of the attribute that holds the language model with its head.
+        embed: name of the method that makes embeddings, or None. It takes (input_ids, ..., labels,
+            ...) and returns (embeddings, labels, attention mask); its labels are -100 at visual
+            positions.
+        image_token: name of the attribute that holds the id of the placeholders in ``input_ids``,
+            or None.
+        mend: what errors tell the user to do with a model that does not have these.
     """
 
     decoder: str
@@ -62,7 +68,17 @@ class Outer:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the language decoder, for costs: of an MLP of experts, those that a token visits."""
+    """Sizes of the language decoder, from which costs are computed.
+
+    Attributes:
+        num_layers: number of decoder layers.
+        hidden_size: hidden size of the decoder.
+        mlp_sizes: inner size of each layer's MLP; in a mixture of experts that of all experts that
+            a token visits.
+        num_heads, num_kv_heads: number of query heads, and of key/value heads.
+        head_dim: size of a head.
+        vocab_size: number of logits of each position.
+    """
 
     num_layers: int
     hidden_size: int

@@ -1,7 +1,7 @@
-"""Plain data about pruning before the decoder: the tower, its tokens in groups, what they become.
+"""Plain data about the vision tower and about merging its tokens before the decoder.
 
-A group is one image, tile or frame: what the vision tower attends within. Shapes: ``G`` groups,
-``n`` tokens of the largest, ``m`` tokens kept of the group that keeps most, ``d`` size of all
+A group is one image, tile or frame, within which the vision tower attends. Shapes: ``G`` groups,
+``n`` tokens in the largest group, ``m`` tokens kept in the group that keeps most, ``d`` size of all
 heads' keys together.
 """
 
@@ -16,24 +16,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tower:
-    """Where a family's vision tower keeps what pruning before the decoder needs.
+    """How a family's vision tower is built, and the names of its parts.
 
     Attributes:
         modules: names of the towers in the model without its head.
-        blocks: name of the list of blocks in a tower; ``attention``: of the attention in a block.
-        block: number of the block whose attention counts.
-        projector: name, in the model without its head, of what makes the decoder's tokens.
-        tokenwise: the projector works token by token, so its inputs can be merged, as in the paper;
-            else it joins patches, and its outputs are merged.
-        class_token: the first token of the tower is a class token.
-        packed: all images stand in one row of patches, and the tower is told their grids.
-        cell: patches along a side of what becomes one token of the decoder.
-        window: packed: tokens along a side of the windows by which the tower sorts them, 0: none.
-        whole: every token of the projector has a placeholder (nothing is cut off after it).
-        patch: pixels along a side of a patch; ``frames``: packed: pictures in one patch.
-        square: grids must stay square.
-        lead: of each module, tokens in front of each grid that get placeholders too (class tokens).
-        resized: keyword by which a tower is told that pictures have another size, if it must be.
+        blocks: name of the list of blocks in a tower.
+        block: number of the block whose attention methods read.
+        projector: name, in the model without its head, of the module that makes the decoder's
+            tokens.
+        attention: name of the attention module in a block.
+        tokenwise: whether the projector works token by token. Then its inputs are merged, as in the
+            paper; otherwise it joins patches, and its outputs are merged.
+        class_token: whether the first token of the tower is a class token.
+        packed: whether all images are in one row of patches and the tower is given their grids.
+        cell: number of patches along a side of the square that becomes one token of the decoder.
+        window: number of tokens along a side of the windows into which a packed tower sorts its
+            tokens; 0 if it does not sort them.
+        whole: whether every token of the projector has a placeholder, so that none is cut off
+            after the projector.
+        patch: number of pixels along a side of a patch.
+        frames: number of pictures in one patch of a packed tower.
+        square: whether grids must stay square.
+        lead: for each module, the number of tokens in front of each grid that have placeholders too
+            (class tokens).
+        resized: name of the keyword that tells a tower that pictures have another size; empty if it
+            needs none.
     """
 
     modules: tuple[str, ...]
@@ -56,18 +63,19 @@ class Tower:
 
 @dataclass(frozen=True)
 class TowerTokens:
-    """What one block of the vision tower made of the visual tokens, in their places in the prompt.
+    """The attention of one block of the vision tower, for the visual tokens in prompt order.
 
     ``B`` samples, ``V`` visual tokens (packed, padded to the longest sample), ``d`` size of all
-    heads' keys together, ``Dt`` hidden size of the tower. All of it is 0 in padding slots.
+    heads' keys together, ``Dt`` hidden size of the tower. All values are 0 in padding slots.
 
     Attributes:
-        attention: (B, V) float32, the attention that each token gets within its image, tile or
-            frame, averaged over heads: that of the class token, or of all patches on average where
-            the tower has none. Of several patches that become one token it is the sum.
-        key: (B, V, d) float32, all heads' keys of each token; the mean of several patches.
-        class_token: (B, V, Dt) float32, what the block made of the class token of each token's
-            image, tile or frame; None where the tower has none.
+        attention: (B, V) float32, the attention that each token receives within its image, tile or
+            frame, averaged over heads. It is the attention of the class token or, in a tower
+            without one, the mean over all patches. A token that is made of several patches has
+            their sum.
+        key: (B, V, d) float32, all heads' keys of each token; the mean over a token's patches.
+        class_token: (B, V, Dt) float32, the block's output at the class token of each token's
+            image, tile or frame; None if the tower has none.
     """
 
     attention: Tensor
@@ -76,7 +84,12 @@ class TowerTokens:
 
 
 class Quota(NamedTuple):
-    """Tokens that a group is to keep, and those that it keeps at least."""
+    """How many tokens a group keeps.
+
+    Attributes:
+        tokens: number of tokens that the group should keep.
+        least: number of tokens that it must keep at least.
+    """
 
     tokens: int
     least: int
@@ -84,17 +97,18 @@ class Quota(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """What a method sees of the tokens that the decoder would get.
+    """What a tower method sees of the vision tower's tokens.
 
     Attributes:
-        attention: (G, n) float32, the attention that each token gets in the tower, averaged over
-            heads: of the class token, or of all patches on average where there is none. Of several
-            patches that become one token it is the sum.
-        key: (G, n, d), all heads' keys of one token; the mean of several patches.
+        attention: (G, n) float32, the attention that each token receives in the tower, averaged
+            over heads. It is the attention of the class token or, in a tower without one, the mean
+            over all patches. A token that is made of several patches has their sum.
+        key: (G, n, d), all heads' keys of each token; the mean over a token's patches.
         valid: (G, n) bool, False in padding slots.
-        row, column: (G, n) int64 places in the grid; ``heights``, ``widths`` of the grids.
-        counts: tokens to keep of each group; None: the method decides.
-        minimum: tokens that every group keeps at least.
+        row, column: (G, n) int64, each token's place in its grid.
+        heights, widths: number of rows and of columns of each group's grid.
+        counts: for each group, the number of tokens to keep; None if the method decides it.
+        minimum: number of tokens that every group must keep at least.
     """
 
     attention: Tensor
@@ -110,13 +124,15 @@ class TokenGroups:
 
 @dataclass(frozen=True)
 class Merge:
-    """What becomes of the groups' tokens.
+    """Which tokens of each group are kept, and what is merged into each of them.
 
     Attributes:
-        keep: (G, n) bool.
-        index: (G, m) int64, the kept tokens in order, and 0 in unused slots.
-        weight: (G, m, n) float32: a kept token's feature is this sum over its group's features.
-        changed: (G, m) bool, False where the feature stays as it is.
+        keep: (G, n) bool, True for tokens that are kept.
+        index: (G, m) int64, the columns of the kept tokens in order; 0 in unused slots.
+        weight: (G, m, n) float32, the weight of each token of the group in the feature of each kept
+            token.
+        changed: (G, m) bool, True where the feature of a kept token is replaced by that weighted
+            sum, False where it stays unchanged.
     """
 
     keep: Tensor

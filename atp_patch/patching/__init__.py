@@ -1,1 +1,1 @@
-"""Patching a model: its configuration, adapters and traces, and the one line that joins them."""
+"""Patching a model: the functions that do it, the configuration, adapters and traces."""

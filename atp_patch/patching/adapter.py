@@ -1,4 +1,4 @@
-"""Adapters: a configuration in JSON and, where something was learned, safetensors. Nothing else."""
+"""Adapters: a configuration in JSON and, if a method has learned weights, a safetensors file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CARD_FILE = "README.md"
 _MODELS_FILES = ("config.json", "adapter_config.json", CARD_FILE)
 _MOST_CONFIG_BYTES = 2**20
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LARGEST = 1e6  # of learned weights: a sum over any heads' inputs stays within float32
+_LARGEST = 1e6  # the largest learned weight, so that sums of heads' inputs stay within float32
 # What the Hub's client raises: errors of its HTTP library, of files and sockets, and of uploads.
 _HUB_ERRORS: tuple[type[Exception], ...] = (
     *HfHubHTTPError.__bases__,
@@ -41,15 +41,17 @@ _HUB_ERRORS: tuple[type[Exception], ...] = (
     HFValidationError,
     RuntimeError,
 )
-Beside = Literal["lora", "model"]  # what learned with an adapter, and a folder's name
+Beside = Literal["lora", "model"]  # what was trained with an adapter, and the name of its folder
 
 
 class Adapter(ModelHubMixin):
-    """A pruning configuration and what was learned for it, as one thing to save, load and push.
+    """A pruning configuration and its learned weights, to save, load and push together.
 
     Attributes:
-        pruning: the configuration; ``tensors``: name -> what was learned.
-        beside: what learned with it and lies in the folder of that name beside its own.
+        pruning: the configuration.
+        tensors: the learned weights by name; empty if the method learns nothing.
+        beside: "lora" or "model", what was trained together with the adapter and is stored in the
+            folder of that name next to the adapter's; None if nothing was.
     """
 
     def __init__(
@@ -59,15 +61,17 @@ class Adapter(ModelHubMixin):
         beside: Beside | None = None,
     ) -> None:
         self.pruning, self.tensors, self.beside = pruning, tensors, beside
-        # The mixin would write the arguments above into a config.json of its own.
+        # Otherwise the mixin writes the arguments above into a config.json.
         self._hub_mixin_config = None
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """As the mixin's, which takes a folder for its own: it removes any config.json there.
+        """Save the adapter to a folder, as ``ModelHubMixin.save_pretrained`` does.
+
+        A folder that holds a model is refused, because the mixin would remove its config.json.
 
         Raises:
-            ConfigError: where the folder holds something else or cannot be written to.
-            WeightsError: where what was learned is NaN, infinite or absurdly large.
+            ConfigError: if the folder holds something else or cannot be written to.
+            WeightsError: if a learned weight is NaN, infinite or absurdly large.
         """
         folder = Path(save_directory)
         own = {CARD_FILE} if (folder / CONFIG_FILE).exists() else set()
@@ -89,10 +93,10 @@ class Adapter(ModelHubMixin):
             ) from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As the mixin's.
+        """Push the adapter to the Hub, as ``ModelHubMixin.push_to_hub`` does.
 
         Raises:
-            HubError: where the Hub refuses it or cannot be reached.
+            HubError: if the Hub refuses it or cannot be reached.
         """
         try:
             return super().push_to_hub(repo_id, **kwargs)
@@ -117,7 +121,7 @@ class Adapter(ModelHubMixin):
         (save_directory / CARD_FILE).write_text(self.card(), encoding="utf-8")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        """The card is written by :meth:`card`; the mixin's own template is not used."""
+        """Return the card that :meth:`card` writes, instead of the mixin's template."""
         from huggingface_hub import ModelCard
 
         return ModelCard(self.card())
@@ -156,7 +160,7 @@ class Adapter(ModelHubMixin):
         return f"It prunes before {where}; budget: {budget}."
 
 
-# How an adapter is loaded, by what learned beside it.
+# How an adapter is loaded, for each value of ``beside``.
 _LOADED = {
     None: 'import atp_patch\n\natp_patch.patch_model(model, weights="THIS_REPOSITORY_OR_FOLDER")',
     "lora": "from atp_patch import load_trained\n\n"
@@ -173,15 +177,17 @@ def adapter_of(
     state_dict: Mapping[str, Tensor] | None = None,
     beside: Beside | None = None,
 ) -> Adapter:
-    """The adapter of a patched model.
+    """Make the adapter of a patched model.
 
     Args:
-        state_dict: of the heads, where this process holds them in parts.
-        beside: as :class:`Adapter` takes it.
+        config: the configuration of the patch.
+        heads: the module that learns, or None.
+        state_dict: the whole weights of the heads, if this process holds only a part of them.
+        beside: as in :class:`Adapter`.
 
     Raises:
-        WeightsError: where this process holds a part of what was learned and no ``state_dict``
-            was given, or one that lacks something.
+        WeightsError: if this process holds only a part of the weights and ``state_dict`` is not
+            given or not complete.
     """
     learned: Mapping[str, Tensor] = {} if heads is None else heads.state_dict(keep_vars=True)
     if state_dict is not None:
@@ -205,16 +211,17 @@ def adapter_of(
 def load_adapter(
     source: str | Path, base: BaseModel
 ) -> tuple[PruningConfig, BeforeDecoder | VoCo | None, LayerMethod | None, dict[str, Tensor]]:
-    """Read an adapter from a folder or the Hub and check that it is whole and made for ``base``.
+    """Read an adapter from a folder or the Hub and check that it is complete and fits ``base``.
 
-    Nothing of the size that it names is allocated before its files are found to hold that much.
+    No memory of a size that the configuration names is allocated before the weights file is found
+    to hold tensors of that size.
 
     Returns:
-        The configuration, the method before the decoder, the one inside it, and what was learned,
-        in the types that the method's module has.
+        The configuration, the method before the decoder, the method inside it, and the learned
+        weights in the dtypes of the method's module.
 
     Raises:
-        WeightsError: naming the file, and what is missing, foreign, or made for another model.
+        WeightsError: if a file is missing, damaged, of another program, or made for another model.
     """
     if not isinstance(source, (str, Path)):
         raise ConfigError(
@@ -242,7 +249,7 @@ def load_adapter(
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether there is a folder of this name, which may be one that no file system takes."""
+    """Whether a folder of this name exists; False for names that are not valid paths."""
     try:
         return Path(source).is_dir()
     except (OSError, ValueError):
@@ -250,10 +257,14 @@ def is_folder(source: str | Path) -> bool:
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check that learned tensors hold numbers that can be computed with.
+    """Check that learned tensors hold usable numbers.
+
+    Args:
+        tensors: the tensors by name.
+        where: where they come from, for the error message.
 
     Raises:
-        WeightsError: for NaN, infinite and absurdly large ones.
+        WeightsError: if a number is NaN, infinite or absurdly large.
     """
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -271,10 +282,10 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def read_text(file: Path, where: str) -> str:
-    """The text of a configuration file; errors call it ``where``.
+    """Read the text of a configuration file, which error messages call ``where``.
 
     Raises:
-        WeightsError: where it cannot be read, is too large, or is no UTF-8.
+        WeightsError: if the file cannot be read, is too large, or is not UTF-8.
     """
     try:
         if file.stat().st_size > _MOST_CONFIG_BYTES:
@@ -287,7 +298,7 @@ def read_text(file: Path, where: str) -> str:
 
 
 def _read_config(source: str | Path) -> PruningConfig:
-    """The configuration in an adapter's JSON."""
+    """Read the configuration from an adapter's JSON."""
     where, file = f"{source}/{CONFIG_FILE}", _fetch(source, CONFIG_FILE)
     return PruningConfig.from_json(read_text(file, where), where)
 
@@ -295,10 +306,11 @@ def _read_config(source: str | Path) -> PruningConfig:
 def _methods_of(
     config: PruningConfig,
 ) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
-    """The methods that a configuration names, each of the kind that its place is for.
+    """Make the methods that a configuration names, before the decoder and inside it.
 
     Raises:
-        ConfigError: where they are not, or their options are wrong.
+        ConfigError: if a method prunes at another place than it is named for, or its options are
+            wrong.
     """
     stages = [] if config.before is None else [(config.before.method, config.before.options)]
     stages += [] if config.method is None else [(config.method, config.options)]
@@ -316,7 +328,7 @@ def _methods_of(
 def _expected(
     config: PruningConfig, before: BeforeDecoder | VoCo | None, inside: LayerMethod | None
 ) -> dict[str, Tensor]:
-    """Names, shapes and types of what the adapter of this configuration brings, without memory."""
+    """The tensors that an adapter of this configuration must hold, by name, on the meta device."""
     module: nn.Module | None = None
     with torch.device("meta"):
         if inside is not None:
@@ -328,7 +340,7 @@ def _expected(
 
 
 def _read_tensors(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What was learned, read after the file's header was found to hold just that."""
+    """Read the learned weights, after checking that the file's header lists exactly these."""
     where, file = f"{source}/{WEIGHTS_FILE}", _fetch(source, WEIGHTS_FILE)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -351,7 +363,7 @@ def _read_tensors(source: str | Path, expected: Mapping[str, Tensor]) -> dict[st
 
 
 def _in_parts(tensor: Tensor) -> bool:
-    """A shard of FSDP2's, or what ZeRO-3 leaves of a parameter between its uses."""
+    """Whether a tensor is only a part, as shards of FSDP2 and unused parameters of ZeRO-3 are."""
     shard = hasattr(tensor, "full_tensor")
     return shard or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
@@ -359,7 +371,7 @@ def _in_parts(tensor: Tensor) -> bool:
 def _check_shapes(
     where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise WeightsError where a file holds other tensors than were expected."""
+    """Raise WeightsError if a file does not hold exactly the expected tensors."""
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))
     wrong = sorted(k for k in set(expected) & set(found) if found[k] != expected[k])
@@ -372,10 +384,10 @@ def _check_shapes(
 
 
 def adapter_files(source: str | Path) -> Path:
-    """The folder in which an adapter's files lie, fetched from the Hub where it is there.
+    """Return the folder of an adapter's files, which are fetched from the Hub if needed.
 
     Raises:
-        WeightsError: where there is none.
+        WeightsError: if there is no such adapter.
     """
     file = _fetch(source, CONFIG_FILE)
     if not is_folder(source):
@@ -386,7 +398,7 @@ def adapter_files(source: str | Path) -> Path:
 
 
 def _fetch(source: str | Path, name: str) -> Path:
-    """A file of an adapter: from a folder where there is one, else from the Hub."""
+    """Return the path of an adapter's file, from a folder if there is one, else from the Hub."""
     if is_folder(source):
         folder, file = Path(source), Path(source, name)
         if file.is_file():

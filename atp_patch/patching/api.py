@@ -1,4 +1,4 @@
-"""The functions of a patched model: the one line that patches it, and those that ask about it."""
+"""The public functions that patch a model, take the patch off, and read what it did."""
 
 from __future__ import annotations
 
@@ -52,36 +52,37 @@ def patch_model(
         method: a name from :func:`available_methods` ("atp" by default), or a ``Method``; or two,
             one that prunes before the decoder and then one that prunes inside it, which takes
             layers, budget and options.
-        keep: share of the surviving visual tokens that a pruning layer keeps; one, or one a layer.
-            Of a method on the vision tower: share of the tokens of each image, tile or frame. Of
-            one at the decoder's door: share of the sample's visual tokens that enter.
-        target_tokens: visual tokens of a sample averaged over all decoder layers. Without a budget
-            of either kind it is a quarter of the sample's visual tokens, or what the method
-            itself decides.
-        weights: a folder or Hub id of a saved adapter, which brings all of the above along.
-        family: the family that serves the model's type where it is left out; a
-            :class:`atp_patch.Family` of your own; or "generic" for any decoder of transformers,
-            where each call says which tokens are visual, by ``visual_mask=`` and, if wanted,
-            ``visual_grids=``.
-        min_tokens, min_tokens_per_image: visual tokens left at least, for each sample and each
-            image.
-        rope_2d: turn visual tokens by row and column instead of their place in the sequence, for
-            a decoder that learns it (ATP-LLaVA's pruning positional embedding): half of the rotary
-            frequencies each, counted from the first token of the image, frame or tile. "force"
-            also turns a frozen decoder's.
-        prune_marks: let newline and class tokens go too, which stand in no grid and are kept
-            otherwise. They then count as visual tokens; each column of them is an image by itself.
+        keep: the share of the remaining visual tokens that each pruning layer keeps: one number for
+            all pruning layers, or one for each. For a method on the vision tower it is the share
+            of the tokens of each image, tile or frame; for a door method the share of the sample's
+            visual tokens that enter the decoder.
+        target_tokens: the number of visual tokens of a sample, averaged over all decoder layers. If
+            neither budget is given, it is a quarter of the sample's visual tokens, or the number
+            that the method itself decides.
+        weights: a folder or Hub id of a saved adapter, which sets all other arguments.
+        family: how the model's prompts are read. By default it is the family for the model's type.
+            Give a :class:`atp_patch.Family` of your own, or "generic" for any decoder of
+            transformers; then each call says which tokens are visual with ``visual_mask=`` and,
+            optionally, ``visual_grids=``.
+        min_tokens: the number of visual tokens that every sample keeps at least.
+        min_tokens_per_image: the number of visual tokens that every image keeps at least.
+        rope_2d: rotate visual tokens by row and column instead of by position in the sequence, for
+            a decoder that is trained with it (ATP-LLaVA's pruning positional embedding). Rows and
+            columns get half of the rotary frequencies each and are counted from the first token of
+            the image, frame or tile. "force" allows it for a frozen decoder too.
+        prune_marks: also prune newline and class tokens, which belong to no grid and are otherwise
+            kept. They then count as visual tokens, and each column of them counts as an image.
         options: fields of the method.
 
     Returns:
         The same object. A model has one patch: patching a patched model, a wrapper around it, or
-        a part of it that holds its decoder, replaces the first patch. Whatever is raised, the model
-        stays as it was, and so does the first patch.
+        a part of it that holds its decoder, replaces the first patch. If anything is raised, the
+        model and its first patch stay unchanged.
 
     Raises:
-        ConfigError, BudgetError: naming the wrong argument and the mend.
-        UnsupportedModelError: where the model cannot be patched.
-        WeightsError: where an adapter is missing, broken, or made for another model.
+        ConfigError, BudgetError: if an argument is wrong; the message names it and the mend.
+        UnsupportedModelError: if the model cannot be patched.
+        WeightsError: if an adapter is missing, damaged, or made for another model.
     """
     whole, around = unwrapped(model)
     old = attached(whole)
@@ -113,7 +114,7 @@ def patch_model(
         patch = Patch(plan)
         if plan.heads is not None:
             whole.add_module(HEADS, plan.heads)
-            # A checkpoint of the patched model is a checkpoint of the plain one.
+            # A checkpoint of the patched model holds the same keys as one of the plain model.
             ignored = {f"{HEADS}.{key}" for key in plan.heads.state_dict()}
             whole.__dict__[IGNORED] = set(getattr(whole, IGNORED) or ()) | ignored
         attach(patch)
@@ -122,7 +123,7 @@ def patch_model(
 
 
 def unpatch_model(model: ModelT) -> ModelT:
-    """Take the patch off: hooks, attributes, config and ``state_dict`` keys are as before.
+    """Remove the patch; hooks, attributes, config and ``state_dict`` keys are as they were before.
 
     Raises:
         NotPatchedError: if the model is not patched.
@@ -141,10 +142,10 @@ def _remove(patch: Patch) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while, in this thread. Caches that hold a pruned prompt already are
-    still read rightly.
+    """Run the model without pruning inside the context, in this thread only.
 
-    Such contexts may overlap: the model prunes again when the last of them is left.
+    Caches that already hold a pruned prompt can still be used. Such contexts may overlap: the model
+    prunes again when the last of them has ended.
     """
     thread = require_patch(model).seam.thread
     thread.disabled += 1
@@ -155,10 +156,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def last_trace(model: nn.Module) -> PruningTrace:
-    """What this thread's last forward pass with images did.
+    """Return what this thread's last forward pass with images did.
 
     Raises:
-        NotPatchedError: if the model is not patched, or has seen no image from this thread since.
+        NotPatchedError: if the model is not patched, or if this thread has run no forward pass with
+            images through it since it was patched.
     """
     trace = require_patch(model).thread.trace
     if trace is None:
@@ -171,12 +173,12 @@ def last_trace(model: nn.Module) -> PruningTrace:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a model is patched; wrappers around it and what holds its decoder may ask too."""
+    """Whether a model, or the model in a wrapper or around a part, is patched."""
     return attached(model) is not None
 
 
 def require_patch(model: nn.Module) -> Patch:
-    """The patch on a model, found from a wrapper around it and from what holds its decoder too.
+    """Return the patch of a model, or of the model in a wrapper or around a part.
 
     Raises:
         NotPatchedError: if there is none.

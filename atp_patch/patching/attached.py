@@ -1,8 +1,8 @@
-"""Finding the patch of a model, from what is around the model and from what is inside it.
+"""Finding the patch of a model, from a wrapper around the model or from a part of it.
 
 The patch is an attribute of the decoder, the module whose layers carry the hooks. Every wrapper
-holds the decoder somewhere inside, and so do the model without its head and the language model:
-whoever is asked, the same patch is found. Copies and pickles take it along.
+contains the decoder, and so do the model without its head and the language model, so the same patch
+is found from each of them. Copies and pickles of the model contain it too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ STATE = "_atp_patch"
 
 
 def attached(module: object) -> Patch | None:
-    """The patch on the model that a module is, wraps, or is a part of; None if there is none.
+    """Return the patch of the model that a module is, wraps, or is a part of, or None.
 
     Args:
         module: a model, a wrapper around one, the model without its head, or the language model.
 
     Raises:
-        ConfigError: where the module holds several patched models.
+        ConfigError: if the module contains several patched models.
     """
     if not isinstance(module, nn.Module):
         return None
@@ -35,20 +35,20 @@ def attached(module: object) -> Patch | None:
 
 
 def attach(patch: Patch) -> None:
-    """Keep a patch where :func:`attached` looks for it."""
+    """Store a patch where :func:`attached` finds it."""
     vars(patch.parts.decoder)[STATE] = patch
 
 
 def detach(patch: Patch) -> None:
-    """Take a patch away from where :func:`attach` put it."""
+    """Remove a patch that :func:`attach` stored."""
     del vars(patch.parts.decoder)[STATE]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
-    """The model inside its wrappers, and the wrappers, the outermost first.
+    """Return the model inside its wrappers, and the wrappers from the outermost to the innermost.
 
-    Wrappers are those of PEFT, torch.compile, and DistributedDataParallel, FullyShardedDataParallel
-    and the like, told apart by their attributes.
+    The wrappers are those of PEFT, torch.compile, DistributedDataParallel,
+    FullyShardedDataParallel and similar ones. They are recognised by their attributes.
     """
     around: list[nn.Module] = []
     while (inner := _inside(model)) is not None:
@@ -68,10 +68,10 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def check_gradients_are_shared(model: nn.Module, around: tuple[nn.Module, ...]) -> None:
-    """Raise ConfigError where what a patch would learn comes too late to be trained in parallel.
+    """Raise ConfigError if learned weights would be added to an existing data-parallel wrapper.
 
-    Data-parallel wrappers average the gradients of those parameters that they find when they are
-    made: each process would train thresholds of its own.
+    Such a wrapper averages the gradients only of the parameters that exist when it is made, so each
+    process would train different thresholds.
     """
     for module in (*around, model):
         if hasattr(module, "module") or hasattr(module, "set_requires_gradient_sync"):

@@ -1,4 +1,4 @@
-"""What was asked of ``patch_model``: frozen, validated, to and from JSON."""
+"""The validated configuration of a patch, which is written to JSON and read from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _PAPER_TOKENS = 576
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that an adapter was made for."""
+    """The model that an adapter was made for.
+
+    Attributes:
+        family: name of the model's family.
+        num_layers: number of decoder layers.
+        hidden_size: hidden size of the decoder.
+    """
 
     family: str
     num_layers: int
@@ -31,7 +37,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Stage:
-    """A method that prunes before the decoder, and its options."""
+    """A method that prunes before the decoder.
+
+    Attributes:
+        method: name of the method.
+        options: values of the method's fields by name.
+    """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,20 +53,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """Everything but the weights that says how a model is pruned.
+    """How a model is pruned, except for learned weights.
 
     Attributes:
-        method, options: a method's name and its fields; None where nothing is pruned inside the
-            decoder.
-        layers: decoder layers, from 1, before which tokens are pruned; strictly rising.
-        before: what prunes before the decoder, or None.
-        keep: share of the surviving visual tokens that each pruning layer keeps, or None. Alone,
-            ``before`` takes the budget: ``keep`` is then one share.
-        target_tokens: visual tokens averaged over all decoder layers, or None.
-        min_tokens, min_tokens_per_image: what every pruning layer leaves at least.
-        base: the model it is for.
-        rope_2d: whether visual tokens turn with row and column.
-        prune_marks: whether newline and class tokens, which stand in no grid, may go too.
+        method: name of the method that prunes inside the decoder, or None.
+        layers: the decoder layers, from 1, before which tokens are pruned; strictly rising.
+        base: the model that the configuration is for.
+        keep: for each pruning layer, the share of the remaining visual tokens that it keeps, or
+            None. If only ``before`` prunes, this is its one share.
+        target_tokens: the number of visual tokens averaged over all decoder layers, or None.
+        min_tokens: number of visual tokens that every sample keeps at least.
+        min_tokens_per_image: number of visual tokens that every image keeps at least.
+        options: values of the method's fields by name.
+        before: the method that prunes before the decoder, or None.
+        rope_2d: whether visual tokens are rotated by row and column.
+        prune_marks: whether newline and class tokens, which belong to no grid, may be pruned too.
     """
 
     method: str | None
@@ -126,15 +138,19 @@ class PruningConfig:
 
     @property
     def has_budget(self) -> bool:
-        """Whether one was given."""
+        """Whether ``keep`` or ``target_tokens`` was given."""
         return self.keep is not None or self.target_tokens is not None
 
     def counts(self, total: int, images: int = 1) -> tuple[int, ...]:
-        """Visual tokens left after each pruning layer, of ``total`` in ``images`` images.
+        """Return the number of visual tokens left after each pruning layer.
+
+        Args:
+            total: number of visual tokens in the prompt.
+            images: number of images that they belong to.
 
         Raises:
-            BudgetError: where ``target_tokens`` is below what the layers before the first pruning
-                cost.
+            BudgetError: if ``target_tokens`` is below what the layers before the first pruning
+                layer alone cost.
         """
         if total == 0:
             return (0,) * len(self.layers)
@@ -148,7 +164,7 @@ class PruningConfig:
         minimum = max(minimum, 1)
         least = least_target(total, self.layers, num_layers, minimum)
         if self.before is not None and self.target_tokens is None:
-            target = max(target, least)  # how few tokens are left here is not the user's choice
+            target = max(target, least)  # the budget was not given by the user
         if target < least:
             asked = (
                 f"target_tokens={target:g}"
@@ -163,7 +179,11 @@ class PruningConfig:
         return target_counts(total, self.layers, num_layers, target, minimum=minimum)
 
     def goal(self, total: float) -> float:
-        """The budget of learned thresholds: tokens averaged over all layers, of ``total``."""
+        """Return the number of visual tokens, averaged over all layers, that training aims at.
+
+        Args:
+            total: number of visual tokens that enter the decoder.
+        """
         if self.target_tokens is not None:
             return self.target_tokens
         if self.keep is None:
@@ -172,11 +192,12 @@ class PruningConfig:
         return average_tokens(total, counts, self.layers, self.base.num_layers)
 
     def shares(self, total: int | None) -> tuple[float, ...]:
-        """Of all visual tokens, what the budget leaves after each pruning layer.
+        """Return the share of all visual tokens that the budget leaves after each pruning layer.
 
         Args:
-            total: visual tokens of an image. Where it is not known, ``target_tokens`` says nothing
-                about shares, and they are those of a quarter.
+            total: number of visual tokens of an image, or None if it is not known. Then
+                ``target_tokens`` cannot be expressed in shares, and those of the default budget, a
+                quarter, are returned.
         """
         places = _PAPER_TOKENS if total is None else total
         if self.keep is not None:
@@ -190,25 +211,29 @@ class PruningConfig:
 
     @property
     def name(self) -> str:
-        """The methods' names, for people."""
+        """The names of the methods, joined for display."""
         names = [None if self.before is None else self.before.method, self.method]
         return " + ".join(name for name in names if name is not None)
 
     def to_json(self) -> str:
-        """The JSON of an adapter's configuration file."""
+        """Return the JSON of an adapter's configuration file."""
         return json.dumps({"version": CONFIG_VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> PruningConfig:
-        """Read :meth:`to_json` back; ``source`` names the file in errors.
+        """Read a configuration that :meth:`to_json` wrote.
+
+        Args:
+            text: the JSON.
+            source: the name of the file in error messages.
 
         Raises:
-            WeightsError: for broken JSON, another version, unknown or missing keys, and for all
-                that ``patch_model`` would refuse as an argument.
+            WeightsError: if the JSON is broken, of another version, or has unknown or missing keys,
+                or if it holds a value that ``patch_model`` would refuse as an argument.
         """
         try:
             data = _current(parse_table(text))
-            for younger in ("rope_2d", "prune_marks"):  # than the first adapters
+            for younger in ("rope_2d", "prune_marks"):  # the first adapters do not have these
                 data.setdefault(younger, False)
             data = _entries("", data, cls)
             data["base"] = BaseModel(**_entries("base", data["base"], BaseModel))
@@ -220,10 +245,10 @@ class PruningConfig:
 
 
 def parse_table(text: str) -> dict[str, Any]:
-    """The table that a file of JSON holds.
+    """Read the table that a JSON text holds.
 
     Raises:
-        ConfigError: where it is broken, or holds a number that is none.
+        ConfigError: if the JSON is broken or holds NaN or infinity.
     """
 
     def refuse(constant: str) -> None:
@@ -243,7 +268,7 @@ def parse_table(text: str) -> dict[str, Any]:
 
 
 def _current(data: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of the version that is read here, without its number."""
+    """Check that a configuration has the current version, and return it without the version."""
     version = data.pop("version", None)
     if as_kind("version", version, "int | None") != CONFIG_VERSION:
         raise ConfigError(
@@ -254,7 +279,7 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entries(name: str, data: Any, cls: type) -> dict[str, Any]:
-    """A table whose keys are the fields of a dataclass, all of them and no others."""
+    """Return a table after checking that its keys are exactly the fields of a dataclass."""
     table: dict[str, Any] = as_kind(name, data, "dict[str, Any]")
     known = {entry.name for entry in fields(cls)}
     if set(table) != known:

@@ -1,4 +1,4 @@
-"""Modules in evaluation mode for a while."""
+"""Evaluation mode for the time of a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each of its modules in the one that it was in."""
+    """Put the model into evaluation mode, and afterwards each module back into its former mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What patching one model adds to it: the seam asks it, it asks family, method and budget."""
+"""The patch of one model, which gives the seam the family's, method's and budget's answers."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ IGNORED = "_keys_to_ignore_on_save"
 
 
 class ThreadState(PerThread):
-    """What the running thread keeps of its passes through one patched model.
+    """What is stored for each thread about its passes through one patched model.
 
     Attributes:
-        trace: what its last pass with images did.
-        control: stands in for the heads, or None.
+        trace: the trace of the thread's last pass with images, or None.
+        control: a module that is used instead of the heads, or None.
     """
 
     def __init__(self) -> None:
@@ -61,13 +61,18 @@ class ThreadState(PerThread):
 
 
 class Patch:
-    """What patching one model adds to it; the seam asks it, it asks family and methods.
+    """The patch of one model; it answers the seam's questions from the plan.
 
     Attributes:
-        config: what an adapter's JSON says; calibration changes its budget.
+        plan: the plan that the patch was made from.
+        parts: the modules of the model.
+        family: how the model's prompts are read.
+        config: the configuration that an adapter's JSON holds; calibration changes its budget.
         heads: the module that learns, or None.
-        voco: what is said about VoCo tokens, where the model has them.
-        thread: what the running thread keeps of its passes.
+        layers: the pruning layers.
+        voco: what the seam needs to know about VoCo tokens, or None.
+        thread: what is stored for the running thread.
+        seam: the hooks on the model.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -98,26 +103,26 @@ class Patch:
 
     @property
     def before(self) -> PictureMethod | TowerMethod | None:
-        """The method that prunes on the vision tower."""
+        """The method that prunes pictures or tokens of the vision tower."""
         return self.plan.before
 
     def restore_ignored(self) -> None:
-        """Give the model back its own list of what is not saved, if it had one."""
+        """Restore the model's list of keys that are not saved, if it had one."""
         self.parts.model.__dict__.pop(IGNORED, None)
         self.parts.model.__dict__.update(self._ignored_before)
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
-        """Where the grids of each sample lie, as the family says."""
+        """Find the grids of each sample."""
         found = self.family.grids(query)
         return with_marks(found, query.spans) if self.config.prune_marks else found
 
     def check_budget(self, visual_tokens: int) -> None:
-        """Raise BudgetError where no image of so many visual tokens could meet the budget."""
+        """Raise BudgetError if no image of so many visual tokens can meet the budget."""
         if follows_budget(self.method, self.config):
             self.config.counts(visual_tokens)
 
     def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
-        """What prunes on the vision tower, or reads it for a method at the door."""
+        """Make the hooks that prune the vision tower or read it for a door method."""
         plan = self.plan
         if plan.vision is None:
             return None
@@ -137,21 +142,22 @@ class Patch:
         return MergeHooks(base, plan.vision, plan.tower.merge, shares, least, active, recorder)
 
     def reads_videos(self) -> bool:
-        """Whether the running thread has the model read videos."""
+        """Whether the model reads videos in the running thread."""
         return self.seam.videos.being_read
 
     def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
-        """How many tokens each group keeps before the decoder; None: as many as it needs.
+        """Return how many tokens each group keeps on the tower, or None if the method decides.
 
         Args:
-            tokens: prunable tokens of each image, tile or frame; ``places``: its placeholders.
+            tokens: number of prunable tokens of each image, tile or frame.
+            places: number of placeholders of each image, tile or frame.
         """
-        if self.config.method is not None:  # the budget is that of the method inside the decoder
+        if self.config.method is not None:  # the budget belongs to the method inside the decoder
             return None
         if not self.config.has_budget and not (self.before and self.before.needs_budget):
             return None
         ids = self.seam.thread.prompt_ids
-        kinds: list[list[int]] = []  # the likeliest first: those of images come before videos'
+        kinds: list[list[int]] = []  # ids of images come before ids of videos
         if ids is not None:
             kinds = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
         kinds = kinds[::-1] if self.reads_videos() else kinds
@@ -160,7 +166,17 @@ class Patch:
     def counts(
         self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
     ) -> tuple[int, ...] | None:
-        """How many visual tokens the budget leaves each sample at a pruning layer."""
+        """Return how many visual tokens the budget keeps in each sample at a pruning layer.
+
+        Args:
+            step: the number of the pruning layer among all pruning layers, from 0.
+            layout: the visual tokens before any pruning.
+            entered: for each sample, how many visual tokens entered the decoder.
+            left: for each sample, how many visual tokens are left.
+
+        Returns:
+            A number for each sample, or None if the method decides.
+        """
         if not follows_budget(self.method, self.config):
             return None
         samples = zip(layout.grids, entered, left, strict=True)
@@ -170,20 +186,18 @@ class Patch:
         )
 
     def door_counts(self, layout: Layout) -> tuple[int, ...] | None:
-        """How many visual tokens of each sample enter the decoder; None: as many as the method
-        decides.
-        """
+        """Return how many visual tokens of each sample enter, or None if the method decides."""
         assert self.plan.door is not None
         return door_counts(self.config, self.plan.door, layout.grids)
 
     def decide_at_door(self, view: DoorView) -> Decision:
-        """The choice of the method at the door."""
+        """Return the checked decision of the door method."""
         door = self.plan.door
         assert door is not None
         return check_decision(door.decide(view), view, door.name)
 
     def check_heads(self) -> None:
-        """Raise ConfigError where other heads than these would learn."""
+        """Raise ConfigError if PEFT would train a copy of the heads instead of the heads."""
         if hasattr(getattr(self.parts.model, HEADS, None), "modules_to_save"):
             raise ConfigError(
                 f"PEFT's modules_to_save trains a copy of {HEADS} that nothing uses; leave it out, "
@@ -191,7 +205,7 @@ class Patch:
             )
 
     def decide(self, view: View) -> Decision:
-        """The method's choice."""
+        """Return the checked decision of the layer method."""
         assert self.method is not None
         self.check_heads()
         control = self.thread.control
@@ -199,7 +213,7 @@ class Patch:
         return check_decision(decision, view, self.method.name)
 
     def finished(self, prefill: Prefill) -> None:
-        """Note what a forward pass with images did."""
+        """Store the trace of a forward pass with images."""
         layers, layout, tokens = {}, prefill.layout, prefill.tokens
         whole = VisualTokens.all_of(layout)
         previous = layout.totals
@@ -229,10 +243,10 @@ class Patch:
     def losses(
         self, prefill: Prefill, learned: Learned, output: Any
     ) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss; its parts go into the trace too."""
+        """Return the losses that training adds, and store their values in the trace."""
         if self.rope_2d and not self.plan.frozen_may_turn:
             check_rope_2d(self.family, self.parts)
-        # From now on a checkpoint must hold the heads, or training could not be resumed from it.
+        # From now on a checkpoint must hold the heads so that training can be resumed from it.
         self.restore_ignored()
         entered, soft_counts = prefill.entered, learned.soft_counts
         seen = [b for b, total in enumerate(entered) if total]

@@ -1,4 +1,4 @@
-"""What one call of ``patch_model`` puts where, settled and checked before the model is touched."""
+"""The plan of a patch, which is made and checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -30,18 +30,23 @@ from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
 
 @dataclass(frozen=True)
 class Plan:
-    """What one patch puts where.
+    """What one patch consists of.
 
-    At most one of ``picture``, ``tower`` and ``door`` is there, and ``voco`` stands alone.
+    At most one of ``picture``, ``tower`` and ``door`` is set, and ``voco`` is set alone.
 
     Attributes:
-        parts: the modules of the model; ``family``: how its prompts are read.
-        config: what an adapter's JSON says.
-        picture, tower, door, layer, voco: the method that stands there, or None.
-        attention_layers: pruning layer -> the earlier layers whose attention ``layer`` looks at.
-        vision: where the vision tower is, for a method that stands on it or reads it.
+        parts: the modules of the model.
+        family: how the model's prompts are read.
+        config: the configuration that an adapter's JSON holds.
+        picture: the method that shrinks pictures, or None.
+        tower: the method that merges tokens of the vision tower, or None.
+        door: the method that chooses among projected features before layer 0, or None.
+        layer: the method that prunes inside the decoder, or None.
+        voco: the method that compresses images into VoCo tokens, or None.
+        attention_layers: for each pruning layer, the earlier layers whose attention ``layer`` reads.
+        vision: the vision tower that a method prunes or reads, or None.
         heads: the module that learns, or None.
-        frozen_may_turn: ``rope_2d`` is meant even where no layer of the decoder learns.
+        frozen_may_turn: whether ``rope_2d`` is allowed although no layer of the decoder learns.
     """
 
     parts: Parts
@@ -59,7 +64,7 @@ class Plan:
 
     @property
     def before(self) -> PictureMethod | TowerMethod | None:
-        """The method that prunes on the vision tower."""
+        """The method that prunes before the projected features exist: ``picture`` or ``tower``."""
         return self.tower if self.picture is None else self.picture
 
 
@@ -79,8 +84,13 @@ def make_plan(
     prune_marks: bool,
     options: dict[str, Any],
 ) -> Plan:
-    """The plan for a model inside its wrappers ``around``; arguments and errors are those of
-    :func:`atp_patch.patch_model`.
+    """Make the plan for a model.
+
+    The other arguments, and the errors, are those of :func:`atp_patch.patch_model`.
+
+    Args:
+        model: the model, without wrappers.
+        around: the wrappers around it.
     """
     config_of_model: Any = getattr(model, "config", None)
     kind = family_of(config_of_model, family)
@@ -159,18 +169,18 @@ def make_plan(
 
 
 def follows_budget(method: LayerMethod | None, config: PruningConfig) -> bool:
-    """Whether a method inside the decoder keeps the budget's counts, rather than its own."""
+    """Whether a method inside the decoder keeps the numbers of tokens that the budget gives."""
     if method is None:
         return False
     return method.needs_budget or (method.takes_budget and config.has_budget)
 
 
 def check_rope_2d(family: Family, parts: Parts, *, forced: bool = False) -> None:
-    """Raise where visual tokens cannot turn with row and column.
+    """Check that visual tokens can be rotated by row and column.
 
     Raises:
-        ConfigError: where no parameter of the decoder's layers learns, unless ``forced``.
-        UnsupportedModelError: where they turn with more than one position already.
+        ConfigError: if no parameter of the decoder's layers learns, unless ``forced``.
+        UnsupportedModelError: if the model rotates them by row and column already.
     """
     rope = getattr(parts.config, "rope_parameters", None) or {}
     if "mrope_section" in rope:
@@ -186,10 +196,11 @@ def check_rope_2d(family: Family, parts: Parts, *, forced: bool = False) -> None
 
 
 def tower_read_by(family: Family, config: Any, method: DoorMethod) -> Tower | None:
-    """The vision tower that a method at the door reads; None where it wants to know nothing of it.
+    """Return the vision tower that a door method reads, or None if it reads none.
 
     Raises:
-        UnsupportedModelError: where the family's cannot be read, naming those that can.
+        UnsupportedModelError: if the family's tower cannot be read; the message names families
+            whose tower can.
     """
     if not method.tower_blocks:
         return None
@@ -208,11 +219,12 @@ def tower_read_by(family: Family, config: Any, method: DoorMethod) -> Tower | No
 def tower_for(
     method: PictureMethod | TowerMethod, family: Family, config: Any, asked: PruningConfig
 ) -> Tower:
-    """The vision tower that a method prunes.
+    """Return the vision tower that a method prunes.
 
     Raises:
-        UnsupportedModelError: where the family's cannot be, naming those that can.
-        ConfigError: where the budget cannot be shared out.
+        UnsupportedModelError: if the family's tower cannot be pruned; the message names families
+            whose tower can.
+        ConfigError: if the budget cannot be divided among tiles.
     """
     tower = family.tower(config)
     shrinks = isinstance(method, PictureMethod)
@@ -233,7 +245,7 @@ def tower_for(
 
 
 def _pruning_layers(layers: Sequence[int] | None, method: LayerMethod | None) -> tuple[int, ...]:
-    """The pruning layers; none for what prunes before the decoder."""
+    """Check and return the pruning layers; none for a method that prunes before the decoder."""
     if layers is None:
         return ()
     if method is None:
@@ -265,7 +277,7 @@ def _build_heads(
     total: int | None,
     tensors: dict[str, Tensor],
 ) -> nn.Module | None:
-    """The method's learned module with an adapter's tensors, on the decoder's device."""
+    """Build the method's learned module with an adapter's tensors, on the decoder's device."""
     shares = config.shares(total)
     heads = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
     if heads is None:
@@ -273,5 +285,5 @@ def _build_heads(
     if tensors:
         on_no_device = any(parameter.is_meta for parameter in heads.parameters())
         heads.load_state_dict(tensors, assign=on_no_device)
-    weight = next(parts.layers[config.layers[0]].parameters(), None)  # FSDP 1 takes them out
+    weight = next(parts.layers[config.layers[0]].parameters(), None)  # FSDP 1 removes parameters
     return heads if weight is None or weight.is_meta else heads.to(weight.device)

@@ -1,4 +1,4 @@
-"""How a budget is shared out before the decoder, to groups: images, tiles or frames."""
+"""How a budget is divided before the decoder among groups: images, tiles or frames."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ def quotas(
     places: Sequence[int],
     kinds: Sequence[Sequence[int]],
 ) -> tuple[Quota, ...]:
-    """How many tokens each group keeps: a share of its own, or of its sample's ``target_tokens``.
+    """Return how many tokens each group keeps on the vision tower.
+
+    A group keeps the share ``keep`` of its tokens, or its part of its sample's ``target_tokens``.
 
     Args:
-        tokens: prunable tokens of each group, sample by sample; ``places``: its placeholders.
-        kinds: of each kind (image, video), the placeholders in each sample; the likeliest first.
+        config: the configuration with the budget.
+        tokens: number of prunable tokens in each group, sample by sample.
+        places: number of placeholders of each group.
+        kinds: for each kind of placeholder (image, video), how many each sample has; the likeliest
+            kind comes first.
 
     Raises:
-        InputError: where no kind has these placeholders, sample by sample.
+        InputError: if the groups match the placeholders of no kind.
     """
     if config.keep is not None:
         (share,) = config.keep
@@ -50,13 +55,15 @@ def quotas(
 def door_counts(
     config: PruningConfig, method: DoorMethod, grids: Sequence[Sequence[VisualGrid]]
 ) -> tuple[int, ...] | None:
-    """How many visual tokens of each sample a method at the door lets in; None: it decides.
+    """Return how many visual tokens of each sample a door method keeps, or None if it decides.
 
-    Alone, the method has the budget that was given. In a pair that is the other method's, and this
-    one keeps its own share.
+    A door method that is used alone has the budget that was given. In a pair the budget belongs to
+    the layer method, and the door method keeps its own ``share``.
 
     Args:
-        grids: of each sample.
+        config: the configuration with the budget.
+        method: the door method.
+        grids: for each sample, its grids.
     """
     share, target = method.share, None
     if config.method is None and config.has_budget and method.takes_budget:
@@ -76,12 +83,17 @@ def door_counts(
 
 
 def least_of_group(config: PruningConfig) -> int:
-    """Tokens that each group keeps at least, where nothing says which groups are one sample's."""
+    """The number of tokens that each group keeps at least if its sample is not known."""
     return max(config.min_tokens, config.min_tokens_per_image)
 
 
 def _split(places: Sequence[int], placed: Sequence[int]) -> list[slice] | None:
-    """Which groups are each sample's; None where they do not fit its placeholders."""
+    """Find the groups of each sample, or return None if they do not match the placeholders.
+
+    Args:
+        places: number of placeholders of each group.
+        placed: number of placeholders of each sample.
+    """
     found, at = [], 0
     for wanted in placed:
         stop, filled = at, 0
@@ -102,7 +114,7 @@ def _shared_out(
     totals: Sequence[int],
     split: Sequence[slice],
 ) -> tuple[Quota, ...]:
-    """``target_tokens``, and ``min_tokens`` with it, by size among a sample's groups."""
+    """Divide ``target_tokens`` and ``min_tokens`` among a sample's groups in proportion to size."""
     found: list[Quota] = []
     for total, groups in zip(totals, split, strict=True):
         sizes = list(tokens[groups])

@@ -1,4 +1,4 @@
-"""A model as it was, where something fails while it is being changed."""
+"""Undoing a change of a model that fails halfway."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @contextmanager
 def unchanged_on_failure(objects: Iterable[object]) -> Iterator[None]:
-    """Give objects all their attributes back if the block raises, whatever it had done to them.
+    """Restore all attributes of some objects if the block raises.
 
-    The tables and lists among the attributes (a module's hooks, children and parameters) are
-    refilled in place, since handles of hooks refer to them. Tensors and what lies deeper are not
-    copied: the block must not write into them.
+    Dicts and lists among the attributes (a module's hooks, children and parameters) are refilled in
+    place, because handles of hooks refer to them. Tensors and deeper contents are not copied, so
+    the block must not write into them.
     """
     saved = [(vars(one), *_copied(vars(one))) for one in objects]
     try:
@@ -29,6 +29,6 @@ def unchanged_on_failure(objects: Iterable[object]) -> Iterator[None]:
 
 
 def _copied(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """Attributes, and each table or list among them beside a copy of its entries."""
+    """Copy the attributes, and pair each dict or list among them with a copy of its contents."""
     tables = [value for value in attributes.values() if isinstance(value, (dict, list))]
     return dict(attributes), [(table, table.copy()) for table in tables]

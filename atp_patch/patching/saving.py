@@ -1,4 +1,4 @@
-"""Saving what a patched model was given and what it learned, and pushing it to the Hub."""
+"""Saving the configuration and learned weights of a patched model, and pushing them to the Hub."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Write the adapter alone (configuration, learned tensors, card) to a folder.
+    """Write the adapter (configuration, learned weights, card) to a folder, without the model.
 
     Args:
-        folder: of its own: one that holds a model is refused.
-        state_dict: of the whole model, where processes hold it in parts (FSDP, ZeRO-3):
-            ``accelerator.get_state_dict(model)``, which all of them call.
-        kwargs: passed on to ``huggingface_hub.ModelHubMixin.save_pretrained``.
+        model: a patched model.
+        folder: the folder; one that holds a model is refused.
+        state_dict: the state dict of the whole model if each process holds only a part of it (FSDP,
+            ZeRO-3): ``accelerator.get_state_dict(model)``, which all processes must call.
+        kwargs: passed to ``huggingface_hub.ModelHubMixin.save_pretrained``.
 
     Raises:
-        ConfigError: where the folder holds something else or cannot be written to.
-        WeightsError: where this process holds a part of what was learned, or ``state_dict`` does,
-            and where what was learned is NaN, infinite or absurdly large.
-        HubError: where it was to be pushed as well, and was refused.
+        ConfigError: if the folder holds something else or cannot be written to.
+        WeightsError: if this process or ``state_dict`` holds only a part of the learned weights, or
+            if one of them is NaN, infinite or absurdly large.
+        HubError: if the adapter should also be pushed and the push was refused.
     """
     adapter(model, state_dict).save_pretrained(folder, **kwargs)
 
@@ -44,16 +45,21 @@ def push_to_hub(
     state_dict: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> str:
-    """Push the adapter alone to a repository of its own; returns the address of the commit.
+    """Push the adapter to a repository on the Hub, without the model.
 
     Args:
-        state_dict: as :func:`save_pretrained` takes it.
-        kwargs: passed on to ``huggingface_hub.ModelHubMixin.push_to_hub`` (private, token, ...).
+        model: a patched model.
+        repo_id: name of the repository, USER/REPOSITORY.
+        state_dict: as in :func:`save_pretrained`.
+        kwargs: passed to ``huggingface_hub.ModelHubMixin.push_to_hub`` (private, token, ...).
+
+    Returns:
+        The address of the commit.
 
     Raises:
-        HubError: where the Hub refuses it (no token, no right to write, a wrong name) or cannot be
-            reached.
-        WeightsError: as :func:`save_pretrained`.
+        HubError: if the Hub refuses the push (no token, no right to write, a wrong name) or cannot
+            be reached.
+        WeightsError: as in :func:`save_pretrained`.
     """
     return adapter(model, state_dict).push_to_hub(repo_id, **kwargs)
 
@@ -63,11 +69,12 @@ def adapter(
     state_dict: Mapping[str, Tensor] | None = None,
     beside: Beside | None = None,
 ) -> Adapter:
-    """What :func:`save_pretrained` writes.
+    """Make the adapter that :func:`save_pretrained` writes.
 
     Args:
-        state_dict: as that takes it; ``beside`` as
-            :class:`~atp_patch.patching.adapter.Adapter` does.
+        model: a patched model.
+        state_dict: as in :func:`save_pretrained`.
+        beside: as in :class:`~atp_patch.patching.adapter.Adapter`.
     """
     patch, found = require_patch(model), f".{HEADS}."
     patch.check_heads()

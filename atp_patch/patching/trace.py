@@ -1,4 +1,4 @@
-"""What one forward pass with images did: for people, for plots, for losses."""
+"""What one forward pass with images did, to print, to plot and to compute costs from."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from atp_patch.patching.trace_table import Table, as_html, as_text
 
 @dataclass(frozen=True, repr=False)
 class LayerTrace:
-    """What happened before one pruning layer: which tokens went on, and by which scores.
+    """What happened before one pruning layer: which tokens were kept, and by which scores.
 
     ``print(trace)`` shows a table of the samples. ``B`` samples, ``L`` tokens of the forward pass,
     ``V`` visual tokens that the method saw, padded to the longest sample, ``N`` kept tokens.
 
     Attributes:
-        layout: where the prunable visual tokens of the prompt lie.
-        kept_counts: for each of the B samples, the visual tokens that went on.
-        decision: what a method inside the decoder decided, over the V tokens that it saw; None
-            where none was asked: before the decoder, and where the budget keeps everything.
-        token: (B, V) int64: for each token that the method saw, its column in ``layout``.
-        token_valid: (B, V) bool: False in padding slots of ``token``.
-        alive: the tokens that went on, text included: (B, N) int64 positions in the sequence, and
-            (B, N) bool that is False in padding slots, or None where there are none. None where
-            nothing was pruned yet.
-        attended: (B, L) bool: the tokens that are not padding; None where there is no padding.
+        layout: where the prunable visual tokens of the prompt are.
+        kept_counts: for each of the B samples, the number of visual tokens that were kept.
+        decision: the method's decision about the V tokens that it saw. None if no method decided:
+            before the decoder, and where the budget keeps everything.
+        token: (B, V) int64, for each token that the method saw, its column in ``layout``.
+        token_valid: (B, V) bool, False in padding slots of ``token``.
+        alive: the tokens that were kept, text included: their positions in the sequence, (B, N)
+            int64, and (B, N) bool that is False in padding slots or None if there are none. None if
+            nothing has been pruned yet.
+        attended: (B, L) bool, False at padding; None without padding.
     """
 
     layout: Layout
@@ -66,13 +66,14 @@ class LayerTrace:
 
     @property
     def thresholds(self) -> dict[str, Tensor]:
-        """Name -> (B,) float32; empty where the method has none, or the budget keeps everything."""
+        """For each name, (B,) thresholds; empty without thresholds or if everything is kept."""
         return {} if self.decision is None else self.decision.thresholds
 
     @cached_property
     def kept(self) -> Tensor:
-        """(B, L) bool in original positions: tokens that enter this layer, text included, no
-        padding.
+        """(B, L) bool, True at the positions of tokens that enter this layer.
+
+        It is True for text that is kept and False for padding.
         """
         batch, length = self.layout.valid.shape[0], self.layout.length
         if self.alive is not None:
@@ -86,7 +87,7 @@ class LayerTrace:
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
-        """Name -> (B, L) float32 in original positions, NaN where nothing was scored."""
+        """For each name, (B, L) scores by position; NaN where nothing was scored."""
         if self.decision is None:
             return {}
         batch, length = self.layout.valid.shape[0], self.layout.length
@@ -107,12 +108,13 @@ class PruningTrace:
     ``print(trace)`` shows what each pruning layer kept and what was saved, as a notebook does.
 
     Attributes:
-        layers: pruning layer -> what happened before it.
-        layout: where the prunable visual tokens of the prompt lie.
+        layers: for each pruning layer, what happened before it.
+        layout: where the prunable visual tokens of the prompt are.
         shape: sizes of the decoder.
-        text_tokens: tokens of each sample that no method may prune.
-        bytes_per_element: of the key/value cache.
-        losses: in training, what was added to the loss before weighing: "atp" and "target".
+        text_tokens: for each sample, the number of tokens that no method may prune.
+        bytes_per_element: size in bytes of one number in the key/value cache.
+        losses: in training, the value of each loss that the method added, before its weight. ATP's
+            are "atp" and "target".
     """
 
     layers: dict[int, LayerTrace]
@@ -137,7 +139,7 @@ class PruningTrace:
 
     @property
     def _tables(self) -> tuple[Table, Table]:
-        """What each pruning layer kept, means over the samples with images; and the costs."""
+        """Tables of the means over samples with images of what each layer kept, and of the costs."""
         seen = self._with_images
         counts = self.tokens_per_layer[seen].double().mean(0).tolist()
         rows = [
@@ -169,17 +171,17 @@ class PruningTrace:
 
     @property
     def visual(self) -> Tensor:
-        """(B, L) bool: the prunable visual tokens."""
+        """(B, L) bool, True at the prunable visual tokens."""
         return self.layout.mask
 
     @property
     def grids(self) -> tuple[tuple[VisualGrid, ...], ...]:
-        """For each sample, where its images, tiles or videos lie."""
+        """For each sample, where its images, tiles or videos are."""
         return self.layout.grids
 
     @cached_property
     def tokens_per_layer(self) -> Tensor:
-        """(B, decoder layers) int64: the visual tokens that enter each layer."""
+        """(B, decoder layers) int64: the number of visual tokens that enter each layer."""
         rows = []
         for b, total in enumerate(self.layout.totals):
             count, row = total, []
@@ -192,33 +194,33 @@ class PruningTrace:
 
     @property
     def average_tokens(self) -> float:
-        """Visual tokens averaged over all decoder layers and the samples that have images."""
+        """Mean number of visual tokens over all decoder layers and all samples with images."""
         return float(self.tokens_per_layer[self._with_images].double().mean())
 
     @property
     def visual_tokens(self) -> float:
-        """Visual tokens before pruning, averaged over the samples that have images."""
+        """Mean number of visual tokens before pruning over all samples with images."""
         totals = [total for total in self.layout.totals if total]
         return sum(totals) / len(totals)
 
     @property
     def flops(self) -> float:
-        """Exact FLOPs of the decoder's prefill for this batch, padding not counted."""
+        """Exact FLOPs of the decoder's prefill for this batch; padding is not counted."""
         return sum(self._flops(row) for row in self._lengths(self.tokens_per_layer))
 
     @property
     def flops_plain(self) -> float:
-        """The same without pruning."""
+        """FLOPs of the same prefill without pruning."""
         return sum(self._flops(row) for row in self._lengths(self._unpruned))
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values in the cache after the prefill, padding not counted."""
+        """Bytes of keys and values in the cache after the prefill; padding is not counted."""
         return sum(self._kv_bytes(row) for row in self._lengths(self.tokens_per_layer))
 
     @property
     def kv_bytes_plain(self) -> int:
-        """The same without pruning."""
+        """Bytes of keys and values after the same prefill without pruning."""
         return sum(self._kv_bytes(row) for row in self._lengths(self._unpruned))
 
     @property
@@ -227,7 +229,7 @@ class PruningTrace:
         return totals[:, None].expand(-1, self.shape.num_layers)
 
     def _lengths(self, visual: Tensor) -> list[list[int]]:
-        """Tokens, text included, of each sample at each layer."""
+        """For each sample and each layer, the number of tokens, text included."""
         return (visual + torch.tensor(self.text_tokens)[:, None]).tolist()
 
     def _flops(self, tokens_per_layer: list[int]) -> float:
@@ -250,6 +252,6 @@ class PruningTrace:
 
 
 def _listed(thresholds: dict[str, Tensor], samples: list[int]) -> str:
-    """Each threshold's mean over some samples, or a dash."""
+    """Return the mean of each threshold over some samples as text, or a dash if there is none."""
     means = {name: float(value[samples].double().mean()) for name, value in thresholds.items()}
     return ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()) or "-"

@@ -9,12 +9,13 @@ from html import escape
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, under the names of their columns.
+    """A table of text cells with named columns.
 
     Attributes:
-        columns: a name for each column.
-        rows: as many cells each as there are columns.
-        words: the columns that hold words and are set to the left; numbers are set to the right.
+        columns: the names of the columns.
+        rows: the cells of each row, one for each column.
+        words: the names of the columns that are aligned to the left; others are aligned to the
+            right.
     """
 
     columns: Sequence[str]
@@ -22,7 +23,7 @@ class Table:
     words: frozenset[str] = frozenset()
 
     def text(self) -> str:
-        """Lines of equal columns, without a newline at the end."""
+        """Return aligned lines of text, without a newline at the end."""
         lines = [self.columns, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -34,7 +35,7 @@ class Table:
         )
 
     def html(self) -> str:
-        """A ``<table>`` with every cell escaped."""
+        """Return an HTML ``<table>`` in which every cell is escaped."""
         head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
         body = "".join(
             "<tr>"
@@ -50,10 +51,10 @@ class Table:
 
 
 def as_text(title: str, tables: Sequence[Table]) -> str:
-    """The title and the tables, one below the other."""
+    """Return the title and then the tables as text."""
     return "\n".join([title, *(table.text() for table in tables)])
 
 
 def as_html(title: str, tables: Sequence[Table]) -> str:
-    """The same as HTML."""
+    """Return the title and then the tables as HTML."""
     return f"<p>{escape(title)}</p>" + "".join(table.html() for table in tables)

@@ -1,4 +1,4 @@
-"""What patching a model with VoCo tokens adds to it."""
+"""The parts of a patch that only VoCo tokens need."""
 
 from __future__ import annotations
 
@@ -22,42 +22,49 @@ SAMPLED_ROWS = 4096
 class VoCoTrace(PruningTrace):
     """One forward pass with images through a model with VoCo tokens.
 
-    ``tokens_per_layer``, ``average_tokens`` and ``kv_bytes`` are of what is left for text to see:
-    the VoCo tokens, at the places that they took. ``flops`` are of this very pass, which still
-    reads all visual tokens; later questions on the same cache cost only their own text.
+    ``tokens_per_layer``, ``average_tokens`` and ``kv_bytes`` count only the VoCo tokens, which are
+    all that text can see of an image. ``flops`` are those of this pass, which still reads all
+    visual tokens; later questions on the same cache cost only their own text.
 
     Attributes:
-        slots: tokens that each sample's pass ran on, VoCo tokens included, padding not.
+        slots: for each sample, the number of tokens that the decoder ran on, with VoCo tokens and
+            without padding.
     """
 
     slots: tuple[int, ...] = ()
 
     @property
     def flops(self) -> float:
-        """Exact FLOPs of the decoder's prefill for this batch, padding not counted."""
+        """Exact FLOPs of the decoder's prefill for this batch; padding is not counted."""
         return sum(self._flops([tokens] * self.shape.num_layers) for tokens in self.slots)
 
 
 class Host(Protocol):
-    """The patch that VoCo tokens are a part of."""
+    """What :class:`VoCoPart` needs of the patch that it belongs to.
+
+    Attributes:
+        parts: the modules of the model.
+        heads: the module that holds the VoCo tokens' embeddings.
+        thread: what is stored for the running thread; the trace is stored there.
+    """
 
     parts: Parts
     heads: nn.Module | None
     thread: Any
 
     def check_heads(self) -> None:
-        """Raise ConfigError where other heads than these would learn."""
+        """Raise ConfigError if PEFT would train a copy of the heads instead of the heads."""
 
     def restore_ignored(self) -> None:
-        """Let checkpoints hold the heads."""
+        """Let checkpoints hold the heads from now on."""
 
 
 class VoCoPart:
-    """What the seam asks about VoCo tokens.
+    """What the seam needs to know about VoCo tokens.
 
     Attributes:
-        num_tokens: VoCo tokens of each segment.
-        segment_frames: frames of a video that make a segment; None: all of them.
+        num_tokens: number of VoCo tokens of each segment.
+        segment_frames: number of frames of a video in a segment; None means all of them.
     """
 
     def __init__(self, method: VoCo, patch: Host) -> None:
@@ -66,7 +73,7 @@ class VoCoPart:
 
     @property
     def embedding(self) -> Tensor:
-        """(V, D) of the VoCo tokens."""
+        """(V, D): the input embeddings of the VoCo tokens."""
         self._patch.check_heads()
         heads: Any = self._patch.heads
         if heads.embedding.is_meta:
@@ -77,10 +84,10 @@ class VoCoPart:
         return embedding
 
     def finished(self, voco_pass: VoCoPass) -> None:
-        """Note what a forward pass with images did."""
+        """Store the trace of a forward pass with images."""
         parts = self._patch.parts
         if parts.top.training:
-            # From now on a checkpoint must hold the tokens, or training could not be resumed.
+            # From now on a checkpoint must hold the VoCo tokens so that training can be resumed.
             self._patch.restore_ignored()
         layout, slots = voco_pass.layout, voco_pass.slots
         length = tuple(voco_pass.attended.sum(1).tolist())
@@ -107,7 +114,7 @@ class VoCoPart:
 
 
 def voco_module(method: VoCo, parts: Parts, tensors: dict[str, Tensor]) -> nn.Module:
-    """The VoCo tokens of an adapter, or new ones drawn like the model's own embeddings."""
+    """Make the module of VoCo tokens, from an adapter or drawn like the model's embeddings."""
     module: Any = method.build(int(parts.config.hidden_size))
     weight = parts.decoder.get_input_embeddings().weight
     if tensors:
@@ -122,7 +129,7 @@ def voco_module(method: VoCo, parts: Parts, tensors: dict[str, Tensor]) -> nn.Mo
 
 
 def check_family(family: Family, config: Any) -> None:
-    """Raise UnsupportedModelError for models in which VoCo tokens cannot stand behind images."""
+    """Raise UnsupportedModelError if VoCo tokens cannot be put behind this model's images."""
     why = None
     if family.outer is not None:
         why = "it is fed by code of another package"
@@ -141,7 +148,7 @@ def check_family(family: Family, config: Any) -> None:
 
 
 def check_alone(config: PruningConfig) -> None:
-    """Raise ConfigError where a budget was given: ``num_tokens`` is the budget."""
+    """Raise ConfigError if a budget or another option was given, which VoCo tokens do not have."""
     left_out: dict[str, Any] = {
         "keep": None,
         "target_tokens": None,
