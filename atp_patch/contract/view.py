@@ -1,4 +1,4 @@
-"""What a method sees before it decides: at the decoder's door, or before one of its layers.
+"""What a method sees when it decides, at the decoder's door or before one of its layers.
 
 Shapes: ``B`` batch, ``L`` sequence, ``V`` visual tokens (packed, padded to the longest sample),
 ``T`` text rows, ``H`` heads, ``Hk`` key/value heads, ``K`` keys, ``d`` head size, ``D`` hidden
@@ -23,17 +23,18 @@ from atp_patch.contract.tower import TowerTokens
 
 @dataclass(frozen=True, kw_only=True)
 class TokenView:
-    """What every method that returns a ``Decision`` sees of the visual tokens that are left.
+    """What door and layer methods see of the visual tokens that are left.
 
     Attributes:
         layout: the visual tokens before any pruning.
-        token: (B, V) int64: which of the sample's visual tokens each is (a column of the layout).
-        slot_valid: (B, V) bool, False in padding slots, whose decision does not count.
-        counts: for each sample, how many visual tokens the budget leaves here; None without a
-            budget.
-        sample_key: (B,) int64 drawn from each sample's own text tokens, so that seeded randomness
-            differs between samples and does not depend on the batch.
-        min_tokens, min_per_image: visual tokens that every sample, every image keeps at least.
+        token: (B, V) int64, for each token that is left, its column in the layout.
+        slot_valid: (B, V) bool, False in padding slots, where the decision is ignored.
+        counts: for each sample, the number of visual tokens that the budget keeps here; None
+            without a budget.
+        sample_key: (B,) int64, a number computed from each sample's text tokens, so that seeded
+            randomness differs between samples and does not depend on the batch.
+        min_tokens: number of visual tokens that every sample must keep at least.
+        min_per_image: number of visual tokens that every image must keep at least.
     """
 
     layout: Layout
@@ -46,21 +47,24 @@ class TokenView:
 
     @property
     def image(self) -> Tensor:
-        """(B, V) int64: the number, within its sample, of the image that each token is of."""
+        """(B, V) int64: for each token, the number of its image within the sample."""
         return self.of_token(self.layout.image)
 
     def of_token(self, table: Tensor) -> Tensor:
-        """(B, V, ...) values of the tokens that are left, from a (B, V0, ...) table over the
-        layout's columns.
+        """Read a table over the layout's columns, (B, V0, ...), for the tokens that are left.
+
+        Returns:
+            (B, V, ...) values of the tokens that are left.
         """
         index = self.token.reshape(*self.token.shape, *[1] * (table.ndim - 2))
         return table.gather(1, index.expand(*self.token.shape, *table.shape[2:]))
 
     def to_table(self, values: Tensor, fill: float = 0) -> Tensor:
-        """(B, V0) table over the layout's columns of (B, V) values of the tokens that are left.
+        """Write values of the tokens that are left to a table over the layout's columns, (B, V0).
 
         Args:
-            fill: value of the tokens that are gone, and of padding slots.
+            values: (B, V) values of the tokens that are left.
+            fill: value for tokens that are pruned already, and for padding slots.
         """
         batch, width = self.layout.valid.shape
         column = torch.where(self.slot_valid, self.token, width)
@@ -68,10 +72,10 @@ class TokenView:
         return table.scatter(1, column, values)[:, :width]
 
     def counts_tensor(self) -> Tensor:
-        """(B,) int64 ``counts`` on the device of the tokens.
+        """(B,) int64: the ``counts`` as a tensor on the device of the tokens.
 
         Raises:
-            ConfigError: where the patch was made without a budget.
+            ConfigError: if the patch was made without a budget.
         """
         if self.counts is None:
             raise ConfigError(
@@ -86,12 +90,13 @@ class DoorView(TokenView):
     """What a door method sees before the decoder's layer 0 runs.
 
     Attributes:
-        features: (B, V, D) of the visual tokens as the projector made them; 0 in padding slots.
-        text: (B, T, D) embeddings of the prompt's text, without what is to be answered;
-            ``text_valid`` (B, T) bool; ``text_position`` (B, T) int64 places in the sequence, as of
-            ``layout.position`` (a system prompt may stand in front of the images).
-        tower: block -> what the vision tower did there, for the blocks that the method asked for
-            under the number by which it asked.
+        features: (B, V, D), the visual tokens' features from the projector; 0 in padding slots.
+        text: (B, T, D), the embeddings of the prompt's text, without the answer.
+        text_valid: (B, T) bool, False in padding slots of ``text``.
+        text_position: (B, T) int64, positions of the text tokens in the sequence, comparable with
+            ``layout.position``.
+        tower: for each number in the method's ``tower_blocks``, the attention of that block of the
+            vision tower.
     """
 
     features: Tensor
@@ -103,21 +108,25 @@ class DoorView(TokenView):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """The attention of one decoder layer, and where in it the tokens stood that are left now.
+    """The attention of one decoder layer, and the places in it of the tokens that are left now.
 
-    ``L'`` are the tokens that this layer ran on: more than are left, where some were pruned since.
+    ``L'`` is the number of tokens that the layer ran on. Some of them may have been pruned since.
 
     Attributes:
-        query, key: (B, H, L', d) and (B, Hk, K, d), after rotary embedding.
-        mask: what the attention masked with.
-        scaling: factor of the attention logits; ``softcap`` and ``sinks`` (H,) as of
-            :func:`atp_patch.maths.cross_scores`, where the host has them.
-        slot: (B, V) places of the visual tokens that are left now, among the ``L'``; their place
-            among the ``K`` keys is ``slot + key_offset``.
-        text: (B, T) places of the text rows that count, and ``last`` (B,) that of the last prompt
-            token, among the ``L'``.
-        unrotated: gives query (B, H, L', d) and key (B, Hk, L', d) of this forward pass before
-            rotary embedding.
+        query: (B, H, L', d), queries after rotary embedding.
+        key: (B, Hk, K, d), keys after rotary embedding.
+        mask: the attention mask.
+        scaling: factor of the attention logits.
+        softcap: the softcap of the attention logits, as :func:`atp_patch.maths.cross_scores` takes
+            it, or None.
+        sinks: (H,), the attention sinks, as :func:`atp_patch.maths.cross_scores` takes them, or
+            None.
+        slot: (B, V) int64, places among the ``L'`` tokens of the visual tokens that are left now;
+            their places among the ``K`` keys are ``slot + key_offset``.
+        text: (B, T) int64, places among the ``L'`` tokens of the text rows that scores may read.
+        last: (B,) int64, place of the last prompt token among the ``L'`` tokens.
+        unrotated: a function that returns the query (B, H, L', d) and key (B, Hk, L', d) of this
+            forward pass before rotary embedding.
     """
 
     query: Tensor
@@ -141,24 +150,25 @@ class Attention:
 class View(TokenView):
     """What a layer method sees before decoder layer ``layer`` runs.
 
-    ``L'`` are the tokens that are left, those of the text included. Queries, keys and what belongs
-    to them (``query``, ``key``, ``mask_rows``, ``scaling``, ...) are those of ``layer - 1``.
+    ``L'`` is the number of tokens that are left, text included. ``query``, ``key``, ``mask_rows``,
+    ``scaling`` and the like are those of the attention of ``layer - 1``.
 
     Attributes:
         layer: the decoder layer about to run.
-        step: which of the pruning layers this is, from 0.
-        attention: the attention of the layers that the method asked for
-            (:meth:`LayerMethod.attention_layers`), by their numbers.
+        step: the number of this pruning layer among all pruning layers, from 0.
+        attention: for each layer in the method's :meth:`LayerMethod.attention_layers`, its
+            attention.
         hidden: (B, L', D), the hidden states that would enter ``layer``.
-        slot: (B, V) places of the visual tokens that are left among the ``L'``.
-        text, text_valid: (B, T) places of the text rows that count, among the ``L'``;
-            ``text_position`` in the sequence.
-        last: (B,) place of the last prompt token, among the ``L'``.
-        learning: the decision needs a ``soft`` mask.
-        embeds: (B, L, D) what entered the decoder, all tokens in their places.
-        state: what the method itself put here at earlier pruning layers of the same forward pass;
-            empty at the first one. A table over the layout's columns (:meth:`to_table`) is read
-            back for the tokens that are left by :meth:`of_token`.
+        slot: (B, V) int64, places of the visual tokens among the ``L'`` tokens.
+        text: (B, T) int64, places among the ``L'`` tokens of the text rows that scores may read.
+        text_valid: (B, T) bool, False in padding slots of ``text``.
+        text_position: (B, T) int64, positions of the text rows in the sequence.
+        last: (B,) int64, place of the last prompt token among the ``L'`` tokens.
+        learning: whether the decision needs a ``soft`` mask.
+        embeds: (B, L, D), the embeddings of all tokens as they entered the decoder.
+        state: values that the method stored at earlier pruning layers of the same forward pass;
+            empty at the first one. A table over the layout's columns (:meth:`to_table`) can be read
+            later for the tokens that are left then (:meth:`of_token`).
     """
 
     layer: int
@@ -179,7 +189,7 @@ class View(TokenView):
         """The attention of the layer before.
 
         Raises:
-            ConfigError: where the method did not ask for it.
+            ConfigError: if the method's ``attention_layers`` do not name it.
         """
         if self.layer - 1 not in self.attention:
             raise ConfigError(
@@ -205,12 +215,12 @@ class View(TokenView):
 
     @property
     def softcap(self) -> float | None:
-        """Bound of the attention logits of the layer before, where the host has one."""
+        """The softcap of the attention logits of the layer before, or None."""
         return self.before.softcap
 
     @property
     def sinks(self) -> Tensor | None:
-        """(H,) a further logit of each head of the layer before, where the host has them."""
+        """(H,): the attention sinks of the layer before, or None."""
         return self.before.sinks
 
     @property
@@ -219,28 +229,36 @@ class View(TokenView):
         return self.before.key_offset
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
-        """Query (B, H, L', d) and key (B, Hk, L', d) of the layer before and of this forward pass,
-        before rotary embedding.
+        """Query and key of the layer before, without rotary embedding.
+
+        Returns:
+            (B, H, L', d) queries and (B, Hk, L', d) keys of this forward pass.
         """
         return self.before.unrotated()
 
     def mask_rows(self, rows: Tensor) -> Tensor:
-        """What some rows see: (B, h, T, K) bool (True = visible) or float (added to the logits),
-        ``h`` being 1 or H.
+        """The attention mask of some rows in the layer before.
 
         Args:
-            rows: (B, T) places among the tokens that are left, as ``text`` or ``last[:, None]``.
+            rows: (B, T) int64, places among the tokens that are left, such as ``text`` or
+                ``last[:, None]``.
+
+        Returns:
+            (B, h, T, K) bool (True = visible) or float (added to the logits); ``h`` is 1 or H.
         """
         return self.before.mask.rows(rows)
 
     @cached_property
     def mask(self) -> Tensor:
-        """What all rows see, broadcastable to (B, H, L', K); :meth:`mask_rows` costs less."""
+        """The attention mask of all rows in the layer before, broadcastable to (B, H, L', K).
+
+        :meth:`mask_rows` costs less.
+        """
         return self.before.mask.whole(self.query.device)
 
     @cached_property
     def features(self) -> Tensor:
-        """(B, V, D) hidden states of the visual tokens that are left; 0 in padding slots."""
+        """(B, V, D): the hidden states of the visual tokens that are left; 0 in padding slots."""
         place = self.slot.to(self.hidden.device)[..., None]
         states = self.hidden.gather(1, place.expand(-1, -1, self.hidden.shape[-1]))
         return states.to(self.slot.device).masked_fill(~self.slot_valid[..., None], 0)

@@ -1,4 +1,4 @@
-"""One file a method: what it sees -> what it keeps."""
+"""The methods, one in each file: each chooses from what it sees which tokens to keep."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """ATP-LLaVA (Ye et al., 2024): adaptive token pruning.
 
-Scores of eq. 3-5 come from the post-rotary q and k of the layer before; a token goes on where its
-redundant score or its spatial score reaches the threshold for this layer and instance (eq. 9-11
-with hard decisions). Thresholds are predicted by small heads (eq. 6-8) or set to a budget.
+The scores of eq. 3-5 are computed from the queries and keys of the layer before, after rotary
+embedding. A token is kept if its redundant score or its spatial score reaches the threshold for
+this layer and sample (eq. 9-11 with hard decisions). Thresholds are predicted by small heads
+(eq. 6-8) or set to a budget.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from atp_patch.methods.base import (
 )
 from atp_patch.methods.fixed import Scored
 
-_STEEPEST = 1e9  # slope of a sigmoid; the paper's 1e6 is a step already
-_WIDEST, _FINEST = 4096, 128  # width of z, and side of the grid that it sees
-_NEVER = -1e4  # so far below every threshold that its sigmoid is 0
+_STEEPEST = 1e9  # the largest slope of a sigmoid; the paper's 1e6 already makes it a step
+_WIDEST, _FINEST = 4096, 128  # the largest width of z, and the largest side of its input grid
+_NEVER = -1e4  # a score so far below every threshold that its sigmoid is 0
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,36 @@ class ATP(Scored):
     """Adaptive token pruning with spatial augmented pruning.
 
     Attributes:
-        thresholds: "budget" (no training: thresholds that keep exactly the budget, for every layer
-            and instance) or "learned" (predicted by heads; adapters bring their weights).
+        thresholds: "budget" (without training: for every layer and sample the thresholds that keep
+            exactly the budget) or "learned" (predicted by heads, whose weights an adapter holds).
         spatial_order: "progressive" (eq. 5 with every rate) or "strided" (a few sampling rates).
-        lambda_sample: eq. 5's scaling coefficient.
-        spatial_share: part of a budget that the spatial score gets. Learned thresholds start so;
-            with 0 or 1 one of the scores is left out for good.
+        lambda_sample: the scaling coefficient of eq. 5.
+        spatial_share: the part of a budget that is filled by the spatial score. Learned thresholds
+            start from it; with 0 or 1 one of the two scores is never used.
         surrogate: how learned thresholds get a gradient: "straight-through" (hard decisions
             forward, sigmoids of slope ``slope`` backward) or "literal" (eq. 9-11 with temperature
             ``slope``, 1e6 in the paper).
-        slope_end, anneal_passes: the slope goes geometrically from ``slope`` to ``slope_end``
-            over so many forward passes in training (micro-batches, where gradients are
-            accumulated). A counter beside the heads' weights keeps the place; neither: no change.
-        detach_scores: keep the thresholds' gradient out of the scores and the question's state, and
-            so out of the decoder.
-        lambda_atp, lambda_target, target_loss: weights of eq. 14, and the kind of eq. 13
-            ("paper", "smooth" or "unbiased": see ``maths.target_loss``). The paper's
-            ``lambda_atp`` is 0.01 to 0.1, its kind "paper"; docs/results.md compares them.
-        budget_gradient: what eq. 12 and 13 move: all of the heads ("all", the paper's), or only the
-            thresholds' own biases ("biases"), which are the same for every instance: what tells
-            instances apart then learns from the answers alone.
-        threshold_inputs: what heads see: "scores" (the paper's), or "scores+question", the hidden
-            state of the last prompt token too. Answers never count.
-        standardise: heads see S_self and log S_cross with mean 0 and variance 1 over an instance's
-            surviving tokens, instead of the scores as they are (the paper's).
-        heads_hidden_size, reference_grid: width of z, and the side of the grid its input is brought
-            to.
+        slope: the slope of the sigmoids.
+        slope_end, anneal_passes: the slope changes geometrically from ``slope`` to ``slope_end``
+            over ``anneal_passes`` forward passes in training (micro-batches, if gradients are
+            accumulated). The passes are counted in a buffer of the heads. By default the slope
+            does not change.
+        detach_scores: stop the gradient of the thresholds at the scores and at the question's
+            hidden state, so that it does not reach the decoder.
+        lambda_atp, lambda_target: weights of the two losses in eq. 14; the paper's ``lambda_atp``
+            is 0.01 to 0.1. docs/results.md compares some values.
+        target_loss: the form of eq. 13: "paper", "smooth" or "unbiased", as in
+            ``maths.target_loss``.
+        budget_gradient: the parameters that the losses of eq. 12 and 13 train: the whole heads
+            ("all", as in the paper), or only the biases of the thresholds ("biases"), which are the
+            same for every sample. Then differences between samples are learned only from the
+            answers.
+        threshold_inputs: the inputs of the heads: "scores" (as in the paper), or "scores+question",
+            which adds the hidden state of the last prompt token. Answers are never an input.
+        standardise: give the heads S_self and log S_cross with mean 0 and variance 1 over the
+            sample's remaining tokens, instead of the scores themselves (as in the paper).
+        heads_hidden_size: the width of z.
+        reference_grid: the side of the grid to which the heads' inputs are resampled.
     """
 
     name: ClassVar[str] = "atp"
@@ -135,22 +140,22 @@ class ATP(Scored):
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """Scores that learned thresholds are compared with: both, or the one that has it all."""
+        """Names of the scores that learned thresholds are compared with: both, or only one."""
         left_out = {0.0: "spatial", 1.0: "redundant"}.get(self.spatial_share)
         return tuple(name for name in ("redundant", "spatial") if name != left_out)
 
     @property
     def needs_budget(self) -> bool:
-        """Learned thresholds decide how many tokens stay by themselves."""
+        """Whether thresholds are set to a budget; learned ones decide how many tokens are kept."""
         return self.thresholds == "budget"
 
     @property
     def takes_budget(self) -> bool:
-        """Learned thresholds aim at a budget, but keep no given count."""
+        """Whether exactly the given number is kept; learned thresholds only aim at a budget."""
         return self.needs_budget
 
     def build(self, spec: ModuleSpec) -> nn.Module | None:
-        """The threshold heads, where thresholds are learned."""
+        """Make the threshold heads, or return None if thresholds are not learned."""
         if self.thresholds == "budget":
             return None
         return ThresholdHeads(
@@ -164,7 +169,7 @@ class ATP(Scored):
         )
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Eq. 3-11 with hard decisions."""
+        """Decide by eq. 3-11 with hard decisions."""
         s_self, s_cross, redundant = self.scores(view)
         question = gather_tokens(view.hidden, view.last[:, None].to(view.hidden.device))[:, 0]
         if self.detach_scores:
@@ -188,7 +193,7 @@ class ATP(Scored):
             compared = redundant_or_never, spatial_or_never
         else:
             free, counts = view.slot_valid, view.counts_tensor()
-            if first is not None:  # these stay anyway; the budget is spread over the others
+            if first is not None:  # these are always kept; the rest of the budget is for the others
                 free, counts = free & ~first, (counts - first.sum(1)).clamp(min=0)
             theta_r, theta_s = budget_thresholds(
                 redundant, spatial, free, counts, self.spatial_share
@@ -217,7 +222,7 @@ class ATP(Scored):
         )
 
     def margins(self, decision: Decision) -> Tensor:
-        """As :meth:`LayerMethod.margins`, of the scores that are compared."""
+        """The margins of :meth:`LayerMethod.margins` for the scores that are compared."""
         compared = {name: decision.thresholds[name] for name in self.compared}
         return super().margins(replace(decision, thresholds=compared))
 
@@ -235,7 +240,7 @@ class ATP(Scored):
         num_layers: int,
         target: float,
     ) -> dict[str, tuple[float, Tensor]]:
-        """L_atp and L_target of eq. 12-13 with their weights of eq. 14."""
+        """The losses L_atp and L_target of eq. 12-13 with their weights from eq. 14."""
         averages = layer_averages(counts, totals, layers, num_layers)
         to_target = target_loss(averages, totals.mean(), target, self.target_loss)
         return {

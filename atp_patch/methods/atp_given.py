@@ -1,4 +1,4 @@
-"""Thresholds that do not depend on their instance: what adaptive ones must be held against."""
+"""Thresholds that do not depend on the sample, as a control for adaptive ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SIGNS = 16
 
 
 class GivenThresholds(Thresholds):
-    """Thresholds from a table: one row for every instance, or a row of another one for each.
+    """Thresholds from a table with one row for all samples, or several rows that are shared out.
 
-    Which row an instance gets depends on its text and its image alone, and is the same at every
-    pruning layer and in any batch.
+    The row of a sample depends only on its text and its image. It is the same at every pruning
+    layer and in any batch.
 
     Args:
-        logits: layer -> (M, 2) float32, logits of theta_redundant and theta_spatial.
+        logits: for each pruning layer, (M, 2) float32, logits of theta_redundant and theta_spatial.
     """
 
     def __init__(self, logits: dict[int, Tensor]) -> None:
@@ -40,9 +40,9 @@ class GivenThresholds(Thresholds):
 
 
 def _row(view: View, rows: int) -> Tensor:
-    """(B,) int64: a number below ``rows`` from each sample's words and its image's features.
+    """(B,) int64: a number below ``rows`` for each sample, from its words and image features.
 
-    Of the features only signs count, which rounding does not change.
+    Only the signs of the features are used, because rounding does not change them.
     """
     key = view.sample_key.cpu()
     if view.embeds is not None:

@@ -12,16 +12,16 @@ from torch.nn.functional import linear
 from atp_patch.contract import Layout, LearnedThresholds, ModuleSpec, View
 from atp_patch.maths import standardise_scores, to_reference_grid
 
-# Renormalised probabilities lie around 1 / V; log of much less says "none" and nothing more.
+# Renormalised probabilities are around 1 / V; this keeps the logarithm of much smaller ones finite.
 _FLOOR = 1e-6
 
 
 class Thresholds(LearnedThresholds):
-    """What gives every instance ATP's two thresholds at every pruning layer.
+    """Base class of modules that give every sample ATP's two thresholds at every pruning layer.
 
     Attributes:
-        passes: forward passes in training so far, where the slope of the backward pass is annealed;
-            it travels with the weights.
+        passes: () int64 buffer, the number of forward passes in training so far. It exists only if
+            the slope is annealed, and it is saved with the weights.
     """
 
     passes: Tensor
@@ -35,27 +35,32 @@ class Thresholds(LearnedThresholds):
     def forward(
         self, view: View, s_self: Tensor, s_cross: Tensor, question: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Thresholds (theta_redundant, theta_spatial), each (B,) float32 in (0, 1).
+        """Return the thresholds theta_redundant and theta_spatial, each (B,) float32 in (0, 1).
 
         Args:
-            s_self, s_cross: (B, V) float32 over the view's surviving visual tokens.
-            question: (B, D) hidden state of the last prompt token.
+            view: what the method sees.
+            s_self, s_cross: (B, V) float32, scores of the view's visual tokens.
+            question: (B, D), hidden state of the last prompt token.
         """
 
     def through_biases(
         self, layer: int, redundant: Tensor, spatial: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both thresholds (B,) again, with a gradient to their own biases alone, if they have any.
+        """Return the same thresholds, (B,) each, with a gradient only to the biases behind them.
+
+        Thresholds without biases are returned unchanged.
 
         Args:
-            redundant, spatial: (B,) that :meth:`forward` gave for this layer.
+            layer: the pruning layer.
+            redundant, spatial: (B,) each, the thresholds that :meth:`forward` returned.
         """
         return redundant, spatial
 
     def annealed(self, view: View, first: float, last: float, over: int) -> Tensor:
-        """The slope of this training pass, geometrically from ``first`` to ``last``.
+        """Return the slope of this training pass, which changes from ``first`` to ``last``.
 
-        It is ``last`` from the pass number ``over`` on. The first pruning layer counts the passes.
+        It changes geometrically over ``over`` passes and is ``last`` afterwards. The passes are
+        counted at the first pruning layer.
         """
         if view.step == 0:
             self.passes += 1
@@ -64,7 +69,7 @@ class Thresholds(LearnedThresholds):
 
 
 class Affine(nn.Module):
-    """A linear layer that is no ``nn.Linear``: LoRA in "all-linear" layers leaves heads alone."""
+    """A linear layer that is not an ``nn.Linear``, so that "all-linear" LoRA leaves it out."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -72,25 +77,31 @@ class Affine(nn.Module):
         self.weight, self.bias = made.weight, made.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Map (..., inputs) to (..., outputs)."""
         return linear(x, self.weight, self.bias)
 
 
 class ThresholdHeads(Thresholds):
     """``z = Linear(inputs)``, ``theta = sigmoid(Linear(z))`` for both thresholds.
 
-    The inputs are both scores (eq. 6) and, where ``question`` is True, the hidden state of the last
-    prompt token divided by its root mean square. The scores are brought to one ``grid`` x ``grid``
-    map, so that any resolution, tile and frame count has the same input size. ``standardise``:
-    S_self and log S_cross with mean 0 and variance 1 over an instance's surviving tokens, instead
-    of the scores as they are. (Constants measured on data would make the first batches of training
-    decide, and differ between processes.)
+    The inputs are both scores (eq. 6) and, if ``question`` is True, the hidden state of the last
+    prompt token divided by its root mean square. The scores are resampled to one ``grid`` x
+    ``grid`` map, so that the input size is the same for any resolution, number of tiles and number
+    of frames. With ``standardise`` the inputs are S_self and log S_cross with mean 0 and variance 1
+    over the sample's remaining tokens, instead of the scores themselves. (Constants measured on
+    data would depend on the first batches of training and differ between processes.)
 
-    Untrained heads start close to a budget: their output weights are small and their biases are the
-    ``start`` of each layer.
+    Untrained heads start close to a budget: their output weights are small, and their biases give
+    the thresholds ``start``.
 
     Args:
-        start: (theta_redundant, theta_spatial) of each pruning layer.
+        spec: the pruning layers and sizes.
+        start: for each pruning layer, its first theta_redundant and theta_spatial.
+        hidden_size: the width of z.
+        grid: the side of the grid to which scores are resampled.
+        question: whether the hidden state of the last prompt token is an input.
+        standardise: whether scores are standardised.
+        anneals: whether the slope is annealed, so that passes must be counted.
     """
 
     def __init__(
@@ -175,7 +186,7 @@ class ThresholdHeads(Thresholds):
 
     @torch.no_grad()
     def shift(self, layer: int, by: float) -> None:
-        """As :meth:`LearnedThresholds.shift`: the biases of the outputs move."""
+        """Raise the biases of a layer's thresholds, as in :meth:`LearnedThresholds.shift`."""
         for heads in (self.theta_redundant, self.theta_spatial):
             head = heads[str(layer)]
             assert isinstance(head, Affine)
@@ -183,13 +194,18 @@ class ThresholdHeads(Thresholds):
 
 
 def logit(theta: float) -> float:
-    """The number whose sigmoid is ``theta``, kept away from where a sigmoid has no gradient."""
+    """The number whose sigmoid is ``theta``, limited to where a sigmoid has a gradient."""
     theta = min(max(theta, 0.02), 0.98)
     return math.log(theta / (1 - theta))
 
 
 def planes(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Number the single frames of each sample: (B, V0) frame number, (B, G) heights and widths."""
+    """Number the frames of all images and videos of each sample.
+
+    Returns:
+        (B, V0) int64, the number of each token's frame; (B, G) int64 each, the heights and the
+        widths of the frames.
+    """
     sizes = [
         [(g.height, g.width) for g in grids for _ in range(g.frames)] for grids in layout.grids
     ]

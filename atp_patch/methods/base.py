@@ -1,4 +1,4 @@
-"""What methods share: the best by a score, minimums of samples and images, rows of a mask."""
+"""What methods share: keeping the best by a score, minimum numbers, and the attention of rows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Ranking(LayerMethod):
     """Base class of methods that keep the best by a score.
 
     Attributes:
-        per_frame: every frame of a video, and every image and tile, keeps the same share of its
-            tokens. Else all visual tokens of a sample compete for one budget.
+        per_frame: whether every frame of a video, and every image and tile, keeps the same share of
+            its tokens. Otherwise all visual tokens of a sample compete for one budget.
     """
 
     per_frame: bool = False
 
     def best(self, view: View, scores: Tensor, counts: Tensor | None = None) -> Tensor:
-        """As :func:`keep_best`, frame by frame if that was asked for."""
+        """Keep the best tokens like :func:`keep_best`, frame by frame if ``per_frame`` is set."""
         if not self.per_frame:
             return keep_best(view, scores, counts)
         frame, shares = frame_counts(view, view.counts_tensor() if counts is None else counts)
@@ -37,17 +37,20 @@ class Ranking(LayerMethod):
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check an option that is one of a few words."""
+    """Raise ConfigError if an option is not one of the allowed words."""
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
 
 
 def keep_best(view: TokenView, scores: Tensor, counts: Tensor | None = None) -> Tensor:
-    """(B, V) bool: the best so many by score; every image's best few come first.
+    """(B, V) bool, True for the tokens with the highest scores.
+
+    The minimum number of tokens of each image is kept first.
 
     Args:
-        scores: (B, V); higher is kept. Ties keep the earlier token.
-        counts: (B,) int64; the view's by default.
+        view: what the method sees.
+        scores: (B, V) scores; of equal scores the earlier token is kept.
+        counts: (B,) int64, the number of tokens that each sample keeps; by default ``view.counts``.
     """
     first = best_of_each_image(view, scores)
     if first is not None:
@@ -56,11 +59,17 @@ def keep_best(view: TokenView, scores: Tensor, counts: Tensor | None = None) -> 
 
 
 def frame_counts(view: TokenView, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, V) int64 number of each token's frame within its sample, and (B, F) int64 how many tokens
-    each frame keeps, in proportion to what it has; an image or tile is one frame.
+    """Divide the tokens that a sample keeps among its frames, in proportion to their sizes.
+
+    An image or tile counts as one frame.
 
     Args:
-        counts: (B,) int64 tokens that each sample keeps.
+        view: what the method sees.
+        counts: (B,) int64, the number of tokens that each sample keeps.
+
+    Returns:
+        (B, V) int64, the number of each token's frame within its sample; (B, F) int64, the number
+        of tokens that each frame keeps.
     """
     grids, device = view.layout.grids, view.slot_valid.device
     starts = [[0, *accumulate(grid.frames for grid in sample)] for sample in grids]
@@ -80,7 +89,7 @@ def frame_counts(view: TokenView, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_counts(view: TokenView) -> Tensor:
-    """(B,) int64: visual tokens that must stay, of those that are left."""
+    """(B,) int64: the number of visual tokens that each sample must keep."""
     images = torch.tensor(
         [len(grids) for grids in view.layout.grids], device=view.slot_valid.device
     )
@@ -89,9 +98,7 @@ def least_counts(view: TokenView) -> Tensor:
 
 
 def best_of_each_image(view: TokenView, scores: Tensor) -> Tensor | None:
-    """(B, V) bool: the ``min_per_image`` best surviving tokens of each image; None where that is
-    0.
-    """
+    """(B, V) bool: the ``min_per_image`` best tokens of each image, or None if that number is 0."""
     if view.min_per_image == 0:
         return None
     image = view.image
@@ -104,8 +111,11 @@ def best_of_each_image(view: TokenView, scores: Tensor) -> Tensor | None:
 
 
 def grid_table(layout: Layout, values: Callable[[int, int], Tensor]) -> Tensor:
-    """(B, V0) table over the layout's tokens of a (height * width,) value of each place in its
-    grid.
+    """(B, V0) float32: a value for each token of the layout from its place in its grid.
+
+    Args:
+        layout: the visual tokens before any pruning.
+        values: a function from a grid's height and width to (height * width,) values.
     """
     table = torch.zeros(layout.valid.shape, dtype=torch.float32)
     for b, grids in enumerate(layout.grids):
@@ -130,11 +140,14 @@ def attention_paid(
     It is averaged over the rows and, unless ``per_head`` (then (B, H, V)), over the heads.
 
     Args:
-        rows: (B, T) places among the layer's tokens, as ``view.text`` or ``view.last[:, None]``;
-            ``row_valid`` (B, T) bool.
-        of: of which layer, one of ``view.attention``, whose own ``text`` and ``last`` are then its
-            rows; by default the layer before.
+        view: what the method sees.
+        rows: (B, T) int64, places among the layer's tokens, such as ``view.text`` or
+            ``view.last[:, None]``.
+        row_valid: (B, T) bool, False for rows that are left out.
+        of: the attention of one layer from ``view.attention``, whose own ``text`` and ``last`` are
+            then used as rows; by default the attention of the layer before.
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
+        per_head: do not average over heads.
     """
     of = view.before if of is None else of
     return cross_scores(

@@ -1,4 +1,4 @@
-"""Baselines that any method must beat at the same budget: random tokens and an even grid."""
+"""Baselines to compare methods with at the same budget: random tokens and an even grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _MODULUS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Random(Ranking):
-    """Keep tokens drawn at random, the same ones for the same seed, question and layer."""
+    """Keep tokens drawn at random; they are the same for the same seed, question and layer.
+
+    Attributes:
+        seed: seed of the draw.
+    """
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "seeded random tokens (baseline)"
@@ -29,7 +33,7 @@ class Random(Ranking):
         return ()
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Rank by a hash of (seed, layer, question, token), so that the batch plays no part."""
+        """Rank by a hash of (seed, layer, question, token), which does not depend on the batch."""
         start = (self.seed * 1_000_003 + view.layer * 7919) % _MODULUS
         scores = _mix(_mix(view.sample_key + start)[:, None] + view.token)
         keep = self.best(view, scores.float())
@@ -37,7 +41,7 @@ class Random(Ranking):
 
 
 def _mix(value: Tensor) -> Tensor:
-    """A multiplicative-congruential scramble of int64 to [0, 2**31 - 1)."""
+    """Scramble int64 numbers multiplicatively into [0, 2**31 - 1)."""
     for multiplier in (48271, 69621, 16807):
         value = (value % _MODULUS + 1) * multiplier % _MODULUS
         value = value ^ (value >> 15)
@@ -56,13 +60,13 @@ class Uniform(Ranking):
         return ()
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Rank by the place in a farthest-point-first order of the grid."""
+        """Rank by the place in an order of the grid that begins with the points farthest apart."""
         table = grid_table(view.layout, _evenness)
         keep = self.best(view, view.of_token(table))
         return Decision(keep)
 
 
 def _evenness(height: int, width: int) -> Tensor:
-    """(height * width,) in (0, 1]: 1 for the first point of the order."""
+    """(height * width,) float32 in (0, 1]: scores that fall in the order of the grid."""
     order = progressive_order(height, width)
     return 1.0 - order.to(torch.float32) / order.numel()

@@ -1,4 +1,4 @@
-"""Downsampling: the picture itself is shrunk before the tower (what any method must beat)."""
+"""Downsampling, a baseline: the picture itself is shrunk before the vision tower."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from atp_patch.maths import shrunk_grid
 class Downsample(PictureMethod):
     """Shrink every picture so that the tower makes about as many tokens as the budget says.
 
-    A grid has whole sides, so the count is that of the nearest grid of the picture's proportions.
-    The few tokens stand where their part of the picture stood: positions are spread as evenly over
-    the picture's placeholders as the tokens are over the picture.
+    A grid has whole sides, so the number of tokens is that of the nearest grid with the picture's
+    proportions. The fewer tokens are spread over the picture's placeholders as evenly as they are
+    over the picture, so that each has about the position of its part of the picture.
     """
 
     name: ClassVar[str] = "downsample"
@@ -24,5 +24,5 @@ class Downsample(PictureMethod):
     def grid(
         self, height: int, width: int, count: int, least: int, *, square: bool
     ) -> tuple[int, int]:
-        """The nearest smaller grid of the same proportions."""
+        """Return the nearest smaller grid of the same proportions."""
         return shrunk_grid(height, width, count, least, square=square)

@@ -15,14 +15,14 @@ from atp_patch.methods.base import Ranking, choice
 
 @dataclass(frozen=True)
 class FastV(Ranking):
-    """Keep a fixed share by the last token's attention, averaged over heads.
+    """Keep a fixed share of tokens by the attention of the last token, averaged over heads.
 
     The paper's setting is ``layers=[2], keep=0.5``.
 
     Attributes:
-        rope: score with queries and keys "after" rotary embedding, which is the attention that the
-            layer pays (the paper's), or "before" it: rotary embedding favours what stands close to
-            the last token, so the bottom of the image.
+        rope: whether queries and keys are taken "after" rotary embedding, which gives the layer's
+            own attention (as in the paper), or "before" it. Rotary embedding favours tokens close
+            to the last token, that is, the bottom of the image.
     """
 
     name: ClassVar[str] = "fastv"
@@ -41,7 +41,7 @@ class FastV(Ranking):
         mask = view.mask_rows(row)
         if self.rope == "before":
             query, key = view.unrotated()
-            column = view.slot  # keys of earlier turns were turned long ago
+            column = view.slot  # keys of earlier turns exist only after rotary embedding
             mask = mask[..., view.key_offset :]
         scores = cross_scores(
             gather_heads(query, row),

@@ -1,4 +1,4 @@
-"""ATP-LLaVA's attention scores (eq. 3-4), and its fixed-ratio control, which needs nothing else."""
+"""ATP-LLaVA's attention scores (eq. 3-4), and the method that keeps a fixed share by them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from atp_patch.methods.base import Ranking, attention_paid, choice
 
 @dataclass(frozen=True)
 class Scored(LayerMethod):
-    """Options of the two attention scores.
+    """The two attention scores and their options.
 
     Attributes:
-        score: "mean" of both scores (the paper's), "cross" or "self" alone.
-        score_norm: how scores of different kinds are brought to (0, 1): "rank", "minmax", or "none"
-            (the equations as printed).
-        cross_over: text rows' probabilities as they are ("all"), or renormalised over the visual
-            tokens of each head and row ("visual").
-        causal_self: count only the queries that may see a token in its self-modality score.
+        score: which scores make the redundant score: the "mean" of both (as in the paper), "cross"
+            or "self".
+        score_norm: how scores are mapped to (0, 1): "rank", "minmax", or "none" (the equations as
+            printed).
+        cross_over: whether the probabilities of text rows are taken over all keys ("all"), or are
+            renormalised over the visual tokens in each head and row ("visual").
+        causal_self: whether a token's self score counts only the queries that may see the token.
     """
 
     score: str = "cross"
@@ -56,13 +57,13 @@ class Scored(LayerMethod):
 
 @dataclass(frozen=True)
 class Fixed(Ranking, Scored):
-    """The ATP score with a fixed share at each layer (Table 2's fixed pruning ratio)."""
+    """Keep a fixed share at each layer by the ATP score (the fixed pruning ratio of Table 2)."""
 
     name: ClassVar[str] = "fixed"
     summary: ClassVar[str] = "ATP's attention scores, fixed share"
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Keep the best by redundant score."""
+        """Keep the tokens with the highest redundant scores."""
         s_self, s_cross, redundant = self.scores(view)
         keep = self.best(view, redundant)
         scores = {"self": s_self, "cross": s_cross, "redundant": redundant}

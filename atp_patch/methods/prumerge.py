@@ -1,8 +1,8 @@
 """LLaVA-PruMerge (Shang et al., 2024): keep what the tower attends to, merge the rest into it.
 
-Before the decoder, from the attention of the tower's layer whose output the model uses. The
-paper's §3.3 speaks of the last layer's keys, its algorithm 1 of the penultimate one's: for LLaVA,
-which uses the penultimate layer, this is the latter.
+The method prunes before the decoder, by the attention of the tower's layer whose output the model
+uses. The paper's §3.3 names the last layer's keys and its algorithm 1 the penultimate layer's;
+LLaVA uses the output of the penultimate layer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from atp_patch.maths import (
 
 @dataclass(frozen=True)
 class PruMerge(TowerMethod):
-    """Keep the outliers of attention, or as many as the budget says, and merge the rest into them.
+    """Keep the outliers of attention, or as many as the budget says, and merge others into them.
 
     Attributes:
-        neighbours: how many of the tokens that go are merged into each one that stays (k).
+        neighbours: how many dropped tokens are merged into each kept token (k).
     """
 
     name: ClassVar[str] = "prumerge"
@@ -46,11 +46,11 @@ class PruMerge(TowerMethod):
 
     @property
     def needs_budget(self) -> bool:
-        """The number of outliers is the image's own, unless a budget is given."""
+        """False: without a budget the number of outliers in the image decides."""
         return False
 
     def merge(self, groups: TokenGroups) -> Merge:
-        """Algorithm 1."""
+        """Choose and merge tokens by the paper's algorithm 1."""
         keep = self.choose(groups)
         index, weight, changed = merge_weights(
             groups.attention, groups.key, groups.valid, keep, self.neighbours
@@ -58,7 +58,7 @@ class PruMerge(TowerMethod):
         return Merge(keep, index, weight, changed)
 
     def choose(self, groups: TokenGroups) -> Tensor:
-        """(G, n) bool, the tokens that stay."""
+        """(G, n) bool, True for the tokens that are kept."""
         if groups.counts is None:
             return outliers(groups.attention, groups.valid, groups.minimum)
         counts = torch.tensor(groups.counts, device=groups.valid.device)
@@ -67,13 +67,13 @@ class PruMerge(TowerMethod):
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge, and as many tokens again from an even grid (§3.4)."""
+    """PruMerge that keeps as many tokens again from an even grid (§3.4)."""
 
     name: ClassVar[str] = "prumerge+"
     summary: ClassVar[str] = "prumerge, and as many tokens again from an even grid"
 
     def choose(self, groups: TokenGroups) -> Tensor:
-        """Half by attention, half spread over the grid among those that attention left."""
+        """Choose half by attention, and half from the others, spread evenly over the grid."""
         if groups.counts is None:
             chosen = outliers(groups.attention, groups.valid, groups.minimum)
             further = chosen.sum(1)
@@ -85,7 +85,7 @@ class PruMergePlus(PruMerge):
 
 
 def _turns(groups: TokenGroups) -> Tensor:
-    """(G, n) the turn of each token in an order of its grid whose every beginning is even."""
+    """(G, n) int64: each token's number in an order of its grid whose first parts are even."""
     turns = torch.zeros_like(groups.row)
     for number, size in enumerate(zip(groups.heights, groups.widths, strict=True)):
         order = progressive_order(*size).to(turns.device)

@@ -1,7 +1,7 @@
-"""Methods by name: this package's, those that other packages bring, and those defined by the user.
+"""Methods by name: those of this package, of other packages, and of the user's own code.
 
-Another package brings methods as entry points of the group ``atp_patch.methods``; the entry point's
-name is the method's. It is loaded when the method is asked for, not before.
+Another package offers methods as entry points of the group ``atp_patch.methods``. The name of an
+entry point is the name of the method. It is loaded only when the method is used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BeforeDecoder = PictureMethod | TowerMethod | DoorMethod
 
 
 def available_methods() -> list[str]:
-    """Names that ``patch_model(method=...)`` takes: this package's, then those of others."""
+    """Names that ``patch_model(method=...)`` takes, first this package's, then other packages'."""
     own = [method.name for method in METHODS]
     return own + sorted({point.name for point in _entry_points()} - set(own))
 
@@ -54,11 +54,14 @@ def untrained_methods() -> list[str]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method: this package's, the user's own that was defined last, or another's.
+    """Return the class of a method by its name.
+
+    It is looked for in this package, then among the classes that are defined, of which the last one
+    is taken, then in other packages.
 
     Raises:
-        ConfigError: for an unknown name, naming the known ones; where two packages claim it; where
-            the package that brings it is broken.
+        ConfigError: if the name is unknown, two packages have a method of this name, or the package
+            that has it is broken.
     """
     own = [cls for cls in METHODS if cls.name == name]
     points = [point for point in _entry_points() if point.name == name]
@@ -93,7 +96,7 @@ def _entry_points_on(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 
 def _defined(name: str) -> list[type[Method]]:
-    """Classes of this name that are defined somewhere, the youngest first."""
+    """Return all defined classes of this name, the one defined last first."""
     found: list[type[Method]] = []
     waiting: list[type[Method]] = [Method]
     while waiting:
@@ -108,11 +111,11 @@ def _package(point: EntryPoint) -> str:
 
 
 def _loaded(point: EntryPoint) -> type[Method]:
-    """The class behind an entry point."""
+    """Load the class that an entry point names."""
     where = f"method {point.name!r} of the package {_package(point)} ({point.value})"
     try:
         cls = point.load()
-    except Exception as error:  # whatever the import of another package may raise
+    except Exception as error:  # the import of another package may raise anything
         raise ConfigError(
             f"{where} cannot be loaded ({type(error).__name__}: {error}); mend or uninstall that "
             "package."
@@ -128,11 +131,11 @@ def _loaded(point: EntryPoint) -> type[Method]:
 
 
 def make_method(method: str | Method, options: dict[str, Any]) -> Method:
-    """A method from its name and options, or as given.
+    """Make a method from its name and options, or return a given method.
 
     Raises:
-        ConfigError: for an unknown name or option, naming the known ones, or for what is neither a
-            name nor a method.
+        ConfigError: if the name or an option is unknown, or if ``method`` is neither a name nor a
+            method.
     """
     if isinstance(method, Method):
         if options:
@@ -164,7 +167,7 @@ def make_method(method: str | Method, options: dict[str, Any]) -> Method:
 
 
 def _standing(method: Method) -> Method:
-    """The method, if it has a name and stands somewhere."""
+    """Return the method after checking that it has a name and a place where it prunes."""
     if not isinstance(getattr(method, "name", None), str):
         raise ConfigError(f"{type(method).__name__} has no name; give the class name = '...'.")
     if not isinstance(method, (PictureMethod, TowerMethod, DoorMethod, LayerMethod, VoCo)):
@@ -178,13 +181,18 @@ def _standing(method: Method) -> Method:
 def make_methods(
     method: str | Method | Sequence[str | Method], options: dict[str, Any]
 ) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
-    """What prunes before the decoder and what prunes inside it, from one method or one of each.
+    """Make the method that prunes before the decoder and the one that prunes inside it.
 
-    Options are those of the one method, or of the second.
+    Args:
+        method: one method, or a pair of one that prunes before the decoder and one inside it.
+        options: options of the one method, or of the second.
+
+    Returns:
+        The method before the decoder and the method inside it; one of them may be None.
 
     Raises:
-        ConfigError: for two of one kind, the wrong order, or a first that needs a budget of its
-            own.
+        ConfigError: if both methods are of one kind or in the wrong order, or if the first needs a
+            budget.
     """
     given: list[Any] = list(method) if isinstance(method, (list, tuple)) else [method]
     made = [make_method(one, options if one is given[-1] else {}) for one in given]

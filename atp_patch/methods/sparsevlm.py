@@ -1,9 +1,9 @@
-"""SparseVLM (Zhang et al., 2025): relevant text tokens rate visual ones; some that go are recycled.
+"""SparseVLM (Zhang et al., 2025): relevant text tokens rate visual ones, and some are recycled.
 
-The text tokens that the image speaks of are the raters. A visual token's score is the attention
-that they pay it, averaged over raters and heads. The rank of that attention says how much of it is
-redundant, and so how many tokens go. The best of those that go are put into clusters, and the
-hidden state of each cluster's centre becomes the sum of its tokens'.
+The raters are the text tokens that are relevant to the image. A visual token's score is the
+attention that it gets from the raters, averaged over raters and heads. The rank of that attention
+tells how many tokens are redundant and are dropped. The best of the dropped tokens are put into
+clusters, and the hidden state of each cluster's centre becomes the sum of those of its tokens.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from atp_patch.methods.base import Ranking, choice, least_counts
 class SparseVLM(Ranking):
     """Text-guided sparsification with recycling.
 
-    Without a budget the rank decides how many tokens go: ``scale * (tokens - rank)``. With one,
-    what the budget leaves counts the clusters too.
+    Without a budget the rank decides how many tokens are dropped: ``scale * (tokens - rank)``. A
+    budget counts the clusters among the tokens that are kept.
 
     Attributes:
-        scale: the paper's lambda, of (0, 1].
-        rank_tolerance: singular values of no more than this share of the largest count as zero.
-        recycle_share: share of the tokens that go, best first, that is recycled (tau); 0: none.
-        cluster_share: clusters for each recycled token (theta).
-        neighbours: nearest tokens that a token's density is measured by.
-        merge: a cluster becomes the "sum" of its tokens (the paper's), or their "mean".
+        scale: the paper's lambda, above 0 and at most 1.
+        rank_tolerance: singular values up to this share of the largest count as zero.
+        recycle_share: the share of the dropped tokens, the best first, that is recycled (tau).
+        cluster_share: the number of clusters divided by the number of recycled tokens (theta).
+        neighbours: the number of nearest tokens from which a token's density is computed.
+        merge: whether a cluster becomes the "sum" of its tokens (as in the paper) or their "mean".
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -73,11 +73,11 @@ class SparseVLM(Ranking):
 
     @property
     def needs_budget(self) -> bool:
-        """The rank of the attention decides, unless a budget is given."""
+        """False: without a budget the rank of the attention decides."""
         return False
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
-        """Keep what the raters look at, and the centres of clusters of the rest."""
+        """Keep the tokens that the raters attend to, and the centres of clusters of the others."""
         rater = self._raters(view)
         rows = cross_rows(
             gather_heads(view.query, view.text),
@@ -101,7 +101,11 @@ class SparseVLM(Ranking):
         return Decision(keep, scores={"raters": scores}, recycled=recycled)
 
     def _raters(self, view: View) -> Tensor:
-        """(B, T) bool. Of what entered the decoder, so the same at every pruning layer."""
+        """(B, T) bool, True for raters.
+
+        They are chosen by the decoder's input embeddings, so they are the same at every pruning
+        layer.
+        """
         embeds, layout = view.embeds, view.layout
         assert embeds is not None
         visual = gather_tokens(embeds, layout.position)
@@ -109,13 +113,13 @@ class SparseVLM(Ranking):
         return raters(visual, layout.valid, text, view.text_valid)
 
     def _counts(self, view: View, rater: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) int64 tokens that stay as they are, and clusters."""
+        """(B,) int64 each: the numbers of tokens that are kept unchanged, and of clusters."""
         left, least = view.slot_valid.sum(1), least_counts(view)
         share = self.recycle_share * self.cluster_share
         if view.counts is None:
             spare = left - attention_rank(rows, self.rank_tolerance)
             gone = (self.scale * spare).floor().long()
-            # Where no text follows, nothing is known of what is redundant.
+            # Without text, it is not known what is redundant, and nothing is dropped.
             gone = torch.where(rater.any(1), torch.minimum(gone, left - least), 0)
             return left - gone, (share * gone).round().long()
         counts = view.counts_tensor()
@@ -128,7 +132,7 @@ class SparseVLM(Ranking):
     def _recycle(
         self, view: View, scores: Tensor, keep: Tensor, clusters: Tensor
     ) -> Recycled | None:
-        """The best of those that go, in clusters."""
+        """Put the best of the dropped tokens into clusters; None if there are none."""
         goes = view.slot_valid & ~keep
         pool = (self.recycle_share * goes.sum(1)).round().long()
         chosen = top_k_mask(scores, goes, torch.where(clusters > 0, pool.maximum(clusters), 0))

@@ -11,14 +11,14 @@ from torch import nn
 from atp_patch.contract import Method
 from atp_patch.contract.errors import ConfigError
 
-_MOST = 65_536  # VoCo tokens of a segment, far more than any image has tokens
+_MOST = 65_536  # the most VoCo tokens of a segment, far more than any image has tokens
 
 
 class VoCoTokens(nn.Module):
     """The learned input embeddings of the VoCo tokens.
 
     Attributes:
-        embedding: (V, D).
+        embedding: (V, D) parameter, one embedding for each VoCo token.
     """
 
     def __init__(self, num_tokens: int, hidden_size: int) -> None:
@@ -28,13 +28,14 @@ class VoCoTokens(nn.Module):
 
 @dataclass(frozen=True)
 class VoCo(Method):
-    """VoCo-LLaMA (METHOD: attention mask in training, eviction at inference).
+    """VoCo-LLaMA: text sees only a few learned tokens of each image, and the image is then dropped.
 
     Attributes:
-        num_tokens: VoCo tokens of each segment, ``V``. A segment is what stands in a row without
-            text between: an image with all its tiles, or a video. Where a model's own text tokens
-            stand within an image, it is a tile (Idefics 3, SmolVLM) or a row (Mistral 3, Pixtral).
-        segment_frames: frames of a video that make a segment; None: all of them.
+        num_tokens: number of VoCo tokens of each segment, ``V``. A segment is a run of visual
+            tokens without text between them: an image with all its tiles, or a video. If a model
+                puts text
+            tokens inside an image, it is a tile (Idefics 3, SmolVLM) or a row (Mistral 3, Pixtral).
+        segment_frames: number of frames of a video in a segment; None means all of them.
     """
 
     name: ClassVar[str] = "voco"
@@ -56,14 +57,14 @@ class VoCo(Method):
 
     @property
     def needs_budget(self) -> bool:
-        """``num_tokens`` says how many tokens are left."""
+        """False: ``num_tokens`` says how many tokens are left."""
         return False
 
     @property
     def takes_budget(self) -> bool:
-        """As above."""
+        """False: ``num_tokens`` says how many tokens are left."""
         return False
 
     def build(self, hidden_size: int) -> nn.Module:
-        """The VoCo tokens' embeddings."""
+        """Make the module that holds the VoCo tokens' embeddings."""
         return VoCoTokens(self.num_tokens, hidden_size)

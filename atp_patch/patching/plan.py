@@ -43,7 +43,8 @@ class Plan:
         door: the method that chooses among projected features before layer 0, or None.
         layer: the method that prunes inside the decoder, or None.
         voco: the method that compresses images into VoCo tokens, or None.
-        attention_layers: for each pruning layer, the earlier layers whose attention ``layer`` reads.
+        attention_layers: for each pruning layer, the earlier layers whose attention the method
+            inside the decoder reads.
         vision: the vision tower that a method prunes or reads, or None.
         heads: the module that learns, or None.
         frozen_may_turn: whether ``rope_2d`` is allowed although no layer of the decoder learns.
@@ -257,7 +258,7 @@ def _pruning_layers(layers: Sequence[int] | None, method: LayerMethod | None) ->
 
 
 def _attention_layers(method: LayerMethod, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """Pruning layer -> the layers whose attention the method wants to see there."""
+    """Return, for each pruning layer, the layers whose attention the method reads there."""
     found = {}
     for layer in layers:
         wanted = method.attention_layers(layer)

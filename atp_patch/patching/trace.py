@@ -139,7 +139,7 @@ class PruningTrace:
 
     @property
     def _tables(self) -> tuple[Table, Table]:
-        """Tables of the means over samples with images of what each layer kept, and of the costs."""
+        """Tables of what each layer kept on average over samples with images, and of the costs."""
         seen = self._with_images
         counts = self.tokens_per_layer[seen].double().mean(0).tolist()
         rows = [
