@@ -422,7 +422,7 @@ def judge(mutant: Mutant, tests: Sequence[str], limit_s: float) -> tuple[str, st
     status, failed = in_fork(work, limit_s)
     if status is None:
         return "time", failed
-    if status == 0:
+    if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return "survived", failed
     return "failed" if failed else "import", failed
 
