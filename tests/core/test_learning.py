@@ -150,9 +150,16 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
             torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_reentrant_checkpointing_is_refused_by_name() -> None:
+@pytest.mark.parametrize("given", [{"use_reentrant": True}, {}, "peft"], ids=str)
+def test_reentrant_checkpointing_is_refused_by_name(given: Any) -> None:
+    """Torch's default, where the key is left out, is reentrant."""
     model = learner("llava-llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if given == "peft":
+        model.is_loaded_in_8bit = True  # as transformers marks a quantised model
+        pytest.importorskip("peft").prepare_model_for_kbit_training(model)
+        model.atp_patch_heads.requires_grad_(True)
+    else:
+        model.gradient_checkpointing_enable(given)
     with pytest.raises(atp_patch.UnsupportedModelError, match="'use_reentrant': False"):
         model(**labelled(model), use_cache=False)
 

@@ -254,3 +254,42 @@ def test_decoding_on_a_pruned_cache_needs_no_patch_state() -> None:
     kept = kept_of(session.model)
     session.model = patched("llava-llama")
     check(session, "llava-llama", kept, talk(session, 1, 3))
+
+
+CACHES = {
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=120),
+}
+
+
+@pytest.mark.parametrize("prompt_of", [prompts.SINGLE, prompts.MIXED], ids=["single", "ragged"])
+@pytest.mark.parametrize("reader", ["unpatched", "plain"])
+@pytest.mark.parametrize("cache", CACHES)
+@families
+def test_a_model_without_a_patch_cannot_go_on_with_a_pruned_prompt(
+    kind: str, cache: str, reader: str, prompt_of: tuple[prompts.Prompt, ...]
+) -> None:
+    """It would read the keys that are left as those of other positions."""
+    model = patched(kind)
+    session = Session(model, batch(model, prompt_of), CACHES[cache](model))
+    people = len(session.inputs["input_ids"])
+    session.feed(words(people, 2))
+    twin = session.fork()
+    with atp_patch.disabled(model):
+        twin.feed(words(people, 1))
+    if reader == "unpatched":
+        atp_patch.unpatch_model(model)
+    else:
+        session.model = tiny.tiny_model(kind)
+    with pytest.raises(atp_patch.CacheError, match="not patched"):
+        session.feed(words(people, 1))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@families
+def test_a_model_without_a_patch_reads_what_was_not_pruned(kind: str, cache: str) -> None:
+    model = patched(kind)
+    with atp_patch.disabled(model):
+        session = Session(model, batch(model, prompts.SAME_SIZE), CACHES[cache](model))
+    session.model = tiny.tiny_model(kind)
+    check(session, kind, {}, talk(session, 1, 2))

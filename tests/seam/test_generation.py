@@ -213,3 +213,32 @@ def test_an_offloaded_cache_is_right_or_refused(kind: str, implementation: str) 
     except atp_patch.ATPError:
         return
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("method", ["fastv", "learned", "voco"])
+@families
+def test_generating_without_a_cache_that_fills_is_refused_by_name(kind: str, method: str) -> None:
+    """The plain model goes on from its last token alone and forgets the prompt."""
+    options: dict[str, dict[str, Any]] = {
+        "fastv": METHODS["fastv"],
+        "learned": {
+            "method": "atp",
+            "layers": [2, 4],
+            "thresholds": "learned",
+            "reference_grid": 6,
+        },
+        "voco": {"method": "voco", "num_tokens": 2},
+    }
+    model = patched(kind, **options[method]).train()
+    inputs = batch(model, prompts.RAGGED)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(atp_patch.CacheError, match=r"model\.eval\(\)"):
+        generate(model, inputs)
+    without_cache = generate(model, inputs, use_cache=False)
+    model.gradient_checkpointing_disable()
+    expected = generate(model, inputs)
+    if method != "voco":  # without a cache its text would see the images' own tokens
+        assert torch.equal(without_cache, expected)
+    model.eval()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(generate(model, inputs), expected)

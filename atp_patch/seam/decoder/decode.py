@@ -42,6 +42,8 @@ class Decode:
         """Give a layer the mask of the keys it holds (in place)."""
         held = pruned_layer(self.cache, layer)
         mask = kwargs.get("attention_mask")
+        if held is not None:
+            held.announce_update()
         if held is None or (mask is None and held.valid is None):
             return
         if torch.compiler.is_compiling():  # object identities would force a recompilation a step

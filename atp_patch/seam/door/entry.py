@@ -20,13 +20,13 @@ from atp_patch.seam.door.choosing import DoorPolicy, choose, narrow_late_feature
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.door.tombstones import find_tombstones
 from atp_patch.seam.host.cache import check_cache, check_prunable_again
+from atp_patch.seam.host.checkpointing import check_generation, check_learning
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
 from atp_patch.seam.host.prompt import Prompt, TextRows
 from atp_patch.seam.host.recorder import Recorder
 from atp_patch.seam.host.session import Session
-from atp_patch.seam.learning.checkpointing import check_checkpointing
 from atp_patch.seam.learning.weighed_tokens import WeighedTokens
 
 
@@ -105,6 +105,8 @@ def prefill_of(
     refuse_packed(call.sequences, query.position_ids, prompt.attended)
     grids = find_grids(policy.grids, query, prompt)
     layout = Layout.from_grids(grids, embeds.shape[1], embeds.device)
+    if session is not None:
+        check_generation(parts.layers[0], cache)
     early = policy.leaves_tombstones or policy.chooses_at_door
     check_cache(cache, 0 if early else policy.layers[0])
     if past and cache is not None:
@@ -121,7 +123,7 @@ def prefill_of(
     tokens: TokenState = GatheredTokens(layout, attended, prompt.token_counts)
     # In training mode too, as in reinforcement learning, generation prunes as at inference.
     if policy.learned and parts.top.training and session is None:
-        check_checkpointing(parts.layers[0])
+        check_learning(parts.layers[0])
         if past:
             raise CacheError("thresholds learn from whole prompts: give no filled cache.")
         tokens = WeighedTokens(layout, attended)

@@ -35,10 +35,38 @@ class PrunedSlots:
     positions: Tensor | None = None
     valid: Tensor | None = None
     covered: int = 0
+    _announced: bool = False
 
     def prune(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
-        """Say which positions the keys about to be written stand for."""
+        """Say which positions the keys stand for that the next update stores, with those before."""
+        self.hold(positions, valid, covered)
+        self.announce_update()
+
+    def hold(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
+        """Say which positions the stored keys stand for."""
         self.positions, self.valid, self.covered = positions, valid, covered
+
+    def announce_update(self) -> None:
+        """Say that the next update is by a pass that narrows its mask to what is held here."""
+        self._announced = True
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store further keys and values, and give all.
+
+        Raises:
+            CacheError: where nobody announced it: a model without a patch would read keys at
+                other positions than their own.
+        """
+        if self.positions is not None and not self._announced:
+            raise CacheError(
+                "this cache holds a prompt whose visual tokens were pruned, and the model that "
+                "goes on with it is not patched, so it would take the remaining keys for others. "
+                "Go on with the patched model (within atp_patch.disabled(model) too), or begin "
+                "with an empty cache and the whole prompt."
+            )
+        self._announced = False
+        found: tuple[Tensor, Tensor] = super().update(*args, **kwargs)  # type: ignore[misc]
+        return found
 
     @property
     def capacity(self) -> int | None:
@@ -150,11 +178,14 @@ _REPLACEABLE = {
 
 
 def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
-    """The cache's layer if it holds a pruned prompt, else None (a constant-time check)."""
+    """The cache's layer if it holds a pruned prompt, else None (a constant-time check).
+
+    Gradient checkpointing leaves a layer empty whose prompt was pruned.
+    """
     if cache is None or not 0 <= layer_idx < len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    if isinstance(layer, PrunedSlots) and layer.positions is not None:
+    if isinstance(layer, PrunedSlots) and layer.positions is not None and layer.is_initialized:  # type: ignore[attr-defined]
         return layer  # type: ignore[return-value]
     return None
 

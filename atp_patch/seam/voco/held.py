@@ -112,7 +112,7 @@ class Held:
         for number, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(key, value, number)
             valid = None if every else self.valid.to(key.device)
-            adopt(cache, number).prune(self.positions.to(key.device), valid, self.length)
+            adopt(cache, number).hold(self.positions.to(key.device), valid, self.length)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
         return cache

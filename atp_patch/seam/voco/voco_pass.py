@@ -30,7 +30,14 @@ from atp_patch.maths import (
 )
 from atp_patch.seam.door.entry import PromptPolicy, filled_window
 from atp_patch.seam.door.features import check_features
-from atp_patch.seam.host.cache import adopt, capacity, check_cache, stored_positions
+from atp_patch.seam.host.cache import (
+    adopt,
+    capacity,
+    check_cache,
+    pruned_layer,
+    stored_positions,
+)
+from atp_patch.seam.host.checkpointing import check_generation
 from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
@@ -101,7 +108,10 @@ class VoCoPass:
     def before_layer(
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """Nothing is due before a layer."""
+        """Announce what the layer adds to the cache of earlier turns; return its arguments."""
+        earlier = pruned_layer(kwargs.get("past_key_values"), layer)
+        if earlier is not None:
+            earlier.announce_update()
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
@@ -140,6 +150,8 @@ class VoCoPass:
             every = every and past.valid is None
             valid = torch.cat([earlier, valid], dim=1)
         for number in range(len(cache.layers)):
+            if not cache.layers[number].is_initialized:  # gradient checkpointing fills none
+                continue
             layer = adopt(cache, number)
             old = layer.keys.shape[2] - self.slots.place.shape[1]
             there = index.to(layer.keys.device)
@@ -148,7 +160,7 @@ class VoCoPass:
                 for x in (layer.keys, layer.values)
             )
             device = layer.keys.device
-            layer.prune(positions.to(device), None if every else valid.to(device), covered)
+            layer.hold(positions.to(device), None if every else valid.to(device), covered)
 
     def restore(self, output: Any) -> Any:
         """The decoder's output in the public length."""
@@ -207,6 +219,8 @@ def voco_pass_of(
         for spans, grids in zip(query.spans, layout.grids, strict=True)
     ]
     _check(parts, call, segments, policy.num_tokens)
+    if call.session is not None:
+        check_generation(parts.layers[0], cache)
     slots = insert_slots(segments, length, policy.num_tokens).to(embeds.device)
     past = _past(parts, cache, past_length, length, slots)
     attended = gather_tokens(prompt.attended.to(embeds.device), slots.place) & slots.valid

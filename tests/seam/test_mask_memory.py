@@ -1,0 +1,55 @@
+"""No table of all queries and keys is made for the scores of methods that read a few rows of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import atp_patch
+from tests.families.kinds import TEXT
+
+TOKENS = 20_000
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = (leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
+        self.elements = max(self.elements, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize("method", ["random", "fastv", "atp"])
+def test_a_long_prompt_needs_no_table_of_its_own_square(method: str) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**TEXT, "num_hidden_layers": 2, "max_position_embeddings": 2**15})
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    options: dict[str, Any] = {"seed": 0} if method == "random" else {}
+    atp_patch.patch_model(model, [1], method, family="generic", keep=0.01, **options)
+    side = 140
+    visual = torch.zeros(1, TOKENS, dtype=torch.bool)
+    visual[:, 8 : 8 + side**2] = True
+    embeds = torch.randn(1, TOKENS, config.hidden_size) * 0.1
+    with torch.no_grad(), Largest() as largest:
+        model(
+            inputs_embeds=embeds,
+            visual_mask=visual,
+            visual_grids=[[(1, side, side)]],
+            logits_to_keep=1,
+        )
+    assert atp_patch.last_trace(model).layers[1].kept_counts == (196,)
+    assert largest.elements < TOKENS**2 / 8
