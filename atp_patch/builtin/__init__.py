@@ -8,9 +8,9 @@
                        return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
 
-"llava" is meant where no name is given: 576 visual tokens, 32 decoder layers. The other one,
-"dynamic", is a Qwen3-VL that is shown pictures of several sizes, 144 to 225 visual tokens, with 2D
-rotary positions in 8 decoder layers:
+The default model, "llava", has 576 visual tokens and 32 decoder layers. The other one, "dynamic",
+is a Qwen3-VL with 2D rotary positions and 8 decoder layers; it reads pictures of several sizes,
+which have 144 to 225 visual tokens:
 
     model, processor = load_builtin("dynamic")
     inputs = processor(images=as_shown(scene, "dynamic").image, return_tensors="pt",
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-import transformers  # which loads a class of its own when it is used
+import transformers  # it loads each of its classes when the class is used
 
 from atp_patch.builtin import tokens
 from atp_patch.builtin.dynamic import tokens as dynamic_tokens
@@ -67,14 +67,14 @@ __all__ = [
 
 LLAVA, DYNAMIC = "llava", "dynamic"
 NAMES: dict[str, str] = {"builtin": LLAVA, "builtin-dynamic": DYNAMIC}
-"""What commands call the built-in models -> their names."""
+"""The name of each built-in model, by what commands call it."""
 
 
 def builtin_path(name: str = LLAVA) -> Path:
-    """Folder with the weights, configuration, tokenizer, processor and card.
+    """Return the folder with the weights, configuration, tokenizer, processor and card.
 
     Raises:
-        ConfigError: there is no built-in model of that name.
+        ConfigError: if there is no built-in model of that name.
     """
     here = Path(__file__).resolve().parent
     return (here / DYNAMIC if _known(name) == DYNAMIC else here) / "weights"
@@ -93,15 +93,15 @@ def load_builtin(
 def load_builtin(
     name: str = LLAVA, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
-    """A built-in model, in evaluation mode, and its processor.
+    """Load a built-in model, in evaluation mode, and its processor.
 
     Args:
         name: "llava" or "dynamic".
-        dtype: of the parameters; float32 if None. They are stored in bfloat16.
-        device: where the model goes.
+        dtype: dtype of the parameters, by default float32. They are stored in bfloat16.
+        device: the device of the model.
 
     Raises:
-        ConfigError: there is no built-in model of that name.
+        ConfigError: if there is no built-in model of that name.
     """
     folder = builtin_path(name)
     kind: Any = transformers.LlavaForConditionalGeneration
@@ -115,17 +115,17 @@ def load_builtin(
 
 
 def prompt(question: str, name: str = LLAVA) -> str:
-    """The prompt of one question about one image, as the model's chat template writes it."""
+    """Return the prompt of a question about one image, as the model's chat template writes it."""
     return (dynamic_tokens if _known(name) == DYNAMIC else tokens).prompt(question)
 
 
 def as_shown(scene: Scene, name: str = LLAVA, config: SceneConfig | None = None) -> Scene:
-    """The scene as large as a model is shown it: the same questions, its own picture.
+    """Return a scene with a picture of the size that a model is shown, and the same questions.
 
     Args:
-        scene: from `make_scene`.
-        name: of the model; for "llava" every scene is as it is.
-        config: with which the scene was made.
+        scene: a scene from `make_scene`.
+        name: name of the model; for "llava" the scene is not changed.
+        config: the configuration with which the scene was made.
     """
     if _known(name) == LLAVA:
         return scene

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 FONTS: tuple[str, ...] = ("regular", "bold", "slanted")
-"""`slanted` is never used in training scenes; it is there for shifted test sets."""
+"""`slanted` is never used in training scenes, only in shifted test sets."""
 
 CELL_WIDTH_PX, CELL_HEIGHT_PX = 16, 24
-"""One character's cell: 2 x 3 patches of 8 pixels."""
+"""Size of one character's cell: 2 x 3 patches of 8 pixels."""
 
 _ROWS: dict[str, str] = {
     "C": ".###. #...# #.... #.... #.... #...# .###.",
@@ -35,10 +35,10 @@ _ROWS: dict[str, str] = {
 
 @cache
 def glyph(character: str, font: str = "regular") -> NDArray[np.bool_]:
-    """Ink of one character, (24, 16) pixels.
+    """(24, 16) bool, the pixels of a character that are ink.
 
     Raises:
-        ValueError: an unknown character or font.
+        ValueError: if the character or the font is unknown.
     """
     if character not in _ROWS:
         raise ValueError(f"no glyph for {character!r}; there are {' '.join(_ROWS)}")

@@ -17,25 +17,25 @@ from atp_patch.builtin.vocabulary import (
 )
 
 RELATION_MARGIN_PX = 20
-"""Two centres differ by at least this much along the axis that is asked about."""
+"""The centres of two objects differ by at least this much along the axis of the question."""
 
 POSITION_MARGIN_PX = 12
-"""A centre is at least this far from both of the image's middle lines."""
+"""The centre of an object is at least this far from both middle lines of the image."""
 
 Asked = tuple[str, str]
-"""Text and answer."""
+"""The text of a question and its answer."""
 
 
 def ask(
     layout: Layout, rng: np.random.Generator, tasks: tuple[str, ...] | None = None
 ) -> tuple[Question, ...]:
-    """One question for each entry of `tasks` that the layout allows, none asked twice.
+    """Make one question for each entry of `tasks` that the layout allows, without repetitions.
 
-    A task is left out where the layout has no unambiguous question of it: a scene without a sign
-    has no ocr question, for example.
+    A task is left out if the layout allows no unambiguous question of it. For example, a scene
+    without a sign has no ocr question.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: if a task is unknown.
     """
     questions: dict[str, Question] = {}
     for task in tasks if tasks is not None else TASKS:
@@ -54,7 +54,7 @@ def _choice(rng: np.random.Generator, items: list[str] | tuple[str, ...]) -> str
 
 
 def _unique(layout: Layout) -> list[SceneObject]:
-    """Objects whose colour and shape together name no other object."""
+    """Return the objects that no other object shares both colour and shape with."""
     names = Counter((o.colour, o.shape) for o in layout.objects)
     return [o for o in layout.objects if names[o.colour, o.shape] == 1]
 
@@ -65,7 +65,7 @@ def _exist(layout: Layout, rng: np.random.Generator) -> Asked | None:
         chosen = layout.objects[int(rng.integers(len(layout.objects)))]
         colour, shape = chosen.colour, chosen.shape
     else:
-        # Mostly near misses: both words occur in the scene, but not on one object.
+        # Most are near misses: the colour and the shape occur in the scene, but not in one object.
         near = [
             (c, s)
             for c in sorted({c for c, _ in pairs})
@@ -131,7 +131,7 @@ def _count(layout: Layout, rng: np.random.Generator) -> Asked | None:
 
 
 def _even_choice(rng: np.random.Generator, counts: Counter[str], words: tuple[str, ...]) -> str:
-    """A word whose count is even over the counts that occur, 0 among them; not over words."""
+    """Choose a word so that all counts that occur, 0 included, are equally likely."""
     levels = sorted({counts[w] for w in words})
     level = levels[int(rng.integers(len(levels)))]
     return _choice(rng, [w for w in words if counts[w] == level])

@@ -1,4 +1,4 @@
-"""Draws a layout: textured background, plate with characters, flat objects, noise."""
+"""Drawing a layout: a textured background, a plate with characters, flat objects, and noise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(
     noise: float,
     size: tuple[int, int] = (IMAGE_PX, IMAGE_PX),
 ) -> PILImage.Image:
-    """The image of a layout, RGB, (width, height) pixels large: 192 x 192 if not told otherwise."""
+    """Draw the RGB image of a layout, of (width, height) pixels, by default 192 x 192."""
     canvas = _background(layout, rng, size)
     image = PILImage.fromarray(canvas)
     pen = ImageDraw.Draw(image)
@@ -64,7 +64,7 @@ def _background(
 
 
 def outline(item: SceneObject) -> list[tuple[float, float]]:
-    """Corners (x, y) in pixels of an object's outline; a circle has 40."""
+    """Return the corners (x, y) of an object's outline in pixels; a circle has 40."""
     x, y, r = item.x_px, item.y_px, item.radius_px
     if item.shape == "circle":
         turns = [2 * math.pi * k / 40 for k in range(40)]
@@ -105,7 +105,7 @@ def _draw_blank(pixels: NDArray[np.float32], plate: Sign | Plate) -> None:
 
 
 def _draw_plate(pixels: NDArray[np.float32], plate: Plate) -> None:
-    """Draw a plate that says nothing into `pixels` (192, 192, 3), in place."""
+    """Draw a plate without characters into `pixels` (192, 192, 3), in place."""
     _draw_blank(pixels, plate)
     inner = pixels[
         plate.y_px + PATCH_PX : plate.y_px + plate.height_px - PATCH_PX,

@@ -1,7 +1,8 @@
-"""Generated scenes: what is in them, where, and the questions about them.
+"""Generated scenes: their objects and signs, and the questions about them.
 
-`make_scene(split, index)` is the one entrance. The same arguments give the same scene on every
-machine: all chance comes from a generator seeded with the split's number and the index.
+Scenes are made by `make_scene(split, index)`. The same arguments give the same scene on every
+machine, because all random numbers come from a generator that is seeded with the split's number and
+the index.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ PATCH_PX = 8
 GRID = IMAGE_PX // PATCH_PX
 
 SPLITS: dict[str, int] = {"train": 1, "development": 2, "test": 3}
-"""Split -> first word of the seed, so that no two splits ever share one."""
+"""The first word of each split's seeds, so that no two splits share a seed."""
 
 RADIUS_PX: dict[str, tuple[int, int]] = {"small": (13, 15), "large": (22, 26)}
-"""Half the width of an object's bounding box, least and most."""
+"""The smallest and largest half width of an object's bounding box."""
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What scenes may look like. The defaults are those of the shipped model's training."""
+    """What scenes may contain. The defaults are those of the built-in model's training."""
 
     min_objects: int = 0
     max_objects: int = 8
     sign_share: float = 0.5
     plate_share: float = 0.4
-    """How often there is a plate that looks like a sign but says nothing."""
+    """The probability of a plate that looks like a sign but has no characters."""
     fonts: tuple[str, ...] = ("regular", "bold")
     sign_step_px: int = PATCH_PX
-    """Signs stand on multiples of this; 8 aligns them with the patches."""
+    """Positions of signs are multiples of this; 8 aligns them with the patches."""
     noise: float = 6.0
     """Standard deviation of the pixel noise, 0-255."""
 
@@ -65,7 +66,7 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: attributes, centre and half width in pixels."""
+    """One object with its attributes, centre and half width."""
 
     colour: str
     shape: str
@@ -96,12 +97,12 @@ class Sign:
 
 
 MARKS: tuple[str, ...] = ("nothing", "bars", "spots")
-"""What stands on a plate that is no sign."""
+"""What can be drawn on a plate that is not a sign."""
 
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate like a sign's, as wide as `cells` characters, that says nothing."""
+    """A plate like a sign's, as wide as `cells` characters, but without characters."""
 
     marks: str
     cells: int
@@ -121,7 +122,7 @@ class Plate:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that questions can be asked about, and the plate that none is about."""
+    """The contents of a scene that questions are about, and the plate that no question is about."""
 
     background: str
     texture: str
@@ -131,14 +132,14 @@ class Layout:
 
     @property
     def density(self) -> str:
-        """How full the scene is: "sparse" to 2 objects, "medium" to 5, else "dense"."""
+        """How full the scene is: "sparse" up to 2 objects, "medium" up to 5, "dense" above."""
         number = len(self.objects)
         return "sparse" if number <= 2 else "medium" if number <= 5 else "dense"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its only true answer."""
+    """A question and its only correct answer."""
 
     task: str
     text: str
@@ -147,7 +148,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with what is in it and questions about it."""
+    """An image, its contents, and questions about it."""
 
     split: str
     index: int
@@ -162,10 +163,10 @@ class Scene:
 
 
 def scene_rng(split: str, index: int, stream: int = 0) -> np.random.Generator:
-    """The only source of chance of a scene; `stream` tells layout, pixels and questions apart.
+    """Make the random generator of a scene; layout, pixels and questions have different streams.
 
     Raises:
-        ValueError: an unknown split or a negative index.
+        ValueError: if the split is unknown or the index negative.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
@@ -180,14 +181,14 @@ def make_scene(
     config: SceneConfig | None = None,
     tasks: tuple[str, ...] | None = None,
 ) -> Scene:
-    """The scene number `index` of a split, with its image (192 x 192 RGB) and questions.
+    """Make the scene number `index` of a split, with its image (192 x 192 RGB) and questions.
 
     Args:
         split: "train", "development" or "test".
         index: 0 or more.
-        config: what scenes may look like.
-        tasks: one question is asked per entry where the scene allows it; by default each task
-            once. Repeat a name to ask more of it.
+        config: what scenes may contain.
+        tasks: the tasks of the questions; each entry gives one question if the scene allows it. A
+            name may be repeated for several questions. By default each task is used once.
     """
     from atp_patch.builtin.questions import ask
     from atp_patch.builtin.render import draw
@@ -200,7 +201,7 @@ def make_scene(
 
 
 def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
-    """Draw background, sign and objects that overlap neither each other nor the sign."""
+    """Draw a random layout, in which objects overlap neither each other nor the sign."""
     background = _pick(rng, tuple(BACKGROUND_COLOURS))
     texture = _pick(rng, TEXTURES)
     sign = _sample_sign(rng, config) if rng.random() < config.sign_share else None
@@ -208,7 +209,7 @@ def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
     if config.plate_share and rng.random() < config.plate_share:
         plate = _sample_plate(rng, config, sign)
     plates = [p for p in (sign, plate) if p is not None]
-    # Few colours and shapes a scene, so that they repeat: else every count would be 0 or 1.
+    # A scene has few colours and shapes, so that they repeat and counts are not only 0 or 1.
     colours = _subset(rng, tuple(OBJECT_COLOURS), 2, 4)
     shapes = _subset(rng, SHAPES, 2, 4)
     wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
@@ -248,7 +249,7 @@ def _sample_sign(rng: np.random.Generator, config: SceneConfig) -> Sign:
 
 
 def _sample_plate(rng: np.random.Generator, config: SceneConfig, sign: Sign | None) -> Plate | None:
-    """A plate clear of the sign, or None after 10 tries."""
+    """Draw a plate that does not touch the sign, or return None after 10 tries."""
     marks, cells = _pick(rng, MARKS), int(rng.integers(1, MAX_SIGN + 1))
     step = config.sign_step_px
     for _ in range(10):
@@ -262,7 +263,7 @@ def _sample_plate(rng: np.random.Generator, config: SceneConfig, sign: Sign | No
 
 
 def _gap(one: Plate, other: Sign) -> int:
-    """Pixels between two plates, 0 where they touch or overlap."""
+    """Return the distance between two plates in pixels, 0 if they touch or overlap."""
     dx = max(one.x_px - other.x_px - other.width_px, other.x_px - one.x_px - one.width_px)
     dy = max(one.y_px - other.y_px - other.height_px, other.y_px - one.y_px - one.height_px)
     return max(dx, dy, 0)
@@ -274,7 +275,7 @@ def _free_place(
     objects: list[SceneObject],
     plates: list[Sign | Plate],
 ) -> tuple[int, int, int] | None:
-    """A centre and half width clear of everything else, or None after 40 tries."""
+    """Draw a centre and half width that overlap nothing else, or return None after 40 tries."""
     least, most = RADIUS_PX[size]
     gap = 3
     for _ in range(40):

@@ -1,8 +1,8 @@
-"""Decoder layers that add nothing, left out: the same bits, sooner.
+"""Leaving out decoder layers that add nothing, which is faster and changes no bit of the output.
 
-The built-in model's decoder is deep because the papers' is; most of its layers end in projections
-that are zero. What they add to the hidden states is zero, so that leaving them out changes no bit
-of any output. A layer whose attention is scored is run nevertheless.
+The built-in model's decoder is as deep as those of the papers, but most of its layers end in
+projections that are zero, so they add zero to the hidden states. A layer whose attention is scored
+is not left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def silent_layers(model: Any) -> tuple[int, ...]:
-    """Decoder layers whose attention and MLP both end in a projection that is zero."""
+    """Return the numbers of the layers whose attention and MLP both end in a zero projection."""
     found = []
     for number, layer in enumerate(model.get_decoder().layers):
         ends = [_last_linear(getattr(layer, name, None)) for name in ("self_attn", "mlp")]
@@ -26,7 +26,7 @@ def silent_layers(model: Any) -> tuple[int, ...]:
 
 
 def _last_linear(module: nn.Module | None) -> nn.Linear | None:
-    """``o_proj`` of attention, ``down_proj`` of an MLP, under the names that LLaMA gave them."""
+    """Return the last projection of an attention (``o_proj``) or of an MLP (``down_proj``)."""
     for name in ("o_proj", "down_proj"):
         end = getattr(module, name, None)
         if isinstance(end, nn.Linear):
@@ -36,7 +36,7 @@ def _last_linear(module: nn.Module | None) -> nn.Linear | None:
 
 @contextmanager
 def without(model: Any, silent: Iterable[int], scored: Iterable[int] = ()) -> Iterator[None]:
-    """The model without its silent layers, but for those in ``scored``."""
+    """Leave out the model's silent layers, except those in ``scored``, inside the context."""
     layers = model.get_decoder().layers
     skipped = sorted(set(silent) - set(scored))
     for number in skipped:
@@ -50,7 +50,7 @@ def without(model: Any, silent: Iterable[int], scored: Iterable[int] = ()) -> It
 
 @contextmanager
 def shallow(model: Any) -> Iterator[None]:
-    """The model with its other layers alone, for code that walks them without a cache."""
+    """Remove the silent layers inside the context, for code that runs layers without a cache."""
     decoder, silent = model.get_decoder(), silent_layers(model)
     layers = decoder.layers
     decoder.layers = nn.ModuleList(x for k, x in enumerate(layers) if k not in silent)

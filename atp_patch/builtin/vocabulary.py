@@ -1,4 +1,4 @@
-"""The closed set of words that scenes, questions and answers are made of."""
+"""The words of all scenes, questions and answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OBJECT_COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (125, 40, 165),
     "pink": (245, 130, 190),
 }
-"""The objects' colours: word -> mean RGB, 0-255."""
+"""The mean RGB (0-255) of each colour of objects."""
 
 BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (222, 222, 222),
@@ -20,14 +20,14 @@ BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (48, 48, 48),
     "brown": (125, 88, 55),
 }
-"""The backgrounds' colours: word -> mean RGB, 0-255. None of them is an object's colour."""
+"""The mean RGB (0-255) of each colour of backgrounds, none of which is a colour of objects."""
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "star")
 PLURALS: dict[str, str] = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
 SIZES: tuple[str, ...] = ("small", "large")
 TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted", "checked")
 CHARACTERS: tuple[str, ...] = tuple("CFHKLMPTVXYZ2457")
-"""What a sign may carry. Without letters that are words of a question."""
+"""The characters of signs. Letters that are words of questions are left out."""
 
 MAX_SIGN = 3
 MAX_OBJECTS = 9
@@ -45,7 +45,7 @@ TASKS: tuple[str, ...] = (
     "background",
     "texture",
 )
-"""From questions about one object to questions about the scene."""
+"""The tasks, from questions about one object to questions about the whole scene."""
 
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 
@@ -53,7 +53,7 @@ OPENERS: tuple[str, ...] = (
     *("How", "Is", "What", "Which", "Where", "Does", "Are", "Name", "Read"),
     *("Can", "Count", "In"),
 )
-"""Words that may open a question; the tokenizer writes them in lower case."""
+"""Words that can begin a question; the tokenizer writes them in lower case."""
 
 _FUNCTION_WORDS = (
     "? . , a an the is are there any of on in it many what which where how does do say colour "
@@ -63,7 +63,7 @@ _FUNCTION_WORDS = (
 
 
 def words() -> list[str]:
-    """Every word of every question and answer, in the tokenizer's order, each once."""
+    """Return all words of questions and answers once, in the tokenizer's order."""
     digits = [str(n) for n in range(10)]
     everything = [
         *_FUNCTION_WORDS.split(),

@@ -1,1 +1,1 @@
-"""The console script and the demo."""
+"""The console script ``atp-patch`` and the demo."""

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from atp_patch.version import __version__
 
-# command -> the module whose ``main(argv)`` it is, and what it does
+# For each command: the module whose ``main(argv)`` runs it, and what it does.
 COMMANDS = {
     "demo": ("atp_patch.demo", "ask about an image, plain and pruned, side by side"),
     "train": ("atp_patch.train", "train thresholds, alone or with the language model"),
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """What ``atp-patch --help`` prints."""
+    """Return the text of ``atp-patch --help``."""
     lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
@@ -34,7 +34,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
     if command in ("-h", "--help"):

@@ -1,8 +1,8 @@
-"""The main job: ask a model about an image, plain and pruned, and show what was saved.
+"""The demo: ask a model about an image, plain and pruned, and show what was saved.
 
     python -m atp_patch.demo IMAGE "QUESTION" [options]
 
-Exit status: 0, 2 with one line on stderr where the input is wrong, 130 where it was stopped.
+The exit status is 0, or 2 with one line on stderr if the input is wrong, or 130 if it was stopped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, as :func:`execute` says."""
+    """Run the command line and return the exit status of :func:`execute`."""
     return execute(
         parser(),
         _command,
@@ -70,10 +70,10 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Load, answer both ways, draw, time both.
+    """Load the model, answer plain and pruned, draw the kept tokens, and time both.
 
     Raises:
-        ATPError: where an argument is wrong.
+        ATPError: if an argument is wrong.
     """
     image = read_image(args.image)
     device = choose_device(args.device)
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
-    """The greedy answer, and the seconds it took."""
+    """Return the greedy answer and the time that it took in seconds."""
     start = time.perf_counter()
     with torch.inference_mode():
         ids = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)

@@ -1,4 +1,4 @@
-"""The command line of the demo, and what can be said of its arguments before any work."""
+"""The command line of the demo, and the checks of its arguments before the model is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_BUDGET = "a quarter of the image's"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parse = OneLineParser(
         prog=PROG, description="Ask about an image, plain and pruned, side by side."
     )
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--keep",
         type=comma_separated(float),
         metavar="P[,Q..]",
-        help="instead: share that a pruning layer keeps, one or one a layer",
+        help="instead: the share that a pruning layer keeps, one number or one for each layer",
     )
     add(
         "--weights",
@@ -62,15 +62,15 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
     add("--overlay", type=Path, metavar="FILE.png", help="draw the surviving tokens")
     add("--json", action="store_true", help="print one JSON object and nothing else")
-    add("--seed", type=seed, default=0, help="of what is random, such as --method random")
+    add("--seed", type=seed, default=0, help="seed of what is random, such as --method random")
     return parse
 
 
 def check(args: argparse.Namespace) -> None:
-    """Find out before the work what would only fail after it.
+    """Check the arguments, so that the demo does not fail only after its work is done.
 
     Raises:
-        ATPError: naming the argument and the mend.
+        ATPError: if an argument is wrong; the message names it and the mend.
     """
     if not args.question.strip():
         raise InputError("the question is empty; ask something about the image.")
@@ -86,7 +86,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def patch_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``patch_model``."""
+    """Return the keyword arguments of ``patch_model``."""
     settings = {
         "layers": args.layers,
         "method": args.method,

@@ -1,4 +1,4 @@
-"""What the demo found: for people as a table, for programs as JSON."""
+"""The results of the demo, printed as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ BUILTIN_NOTE = (
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One pruning layer: visual tokens that came in and went on, thresholds where there are any."""
+    """What happened at one pruning layer.
+
+    Attributes:
+        layer: number of the decoder layer.
+        tokens_in: number of visual tokens before pruning.
+        tokens_kept: number of visual tokens after pruning.
+        thresholds: the thresholds by name; empty if the method has none.
+    """
 
     layer: int
     tokens_in: int
@@ -36,12 +43,16 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Times:
-    """Medians of alternating runs, in milliseconds.
+    """Medians of plain and pruned runs, which alternate.
 
     Attributes:
-        prefill_ms: up to the first token's logits, vision tower included.
-        decode_ms: each token after it.
-        runs: timed runs of each, after a warm-up; ``decode_tokens``: decoded in each run.
+        prefill_ms_plain, prefill_ms: milliseconds up to the logits of the first token, vision tower
+            included.
+        prefill_speedup: plain time divided by pruned time.
+        decode_ms_plain, decode_ms: milliseconds for each token after the first.
+        decode_speedup: plain time divided by pruned time.
+        runs: number of timed runs of each kind, after a warm-up.
+        decode_tokens: number of tokens decoded in each run.
     """
 
     prefill_ms_plain: float
@@ -55,7 +66,7 @@ class Times:
 
     @classmethod
     def of(cls, plain: Measured, pruned: Measured, runs: int, decode_tokens: int) -> Times:
-        """The medians of both."""
+        """Make the medians from plain and pruned measurements."""
         prefill = plain.prefill.median_ms, pruned.prefill.median_ms
         decode = plain.decode.median_ms, pruned.decode.median_ms
         return cls(
@@ -75,9 +86,20 @@ class Report:
     """Everything that the demo prints.
 
     Attributes:
-        model: its name; ``note``: what to know about it.
-        flops: of the decoder's prefill; ``kv_bytes``: of its cache after it.
-        tokens_per_layer: visual tokens that enter each decoder layer.
+        model: name of the model.
+        note: what a user should know about the model, or None.
+        device, dtype: where and in which type the model ran.
+        image, question: the image file and the question.
+        method: name of the method.
+        answer_plain, answer_pruned: both answers.
+        visual_tokens: number of visual tokens before pruning.
+        average_tokens: number of visual tokens averaged over all decoder layers.
+        tokens_per_layer: number of visual tokens that enter each decoder layer.
+        layers: what happened at each pruning layer.
+        flops_plain, flops: FLOPs of the decoder's prefill.
+        kv_bytes_plain, kv_bytes: bytes of the key/value cache after the prefill.
+        times: the measured times.
+        overlay: the file of the drawing of kept tokens, or None.
     """
 
     model: str
@@ -109,7 +131,7 @@ class Report:
         answers: tuple[str, str],
         times: Times,
     ) -> Report:
-        """From the demo's arguments, the patched model, its trace, and both answers."""
+        """Make the report from the arguments, the patched model, its trace and the answers."""
         return cls(
             model=args.model or "the built-in model",
             note=BUILTIN_NOTE if args.model in (None, *NAMES) else None,
@@ -133,14 +155,14 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """One JSON object; times are in milliseconds."""
+        """Return one JSON object; times are in milliseconds."""
         data: dict[str, Any] = asdict(self)
         data["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         return json.dumps(data, indent=2, ensure_ascii=False)
 
 
 def layer_rows(trace: PruningTrace, sample: int = 0) -> list[LayerRow]:
-    """The rows of the table for one sample of a forward pass."""
+    """Return the rows of the table for one sample of a forward pass."""
     counts = trace.tokens_per_layer[sample].tolist()
     return [
         LayerRow(
@@ -154,7 +176,7 @@ def layer_rows(trace: PruningTrace, sample: int = 0) -> list[LayerRow]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print for people."""
+    """Print the report as text and tables."""
     from rich.markup import escape
     from rich.table import Table
 

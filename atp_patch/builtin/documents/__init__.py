@@ -1,13 +1,13 @@
-"""Generated documents: pages, tables, charts and maps, and questions whose evidence is known.
+"""Generated pages, tables, charts and maps, with questions whose evidence is known.
 
     from atp_patch.builtin.documents import make_document
 
     document = make_document("page", "test", 0)
     document.image, document.questions[0].text, document.questions[0].answer
 
-How many visual tokens a question needs differs widely here: a title is read from two tokens, a word
-that does not stand on the page is missed only by who has seen all of it.
-:meth:`DocumentQuestion.evidence_tokens` says which tokens these are.
+The number of visual tokens that a question needs differs widely: a title is read from two tokens,
+but the whole page must be seen to know that a word is not on it.
+:meth:`DocumentQuestion.evidence_tokens` gives these tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from atp_patch.builtin.documents.fonts import FONTS, SHIFTED_FONTS
 from atp_patch.builtin.scenes import scene_rng
 
 SIDES_PX: tuple[int, ...] = tuple(range(192, 449, 32))
-"""Widths and heights of documents; both are drawn independently, so that shapes are odd too."""
+"""Widths and heights of documents; both are drawn independently."""
 
-_STREAM = 3000  # of chance; scenes and their other sizes have other streams
+_STREAM = 3000  # stream of random numbers; scenes and their other sizes use other streams
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class Kind:
     """A kind of document.
 
     Attributes:
-        tasks: What can be asked about it.
-        draw: (chance, width, height, fonts) -> the picture in the making, and what it says.
-        ask: (what it says, chance, task) -> a question, or None where none can be asked.
+        tasks: the tasks of its questions.
+        draw: a function of a random generator, width, height and fonts that returns the drawing and
+            its contents.
+        ask: a function of the contents, a random generator and a task that returns a question, or
+            None if none can be asked.
     """
 
     tasks: tuple[str, ...]
@@ -59,9 +61,9 @@ class Document:
     """A picture of a document, and questions about it.
 
     Attributes:
-        kind, split, index: What it was made from.
-        image: RGB, of any width and height in ``SIDES_PX``.
-        questions: One of each task that it allows.
+        kind, split, index: the arguments that it was made from.
+        image: the RGB picture, whose width and height are by default from ``SIDES_PX``.
+        questions: one question of each task that the document allows.
     """
 
     kind: str
@@ -80,17 +82,17 @@ def make_document(
     noise: float = 6.0,
     fonts: tuple[str, ...] = FONTS,
 ) -> Document:
-    """The document number ``index`` of a kind and split; the same everywhere and always.
+    """Make the document number ``index`` of a kind and split, the same on every machine.
 
     Args:
         kind: "page", "table", "chart" or "map".
         split: "train", "development" or "test".
         size_px: (width, height); by default both are drawn from ``SIDES_PX``.
-        noise: Standard deviation of the pixel noise, 0 to 255.
-        fonts: What may be written with.
+        noise: standard deviation of the pixel noise, 0 to 255.
+        fonts: names of the fonts to choose from.
 
     Raises:
-        ValueError: The kind or the split is unknown, or the index is negative.
+        ValueError: if the kind or the split is unknown, or the index is negative.
     """
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}.")

@@ -1,4 +1,4 @@
-"""A question about a document, and where in the picture its answer is read from."""
+"""A question about a document, and the parts of the picture that answer it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from atp_patch.builtin.scenes import Question
 
 @dataclass(frozen=True)
 class DocumentQuestion(Question):
-    """A question with its only true answer and its evidence.
+    """A question with its only correct answer and its evidence.
 
     Attributes:
-        evidence: Boxes that hold what the answer is read from, and what it is found by. Someone who
-            sees these parts of the picture, each at its place, can answer.
+        evidence: boxes around the parts of the picture that are needed to find and read the answer.
     """
 
     evidence: tuple[Box, ...] = ()
@@ -24,28 +23,28 @@ class DocumentQuestion(Question):
     def evidence_tokens(
         self, width_px: int, height_px: int, token_px: int
     ) -> frozenset[tuple[int, int]]:
-        """(row, column) of the visual tokens that touch the evidence: the oracle's budget.
+        """Return the (row, column) of each visual token that touches the evidence.
 
         Args:
-            width_px, height_px: Size of the picture.
-            token_px: Side of what one visual token shows.
+            width_px, height_px: size of the picture.
+            token_px: side of the square that one visual token shows.
         """
         touched = (box.tokens(token_px, width_px, height_px) for box in self.evidence)
         return frozenset[tuple[int, int]]().union(*touched)
 
 
 def pick(rng: np.random.Generator, items: tuple[str, ...] | list[str]) -> str:
-    """One of a few words, each as likely."""
+    """Choose one of some words; all are equally likely."""
     return items[int(rng.integers(len(items)))]
 
 
 def pick_some(rng: np.random.Generator, items: tuple[str, ...], count: int) -> list[str]:
-    """So many different words, in random order."""
+    """Choose ``count`` different words in random order."""
     return [items[int(number)] for number in rng.permutation(len(items))[:count]]
 
 
 def inks(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Colours of the paper and of what is written on it; one in five documents is dark."""
+    """Draw the colours of paper and ink; one in five documents has light ink on dark paper."""
     paper, ink = rng.integers(225, 256, size=3), rng.integers(0, 71, size=3)
     if rng.random() < 0.2:
         paper, ink = 255 - paper, 255 - ink

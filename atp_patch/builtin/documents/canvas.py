@@ -1,4 +1,4 @@
-"""A blank picture that text, rectangles and lines are drawn on, and boxes of what was drawn."""
+"""A picture on which text, rectangles and lines are drawn, and boxes of what was drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels: from (left, top) to just before (right, bottom)."""
+    """A rectangle in pixels; ``right`` and ``bottom`` are just outside it."""
 
     left: int
     top: int
@@ -23,11 +23,11 @@ class Box:
     bottom: int
 
     def tokens(self, token_px: int, width_px: int, height_px: int) -> set[tuple[int, int]]:
-        """(row, column) of the visual tokens that the box touches.
+        """Return the (row, column) of each visual token that the box touches.
 
         Args:
-            token_px: Side of what one visual token shows.
-            width_px, height_px: Size of the picture; a last row or column may be cut.
+            token_px: side of the square that one visual token shows.
+            width_px, height_px: size of the picture; the last row or column may be cut.
         """
         rows = range(max(self.top, 0) // token_px, -(-min(self.bottom, height_px) // token_px))
         columns = range(max(self.left, 0) // token_px, -(-min(self.right, width_px) // token_px))
@@ -35,10 +35,10 @@ class Box:
 
 
 class Canvas:
-    """A picture in the making.
+    """A picture that is being drawn.
 
     Attributes:
-        width_px, height_px: Its size.
+        width_px, height_px: size of the picture.
     """
 
     def __init__(self, width_px: int, height_px: int, paper: Colour) -> None:
@@ -50,7 +50,7 @@ class Canvas:
         """Write a text with its upper left corner at (left, top).
 
         Raises:
-            ValueError: The text would leave the picture.
+            ValueError: if the text would leave the picture.
         """
         mask = font.ink(text).astype(np.float32)[..., None] / 255
         height, width = mask.shape[:2]
@@ -75,7 +75,7 @@ class Canvas:
         return box
 
     def lines(self, points: list[tuple[int, int]], colour: Colour, width_px: int) -> None:
-        """Draw straight lines from point (x, y) to point."""
+        """Draw straight lines from each point (x, y) to the next."""
         image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
         ImageDraw.Draw(image).line(points, fill=colour, width=width_px)
         self._pixels[:] = np.asarray(image)
@@ -89,10 +89,11 @@ class Canvas:
         return Box(edges[0], edges[1], edges[2] + 1, edges[3] + 1)
 
     def image(self, rng: np.random.Generator, noise: float) -> Image.Image:
-        """The RGB picture with normal noise on its pixels.
+        """Return the RGB picture with normally distributed noise on its pixels.
 
         Args:
-            noise: Its standard deviation, 0 to 255.
+            rng: the random generator of the noise.
+            noise: standard deviation of the noise, 0 to 255.
         """
         noisy = self._pixels + noise * rng.standard_normal(self._pixels.shape, dtype=np.float32)
         return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))

@@ -15,19 +15,20 @@ from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 TASKS: tuple[str, ...] = ("value", "highest", "trend", "points")
 _MARGIN_PX = 6
 _LEAST_STEP_PX = 8
-"""The least distance between two heights of the axis, so that they can be told apart."""
+"""The least distance between two heights of the axis, so that they can be distinguished."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart says.
+    """The contents of a chart.
 
     Attributes:
-        labels: Of the points, from left to right; ``label_boxes``: their boxes.
-        values: Of the points, whole numbers on the axis; ``marks``: the boxes of a line's points
-            or of the upper ends of bars.
-        ticks: Value -> the box of its label on the axis.
-        line: Whether it is a line; else it has bars.
+        labels: label of each point, from left to right.
+        values: value of each point, a whole number on the axis.
+        label_boxes: box of each label.
+        marks: box of each point of a line, or of the upper end of each bar.
+        ticks: for each value on the axis, the box of its label.
+        line: whether the chart has a line; otherwise it has bars.
     """
 
     labels: list[str]
@@ -41,7 +42,7 @@ class Chart:
 def draw(
     rng: np.random.Generator, width_px: int, height_px: int, fonts: tuple[str, ...] = FONTS
 ) -> tuple[Canvas, Chart]:
-    """Draw a chart of 3 to 10 points; each value stands on a labelled height of the axis."""
+    """Draw a chart of 3 to 10 points; each value is at a labelled height of the axis."""
     paper, ink = inks(rng)
     canvas = Canvas(width_px, height_px, paper)
     written = font(pick(rng, fonts), SIZES_PX[int(rng.integers(3))])
@@ -55,7 +56,7 @@ def draw(
     step_px = (origin_y - _MARGIN_PX - written.height_px // 2) // heights
     unit = int((1, 5, 10)[int(rng.integers(3))])
     levels = rng.integers(1, heights + 1, size=number)
-    best = int(rng.integers(number))  # one point alone is the highest
+    best = int(rng.integers(number))  # only one point is the highest
     levels[levels == levels.max()] = max(int(levels.max()) - 1, 1)
     levels[best] = min(int(levels.max()) + 1, heights)
     start = int(rng.integers(len(SERIES) - number + 1))
@@ -89,7 +90,7 @@ def draw(
 
 
 def ask(chart: Chart, rng: np.random.Generator, task: str) -> DocumentQuestion | None:
-    """One question of a task, or None where the chart allows none."""
+    """Make a question of a task, or return None if the chart allows none."""
     at = int(rng.integers(len(chart.labels)))
     if task == "value":
         label, value = chart.labels[at], chart.values[at]

@@ -1,8 +1,8 @@
-"""Text as pixels, from glyphs that were drawn once: the same page on every machine.
+"""Text as pixels, from stored glyphs, so that a page is the same on every machine.
 
-``glyphs.npz`` holds the printable ASCII characters of a few free fonts at a few sizes, so that
-neither a font file nor a version of FreeType has a say in what a page looks like.
-``FONTS_LICENSE.txt`` beside it says where they come from.
+``glyphs.npz`` holds the printable ASCII characters of a few free fonts at a few sizes, so that a
+page depends neither on a font file nor on the version of FreeType. ``FONTS_LICENSE.txt`` says where
+the fonts come from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FONTS: tuple[str, ...] = ("sans", "sans-bold", "serif", "mono", "aileron")
 """Fonts of every split."""
 
 SHIFTED_FONTS: tuple[str, ...] = ("serif-italic",)
-"""Fonts of shifted test sets alone; training and development never show them."""
+"""Fonts that only shifted test sets use, never training or development."""
 
 SIZES_PX: tuple[int, ...] = (11, 13, 15, 18, 22, 28)
 """Height of the em square."""
@@ -35,7 +35,7 @@ class Font:
 
     Attributes:
         strip: (height_px, width_px) uint8, all glyphs side by side; 255 is ink.
-        edges: (glyphs + 1,) int64, where each glyph begins in the strip, and where the last ends.
+        edges: (glyphs + 1,) int64, the column where each glyph begins, and where the last one ends.
     """
 
     strip: NDArray[np.uint8]
@@ -43,25 +43,25 @@ class Font:
 
     @property
     def height_px(self) -> int:
-        """The height of a line of text, without any space between lines."""
+        """Height of a line of text, without space between lines."""
         return int(self.strip.shape[0])
 
     def width_px(self, text: str) -> int:
-        """The width of a text."""
+        """Return the width of a text."""
         return int(sum(self.edges[code + 1] - self.edges[code] for code in _codes(text)))
 
     def ink(self, text: str) -> NDArray[np.uint8]:
-        """(height_px, width_px) of a text; 255 is ink."""
+        """(height_px, width_px) uint8, the pixels of a text; 255 is ink."""
         parts = [self.strip[:, self.edges[code] : self.edges[code + 1]] for code in _codes(text)]
         return np.concatenate(parts, axis=1)
 
 
 @cache
 def font(name: str, size_px: int) -> Font:
-    """A font at one of its sizes.
+    """Load a font at one of its sizes.
 
     Raises:
-        ValueError: The font or the size is unknown.
+        ValueError: if the font or the size is unknown.
     """
     if name not in FONTS + SHIFTED_FONTS or size_px not in SIZES_PX:
         raise ValueError(

@@ -14,17 +14,18 @@ from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 
 TASKS: tuple[str, ...] = ("connected", "neighbour", "roads", "places")
 _CLEAR_PX = 10
-"""A road keeps this far from places that are not its ends."""
+"""Least distance of a road from places that are not its ends."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """What a map says.
+    """The contents of a map.
 
     Attributes:
-        places: Their names; ``boxes``: of each, the box of its dot and name.
-        points: The (x, y) of the dots, in pixels.
-        roads: Pairs of places, by their numbers, the smaller one first.
+        places: name of each place.
+        boxes: box of each place's dot and name.
+        points: (x, y) of each place's dot in pixels.
+        roads: pairs of places by their numbers, the smaller number first.
     """
 
     places: list[str]
@@ -33,11 +34,11 @@ class Map:
     roads: list[tuple[int, int]]
 
     def of(self, place: int) -> list[int]:
-        """The numbers of the places that a road connects with one."""
+        """Return the numbers of the places that are connected to a place by a road."""
         return [sum(road) - place for road in self.roads if place in road]
 
     def along(self, first: int, last: int) -> list[Box]:
-        """Small boxes along the straight way between two places."""
+        """Return small boxes along the straight line between two places."""
         (x, y), (u, v) = self.points[first], self.points[last]
         steps = max(abs(u - x), abs(v - y)) // 6 + 1
         middles = [
@@ -90,7 +91,7 @@ def draw(
 
 
 def ask(drawn: Map, rng: np.random.Generator, task: str) -> DocumentQuestion | None:
-    """One question of a task, or None where the map allows none."""
+    """Make a question of a task, or return None if the map allows none."""
     number = len(drawn.places)
     if task == "places":
         text = pick(rng, ("How many places are on the map?", "Count the places on the map."))

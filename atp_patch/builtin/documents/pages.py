@@ -18,12 +18,13 @@ _MARGIN_PX = 8
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on a page.
+    """The contents of a page.
 
     Attributes:
-        lines: The words of each line.
-        boxes: The box of each of these words.
-        title: The words of the title; ``title_boxes``: their boxes.
+        lines: the words of each line.
+        boxes: the box of each of these words.
+        title: the words of the title.
+        title_boxes: the box of each word of the title.
     """
 
     lines: list[list[str]]
@@ -35,11 +36,11 @@ class Page:
 def draw(
     rng: np.random.Generator, width_px: int, height_px: int, fonts: tuple[str, ...] = FONTS
 ) -> tuple[Canvas, Page]:
-    """Draw a page: no word stands twice on it, title included."""
+    """Draw a page on which no word appears twice, title included."""
     paper, ink = inks(rng)
     canvas = Canvas(width_px, height_px, paper)
     name = pick(rng, fonts)
-    # Small type is as likely as large type, so that the number of words spreads widely.
+    # All sizes are equally likely, so that the number of words differs widely.
     size_px = SIZES_PX[int(rng.integers(len(SIZES_PX)))]
     written = font(name, size_px)
     step = written.height_px + int(rng.integers(1, max(size_px // 2, 3)))
@@ -66,7 +67,7 @@ def draw(
     boxes: list[list[Box]] = []
     while wanted > 0 and top + written.height_px <= height_px - _MARGIN_PX:
         left, line, row = _MARGIN_PX, list[str](), list[Box]()
-        # A line ends where the page does, or sooner.
+        # A line ends at the margin or after a random number of words.
         most = int(rng.integers(2, 12))
         while wanted > 0 and len(line) < most:
             if left + written.width_px(words[-1]) > width_px - _MARGIN_PX:
@@ -84,7 +85,7 @@ def draw(
 
 
 def ask(page: Page, rng: np.random.Generator, task: str) -> DocumentQuestion | None:
-    """One question of a task, or None where the page allows none."""
+    """Make a question of a task, or return None if the page allows none."""
     first_of_lines = tuple(row[0] for row in page.boxes)
     every_word = tuple(box for row in page.boxes for box in row)
     line = int(rng.integers(len(page.lines)))

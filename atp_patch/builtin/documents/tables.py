@@ -17,11 +17,13 @@ _MARGIN_PX = 6
 
 @dataclass(frozen=True)
 class Table:
-    """What a table says.
+    """The contents of a table.
 
     Attributes:
-        rows, columns: Their names; ``row_boxes``, ``column_boxes``: the boxes of these.
-        values: The number in each cell, row by row; ``boxes``: their boxes.
+        rows, columns: names of the rows and of the columns.
+        row_boxes, column_boxes: box of each of these names.
+        values: the number in each cell, row by row.
+        boxes: box of each number, row by row.
     """
 
     rows: list[str]
@@ -35,8 +37,9 @@ class Table:
 def draw(
     rng: np.random.Generator, width_px: int, height_px: int, fonts: tuple[str, ...] = FONTS
 ) -> tuple[Canvas, Table]:
-    """Draw a table: 2 to 12 rows and 1 to 6 columns, as many as fit; no column holds a number
-    twice.
+    """Draw a table of 2 to 12 rows and 1 to 6 columns, as far as they fit.
+
+    No number appears twice in a column.
     """
     paper, ink = inks(rng)
     canvas = Canvas(width_px, height_px, paper)
@@ -70,7 +73,7 @@ def draw(
 
 
 def ask(table: Table, rng: np.random.Generator, task: str) -> DocumentQuestion | None:
-    """One question of a task."""
+    """Make a question of a task."""
     row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
     name, kind = table.rows[row], table.columns[column]
     if task == "cell":

@@ -49,7 +49,7 @@ fourteenth fifteenth sixteenth
 """
 
 WORDS: tuple[str, ...] = tuple(_WORDS.split())
-"""Lower case, 4 to 8 letters, in the order of the alphabet."""
+"""Words of pages, in lower case, of 4 to 8 letters."""
 
 NAMES: tuple[str, ...] = tuple(_NAMES.split())
 """Row names of tables."""
@@ -58,10 +58,10 @@ PLACES: tuple[str, ...] = tuple(_PLACES.split())
 """Names of places on maps."""
 
 COLUMNS: tuple[str, ...] = ("age", "cost", "goals", "height", "price", "score", "speed", "weight")
-"""Column names of tables: what a row has a number of."""
+"""Column names of tables."""
 
 SERIES: tuple[str, ...] = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct")
 """Labels of bars and points in charts."""
 
 ORDINALS: tuple[str, ...] = tuple(_ORDINALS.split())
-"""What words and lines are counted with."""
+"""Ordinal numbers for words and lines."""

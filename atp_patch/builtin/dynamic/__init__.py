@@ -1,1 +1,1 @@
-"""The second built-in model: pictures of any size, places in rotary positions (Qwen3-VL)."""
+"""The second built-in model, a Qwen3-VL for pictures of any size, with 2D rotary positions."""

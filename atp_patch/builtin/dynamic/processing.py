@@ -1,4 +1,4 @@
-"""The second model's processor: pictures at their own size, no videos."""
+"""The processor of the second built-in model, for pictures at their own size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atp_patch.builtin.dynamic.tokens import (
 
 
 class SizedProcessor(Qwen3VLProcessor):
-    """Qwen3-VL's processor for pictures alone: without videos it needs no torchvision."""
+    """Qwen3-VL's processor without videos, so that it does not need torchvision."""
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None

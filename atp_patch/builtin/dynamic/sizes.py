@@ -1,7 +1,7 @@
-"""How large a scene is shown.
+"""The size at which a scene is shown.
 
-On a larger canvas the objects and the sign lie further apart and are as large as before: a sign
-has the same letters in a wide picture as in a small one. All answers stay true.
+On a larger canvas the objects and the sign are further apart but not larger, so that a sign has the
+same letters in a wide picture as in a small one. All answers stay correct.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SIDES_PX: tuple[int, ...] = (192, 208, 224, 240)
 """Widths and heights of the pictures, 144 to 225 visual tokens."""
 
 _Item = TypeVar("_Item", Sign, Plate)
-_STREAM = 2000  # of a scene's chance; those of the generator and of other pictures are others
+_STREAM = 2000  # stream of random numbers; scenes and documents use other streams
 
 
 def scene_size(split: str, index: int, sides_px: Sequence[int] = SIDES_PX) -> tuple[int, int]:
-    """(width, height) in pixels at which a scene is shown: always the same for a split and index.
+    """Return the (width, height) in pixels at which a scene is shown.
 
-    Width and height are drawn independently.
+    Width and height are drawn independently and depend only on the split and the index.
     """
     rng: np.random.Generator = scene_rng(split, index, _STREAM)
     width, height = (sides_px[int(k)] for k in rng.integers(len(sides_px), size=2))
@@ -34,8 +34,10 @@ def scene_size(split: str, index: int, sides_px: Sequence[int] = SIDES_PX) -> tu
 
 
 def laid_out(layout: Layout, size: tuple[int, int]) -> Layout:
-    """The layout on a canvas of (width, height), no smaller than 192 x 192: centres move apart in
-    proportion. A sign or plate that stands on the grid of patches stands on it again.
+    """Return the layout on a canvas of (width, height), which is at least 192 x 192.
+
+    Centres move apart in proportion. A sign or plate that is aligned with the patches stays
+    aligned.
     """
     x_scale, y_scale = (side / IMAGE_PX for side in size)
     objects = tuple(
@@ -60,9 +62,11 @@ def _moved(item: _Item, x_scale: float, y_scale: float) -> _Item:
 
 
 def at_size(scene: Scene, size: tuple[int, int], noise: float) -> Scene:
-    """The scene on a canvas of (width, height): another picture, the same questions.
+    """Return the scene with a picture on a canvas of (width, height) and the same questions.
 
     Args:
+        scene: the scene.
+        size: (width, height) in pixels.
         noise: standard deviation of the pixel noise, 0-255.
     """
     layout = laid_out(scene.layout, size)

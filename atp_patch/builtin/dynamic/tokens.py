@@ -1,4 +1,4 @@
-"""The first model's words, and after them the tokens that stand round an image."""
+"""The tokens of the second model: the first model's words, then the tokens around an image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PREFIX = (BOS, USER, VISION_START)
 
 @cache
 def token_ids() -> dict[str, int]:
-    """Token -> id. Treat it as read-only."""
+    """Return the id of each token. The result must not be changed."""
     first = word_ids()
     return first | {token: len(first) + k for k, token in enumerate(VISION)}
 
 
 def prompt(question: str) -> str:
-    """The prompt of one question about one image, as the chat template writes it."""
+    """Return the prompt of a question about one image, as the chat template writes it."""
     return f"{BOS}USER: {VISION_START}{IMAGE_PAD}{VISION_END} {question} {ASSISTANT}"
