@@ -14,7 +14,7 @@ from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_pea
 from atp_patch.bench.comparison_tables import listing
 from atp_patch.bench.measure import in_turn
 from atp_patch.patching.api import patch_model, unpatch_model
-from atp_patch.patching.patch import HEADS
+from atp_patch.patching.patch import MODULE_NAME
 
 IGNORE = -100
 ANSWER_SHARE = 0.25  # the last quarter of the text tokens is the answer, which is learned
@@ -114,7 +114,7 @@ def _step(
         model.get_decoder().requires_grad_(True)
         model.lm_head.requires_grad_(True)
     if way.patched:
-        getattr(model, HEADS).requires_grad_(True)
+        getattr(model, MODULE_NAME).requires_grad_(True)
     model.train()
     gc.collect()
     device = labels.device

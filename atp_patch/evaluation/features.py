@@ -66,7 +66,7 @@ def seen_by(
     Returns:
         the samples; without features where the model has to find them in its own forward pass.
     """
-    before = require_patch(model).before if is_patched(model) else None
+    before = require_patch(model).vision_method if is_patched(model) else None
     same = lora is None or not changes_features(model, lora)
     if before is None and same:
         return samples

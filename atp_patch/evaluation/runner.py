@@ -16,11 +16,11 @@ from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.compressed import can_compress, forced_by_image
 from atp_patch.evaluation.features import can_see_ahead, see, seen_by
+from atp_patch.evaluation.layers_once import LayersOnce
 from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
 from atp_patch.evaluation.scenes import SETS, scene_image
 from atp_patch.evaluation.settings import BLIND, CONTROL_QUESTIONS, Setting, applied
-from atp_patch.evaluation.shared import SharedLayers
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
 from atp_patch.families import family_of
@@ -70,9 +70,9 @@ class Bench:
         return silent_layers(self.model)
 
     @cached_property
-    def shared(self) -> SharedLayers:
+    def layers_once(self) -> LayersOnce:
         """Keeps what the layers before the first pruning made of a batch."""
-        return SharedLayers()
+        return LayersOnce()
 
     def skipped(self, setting: Setting) -> set[int]:
         """The decoder layers that may be left out of the model as the setting patched it: they add
@@ -89,7 +89,7 @@ class Bench:
         """
         skipped = self.skipped(setting)
         plain = self.answers == "forced" and setting.lora is None and not setting.is_reference
-        again = self.shared.given_again(self.model, skipped) if plain else nullcontext()
+        again = self.layers_once.given_again(self.model, skipped) if plain else nullcontext()
         with without(self.model, skipped), again:
             yield
 
@@ -148,7 +148,7 @@ def run(
             continue
         samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
         ahead = bench.answers == "forced" and can_see_ahead(bench.model, samples)
-        bench.shared.forget()
+        bench.layers_once.forget()
         if ahead:
             samples = see(bench.model, samples, bench.pad_id, bench.flat_positions)
         for setting, file in open_runs:
@@ -236,7 +236,7 @@ def _answer_batch(
     blind = setting.name == BLIND
     seen = samples[0].features is not None and bool(samples[0].answer)
     batch = collate(samples, bench.pad_id, blind, bench.flat_positions, seen)
-    bench.shared.batch = tuple((s.example.task, s.example.number) for s in samples)
+    bench.layers_once.batch = tuple((s.example.task, s.example.number) for s in samples)
     if samples[0].answer:
         scores = [float(hit) for hit in forced(bench.model, batch)]
     else:

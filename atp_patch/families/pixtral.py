@@ -61,14 +61,14 @@ def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
 
 
 def pixtral_grids(query: GridQuery) -> Grids:
-    """The grids of images whose rows are told apart by the ids between them.
+    """The grids of images whose rows are found by the ids between them.
 
     Raises:
         InputError: where the prompt came as embeddings alone, or its rows form no images.
     """
     if query.ids is None:
         raise InputError(
-            "rows of an image are told apart by the ids between them: pass input_ids in place of "
+            "rows of an image are found by the ids between them: pass input_ids in place of "
             "inputs_embeds, or, to generate, beside them."
         )
     return [

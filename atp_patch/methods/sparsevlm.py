@@ -117,8 +117,8 @@ class SparseVLM(Ranking):
         left, least = view.slot_valid.sum(1), least_counts(view)
         share = self.recycle_share * self.cluster_share
         if view.counts is None:
-            spare = left - attention_rank(rows, self.rank_tolerance)
-            gone = (self.scale * spare).floor().long()
+            redundant = left - attention_rank(rows, self.rank_tolerance)
+            gone = (self.scale * redundant).floor().long()
             # Without text, it is not known what is redundant, and nothing is dropped.
             gone = torch.where(rater.any(1), torch.minimum(gone, left - least), 0)
             return left - gone, (share * gone).round().long()

@@ -173,7 +173,7 @@ _LOADED = {
 
 def adapter_of(
     config: PruningConfig,
-    heads: nn.Module | None,
+    learned_module: nn.Module | None,
     state_dict: Mapping[str, Tensor] | None = None,
     beside: Beside | None = None,
 ) -> Adapter:
@@ -181,15 +181,17 @@ def adapter_of(
 
     Args:
         config: the configuration of the patch.
-        heads: the module that learns, or None.
-        state_dict: the whole weights of the heads, if this process holds only a part of them.
+        learned_module: the module that the method learns, or None.
+        state_dict: the whole weights of that module, if this process holds only a part of them.
         beside: as in :class:`Adapter`.
 
     Raises:
         WeightsError: if this process holds only a part of the weights and ``state_dict`` is not
             given or not complete.
     """
-    learned: Mapping[str, Tensor] = {} if heads is None else heads.state_dict(keep_vars=True)
+    learned: Mapping[str, Tensor] = (
+        {} if learned_module is None else learned_module.state_dict(keep_vars=True)
+    )
     if state_dict is not None:
         lacking = sorted(set(learned) - set(state_dict))
         if lacking:

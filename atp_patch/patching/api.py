@@ -19,7 +19,7 @@ from atp_patch.patching.attached import (
     detach,
     unwrapped,
 )
-from atp_patch.patching.patch import HEADS, IGNORED, Patch
+from atp_patch.patching.patch import IGNORED, MODULE_NAME, Patch
 from atp_patch.patching.plan import make_plan
 from atp_patch.patching.rollback import unchanged_on_failure
 from atp_patch.patching.trace import PruningTrace
@@ -103,7 +103,7 @@ def patch_model(
         prune_marks=prune_marks,
         options=options,
     )
-    if plan.heads is not None:
+    if plan.learned_module is not None:
         check_gradients_are_shared(whole, around)
     changed: list[object] = [*whole.modules()]
     if old is not None:
@@ -112,10 +112,10 @@ def patch_model(
         if old is not None:
             _remove(old)
         patch = Patch(plan)
-        if plan.heads is not None:
-            whole.add_module(HEADS, plan.heads)
+        if plan.learned_module is not None:
+            whole.add_module(MODULE_NAME, plan.learned_module)
             # A checkpoint of the patched model holds the same keys as one of the plain model.
-            ignored = {f"{HEADS}.{key}" for key in plan.heads.state_dict()}
+            ignored = {f"{MODULE_NAME}.{key}" for key in plan.learned_module.state_dict()}
             whole.__dict__[IGNORED] = set(getattr(whole, IGNORED) or ()) | ignored
         attach(patch)
         patch.seam.install()
@@ -134,8 +134,8 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 def _remove(patch: Patch) -> None:
     patch.seam.remove()
-    if patch.heads is not None:
-        delattr(patch.parts.model, HEADS)
+    if patch.learned_module is not None:
+        delattr(patch.parts.model, MODULE_NAME)
         patch.restore_ignored()
     detach(patch)
 

@@ -11,10 +11,10 @@ from torch import nn
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, and afterwards each module back into its former mode."""
-    modes = {module: module.training for module in model.modules()}
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
+        for module, training in was_training.items():
             module.training = training

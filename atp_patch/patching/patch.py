@@ -26,7 +26,7 @@ from atp_patch.contract.decision import check_decision
 from atp_patch.contract.errors import ConfigError
 from atp_patch.families.marks import with_marks
 from atp_patch.patching.plan import Plan, check_rope_2d, follows_budget
-from atp_patch.patching.quotas import door_counts, least_of_group, quotas
+from atp_patch.patching.quotas import door_counts, group_minimum, quotas
 from atp_patch.patching.trace import LayerTrace, PruningTrace
 from atp_patch.patching.voco import VoCoPart
 from atp_patch.seam import (
@@ -43,7 +43,7 @@ from atp_patch.seam import (
     decoder_shape,
 )
 
-HEADS = "atp_patch_heads"  # name of what learns, in the model
+MODULE_NAME = "atp_patch_heads"  # name of the learned module in the model
 IGNORED = "_keys_to_ignore_on_save"
 
 
@@ -52,7 +52,7 @@ class ThreadState(PerThread):
 
     Attributes:
         trace: the trace of the thread's last pass with images, or None.
-        control: a module that is used instead of the heads, or None.
+        control: a module that is used instead of the learned module, or None.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Patch:
         parts: the modules of the model.
         family: how the model's prompts are read.
         config: the configuration that an adapter's JSON holds; calibration changes its budget.
-        heads: the module that learns, or None.
+        learned_module: the module that the method learns, or None.
         layers: the pruning layers.
         voco: what the seam needs to know about VoCo tokens, or None.
         thread: what is stored for the running thread.
@@ -77,9 +77,10 @@ class Patch:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.parts, self.family = plan, plan.parts, plan.family
-        self.config, self.heads, self.layers = plan.config, plan.heads, plan.config.layers
+        self.config, self.layers = plan.config, plan.config.layers
+        self.learned_module = plan.learned_module
         self.attention_layers = plan.attention_layers
-        self.minimum = {
+        self.view_minimums = {
             "min_tokens": plan.config.min_tokens,
             "min_per_image": plan.config.min_tokens_per_image,
         }
@@ -87,8 +88,8 @@ class Patch:
         self.causal, self.newline = plan.family.causal, plan.family.newline
         # Only the caller knows which tokens are visual.
         self.explicit = not plan.family.token_ids and plan.family.outer is None
-        self.learned = plan.layer is not None and plan.heads is not None
-        self.leaves_tombstones = plan.before is not None
+        self.learned = plan.layer is not None and plan.learned_module is not None
+        self.leaves_tombstones = plan.vision_method is not None
         self.chooses_at_door = plan.door is not None
         self.rope_2d = plan.config.rope_2d
         self._ignored_before = {k: v for k, v in vars(self.parts.model).items() if k == IGNORED}
@@ -102,9 +103,9 @@ class Patch:
         return self.plan.layer
 
     @property
-    def before(self) -> PictureMethod | TowerMethod | None:
+    def vision_method(self) -> PictureMethod | TowerMethod | None:
         """The method that prunes pictures or tokens of the vision tower."""
-        return self.plan.before
+        return self.plan.vision_method
 
     def restore_ignored(self) -> None:
         """Restore the model's list of keys that are not saved, if it had one."""
@@ -135,7 +136,7 @@ class Patch:
                 recorder,
                 self.reads_videos,
             )
-        base, shares, least = self.parts.base, self.quotas, least_of_group(self.config)
+        base, shares, least = self.parts.base, self.quotas, group_minimum(self.config)
         if plan.picture is not None:
             return ShrinkHooks(base, plan.vision, plan.picture.grid, shares, active)
         assert plan.tower is not None
@@ -145,23 +146,26 @@ class Patch:
         """Whether the model reads videos in the running thread."""
         return self.seam.videos.being_read
 
-    def quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
+    def quotas(
+        self, tokens: Sequence[int], placeholders: Sequence[int]
+    ) -> tuple[Quota, ...] | None:
         """Return how many tokens each group keeps on the tower, or None if the method decides.
 
         Args:
             tokens: number of prunable tokens of each image, tile or frame.
-            places: number of placeholders of each image, tile or frame.
+            placeholders: number of placeholders of each image, tile or frame.
         """
         if self.config.method is not None:  # the budget belongs to the method inside the decoder
             return None
-        if not self.config.has_budget and not (self.before and self.before.needs_budget):
+        method = self.vision_method
+        if not self.config.has_budget and not (method and method.needs_budget):
             return None
         ids = self.seam.thread.prompt_ids
         kinds: list[list[int]] = []  # ids of images come before ids of videos
         if ids is not None:
             kinds = [(ids == token_id).sum(1).tolist() for token_id in self.visual_token_ids]
         kinds = kinds[::-1] if self.reads_videos() else kinds
-        return quotas(self.config, tokens, places, kinds)
+        return quotas(self.config, tokens, placeholders, kinds)
 
     def counts(
         self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
@@ -196,20 +200,20 @@ class Patch:
         assert door is not None
         return check_decision(door.decide(view), view, door.name)
 
-    def check_heads(self) -> None:
-        """Raise ConfigError if PEFT would train a copy of the heads instead of the heads."""
-        if hasattr(getattr(self.parts.model, HEADS, None), "modules_to_save"):
+    def check_module_trains(self) -> None:
+        """Raise ConfigError if PEFT would train only a copy of the learned module."""
+        if hasattr(getattr(self.parts.model, MODULE_NAME, None), "modules_to_save"):
             raise ConfigError(
-                f"PEFT's modules_to_save trains a copy of {HEADS} that nothing uses; leave it out, "
-                f"and call model.{HEADS}.requires_grad_(True)."
+                f"PEFT's modules_to_save trains a copy of {MODULE_NAME} that nothing uses; leave "
+                f"it out, and call model.{MODULE_NAME}.requires_grad_(True)."
             )
 
     def decide(self, view: View) -> Decision:
         """Return the checked decision of the layer method."""
         assert self.method is not None
-        self.check_heads()
+        self.check_module_trains()
         control = self.thread.control
-        decision = self.method.decide(view, self.heads if control is None else control)
+        decision = self.method.decide(view, self.learned_module if control is None else control)
         return check_decision(decision, view, self.method.name)
 
     def finished(self, prefill: Prefill) -> None:
@@ -244,9 +248,9 @@ class Patch:
         self, prefill: Prefill, learned: Learned, output: Any
     ) -> dict[str, tuple[float, Tensor]]:
         """Return the losses that training adds, and store their values in the trace."""
-        if self.rope_2d and not self.plan.frozen_may_turn:
+        if self.rope_2d and not self.plan.rope_2d_forced:
             check_rope_2d(self.family, self.parts)
-        # From now on a checkpoint must hold the heads so that training can be resumed from it.
+        # From now on a checkpoint must hold the learned module, so that training can be resumed.
         self.restore_ignored()
         entered, soft_counts = prefill.entered, learned.soft_counts
         seen = [b for b, total in enumerate(entered) if total]

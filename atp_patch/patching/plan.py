@@ -46,8 +46,8 @@ class Plan:
         attention_layers: for each pruning layer, the earlier layers whose attention the method
             inside the decoder reads.
         vision: the vision tower that a method prunes or reads, or None.
-        heads: the module that learns, or None.
-        frozen_may_turn: whether ``rope_2d`` is allowed although no layer of the decoder learns.
+        learned_module: the module that the method learns, or None.
+        rope_2d_forced: whether ``rope_2d`` is allowed although no layer of the decoder learns.
     """
 
     parts: Parts
@@ -60,11 +60,11 @@ class Plan:
     voco: VoCo | None
     attention_layers: Mapping[int, tuple[int, ...]]
     vision: Tower | None
-    heads: nn.Module | None
-    frozen_may_turn: bool
+    learned_module: nn.Module | None
+    rope_2d_forced: bool
 
     @property
-    def before(self) -> PictureMethod | TowerMethod | None:
+    def vision_method(self) -> PictureMethod | TowerMethod | None:
         """The method that prunes before the projected features exist: ``picture`` or ``tower``."""
         return self.tower if self.picture is None else self.picture
 
@@ -140,19 +140,19 @@ def make_plan(
     total = kind.visual_tokens(config_of_model)
     if total is not None and before is None and follows_budget(layer, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
-    vision = heads = None
+    vision = learned_module = None
     if isinstance(before, VoCo):
         check_family(kind, config_of_model)
-        heads = voco_module(before, parts, tensors)
+        learned_module = voco_module(before, parts, tensors)
     elif isinstance(before, DoorMethod):
         vision = tower_read_by(kind, config_of_model, before)
     elif before is not None:
         vision = tower_for(before, kind, config_of_model, config)
     if layer is not None:
-        heads = _build_heads(layer, config, parts, total, tensors)
-    frozen_may_turn = rope_2d == "force" or weights is not None
+        learned_module = _build_module(layer, config, parts, total, tensors)
+    rope_2d_forced = rope_2d == "force" or weights is not None
     if config.rope_2d:
-        check_rope_2d(kind, parts, forced=frozen_may_turn)
+        check_rope_2d(kind, parts, forced=rope_2d_forced)
     return Plan(
         parts=parts,
         family=kind,
@@ -164,8 +164,8 @@ def make_plan(
         voco=before if isinstance(before, VoCo) else None,
         attention_layers={} if layer is None else _attention_layers(layer, config.layers),
         vision=vision,
-        heads=heads,
-        frozen_may_turn=frozen_may_turn,
+        learned_module=learned_module,
+        rope_2d_forced=rope_2d_forced,
     )
 
 
@@ -271,7 +271,7 @@ def _attention_layers(method: LayerMethod, layers: Sequence[int]) -> dict[int, t
     return found
 
 
-def _build_heads(
+def _build_module(
     method: LayerMethod,
     config: PruningConfig,
     parts: Parts,
@@ -280,11 +280,11 @@ def _build_heads(
 ) -> nn.Module | None:
     """Build the method's learned module with an adapter's tensors, on the decoder's device."""
     shares = config.shares(total)
-    heads = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
-    if heads is None:
+    learned_module = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
+    if learned_module is None:
         return None
     if tensors:
-        on_no_device = any(parameter.is_meta for parameter in heads.parameters())
-        heads.load_state_dict(tensors, assign=on_no_device)
+        on_no_device = any(parameter.is_meta for parameter in learned_module.parameters())
+        learned_module.load_state_dict(tensors, assign=on_no_device)
     weight = next(parts.layers[config.layers[0]].parameters(), None)  # FSDP 1 removes parameters
-    return heads if weight is None or weight.is_meta else heads.to(weight.device)
+    return learned_module if weight is None or weight.is_meta else learned_module.to(weight.device)

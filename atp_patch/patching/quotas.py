@@ -14,7 +14,7 @@ from atp_patch.patching.config import DEFAULT_SHARE, PruningConfig
 def quotas(
     config: PruningConfig,
     tokens: Sequence[int],
-    places: Sequence[int],
+    placeholders: Sequence[int],
     kinds: Sequence[Sequence[int]],
 ) -> tuple[Quota, ...]:
     """Return how many tokens each group keeps on the vision tower.
@@ -24,7 +24,7 @@ def quotas(
     Args:
         config: the configuration with the budget.
         tokens: number of prunable tokens in each group, sample by sample.
-        places: number of placeholders of each group.
+        placeholders: number of placeholders of each group.
         kinds: for each kind of placeholder (image, video), how many each sample has; the likeliest
             kind comes first.
 
@@ -33,19 +33,19 @@ def quotas(
     """
     if config.keep is not None:
         (share,) = config.keep
-        leasts = [min(least_of_group(config), n) for n in tokens]
+        minimums = [min(group_minimum(config), n) for n in tokens]
         shares = [round(share * n) for n in tokens]
-        return tuple(Quota(max(pair), pair[1]) for pair in zip(shares, leasts, strict=True))
-    if not any(sum(placed) == sum(places) for placed in kinds):
+        return tuple(Quota(max(pair), pair[1]) for pair in zip(shares, minimums, strict=True))
+    if not any(sum(of_samples) == sum(placeholders) for of_samples in kinds):
         raise InputError(
             "target_tokens is shared out by the placeholders in input_ids, which are not those of "
             "these images; pass input_ids and pixel values of the same prompts, or give keep=."
         )
     totals = [sum(sample) for sample in zip(*kinds, strict=True)]
-    for placed in kinds:
-        split = _split(places, placed)
+    for of_samples in kinds:
+        split = _split(placeholders, of_samples)
         if split is not None:
-            return _shared_out(config, tokens, places, totals, split)
+            return _shared_out(config, tokens, placeholders, totals, split)
     raise InputError(
         "images and placeholders do not match sample by sample, so target_tokens cannot be shared "
         "out; give keep=."
@@ -82,35 +82,35 @@ def door_counts(
     return tuple(found)
 
 
-def least_of_group(config: PruningConfig) -> int:
+def group_minimum(config: PruningConfig) -> int:
     """The number of tokens that each group keeps at least if its sample is not known."""
     return max(config.min_tokens, config.min_tokens_per_image)
 
 
-def _split(places: Sequence[int], placed: Sequence[int]) -> list[slice] | None:
+def _split(placeholders: Sequence[int], of_samples: Sequence[int]) -> list[slice] | None:
     """Find the groups of each sample, or return None if they do not match the placeholders.
 
     Args:
-        places: number of placeholders of each group.
-        placed: number of placeholders of each sample.
+        placeholders: number of placeholders of each group.
+        of_samples: number of placeholders of each sample.
     """
     found, at = [], 0
-    for wanted in placed:
+    for wanted in of_samples:
         stop, filled = at, 0
-        while filled < wanted and stop < len(places):
-            filled += places[stop]
+        while filled < wanted and stop < len(placeholders):
+            filled += placeholders[stop]
             stop += 1
         if filled != wanted:
             return None
         found.append(slice(at, stop))
         at = stop
-    return found if at == len(places) else None
+    return found if at == len(placeholders) else None
 
 
 def _shared_out(
     config: PruningConfig,
     tokens: Sequence[int],
-    places: Sequence[int],
+    placeholders: Sequence[int],
     totals: Sequence[int],
     split: Sequence[slice],
 ) -> tuple[Quota, ...]:
@@ -120,12 +120,12 @@ def _shared_out(
         sizes = list(tokens[groups])
         if not sizes:
             continue
-        here = sum(places[groups]) / total
+        here = sum(placeholders[groups]) / total
         each = max(config.min_tokens_per_image, min(config.min_tokens, 1))
-        leasts = even_counts(ceil(config.min_tokens * here), sizes, each)
+        minimums = even_counts(ceil(config.min_tokens * here), sizes, each)
         goal = DEFAULT_SHARE * sum(sizes)
         if config.target_tokens is not None:
             goal = config.target_tokens * here
-        counts = even_counts(max(round(goal), sum(leasts)), sizes, each)
-        found += [Quota(max(pair), pair[1]) for pair in zip(counts, leasts, strict=True)]
+        counts = even_counts(max(round(goal), sum(minimums)), sizes, each)
+        found += [Quota(max(pair), pair[1]) for pair in zip(counts, minimums, strict=True)]
     return tuple(found)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from atp_patch.patching.adapter import Adapter, Beside, adapter_of
 from atp_patch.patching.api import require_patch
-from atp_patch.patching.patch import HEADS
+from atp_patch.patching.patch import MODULE_NAME
 
 
 def save_pretrained(
@@ -76,9 +76,9 @@ def adapter(
         state_dict: as in :func:`save_pretrained`.
         beside: as in :class:`~atp_patch.patching.adapter.Adapter`.
     """
-    patch, found = require_patch(model), f".{HEADS}."
-    patch.check_heads()
+    patch, found = require_patch(model), f".{MODULE_NAME}."
+    patch.check_module_trains()
     if state_dict is not None:  # wrappers put their own names before the model's
         names = {f".{name}".partition(found)[2]: name for name in state_dict}
         state_dict = {own: state_dict[name] for own, name in names.items() if own}
-    return adapter_of(patch.config, patch.heads, state_dict, beside)
+    return adapter_of(patch.config, patch.learned_module, state_dict, beside)

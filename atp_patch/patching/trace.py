@@ -78,9 +78,9 @@ class LayerTrace:
         batch, length = self.layout.valid.shape[0], self.layout.length
         if self.alive is not None:
             index, valid = self.alive
-            spare = index if valid is None else torch.where(valid, index, length)
+            column = index if valid is None else torch.where(valid, index, length)
             mask = torch.zeros(batch, length + 1, dtype=torch.bool, device=index.device)
-            return mask.scatter_(1, spare, True)[:, :length]
+            return mask.scatter_(1, column, True)[:, :length]
         if self.attended is not None:
             return self.attended
         return torch.ones(batch, length, dtype=torch.bool, device=self.layout.valid.device)
@@ -92,9 +92,9 @@ class LayerTrace:
             return {}
         batch, length = self.layout.valid.shape[0], self.layout.length
         position = self.layout.position.gather(1, self.token)
-        spare = torch.where(self.token_valid, position, length)
+        column = torch.where(self.token_valid, position, length)
         return {
-            name: values.new_full((batch, length + 1), torch.nan).scatter(1, spare, values)[
+            name: values.new_full((batch, length + 1), torch.nan).scatter(1, column, values)[
                 :, :length
             ]
             for name, values in self.decision.scores.items()

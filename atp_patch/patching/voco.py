@@ -44,19 +44,19 @@ class Host(Protocol):
 
     Attributes:
         parts: the modules of the model.
-        heads: the module that holds the VoCo tokens' embeddings.
+        learned_module: the module that holds the VoCo tokens' embeddings.
         thread: what is stored for the running thread; the trace is stored there.
     """
 
     parts: Parts
-    heads: nn.Module | None
+    learned_module: nn.Module | None
     thread: Any
 
-    def check_heads(self) -> None:
-        """Raise ConfigError if PEFT would train a copy of the heads instead of the heads."""
+    def check_module_trains(self) -> None:
+        """Raise ConfigError if PEFT would train only a copy of the learned module."""
 
     def restore_ignored(self) -> None:
-        """Let checkpoints hold the heads from now on."""
+        """Let checkpoints hold the learned module from now on."""
 
 
 class VoCoPart:
@@ -74,13 +74,13 @@ class VoCoPart:
     @property
     def embedding(self) -> Tensor:
         """(V, D): the input embeddings of the VoCo tokens."""
-        self._patch.check_heads()
-        heads: Any = self._patch.heads
-        if heads.embedding.is_meta:
+        self._patch.check_module_trains()
+        learned_module: Any = self._patch.learned_module
+        if learned_module.embedding.is_meta:
             raise ConfigError(
                 "the VoCo tokens were offloaded with the model; offload it first, then patch it."
             )
-        embedding: Tensor = heads.embedding
+        embedding: Tensor = learned_module.embedding
         return embedding
 
     def finished(self, voco_pass: VoCoPass) -> None:

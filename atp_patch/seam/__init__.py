@@ -10,11 +10,11 @@ from atp_patch.seam.seam import Seam
 from atp_patch.seam.tower.merging import MergeHooks, VisionHooks
 from atp_patch.seam.tower.reading import ReadingHooks
 from atp_patch.seam.tower.shrinking import ShrinkHooks
-from atp_patch.seam.voco.held import Held, for_model, read_ahead
+from atp_patch.seam.voco.cached_prompt import CachedPrompt, for_model, read_ahead
 from atp_patch.seam.voco.voco_pass import VoCoPass, VoCoPolicy
 
 __all__ = [
-    "Held",
+    "CachedPrompt",
     "Learned",
     "MergeHooks",
     "Parts",

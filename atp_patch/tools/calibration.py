@@ -179,7 +179,7 @@ class _Seen:
         average: visual tokens averaged over all decoder layers and samples.
         thetas: for each pruning layer (samples, thresholds of the method), in the order of their
             names.
-        spare: for each token that reached the layer asked for, the margin by which it passes the
+        margins: for each token that reached the layer asked for, the margin by which it passes the
             thresholds, as the method counts it; infinite where it stays at any thresholds.
     """
 
@@ -189,7 +189,7 @@ class _Seen:
     counts: dict[int, float]
     average: float
     thetas: dict[int, Tensor]
-    spare: Tensor
+    margins: Tensor
 
 
 def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _Seen:
@@ -198,7 +198,7 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
     patch = require_patch(model)
     kept: dict[int, list[int]] = {i: [] for i in patch.layers}
     thetas: dict[int, list[Tensor]] = {i: [] for i in kept}
-    spare: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+    margins: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
     # Offloaded weights are on no device; accelerate's hooks then move the inputs themselves.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     method = patch.method
@@ -220,7 +220,7 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
             if found:
                 thetas[i].append(torch.stack(found, 1)[seen].double().cpu())
         if layer is not None:
-            spare.append(_spare(trace.layers[layer], method))
+            margins.append(_margins(trace.layers[layer], method))
     if not visual:
         raise InputError("no batch has images; thresholds are set on samples with images.")
     entering = torch.cat(rows)
@@ -232,14 +232,14 @@ def _observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> _See
         counts={i: sum(values) / samples for i, values in kept.items()},
         average=float(entering.mean()),
         thetas={i: torch.cat(tables) for i, tables in thetas.items() if tables},
-        spare=torch.cat(spare),
+        margins=torch.cat(margins),
     )
 
 
-def _spare(record: Any, method: LayerMethod) -> Tensor:
-    spare = method.margins(record.decision).double()
-    by_a_minimum = record.decision.keep & (spare < -1e-5)
-    return spare.masked_fill(by_a_minimum, torch.inf)[record.token_valid].cpu()
+def _margins(record: Any, method: LayerMethod) -> Tensor:
+    margins = method.margins(record.decision).double()
+    by_a_minimum = record.decision.keep & (margins < -1e-5)
+    return margins.masked_fill(by_a_minimum, torch.inf)[record.token_valid].cpu()
 
 
 def _meet(
@@ -247,7 +247,7 @@ def _meet(
 ) -> float:
     """Shift one layer's thresholds so that ``wanted`` tokens of a sample stay; return the shift."""
     seen = _observe(model, data, layer)
-    ranked = seen.spare.sort(descending=True).values.clamp(-_EDGE, _EDGE)
+    ranked = seen.margins.sort(descending=True).values.clamp(-_EDGE, _EDGE)
     ranked = torch.cat([ranked.new_tensor([_EDGE]), ranked, ranked.new_tensor([-_EDGE])])
     place = min(round(wanted * seen.samples), len(ranked) - 2)
     by = float((ranked[place] + ranked[place + 1]) / 2)
@@ -300,7 +300,7 @@ def _adaptive(patch: Patch) -> None:
 
 
 def _thresholds(patch: Patch) -> LearnedThresholds:
-    if not isinstance(patch.heads, LearnedThresholds):
+    if not isinstance(patch.learned_module, LearnedThresholds):
         raise ConfigError(
             "this patch has no learned thresholds: budgets are met without them. Patch with "
             'method="atp", thresholds="learned", with an adapter that brings them, or with a '
@@ -310,8 +310,8 @@ def _thresholds(patch: Patch) -> LearnedThresholds:
         raise ConfigError(
             "nothing is pruned within atp_patch.disabled(model); call this outside it."
         )
-    if any(parameter.is_meta for parameter in patch.heads.parameters()):
+    if any(parameter.is_meta for parameter in patch.learned_module.parameters()):
         raise ConfigError(
             "the threshold heads were offloaded with the model; offload it first, then patch it."
         )
-    return patch.heads
+    return patch.learned_module

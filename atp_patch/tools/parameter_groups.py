@@ -10,9 +10,9 @@ from torch import nn
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.patching.api import require_patch
-from atp_patch.patching.patch import HEADS
+from atp_patch.patching.patch import MODULE_NAME
 
-_PREFIX = HEADS + "."
+_PREFIX = MODULE_NAME + "."
 
 
 def parameter_groups(
@@ -38,7 +38,7 @@ def parameter_groups(
         NotPatchedError: if the model is not patched.
         ConfigError: if its thresholds are not learned, or nothing has ``requires_grad``.
     """
-    heads = require_patch(model).heads
+    heads = require_patch(model).learned_module
     if heads is None:
         raise ConfigError(
             'this patch learns nothing; patch with method="atp", thresholds="learned".'

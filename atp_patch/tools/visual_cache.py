@@ -19,7 +19,7 @@ from atp_patch.patching.api import require_patch
 from atp_patch.patching.evaluating import evaluating
 from atp_patch.patching.patch import Patch
 from atp_patch.patching.voco import VoCoPart
-from atp_patch.seam import Held, for_model, read_ahead
+from atp_patch.seam import CachedPrompt, for_model, read_ahead
 
 VERSION = 1
 TABLES = ("positions", "valid", "attention_mask", "following")
@@ -36,7 +36,7 @@ class VisualCache:
         model: the :func:`fingerprint` of the model that made it; no other model can use it.
     """
 
-    held: Held
+    held: CachedPrompt
     attention_mask: Tensor
     following: Tensor
     model: str
@@ -142,7 +142,7 @@ class VisualCache:
             positions, valid, attention_mask, following = (tensors[name] for name in TABLES)
         except KeyError as error:
             raise WeightsError(f"{path} has no tensor {error}; compress anew.") from error
-        held = Held(keys, values, positions, valid, about["length"])
+        held = CachedPrompt(keys, values, positions, valid, about["length"])
         return cls(held, attention_mask, following, about["model"])
 
 
@@ -185,7 +185,7 @@ def compress(
     with evaluating(model), torch.no_grad():
         inputs["attention_mask"] = mask
         made, following = read_ahead(patch.parts.base, inputs, cache, start)
-    return VisualCache(Held.of(made), mask, following, fingerprint(model))
+    return VisualCache(CachedPrompt.of(made), mask, following, fingerprint(model))
 
 
 def fingerprint(model: nn.Module) -> str:

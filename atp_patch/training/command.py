@@ -22,7 +22,7 @@ from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.patching.adapter import CARD_FILE, Beside
 from atp_patch.patching.api import patch_model, require_patch
-from atp_patch.patching.patch import HEADS
+from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
 from atp_patch.tools.command_line import execute
@@ -186,7 +186,7 @@ def save(
     beside: Beside | None = None
     if settings.lora_rank or not settings.freeze_lm:
         beside = LORA if settings.lora_rank else MODEL
-    rest = {k: v for k, v in state.items() if not k.startswith(HEADS + ".")}
+    rest = {k: v for k, v in state.items() if not k.startswith(MODULE_NAME + ".")}
     if settings.lora_rank:
         model.save_pretrained(out / LORA, state_dict=rest)
     elif not settings.freeze_lm:
@@ -323,7 +323,7 @@ def _patch(model: Any, settings: Settings) -> None:
                 f"and a copy of {found.adapter} as adapter."
             )
         patch_model(model, weights=found.adapter)
-        if require_patch(model).heads is None:
+        if require_patch(model).learned_module is None:
             raise ConfigError(f"adapter: {settings.adapter} has no learned thresholds to train.")
         return
     if settings.options.get("thresholds", "learned") != "learned":

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from atp_patch.contract.errors import ATPError, ConfigError, WeightsError
 from atp_patch.patching.api import disabled, last_trace
-from atp_patch.patching.patch import HEADS
+from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.tools.parameter_groups import parameter_groups
 from atp_patch.training.dataset import SKIPPED
 from atp_patch.training.encode import IGNORED
@@ -234,7 +234,7 @@ class PruningTrainer(Trainer):
         """Names in the model's ``state_dict`` of the heads and of everything else that learns."""
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         keys = self.model.state_dict()
-        return [key for key in keys if key in learned or key.startswith(HEADS + ".")]
+        return [key for key in keys if key in learned or key.startswith(MODULE_NAME + ".")]
 
     def save_now(self) -> Path | None:
         """Save a checkpoint of the last whole step after the loop was left.

@@ -383,7 +383,7 @@ def check_damaged(model: Any, folder: Path, forwards: bool) -> bool:
     assert said == ""
     asked = {"rope_2d": False, "prune_marks": False} | json.loads((folder / CONFIG).read_text())
     assert same(json.loads(require_patch(model).config.to_json()), asked)
-    heads = require_patch(model).heads
+    heads = require_patch(model).learned_module
     if heads is not None:
         assert all(tensor.isfinite().all() for tensor in heads.state_dict().values())
     if forwards:

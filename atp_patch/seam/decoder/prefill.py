@@ -34,12 +34,12 @@ class LayerPolicy(Protocol):
         layers: the pruning layers.
         attention_layers: pruning layer -> the numbers of the earlier layers whose attention the
             method sees there.
-        minimum: the fields of a view that say how many tokens are kept at least, by name.
+        view_minimums: the fields of a view that say how many tokens are kept at least, by name.
     """
 
     layers: tuple[int, ...]
     attention_layers: Mapping[int, tuple[int, ...]]
-    minimum: dict[str, int]
+    view_minimums: dict[str, int]
 
     def counts(
         self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
@@ -206,7 +206,7 @@ class Prefill:
                 counts=self._counts(layer),
                 embeds=self.embeds.to(device),
                 state=self.state,
-                **self.policy.minimum,
+                **self.policy.view_minimums,
             )
             return self.policy.decide(view)
 

@@ -21,11 +21,11 @@ class DoorPolicy(Protocol):
 
     Attributes:
         chooses_at_door: True where a method chooses there.
-        minimum: the fields of a view that say how many tokens are kept at least, by name.
+        view_minimums: the fields of a view that say how many tokens are kept at least, by name.
     """
 
     chooses_at_door: bool
-    minimum: dict[str, int]
+    view_minimums: dict[str, int]
 
     def door_counts(self, layout: Layout) -> tuple[int, ...] | None:
         """How many visual tokens of each sample enter, or None where the method decides."""
@@ -67,7 +67,7 @@ def choose(
             slot_valid=tokens.valid,
             counts=counts,
             sample_key=sample_key,
-            **policy.minimum,
+            **policy.view_minimums,
             features=features.masked_fill(~layout.valid[..., None], 0),
             text=gather_tokens(embeds, position).masked_fill(~valid[..., None], 0),
             text_valid=valid,

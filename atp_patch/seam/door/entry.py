@@ -55,7 +55,7 @@ class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
     Attributes:
         learned: something is learned at the pruning layers.
         leaves_tombstones: tokens are dropped before the decoder, on their way to it.
-        rope_2d: visual tokens are turned by row and column.
+        rope_2d: whether visual tokens are rotated by row and column.
     """
 
     learned: bool

@@ -216,7 +216,7 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
         )
     pruned: Any = replacement.__new__(replacement)
     pruned.__dict__.update(layer.__dict__)
-    # Hybrid caches are told apart by this attribute of the class, so the instance keeps the host's.
+    # Hybrid caches are recognised by this attribute of the class, so the instance keeps the host's.
     pruned.is_sliding = layer.is_sliding
     cache.layers[layer_idx] = pruned
     return pruned

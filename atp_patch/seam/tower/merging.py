@@ -26,7 +26,9 @@ class Sharer(Protocol):
     each group.
     """
 
-    def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...] | None:
+    def __call__(
+        self, tokens: Sequence[int], placeholders: Sequence[int]
+    ) -> tuple[Quota, ...] | None:
         """The quota of each group, or None where the method decides."""
 
 
@@ -164,8 +166,8 @@ class MergeHooks:
         flat = flat.index_put((rows.to(flat.device),), made.to(flat))
         return flat.reshape(features.shape)
 
-    def _counts(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
-        quotas = self.quotas(tokens, places)
+    def _counts(self, tokens: Sequence[int], placeholders: Sequence[int]) -> tuple[int, ...] | None:
+        quotas = self.quotas(tokens, placeholders)
         return None if quotas is None else tuple(quota.tokens for quota in quotas)
 
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:

@@ -172,7 +172,7 @@ class ReadingHooks:
         return {asked: made[number] for asked, number in self.blocks.items()}
 
 
-def _no_counts(tokens: Sequence[int], places: Sequence[int]) -> None:
+def _no_counts(tokens: Sequence[int], placeholders: Sequence[int]) -> None:
     """The budget of a method at the door is not divided among groups."""
 
 

@@ -162,8 +162,8 @@ class ShrinkHooks:
         output.pooler_output = _spread(output.pooler_output, sizes)
         return output
 
-    def _quotas(self, tokens: Sequence[int], places: Sequence[int]) -> tuple[Quota, ...]:
-        quotas = self.quotas(tokens, places)
+    def _quotas(self, tokens: Sequence[int], placeholders: Sequence[int]) -> tuple[Quota, ...]:
+        quotas = self.quotas(tokens, placeholders)
         assert quotas is not None, "a method that shrinks pictures has a budget"
         return quotas
 

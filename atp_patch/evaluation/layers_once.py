@@ -19,7 +19,7 @@ from atp_patch.seam import Recorder, Recording
 
 
 @dataclass
-class _Left:
+class _Computed:
     """What a layer computed from a batch.
 
     Attributes:
@@ -35,7 +35,7 @@ class _Left:
     recording: Recording | None = None
 
 
-class SharedLayers:
+class LayersOnce:
     """Keeps what the first decoder layers of one model computed from batches of plain embeddings.
 
     Attributes:
@@ -44,11 +44,11 @@ class SharedLayers:
 
     def __init__(self) -> None:
         self.batch: Hashable = None
-        self._left: dict[tuple[Hashable, int], _Left] = {}
+        self._computed: dict[tuple[Hashable, int], _Computed] = {}
 
     def forget(self) -> None:
         """Drop all results, because other batches follow."""
-        self._left.clear()
+        self._computed.clear()
 
     @contextmanager
     def given_again(self, model: Any, skipped: Container[int]) -> Iterator[None]:
@@ -66,13 +66,13 @@ class SharedLayers:
         alike = config.before is None and not config.rope_2d
         layers = model.get_decoder().layers
         first = config.layers[0] if alike else 0
-        shared = [number for number in range(first) if number not in skipped]
-        for number in shared:
+        replaced = [number for number in range(first) if number not in skipped]
+        for number in replaced:
             layers[number].forward = partial(self._forward, recorder, number, layers[number])
         try:
             yield
         finally:
-            for number in shared:
+            for number in replaced:
                 del layers[number].forward
 
     def _forward(
@@ -90,18 +90,18 @@ class SharedLayers:
             made: Tensor = original()
             return made
         name, attention = (self.batch, number), layer.self_attn
-        left, scored = self._left.get(name), recorder.awaits(attention)
-        if left is None or (scored and left.recording is None):
+        known, scored = self._computed.get(name), recorder.awaits(attention)
+        if known is None or (scored and known.recording is None):
             recordings: list[Recording] = []
             if scored:
                 recorder.overhear(recordings.append)
             made = original()
-            held = cache.layers[number]
+            cached = cache.layers[number]
             recording = recordings[0] if recordings else None
-            self._left[name] = _Left(made, held.keys, held.values, recording)
+            self._computed[name] = _Computed(made, cached.keys, cached.values, recording)
             return made
         if scored:
-            assert left.recording is not None
-            recorder.replay(left.recording)
-        cache.update(left.key, left.value, number)
-        return left.hidden
+            assert known.recording is not None
+            recorder.replay(known.recording)
+        cache.update(known.key, known.value, number)
+        return known.hidden

@@ -78,7 +78,7 @@ def following(positions: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Held:
+class CachedPrompt:
     """What the cache of a compressed prompt holds.
 
     Attributes:
@@ -95,7 +95,7 @@ class Held:
     length: int
 
     @classmethod
-    def of(cls, cache: Cache) -> Held:
+    def of(cls, cache: Cache) -> CachedPrompt:
         """Read a cache right after its prompt."""
         layers: Any = cache.layers
         first = layers[0]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from atp_patch.evaluation.answers import forced
+from atp_patch.evaluation.layers_once import LayersOnce
 from atp_patch.evaluation.prepare import Batch, Sample, collate
 from atp_patch.evaluation.runner import Bench, chunks, prepared
 from atp_patch.evaluation.settings import DROPPED, Setting, applied
-from atp_patch.evaluation.shared import SharedLayers
 from atp_patch.evaluation.tasks import choose_tasks
 from tests.evaluation.conftest import TOKENS
 
@@ -37,7 +37,7 @@ def batches(bench: Bench) -> list[Batch]:
 
 
 def read(
-    bench: Bench, batches: Sequence[Batch], setting: Setting, shared: SharedLayers | None
+    bench: Bench, batches: Sequence[Batch], setting: Setting, shared: LayersOnce | None
 ) -> list[Tensor]:
     """Logits of each batch, those of a true answer fed on the cache, and hits."""
     found: list[Tensor] = []
@@ -57,7 +57,7 @@ def read(
 
 
 def test_every_setting_gets_the_same_bits(bench: Bench, batches: list[Batch]) -> None:
-    shared = SharedLayers()
+    shared = LayersOnce()
     for setting in SETTINGS:
         plain = read(bench, batches, setting, None)
         again = read(bench, batches, setting, shared)
@@ -68,7 +68,7 @@ def test_every_setting_gets_the_same_bits(bench: Bench, batches: list[Batch]) ->
 
 
 def test_layers_run_once_a_batch(bench: Bench, batches: list[Batch]) -> None:
-    shared = SharedLayers()
+    shared = LayersOnce()
     layers = bench.model.get_decoder().layers
     runs: list[int] = []
     notes: list[Any] = [
