@@ -12,6 +12,7 @@ from atp_patch.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same to Python
     from atp_patch.contract import (
+        Attention,
         Decision,
         DoorMethod,
         DoorView,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
 
 __all__ = [
     "ATPError",
+    "Attention",
     "BudgetError",
     "CacheError",
     "Calibration",
@@ -104,6 +106,7 @@ __all__ = [
 # module -> the public names that it holds
 _HOMES = {
     "atp_patch.contract": (
+        "Attention",
         "Decision",
         "DoorMethod",
         "DoorView",

@@ -150,7 +150,13 @@ class Adapter(ModelHubMixin):
             budget = f"keep={list(pruning.keep)}"
         elif pruning.target_tokens is not None:
             budget = f"{pruning.target_tokens:g} visual tokens on average over all decoder layers"
-        elif before is not None and pruning.method is None:
+        elif before is not None and pruning.method is None and before.options.get("share"):
+            budget = f"a share of {before.options['share']:g} of the visual tokens"
+        elif (
+            before is not None
+            and pruning.method is None
+            and not make_method(before.method, before.options).needs_budget
+        ):
             budget = "the image decides"
         elif not self.tensors:
             budget = "a quarter of the visual tokens on average over all decoder layers"

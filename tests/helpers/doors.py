@@ -22,7 +22,7 @@ from tests.helpers.oracle import Kept, masked_logits
 class Asked(atp_patch.DoorMethod):
     """Keeps what is like the question, and merges each other token into the nearest kept one."""
 
-    name = "asked"
+    name = "test-asked"
     summary = "features that are like the question's words, the rest merged into them"
     merges: bool = True
 

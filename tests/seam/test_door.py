@@ -283,6 +283,16 @@ def test_an_adapter_brings_it_back(kind: str, case: str, tmp_path: Path) -> None
     assert torch.equal(forward(again, inputs).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(None, "a quarter of the visual tokens"), (0.4, "a share of 0.4 of the")]
+)
+def test_the_card_says_how_many_enter(share: float | None, said: str, tmp_path: Path) -> None:
+    model = made("llava-llama", "merges", method=Asked(share=share), keep=None)
+    atp_patch.save_pretrained(model, tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"It prunes before the decoder; budget: {said}" in card
+
+
 @families
 @pytest.mark.parametrize("case", ["merges", "tower, then atp"])
 def test_training_learns_through_what_entered(kind: str, case: str) -> None:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.patching.api import require_patch
+from tests.core.test_own_methods import Remembers
 from tests.families import outside
 from tests.families.kinds import Picture, sample
 from tests.families.kinds import Words as Text
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
+from tests.helpers.doors import TowerReader
 from tests.helpers.inputs import batch
 from tests.helpers.run import FASTV, patched
 from tests.helpers.voco import voco_model
@@ -71,6 +73,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
         patched("llava-llama", method=["prumerge+", "atp"], layers=[2, 4], target_tokens=9)
     ),
     "tower of a budget": lambda: _film(patched("qwen2_vl", method="prumerge", target_tokens=8)),
+    "at the door, then with state": lambda: _film(
+        patched("qwen2_vl", method=[TowerReader(share=0.6), Remembers()], layers=[2, 4], keep=0.6)
+    ),
     "smaller pictures": lambda: _film(patched("qwen2_vl", method="downsample", target_tokens=10)),
     "voco": lambda: _still(voco_model("llava-llama")),
     "outside": _vila,
