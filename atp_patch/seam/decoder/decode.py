@@ -27,29 +27,36 @@ class Decode:
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
-        """None: the output stays as it is."""
+        """None, since the output stays as it is."""
         return None
 
     def without_output(self) -> Tensor | None:
-        """None: every place has an output."""
+        """None, since every place has an output."""
         return None
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """None: nothing is learned here."""
+        """Nothing, since nothing is learned here."""
         return {}
 
     def narrow_kwargs(self, layer: int, length: int, kwargs: dict[str, Any]) -> None:
-        """Give a layer the mask of the keys it holds (in place)."""
+        """Give a layer the mask of the keys that it holds, in place.
+
+        Args:
+            layer: the number of the layer.
+            length: how many tokens the layer runs on.
+            kwargs: the layer's arguments.
+        """
         held = pruned_layer(self.cache, layer)
         mask = kwargs.get("attention_mask")
         if held is not None:
             held.announce_update()
         if held is None or (mask is None and held.valid is None):
             return
-        if torch.compiler.is_compiling():  # object identities would force a recompilation a step
+        # Ids of objects as keys would force a recompilation at every step.
+        if torch.compiler.is_compiling():
             kwargs["attention_mask"] = decode_mask(mask, held, length, flash=self.flash)
             return
-        # Layers that were pruned together share their positions, and so the mask.
+        # Layers that were pruned together share their positions, and so their mask.
         key = (id(mask), id(held.positions))
         if key not in self._masks:
             made = decode_mask(mask, held, length, flash=self.flash)

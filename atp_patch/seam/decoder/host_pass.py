@@ -1,6 +1,4 @@
-"""What the host brings to one forward pass with images, narrowed to the survivors for its
-layers.
-"""
+"""What the host brings to one forward pass with images, narrowed to survivors for its layers."""
 
 from __future__ import annotations
 
@@ -26,10 +24,12 @@ class HostPass:
 
     Attributes:
         cache: the key/value cache, or None.
-        past: tokens of earlier turns in it; ``total``: those and this pass's.
+        past: how many tokens of earlier turns the cache holds.
+        total: how many tokens there are with those of this pass.
         implementation: the decoder's attention implementation.
-        plain_mask: the host's wide masks say no more than causality and padding.
-        sliding_window: layer -> its window in tokens, None where it attends to everything before.
+        plain_mask: True where the host's wide masks say no more than causality and padding.
+        sliding_window: a function from a layer to its window in tokens, or to None where the layer
+            attends to everything before.
     """
 
     cache: Cache | None
@@ -41,24 +41,23 @@ class HostPass:
 
     @property
     def flash(self) -> bool:
-        """Whether masks are 2D and positions would be searched for packed sequences."""
+        """Whether masks are 2D, and positions would be searched for packed sequences."""
         return is_flash(self.implementation)
 
     def earlier_keys(self, layer: int, new: int) -> int:
-        """Keys of earlier turns in a layer's cache, which holds ``new`` ones of this pass
-        already.
-        """
+        """How many keys of earlier turns a layer's cache holds beside ``new`` keys of this pass."""
         if self.past == 0 or self.cache is None:
             return 0
         return int(self.cache.layers[layer].keys.shape[-2]) - new
 
     def narrow_kwargs(self, layer: int, survivors: Survivors, kwargs: dict[str, Any]) -> None:
-        """Replace what a layer is handed for the whole sequence (in place), once for all layers
-        alike.
+        """Narrow what a layer is given for the whole sequence to its survivors, in place.
+
+        What several layers share is narrowed once.
         """
 
         def gather(table: Tensor, plain: int = 3) -> Tensor:
-            if table.ndim > plain:  # one each for t, h, w
+            if table.ndim > plain:  # one table each for t, h and w
                 return torch.stack([gather(part, plain) for part in table])
             return gather_tokens(table, survivors.index.to(table.device))
 
@@ -102,12 +101,12 @@ class HostPass:
             )
 
     def _mask(self, layer: int, survivors: Survivors, mask: Tensor | None) -> Tensor | None:
-        """The survivors' mask; None where causality is all that is needed."""
+        """The survivors' mask; None where causality suffices."""
         if mask is None:
             return None
         keys, valid = self._key_positions(layer, survivors)
         if capacity(self.cache, layer) is not None:
-            # A static cache is as wide as its mask; its free slots are hidden.
+            # A static cache is as wide as its mask, and its free slots are hidden.
             free = int(mask.shape[-1]) - keys.shape[1]
             keys = pad(keys, (0, free), value=-1)
             valid = None if valid is None else pad(valid, (0, free), value=False)
@@ -125,8 +124,9 @@ class HostPass:
         )
 
     def _key_positions(self, layer: int, survivors: Survivors) -> tuple[Tensor, Tensor | None]:
-        """(B, K) logical positions of a layer's keys once the survivors are cached, and
-        validity.
+        """(B, K) int64 logical positions of a layer's keys once the survivors are cached.
+
+        The second tensor is (B, K) bool, or None where every key is a token.
         """
         keys, valid = survivors.index + self.past, survivors.valid
         if self.cache is None or not self.past:

@@ -1,4 +1,4 @@
-"""The decoder's door: what a forward pass with images brings, and the state it is given."""
+"""The decoder's door, where a forward pass with images gets its state."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class PromptPolicy(Protocol):
     """What the rest of the package says about a model's prompts.
 
     Attributes:
-        visual_token_ids: placeholder ids of images and videos.
-        causal: no token attends to those behind it.
-        newline: name of the base model's parameter that ends rows of features, if it has one.
-        explicit: only the caller knows which tokens are visual.
+        visual_token_ids: the ids of placeholders of images and videos.
+        causal: True where no token attends to those behind it.
+        newline: the name of the base model's parameter that ends rows of features, or None.
+        explicit: True where only the caller knows which tokens are visual.
     """
 
     visual_token_ids: tuple[int, ...]
@@ -53,9 +53,9 @@ class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
     """What the rest of the package says about a forward pass with images.
 
     Attributes:
-        learned: something is learned at the pruning layers.
-        leaves_tombstones: tokens are dropped before the decoder, on their way to it.
-        rope_2d: whether visual tokens are rotated by row and column.
+        learned: True where something is learned at the pruning layers.
+        leaves_tombstones: True where tokens are dropped between the vision tower and the decoder.
+        rope_2d: True where the rotary embedding of visual tokens goes by row and column.
     """
 
     learned: bool
@@ -64,10 +64,10 @@ class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
 
 
 class TowerReader(Protocol):
-    """What reads the vision tower for a method at the door."""
+    """Reads the vision tower for a method at the door."""
 
     def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> Mapping[int, TowerTokens]:
-        """What blocks of the tower did, in the layout's places."""
+        """What each block did, in the layout's places, by the number that the method asked for."""
 
 
 def prefill_of(
@@ -79,10 +79,24 @@ def prefill_of(
     session: Session | None,
     kwargs: dict[str, Any],
 ) -> Prefill | None:
-    """The state of a pass with images, from what the decoder is about to get; None without any.
+    """The state of a forward pass with images; None for a pass without any.
 
     Tombstones of tokens that were dropped before the decoder are taken out of ``inputs_embeds``. A
     method at the door makes its choice here, with what ``reader`` has read of the vision tower.
+
+    Args:
+        parts: the model's modules.
+        policy: what the rest of the package says about pruning.
+        recorder: records the attention of the layers.
+        reader: reads the vision tower, or None.
+        call: the arguments of the pass.
+        session: the call of ``generate`` that the pass belongs to, or None.
+        kwargs: what the decoder is about to get, which is changed in place.
+
+    Raises:
+        InputError: where the prompt cannot be read or its features are broken.
+        CacheError: where the cache cannot hold a pruned prompt.
+        UnsupportedModelError: where the family cannot serve these images.
     """
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -92,9 +106,10 @@ def prefill_of(
             return None
     elif call.visual_grids is not None:
         raise InputError(
-            'visual_grids belongs to family="generic"; this model\'s own family finds the grids.'
+            'visual_grids belongs to family="generic"; leave it out, since the family of this '
+            "model finds the grids by itself."
         )
-    if embeds is None:  # a language model that other code feeds: ids are text
+    if embeds is None:  # a language model that other code gives embeddings: ids are text
         return None
     prompt = read_prompt(call, policy.visual_token_ids, embeds, past)
     if not bool(prompt.visual.any()):
@@ -159,10 +174,10 @@ def prefill_of(
 def _tower(
     reader: TowerReader | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
 ) -> Mapping[int, TowerTokens]:
-    """What the vision tower did, as far as the method wants to know."""
+    """What the vision tower did in the blocks that the method asks for."""
     if reader is None:
         return {}
-    image = policy.visual_token_ids[0]  # ids of videos follow
+    image = policy.visual_token_ids[0]  # the ids of videos follow it
     ids = prompt.ids
     videos = [
         [ids is not None and int(ids[number, grid.start]) != image for grid in grids]
@@ -200,16 +215,16 @@ def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
 
 
 def filled_window(parts: Parts, tokens: int) -> int | None:
-    """The narrowest sliding window of the decoder where so many tokens fill it, else None.
+    """The narrowest sliding window of the decoder that so many tokens fill, or None.
 
-    A full window has let its oldest key go already.
+    A full window has dropped its oldest key already.
     """
     windows = (sliding_window(parts.config, layer) for layer in range(len(parts.layers)))
     return min((w for w in windows if w is not None and tokens >= w), default=None)
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
-    """The window of a layer in tokens, None where it attends to everything before it."""
+    """The window of a layer in tokens, or None where it attends to everything before."""
     types = getattr(config, "layer_types", None)
     if types is not None and types[layer] != "sliding_attention":
         return None

@@ -1,8 +1,9 @@
 """Cache layers that remember which positions of the prompt they hold.
 
-The choice of tokens lives here, with the cache: a pruned layer stores, for each of its prompt
-slots, the position it came from. Everything that reorders, repeats, selects or crops the cache
-carries these along, so beams, several sequences a prompt, and caches used in turn stay right.
+The choice of tokens is kept with the cache: a pruned layer stores the position of each of its
+prompt's slots. Whatever reorders, repeats, selects or crops the cache does the same to these
+positions, so that beams, several sequences of one prompt, and caches that are used in turn stay
+right.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from atp_patch.contract.errors import CacheError
 
 
 class PrunedSlots:
-    """Mixin of the two cache layers below: ``slots`` pruned keys, then everything that came after.
+    """Mixin of the cache layers below, which hold ``n`` keys of a pruned prompt, then all others.
 
     Attributes:
-        positions: (B, n) int64 logical positions of the first ``n`` keys; None: nothing is pruned.
+        positions: (B, n) int64 logical positions of the first ``n`` keys; None where nothing is
+            pruned.
         valid: (B, n) bool, or None where every slot holds a token (no ragged batch).
         covered: how many logical positions the ``n`` keys stand for. Key ``n + j`` has the logical
             position ``covered + j``.
@@ -38,24 +40,24 @@ class PrunedSlots:
     _announced: bool = False
 
     def prune(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
-        """Say which positions the keys stand for that the next update stores, with those before."""
+        """Set the positions of all keys that the layer holds after its next update; allow that."""
         self.hold(positions, valid, covered)
         self.announce_update()
 
     def hold(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
-        """Say which positions the stored keys stand for."""
+        """Set the logical positions of the keys that the layer holds."""
         self.positions, self.valid, self.covered = positions, valid, covered
 
     def announce_update(self) -> None:
-        """Say that the next update is by a pass that narrows its mask to what is held here."""
+        """Allow the next update, because its pass narrows its mask to the keys of this layer."""
         self._announced = True
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store further keys and values, and give all.
+        """Store further keys and values, and return all.
 
         Raises:
-            CacheError: where nobody announced it: a model without a patch would read keys at
-                other positions than their own.
+            CacheError: where the update was not announced, because a model without a patch would
+                read the keys at positions other than their own.
         """
         if self.positions is not None and not self._announced:
             raise CacheError(
@@ -70,12 +72,12 @@ class PrunedSlots:
 
     @property
     def capacity(self) -> int | None:
-        """Slots of a layer that is allocated ahead; None where it grows as needed."""
+        """How many slots a preallocated layer has; None for a layer that grows."""
         return None
 
     @property
     def dropped(self) -> int:
-        """Logical positions that have no key here."""
+        """How many logical positions have no key in this layer."""
         return 0 if self.positions is None else self.covered - self.positions.shape[-1]
 
     def _select(self, rows: Tensor) -> None:
@@ -85,12 +87,12 @@ class PrunedSlots:
             self.valid = self.valid.index_select(0, rows.to(self.valid.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the samples (beam search)."""
+        """Reorder the samples, as beam search does."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._select(beam_idx)
 
     def reset(self) -> None:
-        """Empty the layer; it then holds an unpruned prompt until it is pruned anew."""
+        """Empty the layer, which then holds nothing pruned."""
         super().reset()  # type: ignore[misc]
         self.positions, self.valid, self.covered = None, None, 0
 
@@ -98,26 +100,24 @@ class PrunedSlots:
 class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
     """A growing cache layer whose lengths, as the host reads them, are those of the whole sequence.
 
-    It keeps every key (also where the host's layer would forget those outside a sliding window):
-    what may be seen is decided by the mask, from the logical positions.
+    It keeps every key, even where the host's layer would drop those outside of a sliding window.
+    The mask says which keys are visible, by their logical positions.
     """
 
     keys: Any
     values: Any
 
     def get_seq_length(self) -> int:
-        """Logical length: the positions seen so far, pruned ones included."""
+        """The logical length, which counts all positions so far, pruned ones included."""
         stored = super().get_seq_length()
         return stored + self.dropped if stored else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask that the host would build for ``query_length`` new
-        tokens.
-        """
+        """(length, offset) of the mask that the host builds for ``query_length`` new tokens."""
         return self.get_seq_length() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens: ``-n`` removes n; a positive number is the length to keep."""
+        """Drop the newest tokens: ``-n`` removes n tokens, and ``n`` keeps a length of n."""
         length = self.get_seq_length()
         remove = length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if remove <= 0 or not self.is_initialized:
@@ -128,16 +128,16 @@ class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
         self.values = self.values[..., :-remove, :]
 
     def _crop_prompt(self, length: int) -> None:
-        """Forget the end of the prompt itself, where no token of it was pruned (guessed tokens)."""
+        """Drop the end of the prompt, such as guessed tokens, where none of it was pruned."""
         assert self.positions is not None
         removed = self.covered - length
         whole = torch.arange(length, self.covered, device=self.positions.device)
         tail = self.positions[:, -removed:]
         if self.valid is not None or removed > tail.shape[1] or not bool((tail == whole).all()):
             raise CacheError(
-                f"cannot crop the cache to {length} tokens: pruning took tokens out of the part "
-                f"that would go. Start from a copy of the cache made before the prompt "
-                "(copy.deepcopy)."
+                f"cannot crop the cache to {length} tokens, because tokens of the part that "
+                "would be dropped are pruned; start from a copy of the cache (copy.deepcopy) that "
+                "was made before the prompt."
             )
         self.positions, self.covered = self.positions[:, :-removed], length
 
@@ -161,11 +161,11 @@ class PrunedStaticLayer(PrunedSlots, StaticLayer):
 
     @property
     def capacity(self) -> int:
-        """The slots that were allocated."""
+        """How many slots were allocated."""
         return int(self.max_cache_len)
 
     def get_seq_length(self) -> Any:
-        """Logical length: the positions seen so far, pruned ones included."""
+        """The logical length, which counts all positions so far, pruned ones included."""
         return self.cumulative_length + self.dropped if self.is_initialized else 0
 
 
@@ -178,9 +178,9 @@ _REPLACEABLE = {
 
 
 def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
-    """The cache's layer if it holds a pruned prompt, else None (a constant-time check).
+    """The cache's layer where it holds a pruned prompt, else None; this takes constant time.
 
-    Gradient checkpointing leaves a layer empty whose prompt was pruned.
+    Gradient checkpointing leaves the layer of a pruned prompt empty.
     """
     if cache is None or not 0 <= layer_idx < len(cache.layers):
         return None
@@ -191,10 +191,10 @@ def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
 
 
 def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
-    """Make the cache's layer one that can hold a pruned prompt, keeping what it holds.
+    """Replace a layer of the cache by one that can hold a pruned prompt, with the same content.
 
     Raises:
-        CacheError: for a cache whose layers cannot (quantised, static sliding windows, ...).
+        CacheError: for layers that cannot, such as quantised ones and static sliding windows.
     """
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -205,8 +205,8 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
     if replacement is None:
         raise CacheError(
             f"a cache with layers of type {type(layer).__name__} cannot hold a pruned prompt; "
-            f"use a DynamicCache or a StaticCache without sliding windows (the default of "
-            "generate is right)."
+            "use a DynamicCache, as generate does by default, or a StaticCache without sliding "
+            "windows."
         )
     if layer.is_sliding and layer.cumulative_length >= layer.sliding_window:
         raise CacheError(
@@ -216,16 +216,14 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
         )
     pruned: Any = replacement.__new__(replacement)
     pruned.__dict__.update(layer.__dict__)
-    # Hybrid caches are recognised by this attribute of the class, so the instance keeps the host's.
+    # The host tells hybrid caches apart by this attribute, so the instance keeps the host's value.
     pruned.is_sliding = layer.is_sliding
     cache.layers[layer_idx] = pruned
     return pruned
 
 
 def capacity(cache: Cache | None, layer_idx: int = 0) -> int | None:
-    """Slots of a layer that is allocated ahead; None where it grows as needed. Layers of the
-    host's own are asked too.
-    """
+    """How many slots a preallocated layer has, the host's own included; None for one that grows."""
     layers = [] if cache is None else cache.layers
     layer: Any = layers[layer_idx] if layer_idx < len(layers) else None
     if isinstance(layer, PrunedSlots):
@@ -243,7 +241,7 @@ def check_prunable_again(cache: Cache, layer_idx: int = 0) -> None:
 
 
 def check_cache(cache: Cache | None, first_layer: int) -> None:
-    """Raise CacheError now, before anything ran, if the cache could not hold a pruned prompt."""
+    """Raise CacheError before anything runs where the cache cannot hold a pruned prompt."""
     if cache is not None and len(cache.layers) > first_layer:
         layer = cache.layers[first_layer]
         if not isinstance(layer, PrunedSlots) and type(layer) not in _REPLACEABLE:
@@ -253,8 +251,10 @@ def check_cache(cache: Cache | None, first_layer: int) -> None:
 def stored_positions(
     cache: Cache, layer_idx: int, batch: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Logical positions of what a layer holds already: (B, P) and (B, P) bool or None; None if
-    empty.
+    """The logical positions of the keys that a layer holds already; None where it is empty.
+
+    Returns:
+        (B, P) int64, and (B, P) bool or None where every key is a token.
 
     Raises:
         CacheError: for a filled StaticCache, whose layers have no room to be pruned a second time.
@@ -274,15 +274,15 @@ def stored_positions(
 
 
 def columns(layer: PrunedLayer, width: int) -> tuple[Tensor, Tensor | None]:
-    """Which logical position each key of a layer stands for.
+    """The logical position of each key of a layer.
 
     Args:
         layer: a cache layer that holds a pruned prompt.
-        width: number of keys.
+        width: how many keys it has.
 
     Returns:
-        (B, width) int64 positions and (B, width) bool (False: no token there), or None where every
-        key is one.
+        (B, width) int64 positions, and (B, width) bool, False where a key is no token, or None
+        where every key is a token.
     """
     assert layer.positions is not None
     batch, n = layer.positions.shape

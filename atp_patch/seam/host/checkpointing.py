@@ -1,4 +1,4 @@
-"""Gradient checkpointing, as far as it changes what a patched model can do."""
+"""Checking gradient checkpointing for what a patched model cannot do with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_learning(layer: Any) -> None:
         layer: a layer of the decoder.
 
     Raises:
-        UnsupportedModelError: naming the call that makes it another kind.
+        UnsupportedModelError: where the layer uses it; the message names the call that ends this.
     """
     if getattr(layer, "gradient_checkpointing", False) and _is_reentrant(layer):
         raise UnsupportedModelError(
@@ -36,10 +36,10 @@ def check_generation(layer: Any, cache: Cache | None) -> None:
 
     Args:
         layer: a layer of the decoder.
-        cache: the one that ``generate`` gives to the decoder, or None.
+        cache: the cache that ``generate`` gives to the decoder, or None.
 
     Raises:
-        CacheError: naming the calls that mend it.
+        CacheError: where it stays empty; the message names the calls that mend this.
     """
     checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training
     if (

@@ -19,7 +19,7 @@ SEQUENCES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "
 
 
 def sequences_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of a forward pass that tell where sequences begin."""
+    """The arguments of a forward pass that tell where sequences begin, by name."""
     return {name: given[name] for name in SEQUENCES if given.get(name) is not None}
 
 

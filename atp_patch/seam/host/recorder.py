@@ -76,8 +76,8 @@ class Recording:
         rotate = getattr(home, "apply_rotary_pos_emb", None)
         if rotate is None or self.rotary is None:
             raise UnsupportedModelError(
-                f"{type(self.module).__name__} has no rotary embedding that can be turned back; "
-                "score after it."
+                f"the rotary embedding of {type(self.module).__name__} cannot be undone; "
+                'score after it (in fastv: rope="after").'
             )
         cos, sin = self.rotary
         own = self.key[:, :, -self.query.shape[2] :]

@@ -1,9 +1,9 @@
-"""VoCo tokens in a forward pass: put behind each image, and alone left of it in the cache.
+"""VoCo tokens in a forward pass: they stand behind each image, and replace it in the cache.
 
-The tokens are inserted at the decoder's door and taken out behind it, so neither the tokenizer nor
-the embeddings, labels or lengths that the host knows are touched. To the host a VoCo token stands
-at the place of one of the last visual tokens of its segment: it has that one's position ids, column
-of the padding mask, logical position in the cache, and place in the output.
+The tokens are inserted before the decoder and taken out behind it, so that the tokenizer, the
+embeddings, the labels and the lengths that the host knows stay as they are. For the host a VoCo
+token stands in the place of one of the last visual tokens of its segment. It has that token's
+position ids, column of the padding mask, logical position in the cache, and place in the output.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class VoCoPolicy(Protocol):
     """What the rest of the package says about VoCo tokens.
 
     Attributes:
-        num_tokens: VoCo tokens of each segment.
-        segment_frames: frames of a video that make a segment; None: all of them.
+        num_tokens: how many VoCo tokens each segment has.
+        segment_frames: how many frames of a video make one segment; None for all of them.
     """
 
     num_tokens: int
@@ -56,19 +56,20 @@ class VoCoPolicy(Protocol):
 
     @property
     def embedding(self) -> Tensor:
-        """(V, D) of the VoCo tokens."""
+        """(num_tokens, D), the learned embeddings of the VoCo tokens."""
 
     def finished(self, voco_pass: VoCoPass) -> None:
-        """A forward pass with images is through the decoder."""
+        """Take note of a forward pass with images that has gone through the decoder."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """What the cache holds of earlier turns, the same in every layer.
+    """What the cache holds of earlier turns, which is the same in every layer.
 
     Attributes:
-        length: logical length.
-        positions: (B, P) int64 logical positions; ``valid`` (B, P) bool or None.
+        length: the logical length.
+        positions: (B, P) int64 logical positions of the keys.
+        valid: (B, P) bool, or None where every key is a token.
     """
 
     length: int
@@ -81,14 +82,14 @@ class VoCoPass:
     """One forward pass with images through a model with VoCo tokens.
 
     Attributes:
-        policy: is told what the pass did.
-        layout: the visual tokens, as they were given.
-        segments: of each sample, (first, one behind the last) visual token of each segment.
+        policy: what the rest of the package says about VoCo tokens; it is told what the pass did.
+        layout: where the given visual tokens lie.
+        segments: for each sample the (first, one behind the last) position of each segment.
         slots: the sequence that the decoder runs on.
         attended: (B, n) bool, False at padding.
-        position_ids: (..., B, n) int64 of the slots.
-        past: what the cache held before, or None.
-        bytes_per_element: of the hidden states, and so of the cache.
+        position_ids: (..., B, n) int64 position ids of the slots.
+        past: what the cache held before this pass, or None.
+        bytes_per_element: the bytes of one number in the hidden states, and so in the cache.
     """
 
     policy: VoCoPolicy
@@ -102,20 +103,20 @@ class VoCoPass:
 
     @property
     def kept(self) -> Tensor:
-        """(B, n) bool: the slots that stay in the cache: text and VoCo tokens."""
+        """(B, n) bool: the slots that stay in the cache, which are text and VoCo tokens."""
         return self.attended & ~self.slots.visual
 
     def before_layer(
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """Announce what the layer adds to the cache of earlier turns; return its arguments."""
+        """Allow the layer to add to a cache of earlier turns; its arguments stay as they are."""
         earlier = pruned_layer(kwargs.get("past_key_values"), layer)
         if earlier is not None:
             earlier.announce_update()
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
-        """Leave VoCo tokens and text alone in the cache, and give the output the public length."""
+        """Drop visual tokens from the cache, and give the output the public length."""
         cache = kwargs.get("past_key_values")
         if cache is None:  # the decoder may have made one
             rest = output[1:] if isinstance(output, tuple) else [output.past_key_values]
@@ -126,11 +127,11 @@ class VoCoPass:
         return self.restore(output)
 
     def without_output(self) -> Tensor | None:
-        """None: every place has an output."""
+        """None, since every place has an output."""
         return None
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """None: VoCo tokens learn from the host's own loss."""
+        """Nothing, since VoCo tokens learn from the host's own loss."""
         return {}
 
     def evict(self, cache: Cache) -> None:
@@ -138,7 +139,7 @@ class VoCoPass:
         index, valid = pack(self.kept)
         positions = self.slots.place.gather(1, index)
         past, covered = self.past, self.layout.length
-        # What fills up a shorter sample repeats its first key: finite numbers that nothing sees.
+        # A padding slot repeats the sample's first key, whose finite numbers nothing reads.
         index = torch.where(valid, index, index[:, :1])
         every = bool(valid.all())
         if past is not None:
@@ -193,7 +194,14 @@ def voco_pass_of(
     call: Call,
     kwargs: dict[str, Any],
 ) -> tuple[VoCoPass, dict[str, Any]] | None:
-    """The state of a pass with images, and what the decoder gets instead; None without any image.
+    """The state of a pass with images and the arguments of the decoder; None without images.
+
+    Args:
+        parts: the model's modules.
+        prompts: what the rest of the package says about prompts.
+        policy: what the rest of the package says about VoCo tokens.
+        call: the arguments of the pass.
+        kwargs: what the host gives the decoder.
 
     Raises:
         InputError: where an image has fewer visual tokens than there are VoCo tokens, or no 2D
@@ -252,7 +260,7 @@ def voco_pass_of(
 def _segments(
     spans: Sequence[Span], grids: Sequence[VisualGrid], frames: int | None
 ) -> list[tuple[int, int]]:
-    """Runs of placeholders, and of those that hold videos parts of ``frames`` frames."""
+    """Each run of placeholders as one segment, or a video's run in parts of ``frames`` frames."""
     found = []
     for span in spans:
         cuts = [span.start]
@@ -286,7 +294,11 @@ def _check(
 def _past(
     parts: Parts, cache: Cache | None, past_length: int, length: int, slots: Slots
 ) -> Past | None:
-    """What the cache holds already."""
+    """What the cache holds of earlier turns; None where it is empty.
+
+    Raises:
+        CacheError: where the cache cannot hold a compressed prompt.
+    """
     batch, n = slots.place.shape
     narrowest = filled_window(parts, past_length + n)
     if narrowest is not None:
@@ -311,7 +323,7 @@ def _past(
 
 
 def _past_visible(past: Past, call: Call, visible: Tensor) -> Tensor:
-    """(B, n, P) bool: the cached keys that are seen, by every query alike."""
+    """(B, n, P) bool: the cached keys that are visible, which are the same for every query."""
     seen = torch.ones_like(past.positions, dtype=torch.bool) if past.valid is None else past.valid
     if call.attention_mask is not None:
         columns = call.attention_mask.to(past.positions.device).bool()
