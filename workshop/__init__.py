@@ -1,8 +1,8 @@
-"""How the built-in models, their data and their trained adapters were made; not installed.
+"""The training of the built-in models and of their adapters; it is not installed.
 
 Run from the root of the repository:
 
-    python -m workshop.train --work FOLDER           # the first model, from nothing
+    python -m workshop.train --work FOLDER           # the first model, from scratch
     python -m workshop.export CHECKPOINT             # writes atp_patch/builtin/weights
     python -m workshop.dynamic.train --work FOLDER   # the second model, from the first
     python -m workshop.dynamic.export CHECKPOINT

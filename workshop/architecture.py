@@ -1,4 +1,4 @@
-"""The model's shape, its first weights, and its growth from 8 to 32 decoder layers."""
+"""The first model's shape and initial weights, and its growth from 8 to 32 decoder layers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ HEADS = 4
 TOWER_LAYERS = 4
 DECODER_LAYERS = 32
 ORIGINALS: tuple[int, ...] = (0, 3, 6, 9, 13, 18, 23, 28)
-"""Where the layers of the shallow model stand in the deep one. 3, 13 and 23 are the layers whose
-attention is scored before the layers 4, 14 and 24."""
+"""The number in the deep model of each layer of the shallow one. The attention of layers 3, 13 and
+23 is scored before layers 4, 14 and 24."""
 NOUN_ORIGINAL = 4
-"""The output of this layer of the shallow model (13 of 32) is taught what nouns refer to."""
+"""The output of this layer (13 of 32) is trained to show what nouns refer to."""
 GAZING_ORIGINALS: tuple[int, int] = (3, 4)
-"""In these layers half of the heads are taught where to look: nouns at what they name, and the
-token before a sign's character at that character."""
+"""In these layers half of the heads are trained where to attend: a noun to what it names, and the
+token before a sign's character to that character."""
 SIDE_ORIGINAL = 5
-"""In this layer (18 of 32) half of the heads are taught to look from a question's second noun at
-its first, and its output is taught on which side of the first object the second lies: one layer
-after both have been found."""
+"""In this layer (18 of 32) half of the heads are trained to attend from a question's second noun to
+its first. The layer's output is trained to show on which side of the first object the second one
+is. Both
+objects have been found one layer earlier."""
 HOLDS_ORIGINAL = 6
-"""The output of this layer (23 of 32) is taught at the second noun whether the relation holds."""
+"""The output of this layer (23 of 32) is trained to show at the second noun whether the relation
+holds."""
 
 _POSITION_DIMS = 32
 _HEAD_OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (
@@ -40,11 +42,11 @@ _HEAD_OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (
     ((-3, 0), (3, 0), (0, -3), (0, 3)),
     ((-2, -2), (-2, 2), (2, -2), (2, 2)),
 )
-"""(rows, columns) towards which each tower head looks at the start of training."""
+"""The offset (rows, columns) to which each tower head attends at the start of training."""
 
 
 def build(layers: int) -> LlavaForConditionalGeneration:
-    """A fresh model with `layers` decoder layers, float32; seed torch before."""
+    """Make an untrained float32 model with `layers` decoder layers from torch's random numbers."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -109,7 +111,7 @@ def _start_decoder(model: LlavaForConditionalGeneration) -> None:
 
 
 def position_features() -> Tensor:
-    """Cosines and sines of row and column, (576, 32); neighbours correlate, others do not."""
+    """(576, 32) cosines and sines of each patch's row and column; those of neighbours correlate."""
     turns = torch.arange(1, 16, 2) * math.pi / GRID  # (8,)
     angles = torch.arange(GRID)[:, None] * turns  # (24, 8)
     waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (24, 16)
@@ -120,11 +122,11 @@ def position_features() -> Tensor:
 
 @torch.no_grad()
 def _start_tower(model: LlavaForConditionalGeneration) -> None:
-    """Give the tower a sense of neighbourhood: each head starts by looking one way.
+    """Let each head of the tower start by attending in one direction.
 
-    A tower of this size would spend most of its short training on finding out which patches are
-    neighbours. Position features sit in the first 32 channels; query and key of each head start
-    as copies of them, the query turned by the head's offset.
+    Otherwise a tower of this size would need most of its short training to learn which patches are
+    neighbours. Position features are in the first 32 channels. The query and the key of each head
+    start as copies of them, and the query is rotated by the head's offset.
     """
     tower = model.model.vision_tower
     position = tower.embeddings.position_embedding.weight
@@ -152,7 +154,7 @@ def _start_tower(model: LlavaForConditionalGeneration) -> None:
 
 
 def _turn(offset: tuple[int, int]) -> Tensor:
-    """Matrix (32, 32) that moves position features by (rows, columns)."""
+    """(32, 32) matrix that moves position features by (rows, columns)."""
     turns = torch.arange(1, 16, 2) * math.pi / GRID
     blocks = []
     for steps in offset:
@@ -165,11 +167,12 @@ def _turn(offset: tuple[int, int]) -> Tensor:
 def recentre(model: LlavaForConditionalGeneration, features: Tensor) -> None:
     """Give the projector's output mean 0 and root mean square 1, in place.
 
-    What all visual tokens share tells nothing, but would fill most of what the decoder's norms
-    let through.
+    A part that all visual tokens share carries no information, but would dominate the output of the
+    decoder's norms.
 
     Args:
-        features: (images, 576, hidden) of the tower.
+        model: the model.
+        features: (images, 576, hidden), the tower's features of some images.
     """
     projector = model.model.multi_modal_projector
     shown = projector(features).flatten(0, 1)
@@ -181,11 +184,11 @@ def recentre(model: LlavaForConditionalGeneration, features: Tensor) -> None:
 
 @torch.no_grad()
 def grow(shallow: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same function with 32 decoder layers.
+    """Make a model with 32 decoder layers that computes the same function.
 
-    Layer ORIGINALS[k] of the deep model is layer k of the shallow one. Each layer between is a
-    copy of the nearest original below whose `o_proj` and `down_proj` are zero: it adds nothing
-    to the residual stream until it is trained.
+    Layer ORIGINALS[k] of the deep model is layer k of the shallow one. Each layer in between is a
+    copy of the nearest such layer below it with zeros in `o_proj` and `down_proj`, so that it adds
+    nothing to the residual stream until it is trained.
     """
     deep = build(DECODER_LAYERS)
     state = shallow.state_dict()

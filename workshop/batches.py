@@ -1,4 +1,4 @@
-"""Training batches: scenes turned into arrays, made in a process of their own."""
+"""Training batches, which are made from scenes in a second process."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from workshop.labels import (
 )
 
 TEXT_LENGTH = 15
-"""Tokens of the longest question with its answer and `</s>`."""
+"""Number of tokens of the longest question with its answer and `</s>`."""
 
 Batch = dict[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a batch holds. Batch number k holds scenes k * images to (k + 1) * images - 1."""
+    """The contents of batches. Batch number k has scenes k * images to (k + 1) * images - 1."""
 
     images: int
     views: int = 1
-    """Sets of questions asked of the same image."""
+    """Number of sets of questions about each image."""
     questions: int = 12
     tasks: tuple[str, ...] = (*TASKS, "count", "ocr", "relation", "exist", "common", "size")
-    """Tried in this order after a shuffle, until there are `questions` of them."""
+    """The tasks, which are shuffled and tried until there are `questions` questions."""
     pair_share: float = 0.0
-    """Share of the questions that follow another one and its answer: `USER:` stands between."""
+    """Share of the questions that follow another one and its answer, separated by `USER:`."""
     first_counts: bool = True
-    """Whether the first answer of such a pair is a target too."""
+    """Whether the first answer of such a pair is also a target."""
     with_patch_labels: bool = False
     with_owners: bool = False
-    """Whether to say which patches show what a token of a question names."""
+    """Whether to include which patches show what a token of a question names."""
     split: str = "train"
     offset: int = 0
     """Index of the first scene."""
@@ -61,18 +61,24 @@ Spec = TypeVar("Spec", bound=BatchSpec)
 
 
 def make_batch(spec: BatchSpec, number: int) -> Batch:
-    """Batch `number`: pixels (images, 192, 192, 3) uint8 and, for each image and view, questions.
+    """Make a batch.
 
-    `ids` and `targets` are (images * views, questions, length): question, `ASSISTANT:`, answer,
-    `</s>`; a target is the *next* token where that belongs to the answer, else IGNORE. With pairs
-    there is room for two of these and `USER:` between them; `task` is then that of the second.
-    `nouns` is (images * views, questions, length, NOUN_FIELDS); `task` is the index in TASKS.
-    `owners` is (images, 576); `gaze` is (images * views, questions, TEXT_LENGTH, 2): owners, a
-    bit each, that a noun names, and those that the token before a sign's character should see.
-    `sides` is (images * views, questions, length, SIDE_FIELDS and HOLDS_FIELDS), told at the
-    second noun of a question; `back` is (images * views, questions, length), how many tokens
-    before that noun the first one stands, 0 elsewhere. `cores`, `near` and `middle` (what
-    `patch_middles` gives) are (images, 576).
+    The number of rows is `images * views`. The entries are:
+
+    - `pixels`: (images, 192, 192, 3) uint8.
+    - `ids`: (rows, questions, length), each a question, `ASSISTANT:`, the answer and `</s>`. With
+      pairs there is room for two of these and `USER:` between them.
+    - `targets`: (rows, questions, length), the *next* token where it belongs to an answer, else
+      IGNORE.
+    - `task`: (rows, questions), the index in TASKS; that of the second question in a pair.
+    - `nouns`: (rows, questions, length, NOUN_FIELDS), labels of nouns.
+    - `gaze`: (rows, questions, length, 2), sets of owners as bits: those that a noun names, and
+      those that the token before a sign's character should attend to.
+    - `sides`: (rows, questions, length, SIDE_FIELDS and HOLDS_FIELDS), labels at the second noun of
+      a question.
+    - `back`: (rows, questions, length), the distance in tokens from that noun to the first one; 0
+      elsewhere.
+    - `owners`, `cores`, and `near` and `middle` from `patch_middles`: (images, 576).
     """
     rows = spec.images * spec.views
     length = 2 * TEXT_LENGTH + 1 if spec.pair_share else TEXT_LENGTH
@@ -112,7 +118,7 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
                 _write(batch, (row, j), scene.layout, [asked.pop(0) for _ in range(1 + second)])
                 if spec.pair_share and not spec.first_counts:
                     starts = np.flatnonzero(batch["ids"][row, j] == word_ids()[USER])
-                    until = starts[0] if second else length  # nothing was left to follow
+                    until = starts[0] if second else length  # there was no second question
                     batch["targets"][row, j, :until] = IGNORE
     if spec.with_patch_labels:
         batch |= {"labels": np.stack(labels), "places": np.stack(places)}
@@ -124,7 +130,7 @@ def make_batch(spec: BatchSpec, number: int) -> Batch:
 
 
 def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Question]) -> None:
-    """Write questions with their answers, one after the other, into a slot of a batch."""
+    """Write questions with their answers one after another into a slot of a batch."""
     at = 0
     for turn in turns:
         if at:
@@ -153,8 +159,8 @@ def _write(batch: Batch, slot: tuple[int, int], layout: Layout, turns: list[Ques
 def batches(
     spec: Spec, first: int, stop: int, make: Callable[[Spec, int], Batch] = make_batch
 ) -> Iterator[Batch]:
-    """Batches `first` to `stop - 1`, drawn ahead in a second process."""
-    # "spawn": a fork of a process whose torch threads already run may hang.
+    """Give batches `first` to `stop - 1`, which a second process makes ahead."""
+    # "spawn", because a fork of a process in which torch threads run may hang.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pending = [pool.apply_async(make, (spec, k)) for k in range(first, min(first + 4, stop))]
         for number in range(first, stop):

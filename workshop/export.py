@@ -1,7 +1,7 @@
-"""Writes the shipped folder from a training checkpoint.
+"""Writes the folder of the built-in model from a training checkpoint.
 
-`python -m workshop.export CHECKPOINT [FOLDER]`: a shallow checkpoint is grown to 32
-layers without changing the function, weights are rounded to bfloat16.
+`python -m workshop.export CHECKPOINT [FOLDER]` grows a shallow checkpoint to 32 layers without
+changing its function and rounds the weights to bfloat16.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The model's state dict in a training checkpoint."""
-    # The checkpoint's prefix "model." stands before the names of the state dict.
+    """Read the model's state dict from a training checkpoint."""
+    # A checkpoint puts the prefix "model." before the names of the state dict.
     stored = load_file(path)
     return {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
 
 
 def read_checkpoint(path: Path) -> LlavaForConditionalGeneration:
-    """The model of a training checkpoint, always with 32 decoder layers, float32."""
+    """Read the float32 model of a training checkpoint, always with 32 decoder layers."""
     state = read_state(path)
     deepest = max(int(k.split(".")[3]) for k in state if ".language_model.layers." in k)
     model = build(deepest + 1)
@@ -41,7 +41,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write weights (bfloat16), configuration and processor.
 
     Raises:
-        ValueError: the model has not 32 decoder layers.
+        ValueError: if the model does not have 32 decoder layers.
     """
     layers = len(model.model.language_model.layers)
     if layers != DECODER_LAYERS:
@@ -53,7 +53,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
 
 
 def write_model(model: Any, folder: Path) -> None:
-    """Write weights (bfloat16) and configuration; then all may read the folder's files."""
+    """Write weights (bfloat16) and configuration, and make the files readable for everybody."""
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 8
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The first stages, with sizes, rates and weights: few objects, one question at a time."""
+"""The first stages of training, on scenes with few objects and one question at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from atp_patch.builtin.vocabulary import TASKS
 from workshop.batches import BatchSpec
 from workshop.stage import Stage
 
-# At first fewer objects and no plates that only look like signs.
+# The first scenes have fewer objects and no plates that only look like signs.
 _PLAIN = SceneConfig(max_objects=6, plate_share=0.0)
-# Denser than what the model is asked about: more to learn from a picture.
+# These scenes are denser than those of the questions, so that each picture teaches more.
 _DENSE = SceneConfig(min_objects=3, max_objects=8, sign_share=0.9, plate_share=0.0)
 
 SLOW_TASKS = ("count", "relation", "common", "shape", "colour")
@@ -19,7 +19,7 @@ _LATE_WEIGHT = {"count": 1.5, "relation": 1.5, "common": 1.5}
 
 
 def at_once(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:
-    """Many questions of one image, so that what it costs to see it is shared."""
+    """Many questions about each image, which share the cost of reading it."""
     return BatchSpec(
         images=8,
         questions=18,

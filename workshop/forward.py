@@ -1,8 +1,8 @@
-"""The model's forward pass as training wants it: many questions an image, tokens left out.
+"""The forward pass of training, with many questions about an image and some tokens left out.
 
-It computes with the modules of the Hugging Face model, so their parameters are what is trained;
-only attention is written out, because many questions share one image in one pass. On one
-question and all tokens it equals the model's own forward (a test).
+It uses the modules of the Hugging Face model, so that their parameters are trained. Only attention
+is written out, because many questions share one image in one pass. With one question and all tokens
+it equals the model's own forward, which is tested.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ PREFIX = (BOS, USER)
 
 
 def to_pixel_values(pixels: NDArray[np.generic], device: torch.device | str = "cpu") -> Tensor:
-    """(images, 192, 192, 3) uint8 -> (images, 3, 192, 192) in -1..1, as the processor does."""
+    """(images, 3, 192, 192) in -1..1 from (images, 192, 192, 3) uint8, as the processor does."""
     values = torch.tensor(pixels, device=device).permute(0, 3, 1, 2).float()
     return values / 127.5 - 1.0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v, all (..., tokens, d).
+    """Compute softmax(q k^T / sqrt(d) + bias) v; queries, keys and values are (..., tokens, d).
 
-    Written out because the backward of the fused kernel is slow on CPUs.
+    It is written out because the backward pass of the fused kernel is slow on CPUs.
     """
     return attention_map(q, k, bias) @ v
 
 
 def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias), (..., queries, keys)."""
+    """Compute softmax(q k^T / sqrt(d) + bias), (..., queries, keys)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 def heads_apart(x: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
+    """Split (batch, tokens, heads * d) into (batch, heads, tokens, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def heads_together(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, d) -> (batch, tokens, heads * d)."""
+    """Join (batch, heads, tokens, d) into (batch, tokens, heads * d)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -62,13 +62,14 @@ def tower_forward(
     order: Tensor | None = None,
     states: list[Tensor] | None = None,
 ) -> Tensor:
-    """Patch features before the projector, (images, 576, hidden), raster order.
+    """(images, 576, hidden): the patch features before the projector, in raster order.
 
     Args:
+        model: the model.
         pixel_values: (images, 3, 192, 192).
-        order: if given, from `window_order`: the grid is cut into four windows of 12 x 12
-            patches that do not see each other, a fourth of the attention's work.
-        states: if given, filled with the patches' states after each layer (without `order`).
+        order: an order from `window_order`, or None. With it the grid is cut into four windows of
+            12 x 12 patches that do not see each other, a fourth of the attention's work.
+        states: a list to which the patches' states after each layer are added (without `order`).
     """
     tower = model.model.vision_tower
     embed = tower.embeddings
@@ -99,7 +100,7 @@ def tower_forward(
 
 
 def window_order(shift: tuple[int, int]) -> Tensor:
-    """Raster indices of the patches of a grid rolled by `shift`, window after window, (576,)."""
+    """(576,): raster indices of the patches of a grid rolled by `shift`, window by window."""
     half = GRID // 2
     grid = torch.arange(GRID * GRID).reshape(GRID, GRID).roll(shift, (0, 1))
     return grid.reshape(2, half, 2, half).transpose(1, 2).reshape(-1)
@@ -107,15 +108,20 @@ def window_order(shift: tuple[int, int]) -> Tensor:
 
 @dataclass
 class Notes:
-    """What the auxiliary losses read out of a forward pass.
+    """What the auxiliary losses read from a forward pass.
 
-    `states` are the text states, (rows, questions, length, hidden), after each of the `probes`.
-    `gazes` are, for each of `gaze_layers`, half of the heads' attention from the packed text to
-    the visual tokens, (rows, heads / 2, packed, visual); `tally` is that of the last head of the
-    first of them to the beginning of the sequence and the visual tokens, (rows, packed, 1 +
-    visual); `backward` is that of `back_layer` to the
-    packed text, (rows, heads / 2, packed, packed). `order` (rows, packed) says where the packed
-    tokens stand in the flattened questions.
+    Attributes:
+        probes: the layers whose text states are kept.
+        gaze_layers: the layers whose attention to visual tokens is kept.
+        back_layer: the layer whose attention to text is kept.
+        states: for each of the `probes`, (rows, questions, length, hidden) text states.
+        gazes: for each of the `gaze_layers`, (rows, heads / 2, packed, visual) attention of half of
+            the heads from the packed text to the visual tokens.
+        tally: (rows, packed, 1 + visual) attention of the last head of the first of the
+            `gaze_layers` to the beginning of the sequence and to the visual tokens.
+        backward: (rows, heads / 2, packed, packed) attention of half of the heads of `back_layer`
+            to the packed text.
+        order: (rows, packed) places of the packed tokens in the flattened questions.
     """
 
     probes: tuple[int, ...]
@@ -135,20 +141,21 @@ def decoder_forward(
     ids: Tensor,
     notes: Notes | None = None,
 ) -> Tensor:
-    """Logits of many questions about one image a row.
+    """Compute the logits of many questions about the image of each row.
 
-    Visual tokens and the prefix see each other causally and no text, so they are computed once;
-    the tokens of a question see them and the earlier tokens of their own question.
+    Visual tokens and the prefix see each other causally and no text, so they are computed once. The
+    tokens of a question see them and the earlier tokens of their own question.
 
     Args:
-        features: (rows, visual, hidden), what the tower gave for the patches that are shown.
-        places: (visual,) or (rows, visual), raster indices of these patches, ascending: they keep
-            the position ids that they have in the full sequence.
-        ids: (rows, questions, length), each question filled up with `<pad>`.
-        notes: filled with what the auxiliary losses read.
+        model: the model.
+        features: (rows, visual, hidden), the tower's features of the patches that are shown.
+        places: (visual,) or (rows, visual), raster indices of these patches in rising order. They
+            keep their position ids of the full sequence.
+        ids: (rows, questions, length), each question padded with `<pad>`.
+        notes: receives what the auxiliary losses read.
 
     Returns:
-        logits (rows, questions, length, vocabulary). At padding they mean nothing.
+        (rows, questions, length, vocabulary) logits. Those at padding have no meaning.
     """
     decoder = model.model.language_model
     first = len(PREFIX)
@@ -173,16 +180,20 @@ def read_questions(
     text_from: int,
     notes: Notes | None,
 ) -> Tensor:
-    """Logits of many questions after what all of them see.
+    """Compute the logits of many questions that follow the same tokens.
 
     Args:
-        decoder: of Hugging Face, with LLaMA's names; queries and keys may be normalised.
-        seen: (rows, tokens, hidden), embedded.
-        seen_at: position ids of these, as the decoder's rotary embedding takes them.
-        shown: which of these are visual tokens.
-        ids: (rows, questions, length), each question filled up with `<pad>`.
+        decoder: a decoder of Hugging Face with LLaMA's names; it may normalise queries and keys.
+        lm_head: the head of the language model.
+        seen: (rows, tokens, hidden), embeddings of the tokens that all questions see.
+        seen_at: position ids of these tokens, as the decoder's rotary embedding takes them.
+        shown: which of these tokens are visual tokens.
+        ids: (rows, questions, length), each question padded with `<pad>`.
         text_from: position id of a question's first token.
-        notes: filled with what the auxiliary losses read.
+        notes: receives what the auxiliary losses read.
+
+    Returns:
+        (rows, questions, length, vocabulary) logits. Those at padding have no meaning.
     """
     heads = int(decoder.config.num_attention_heads)
     questions, length = ids.shape[1:]
@@ -215,7 +226,7 @@ def read_questions(
         weights = attention_map(q, keys, text_bias)
         text = text + attention.o_proj(heads_together(weights @ values))
         text = text + layer.mlp(layer.post_attention_layernorm(text))
-        if number < len(decoder.layers) - 1:  # nothing reads what the last layer saw
+        if number < len(decoder.layers) - 1:  # the last layer's states of these tokens are not used
             seen = seen + attention.o_proj(
                 heads_together(attend(q_seen, k_seen, v_seen, seen_bias))
             )
@@ -243,11 +254,11 @@ def read_questions(
 
 
 def _pack(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the tokens that are no padding stand, as many a row as the fullest row has.
+    """Find the tokens that are not padding; `packed` is their number in the fullest row.
 
     Returns:
-        index in the flattened row, number of the question, index in the question; each
-        (rows, packed). Rows with fewer tokens end with padding, which no other token sees.
+        (rows, packed) each: the index in the flattened row, the number of the question, and the
+        index in the question. Rows with fewer tokens end with padding, which no other token sees.
     """
     flat = ids.flatten(1)
     live = flat != word_ids()[PAD]

@@ -1,7 +1,7 @@
-"""Writes example scenes with questions and true answers.
+"""Writes example scenes with questions and correct answers.
 
-`python -m workshop.gallery FOLDER`: the first scenes of the held-out split, chosen by
-index and not by what the model can do, and `scenes.json` beside them.
+`python -m workshop.gallery FOLDER` writes the first scenes of the held-out split, which are chosen
+by index and not by what the model can do, and `scenes.json`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DEMO_QUESTION = "How many red shapes are there?"
 
 
 def gallery(number: int, first: int = 0) -> list[Scene]:
-    """`number` held-out scenes from index `first` on, the first of them with red shapes.
+    """Return `number` held-out scenes from index `first` on, the first of them with red shapes.
 
-    Scenes are taken in order; only the first is searched for, because the demo asks it about red
-    shapes: it is the first scene at or after `first` that has a sign and one or two red shapes
-    (more of a kind are what the model counts worst).
+    Scenes are taken in order, except for the first one, because the demo asks about its red shapes.
+    It is the first scene from index `first` on that has a sign and one or two red shapes; the model
+    counts larger numbers worst.
     """
     index = first
     while True:
@@ -34,7 +34,7 @@ def gallery(number: int, first: int = 0) -> list[Scene]:
 
 
 def describe(scene: Scene, file: str) -> dict[str, object]:
-    """The JSON entry of a scene; every scene is also asked the demo's question."""
+    """Return the JSON entry of a scene, which always includes the demo's question."""
     asked = [{"task": q.task, "question": q.text, "answer": q.answer} for q in scene.questions]
     if all(q.text != DEMO_QUESTION for q in scene.questions):
         red = sum(o.colour == "red" for o in scene.objects)

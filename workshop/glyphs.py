@@ -1,4 +1,4 @@
-"""Draw the glyphs that documents are written with, from the free fonts in matplotlib and Pillow.
+"""Draws the glyphs of documents from the free fonts in matplotlib and Pillow.
 
 python -m workshop.glyphs
 """
@@ -20,14 +20,14 @@ SOURCES = {
     "sans-bold": "DejaVuSans-Bold.ttf",
     "serif": "DejaVuSerif.ttf",
     "mono": "DejaVuSansMono.ttf",
-    "aileron": None,  # Pillow's own
+    "aileron": None,  # Pillow's default font
     "serif-italic": "DejaVuSerif-Italic.ttf",
 }
 TARGET = Path(__file__).parents[1] / "atp_patch/builtin/documents/glyphs.npz"
 
 
 def main() -> None:
-    """Write the file."""
+    """Write the file of glyphs."""
     folder = Path(mpl.get_data_path()) / "fonts/ttf"
     tables: dict[str, Any] = {}
     for name, file in SOURCES.items():
@@ -36,7 +36,7 @@ def main() -> None:
                 face = ImageFont.load_default(size)
             else:
                 face = ImageFont.truetype(BytesIO((folder / file).read_bytes()), size)
-            assert isinstance(face, ImageFont.FreeTypeFont)  # load_default's too, given a size
+            assert isinstance(face, ImageFont.FreeTypeFont)  # load_default(size) returns one too
             ascent, descent = face.getmetrics()
             glyphs = []
             for code in range(FIRST, LAST + 1):

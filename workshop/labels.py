@@ -1,4 +1,4 @@
-"""Dense training targets: what each patch shows, and what each noun of a question refers to."""
+"""Dense training labels: what each patch shows, and what each noun of a question refers to."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PATCH_FIELDS: dict[str, int] = {
     "row": GRID,
     "column": GRID,
 }
-"""Label of a patch -> number of classes; the last class of most is "none"."""
+"""Number of classes of each label of a patch; the last class of most labels is "none"."""
 
 NOUN_FIELDS: dict[str, int] = {
     "count": MAX_OBJECTS + 1,
@@ -55,23 +55,23 @@ NOUN_FIELDS: dict[str, int] = {
     "column": 8,
     **{f"character{k}": len(CHARACTERS) + 1 for k in range(MAX_SIGN)},
 }
-"""Label of a noun in a question -> number of classes. Rows and columns are 24 pixels wide."""
+"""Number of classes of each label of a noun. Rows and columns are 24 pixels wide."""
 
 SIDE_FIELDS: dict[str, int] = {"below": 2, "right": 2, "asked": len(RELATIONS)}
-"""Label of a question's second noun -> number of classes: where its object lies, seen from that of
-the first, and the relation that is asked about."""
+"""Number of classes of each label of a question's second noun: where its object is relative to the
+object of the first noun, and which relation the question is about."""
 
 HOLDS_FIELDS: dict[str, int] = {"holds": 2}
-"""Label of a question's second noun -> number of classes: whether the relation holds."""
+"""Number of classes of the label that says at the second noun whether the relation holds."""
 
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
 _ANY_SHAPE = ("object", "objects", "shapes")
 _OWNED_SHARE = 0.2
-"""A patch belongs to an object that covers at least this share of it."""
+"""A patch belongs to an object if the object covers at least this share of it."""
 
 
 def patch_labels(layout: Layout) -> NDArray[np.int64]:
-    """What each patch shows, (576, number of PATCH_FIELDS), raster order."""
+    """(576, number of PATCH_FIELDS): what each patch shows, in raster order."""
     labels = {name: np.full((GRID, GRID), n - 1) for name, n in PATCH_FIELDS.items()}
     labels["core"][:] = 0
     labels["background"][:] = list(BACKGROUND_COLOURS).index(layout.background)
@@ -100,10 +100,10 @@ def patch_labels(layout: Layout) -> NDArray[np.int64]:
 
 
 def patch_places(layout: Layout) -> NDArray[np.float32]:
-    """Where each patch lies and where the centre of its object does, (576, 5).
+    """(576, 5): the places of each patch and of the centre of its object, and a weight.
 
-    Row, column, the centre's row and column (its own where there is no object), each -1..1 over
-    the image, and a weight: 1 on objects, 0.1 elsewhere.
+    The values are the patch's row and column, the centre's row and column (or the patch's, without
+    an object), each -1..1 over the image, and the weight, 1 on objects and 0.1 elsewhere.
     """
     middle = (np.arange(GRID) + 0.5) * PATCH_PX
     places = np.zeros((GRID, GRID, 5), dtype=np.float32)
@@ -121,7 +121,10 @@ NOTHING = 15
 
 
 def patch_owners(layout: Layout) -> NDArray[np.int64]:
-    """What each patch shows, (576,): object number, 8 + place of a character, or NOTHING."""
+    """(576,): what each patch shows.
+
+    It is the number of an object, MAX_OBJECTS + the place of a character, or NOTHING.
+    """
     owners = np.full((GRID, GRID), NOTHING)
     for number, item in enumerate(layout.objects):
         owners[_coverage(item) >= _OWNED_SHARE] = number
@@ -133,7 +136,7 @@ def patch_owners(layout: Layout) -> NDArray[np.int64]:
 
 
 def patch_cores(layout: Layout) -> NDArray[np.int64]:
-    """Number of the object whose middle 2 x 2 patches a patch belongs to, (576,), else NOTHING."""
+    """(576,): the number of the object whose middle 2 x 2 patches include the patch, or NOTHING."""
     cores = np.full((GRID, GRID), NOTHING)
     for number, item in enumerate(layout.objects):
         cores[_core(item)] = number
@@ -141,7 +144,7 @@ def patch_cores(layout: Layout) -> NDArray[np.int64]:
 
 
 def patch_middles(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`middles` of the patches, (576,) both."""
+    """(576,) each: the `middles` of the patches."""
     near, shares = middles(layout, (IMAGE_PX, IMAGE_PX), PATCH_PX, spread=0.8, reach=6.0)
     return near.ravel(), shares.ravel()
 
@@ -149,17 +152,17 @@ def patch_middles(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.float32
 def middles(
     layout: Layout, size: tuple[int, int], cell_px: int, spread: float, reach: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Number of the object nearest to a cell and the cell's share of its middle, (rows, columns)
-    both.
+    """(rows, columns) each: the nearest object of each cell, and the cell's share of its middle.
 
-    The shares of an object are a bell round its centre that sums to 4. Unlike the 2 x 2 patches of
-    `patch_cores` it changes smoothly with the centre, so that no share hangs on half a pixel.
+    The shares of an object form a bell around its centre that sums to 4. Unlike the 2 x 2 patches
+    of `patch_cores` it changes smoothly with the centre.
 
     Args:
+        layout: the scene.
         size: (width, height) of the canvas in pixels.
-        cell_px: side of a cell, of which the next two are multiples.
-        spread: standard deviation of the bell.
-        reach: squared distance from the centre at which the bell ends.
+        cell_px: side of a cell in pixels.
+        spread: standard deviation of the bell in cells.
+        reach: squared distance from the centre, in cells, at which the bell ends.
     """
     columns, rows = (side // cell_px for side in size)
     near = np.full((rows, columns), NOTHING)
@@ -175,13 +178,13 @@ def middles(
 
 
 def _core(item: SceneObject) -> tuple[slice, slice]:
-    """Exactly 2 x 2 patches an object, so that any stride-2 subset of the grid holds one."""
+    """Return an object's middle 2 x 2 patches; any stride-2 subset of the grid has one of them."""
     top, left = round(item.y_px / PATCH_PX) - 1, round(item.x_px / PATCH_PX) - 1
     return np.s_[top : top + 2, left : left + 2]
 
 
 def _coverage(item: SceneObject) -> NDArray[np.float64]:
-    """Share of each patch that an object covers, (24, 24)."""
+    """(24, 24): the share of each patch that an object covers."""
     mask = PILImage.new("L", (IMAGE_PX, IMAGE_PX))
     ImageDraw.Draw(mask).polygon(outline(item), fill=1)
     cells = np.asarray(mask).reshape(GRID, PATCH_PX, GRID, PATCH_PX)
@@ -190,11 +193,11 @@ def _coverage(item: SceneObject) -> NDArray[np.float64]:
 
 
 def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64], int]]:
-    """For each noun that names objects or the sign: (token index, its labels, its owners).
+    """Return the token index, labels and owners of each noun that names objects or the sign.
 
-    The labels, (number of NOUN_FIELDS,), say how many objects the noun phrase matches, and, where
-    it is just one, which. What does not apply is IGNORE. The owners, a bit each, tell which
-    patches (patch_owners) show what the noun names.
+    The labels, (number of NOUN_FIELDS,), say how many objects the noun phrase matches and, if it
+    matches one, describe it. Labels that do not apply are IGNORE. The owners are bits that say
+    which patches (see `patch_owners`) show what the noun names.
     """
     tokens = [w.lower() if w in OPENERS else w for w in re.findall(r"\w+|[^\w\s]", text)]
     found = []
@@ -227,9 +230,11 @@ def noun_labels(text: str, layout: Layout) -> list[tuple[int, NDArray[np.int64],
 
 
 def side_labels(text: str, layout: Layout) -> tuple[int, int, NDArray[np.int64]] | None:
-    """Of a question whether one object lies so from another: token indices of the first and the
-    second noun, and the labels of SIDE_FIELDS (IGNORE along an axis where the two are about level)
-    and HOLDS_FIELDS.
+    """Return the labels of a question about the relation of two objects, else None.
+
+    Returns:
+        The token indices of the first and the second noun, and the labels of SIDE_FIELDS and
+        HOLDS_FIELDS. Labels along an axis on which the objects are almost level are IGNORE.
     """
     named = [(k, owners) for k, values, owners in noun_labels(text, layout) if values[0] == 1]
     asked = next((r for r in RELATIONS if f" {r} the " in text), None)

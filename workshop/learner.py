@@ -1,4 +1,4 @@
-"""All that training changes, and its checkpoints."""
+"""Everything that training changes, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ _OF_LAYERS = ("layers.", "blocks.", "projector", "merger")
 
 @dataclass
 class Learner:
-    """All that training changes: the model, the throw-away heads, the optimizers."""
+    """Everything that training changes.
+
+    Attributes:
+        model: the model.
+        heads: heads of the auxiliary losses, which are not part of the model.
+        optimizers: the optimizers.
+    """
 
     model: PreTrainedModel
     heads: nn.ModuleDict
     optimizers: list[torch.optim.Optimizer]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
+        """Return all tensors of a checkpoint by name."""
         found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         found |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
         for n, optimizer in enumerate(self.optimizers):
@@ -41,7 +47,7 @@ class Learner:
 
 
 def make_heads() -> nn.ModuleDict:
-    """Linear read-outs of the auxiliary losses; they do not ship."""
+    """Make the heads of the auxiliary losses, which are not part of the built-in model."""
     width = 128
     return nn.ModuleDict(
         {
@@ -59,7 +65,10 @@ def make_heads() -> nn.ModuleDict:
 def make_optimizers(
     model: PreTrainedModel, heads: nn.ModuleDict, stage: Stage
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of layers and projector, Adam for the rest; the tower by its share."""
+    """Make Muon for matrices of layers and projector, and Adam for other parameters.
+
+    The tower's learning rates are multiplied by `stage.tower_rate`.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         in_tower = "vision_tower" in name or name.startswith(("model.visual.b", "model.visual.p"))
@@ -84,14 +93,14 @@ def make_optimizers(
 
 
 def rate_share(step: int, stage: Stage) -> float:
-    """Share of the full learning rate: linear warm-up, level, linear decay to a twentieth."""
+    """Return the factor of the learning rate: linear warm-up, 1, linear decay to a twentieth."""
     rise = min(1.0, (step + 1) / stage.warm_up)
     fall = min(1.0, (stage.steps - step) / max(1, stage.decay))
     return rise * max(fall, 0.05)
 
 
 def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
-    """Load what `save_checkpoint` wrote; returns the number of steps done."""
+    """Load what `save_checkpoint` wrote, and return the number of steps done."""
     with safe_open(path, "pt") as file:
         names = list(file.keys())
         stored = {name: file.get_tensor(name) for name in names}
@@ -99,7 +108,8 @@ def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
     for part, module in (("model.", learner.model), ("heads.", learner.heads)):
         values = {k[len(part) :]: v for k, v in stored.items() if k.startswith(part)}
         if part == "heads.":
-            # A stage may have a head that the stage before had not, or one with more classes.
+            # A stage may have a head that the previous stage did not have, or one with more
+            # classes.
             shapes = {k: v.shape for k, v in module.state_dict().items()}
             values = {k: v for k, v in values.items() if shapes.get(k) == v.shape}
         module.load_state_dict(values, strict=part == "model.")
@@ -115,13 +125,13 @@ def load_checkpoint(path: Path, learner: Learner, with_optimizers: bool) -> int:
 
 
 def steps_done(path: Path) -> int:
-    """Number of steps after which a checkpoint was written."""
+    """Return the number of steps after which a checkpoint was written."""
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
 
 def save_checkpoint(path: Path, learner: Learner, step: int) -> None:
-    """Write beside, then rename: a killed run leaves the old checkpoint whole."""
+    """Write a checkpoint to a new file and rename it, so that a killed run keeps the old one."""
     partial = path.with_suffix(".partial")
     tensors = {k: v.contiguous() for k, v in learner.tensors().items()}
     save_file(tensors, partial, metadata={"step": str(step)})

@@ -1,4 +1,4 @@
-"""What each stage of training minimises."""
+"""The losses of the stages of training."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from workshop.labels import IGNORE, PATCH_FIELDS
 
 _EMPTY_WEIGHT = 0.05
-"""Weight of a patch that shows no object in the object's fields: most patches are such."""
+"""Weight in the fields of objects of a patch without an object, as most patches are."""
 
 _FIELD_WEIGHT = {"shape": 4.0, "character": 2.0, "background": 0.5, "texture": 0.5}
-"""Weight of a patch field; 1 for those not named. Shape is the slowest to be learned."""
+"""Weights of patch fields, 1 for those not named. Shape is learned slowest."""
 
 
 def patch_loss(
     logits: Tensor, labels: Tensor, place_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy over the fields of PATCH_FIELDS, and the accuracy by field.
+    """Return the mean cross-entropy over PATCH_FIELDS, and the accuracy of each field.
 
     Args:
         logits: (images, 576, sum of all classes).
@@ -49,23 +49,23 @@ def patch_loss(
 
 
 def place_loss(guess: Tensor, places: Tensor) -> Tensor:
-    """Weighted mean squared error of rows and columns.
+    """Return the weighted mean squared error of rows and columns.
 
     Args:
-        guess: (images, 576, 4).
-        places: (images, 576, 5), the last entry is the weight.
+        guess: (images, 576, 4) predictions.
+        places: (images, 576, 5), from `patch_places`; the last entry is the weight.
     """
     weight = places[..., 4:]
     return ((guess - places[..., :4]).square() * weight).mean() / weight.mean()
 
 
 def answer_loss(logits: Tensor, targets: Tensor, task_weight: Tensor) -> Tensor:
-    """Mean cross-entropy over answer tokens, questions weighted by task.
+    """Return the mean cross-entropy over answer tokens, weighted by task.
 
     Args:
         logits: (rows, questions, length, vocabulary).
-        targets: (rows, questions, length), IGNORE where nothing is asked.
-        task_weight: (rows, questions).
+        targets: (rows, questions, length), IGNORE outside of answers.
+        task_weight: (rows, questions), the weight of each question.
     """
     told = targets != IGNORE
     each = nn.functional.cross_entropy(logits[told], targets[told], reduction="none")
@@ -74,7 +74,13 @@ def answer_loss(logits: Tensor, targets: Tensor, task_weight: Tensor) -> Tensor:
 
 
 def field_loss(logits: Tensor, labels: Tensor, fields: Mapping[str, int]) -> Tensor:
-    """Mean cross-entropy over `fields`; logits (..., all classes), labels (..., fields)."""
+    """Return the mean cross-entropy over `fields`.
+
+    Args:
+        logits: (..., all classes).
+        labels: (..., fields), IGNORE where a field has no label.
+        fields: the number of classes of each field.
+    """
     losses = []
     for k, part in enumerate(logits.split(list(fields.values()), dim=-1)):
         target = labels[..., k]
@@ -85,11 +91,11 @@ def field_loss(logits: Tensor, labels: Tensor, fields: Mapping[str, int]) -> Ten
 
 
 def back_loss(attention: Tensor, back: Tensor) -> Tensor:
-    """Mean of -log(attention of a question's second noun that falls on its first).
+    """Return the mean of -log(attention from a question's second noun to its first).
 
     Args:
         attention: (rows, heads, packed, packed).
-        back: (rows, packed) how many tokens before a token the first noun stands; 0 for none.
+        back: (rows, packed), the distance in tokens to the first noun; 0 for other tokens.
     """
     wanted = torch.arange(back.shape[1], device=back.device) - back  # (rows, packed)
     share = attention.gather(3, wanted[:, None, :, None].expand(-1, attention.shape[1], -1, -1))
@@ -98,12 +104,12 @@ def back_loss(attention: Tensor, back: Tensor) -> Tensor:
 
 
 def gaze_loss(gaze: Tensor, wanted: Tensor, owners: Tensor) -> Tensor:
-    """Mean of -log(attention that falls on the patches of what a token names).
+    """Return the mean of -log(attention to the patches of what a token names).
 
     Args:
-        gaze: (rows, heads, packed, visual) attention.
-        wanted: (rows, packed) owners that a token names, a bit each.
-        owners: (rows, visual) owner of each visual token.
+        gaze: (rows, heads, packed, visual), the attention.
+        wanted: (rows, packed), the owners that a token names, as bits.
+        owners: (rows, visual), the owner of each visual token.
     """
     on_it = (wanted[:, :, None] >> owners[:, None, :]) & 1  # (rows, packed, visual)
     told = on_it.any(-1)
@@ -114,22 +120,24 @@ def gaze_loss(gaze: Tensor, wanted: Tensor, owners: Tensor) -> Tensor:
 
 
 TALLY_REST = 8.0
-"""What the beginning of the sequence weighs against the four middle patches of each object."""
+"""Weight of the beginning of the sequence; the middle patches of an object have 4 together."""
 
 
 def tally_loss(
     tally: Tensor, named: Tensor, told: Tensor, cores: Tensor, shares: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of attention that counts: four shares for the middle patches of each
-    object that a noun names, and TALLY_REST shares for the beginning of the sequence. The share
-    of the latter then tells the number of objects.
+    """Return the mean cross-entropy of attention that counts objects.
+
+    The wanted attention has four shares on the middle patches of each object that a noun names, and
+    TALLY_REST shares on the beginning of the sequence, so that the latter shows the number of
+    objects.
 
     Args:
-        tally: (rows, packed, 1 + visual) attention to the beginning and to the visual tokens.
-        named: (rows, packed) objects that a token names, a bit each.
-        told: (rows, packed) whether a token is such a noun.
-        cores: (rows, visual) object whose middle a visual token shows.
-        shares: (rows, visual) of a visual token in its object's middle; 1 each by default.
+        tally: (rows, packed, 1 + visual), attention to the beginning and to the visual tokens.
+        named: (rows, packed), the objects that a token names, as bits.
+        told: (rows, packed) bool, True for such nouns.
+        cores: (rows, visual), the object whose middle a visual token shows.
+        shares: (rows, visual), the share of a visual token in its object's middle; by default 1.
     """
     on_it = ((named[:, :, None] >> cores[:, None, :]) & 1).to(tally.dtype)
     if shares is not None:
@@ -142,9 +150,9 @@ def tally_loss(
 
 
 def answered(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether every token of the answer, `</s>` included, is the likeliest, (rows, questions).
+    """(rows, questions) bool: whether each token of the answer and `</s>` is the likeliest one.
 
-    With the true answer as context this is the same event as greedy generation giving exactly
-    the true answer: up to the first miss both see the same tokens.
+    This is True exactly if greedy generation gives the correct answer, because both see the same
+    tokens up to the first wrong one.
     """
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)

@@ -1,4 +1,4 @@
-"""The loss of a training step, with what a log wants to know of it."""
+"""The loss of a training step, and the values that are logged."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ if TYPE_CHECKING:
 
 
 def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
-    """Raster indices of the patches that the decoder is shown, ascending, (rows, visual).
+    """(rows, visual): raster indices of the patches that the decoder is shown, in rising order.
 
     Args:
-        owners: (rows, 576) what each patch shows.
+        stage: the stage of training.
+        step: the number of the step, which seeds the choice.
+        owners: (rows, 576), what each patch shows.
     """
     grid = torch.arange(GRID * GRID).reshape(GRID, GRID)
     if stage.visual_tokens == GRID * GRID:
@@ -53,7 +55,7 @@ def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     row, column = torch.randint(stage.stride, (2,), generator=generator).tolist()
     subset = grid[row :: stage.stride, column :: stage.stride].reshape(-1)
-    # Of the patches that show nothing only so many as are needed to fill up.
+    # Patches that show nothing are only used to fill up.
     rank = torch.rand(owners.shape[0], len(subset), generator=generator)
     rank += (owners[:, subset] == NOTHING).float()
     chosen = rank.argsort(dim=1)[:, : stage.visual_tokens].sort(dim=1).values
@@ -63,7 +65,7 @@ def visible_places(stage: Stage, step: int, owners: Tensor) -> Tensor:
 def tower_loss(
     learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and accuracies by patch field."""
+    """Return the loss, and the accuracy of each patch field."""
     order = None
     if step < stage.windowed_steps:
         generator = torch.Generator().manual_seed(step)
@@ -78,7 +80,7 @@ def tower_loss(
 def decoder_loss(
     learner: Learner, batch: Batch, stage: Stage, step: int, compiled: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and accuracies by task."""
+    """Return the loss, and the accuracy of each task."""
     owners = torch.as_tensor(batch["owners"]).repeat_interleave(stage.batch.views, 0)
     places = visible_places(stage, step, owners)
     run = _compiled_tower if compiled else tower_forward
@@ -116,7 +118,7 @@ def decoder_loss(
 
 
 def answers(logits: Tensor, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, float]]:
-    """Loss of the answers, and accuracies by task."""
+    """Return the loss of the answers, and the accuracy of each task."""
     targets, task = torch.as_tensor(batch["targets"]), torch.as_tensor(batch["task"])
     weight = torch.tensor([stage.task_weight.get(t, 1.0) for t in TASKS])[task.clamp(min=0)]
     loss = answer_loss(logits, targets, weight)
@@ -137,9 +139,9 @@ def noun_losses(
     owners: Tensor,
     tallied: tuple[Tensor, Tensor | None],
 ) -> dict[str, tuple[float, Tensor]]:
-    """Weight and loss of each auxiliary loss on nouns.
+    """Return the weight and the value of each auxiliary loss on nouns.
 
-    `owners` and, as `tally_loss` takes them, cores and shares are those of the visual tokens.
+    `owners` and `tallied` (the cores and shares of `tally_loss`) are those of the visual tokens.
     """
     found: dict[str, tuple[float, Tensor]] = {}
     heads = learner.heads
@@ -154,7 +156,7 @@ def noun_losses(
             extra = gaze_loss(gaze, wanted[..., k].gather(1, notes.order), owners)
             found[f"gaze_loss_{k}"] = (stage.gaze_weight, extra)
     if stage.side_weight > 0:
-        # "sides" holds the labels of two heads, read one layer after the other.
+        # "sides" holds the labels of two heads, which read different layers.
         sides, holds = torch.as_tensor(batch["sides"]).split((len(SIDE_FIELDS), 1), dim=-1)
         told = (sides != IGNORE).any(-1)
         extra = field_loss(heads["side"](notes.states[1][told]), sides[told], SIDE_FIELDS)

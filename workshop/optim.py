@@ -1,7 +1,7 @@
-"""Muon in the parameters' own dtype.
+"""The optimizer Muon in the dtype of the parameters.
 
-``torch.optim.Muon`` takes the same step, but iterates in bfloat16 and one matrix at a time. The
-recorded trainings iterated in float32, and in float32 many matrices of one shape go together.
+``torch.optim.Muon`` takes the same step, but it iterates in bfloat16 and on one matrix at a time.
+The recorded trainings iterated in float32 and on all matrices of one shape together.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices by a quintic Newton-Schulz iteration (Jordan, Muon, 2024).
+    """Make matrices nearly orthogonal by a quintic Newton-Schulz iteration (Jordan, Muon, 2024).
 
     Args:
-        update: (number, rows, columns).
-        steps: iterations; five bring all singular values to about 0.7-1.2.
+        update: (number, rows, columns) matrices.
+        steps: number of iterations; five bring all singular values to about 0.7-1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -28,9 +28,10 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised; matrices of one shape go together.
+    """Gradient descent with momentum in an orthogonalised direction.
 
-    The step is scaled by sqrt(max(1, rows / columns)), so that one rate serves all shapes.
+    Matrices of one shape are handled together. The step is scaled by sqrt(max(1, rows / columns)),
+    so that one learning rate can be used for all shapes.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients at hand."""
+        """Take one step with the current gradients."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:

@@ -1,4 +1,4 @@
-"""Builds the shipped processor: word-level tokenizer, chat template, CLIP image processor."""
+"""Makes the built-in processor: word-level tokenizer, chat template, CLIP image processor."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""One question: `<s>USER: <image> How many red shapes are there? ASSISTANT:`."""
+"""It writes a question as `<s>USER: <image> How many red shapes are there? ASSISTANT:`."""
 
 
 def build_tokenizer(
     more: tuple[str, ...] = (), named: Mapping[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """One token a word; unknown words become `<unk>`. Agrees with `tokens.encode` (a test).
+    """Make the tokenizer, which has one token for each word and `<unk>` for unknown words.
+
+    It agrees with `tokens.encode`, which is tested.
 
     Args:
-        more: special tokens behind the words.
-        named: special tokens that the tokenizer is asked for by name.
+        more: special tokens after the words.
+        named: special tokens that are attributes of the tokenizer, by the attribute's name.
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +45,7 @@ def build_tokenizer(
     ids = word_ids() | {token: len(word_ids()) + k for k, token in enumerate(more)}
     specials = (*SPECIALS, *more)
     backend = Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    # Only the words that open a question are lowered: single capitals are characters of signs.
+    # Only words that begin a question become lower case; single capitals are characters of signs.
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(word, word.lower()) for word in OPENERS]
     )
@@ -63,7 +65,7 @@ def build_tokenizer(
 
 
 def build_processor() -> LlavaProcessor:
-    """The processor of the shipped folder; needs no torchvision."""
+    """Make the processor of the built-in model, which does not need torchvision."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

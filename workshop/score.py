@@ -1,8 +1,8 @@
-"""Accuracy by task: `python -m workshop.score --split test --questions 500`.
+"""A built-in model's accuracy by task: `python -m workshop.score --split test --questions 500`.
 
-A question counts as answered if every token of the true answer and the closing `</s>` is the
-likeliest given the true tokens before it. For exact match this equals greedy generation: up to
-the first miss both see the same tokens. One pass answers all questions of an image.
+A question is answered correctly if each token of the correct answer and the closing `</s>` is the
+likeliest one after the correct tokens before it. This is exactly the case if greedy generation
+gives the answer. One pass answers all questions about an image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Right answers out of `asked`."""
+    """The number of right answers among `asked` questions of a task."""
 
     task: str
     right: int
@@ -44,11 +44,11 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, 0-1."""
+        """The share of right answers, 0-1."""
         return self.right / self.asked
 
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy."""
+        """Return the 95 % Wilson interval of the accuracy."""
         z, n, p = 1.96, self.asked, self.accuracy
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -64,15 +64,21 @@ def score(
     images_per_batch: int = 8,
     second_turn: bool = False,
 ) -> list[TaskScore]:
-    """Accuracy by task on the first scenes of a split, until every task has enough questions.
+    """Return the accuracy by task on the first scenes of a split.
 
-    Each scene asks each task at most once; a task's questions beyond `questions` are left out.
+    Scenes are read until every task has `questions` questions; further ones are left out. Each
+    scene has at most one question of each task.
 
     Args:
-        second_turn: score questions that follow another one and its true answer.
+        model: a built-in model.
+        split: "train", "development" or "test".
+        questions: number of questions of each task.
+        first_scene: index of the first scene.
+        images_per_batch: number of images in a batch.
+        second_turn: whether to score questions that follow another one and its correct answer.
 
     Raises:
-        ValueError: `questions` is not positive.
+        ValueError: if `questions` is not positive.
     """
     if questions < 1:
         raise ValueError(f"need at least one question a task, got {questions}")
@@ -98,7 +104,7 @@ def score(
             logits = _logits(model, batch["pixels"], ids, split, first)
         hits = answered(logits, targets)
         for k, name in enumerate(TASKS):
-            alone = (targets == IGNORE).all(-1)  # nothing was left to follow it
+            alone = (targets == IGNORE).all(-1)  # there was no second question
             of_task = hits[(task == k) & ~alone][: questions - asked[name]]
             right[name] += int(of_task.sum())
             asked[name] += of_task.numel()
@@ -112,7 +118,15 @@ def _logits(
     split: str,
     first: int,
 ) -> Tensor:
-    """Of all questions; (images, 192, 192, 3) pixels are those of the scenes from `first` on."""
+    """Compute the logits of all questions about the scenes from `first` on.
+
+    Args:
+        model: a built-in model.
+        pixels: (images, 192, 192, 3) pixels of the scenes.
+        ids: (images, questions, length) token ids.
+        split: the split of the scenes.
+        first: index of the first scene.
+    """
     if isinstance(model, LlavaForConditionalGeneration):
         features = tower_forward(model, to_pixel_values(pixels, model.device))
         places = torch.arange(GRID * GRID, device=model.device)
@@ -129,7 +143,7 @@ def _logits(
 
 
 def table(scores: list[TaskScore]) -> str:
-    """Markdown: task, accuracy, 95 % interval, questions; then the mean over tasks."""
+    """Return a Markdown table of the tasks' accuracies, with the mean over tasks at the end."""
     lines = ["| task | accuracy | 95 % interval | questions |", "|---|---|---|---|"]
     for s in scores:
         low, high = s.interval()
@@ -140,7 +154,7 @@ def table(scores: list[TaskScore]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, or JSON."""
+    """Print the table or JSON."""
     from atp_patch.builtin import NAMES, load_builtin
 
     parser = argparse.ArgumentParser(description=__doc__)

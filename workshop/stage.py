@@ -1,4 +1,4 @@
-"""What one stage of training is."""
+"""The settings of one stage of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workshop.batches import BatchSpec
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training."""
+    """The settings of one stage of training."""
 
     name: str
     kind: Literal["tower", "shallow", "distil"]
@@ -20,35 +20,35 @@ class Stage:
     muon_rate: float
     adam_rate: float
     warm_up: int
-    """Steps of rising learning rate."""
+    """Number of first steps, in which the learning rate rises."""
     decay: int
-    """Last steps, of falling learning rate."""
+    """Number of last steps, in which the learning rate falls."""
     tower_rate: float = 0.0
-    """Learning rate of the tower as a share of the others'; 0 freezes it."""
+    """Factor of the tower's learning rates; 0 freezes the tower."""
     weight_decay: float = 0.0
     place_weight: float = 0.0
-    """Weight of a patch's own row and column among the tower's labels."""
+    """Weight of the row and column of a patch among the tower's labels."""
     windowed_steps: int = 0
-    """First steps in which the tower sees windows of 12 x 12 patches only."""
+    """Number of first steps in which the tower attends only within windows of 12 x 12 patches."""
     visual_tokens: int = 576
-    """Patches that the decoder is shown. If not all, they come from a strided subset of the grid
-    at a random phase, those that show something first."""
+    """Number of patches that the decoder is shown. If not all are, they are chosen from a strided
+    subset of the grid with a random offset, and those that show something are chosen first."""
     stride: int = 2
-    """Of the subset that fewer patches than all come from; 1 is the whole grid. A count is read off
-    the share of attention that falls on objects, so that it depends on how many of their patches
-    are shown: with a stride of 1 it is nearly what all of them give."""
+    """The stride of that subset; 1 is the whole grid. The model counts by the share of attention on
+    objects, which depends on how many of their patches are shown. With a stride of 1 it is almost
+    that of the whole grid."""
     patch_weight: float = 0.0
-    """Weight of the tower's own labels while the decoder is trained."""
+    """Weight of the tower's labels while the decoder is trained."""
     recentre: bool = False
-    """Whether to standardise what the projector gives before the stage begins."""
+    """Whether to standardise the projector's output before the stage begins."""
     noun_weight: float = 0.0
-    """Weight of the auxiliary loss at mid-depth: what nouns refer to."""
+    """Weight of the auxiliary loss on what nouns refer to."""
     gaze_weight: float = 0.0
-    """Weight of the auxiliary loss on attention: where nouns refer to."""
+    """Weight of the auxiliary loss on attention to what nouns refer to."""
     side_weight: float = 0.0
-    """Weight of the auxiliary losses on where a question's second object lies from its first."""
+    """Weight of the auxiliary losses on where the second object is relative to the first."""
     tally_weight: float = 0.0
     """Weight of the auxiliary loss on attention that counts what nouns refer to."""
     smooth_tally: bool = False
-    """Whether the tally is of `patch_middles`, else of `patch_cores`."""
+    """Whether the tally uses `patch_middles` instead of `patch_cores`."""
     task_weight: Mapping[str, float] = field(default_factory=dict)

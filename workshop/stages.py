@@ -1,4 +1,4 @@
-"""The last stages: all scenes, more ways to ask, second questions; and the recipe as a whole."""
+"""The last stages of training, on all scenes and with second questions, and the whole recipe."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from workshop.stage import Stage
 
 
 def _conversations(offset: int, more: tuple[str, ...] = ()) -> BatchSpec:
-    """The same of all scenes; a third of the questions follow another one."""
+    """Questions like those of `at_once` about all scenes; a third of them follow another one."""
     return replace(at_once(offset, more), questions=16, pair_share=0.34, scenes=SceneConfig())
 
 
 STAGES: tuple[Stage, ...] = (
     *FIRST_STAGES,
-    # Up to 8 objects, plates that say nothing, more ways to ask, second questions.
+    # Scenes have up to 8 objects and plates without characters; some questions come second.
     Stage(
         name="wide",
         kind="shallow",
@@ -33,7 +33,7 @@ STAGES: tuple[Stage, ...] = (
         tally_weight=0.5,
         task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
     ),
-    # Nothing but answers: at which depth they are found is the model's own from here on.
+    # From here on only answers are trained, so that the model itself decides at which depth.
     Stage(
         name="wide-free",
         kind="shallow",
@@ -46,7 +46,7 @@ STAGES: tuple[Stage, ...] = (
         decay=400,
         task_weight={"count": 2.0, "relation": 1.2, "common": 1.5},
     ),
-    # Counts above 2 are learned last: more of them, with attention that counts taught again.
+    # Counts above 2 are learned last, from more questions and with the tally loss again.
     Stage(
         name="wide-count",
         kind="shallow",
@@ -63,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
         tally_weight=1.0,
         task_weight={"count": 2.0, "common": 1.5},
     ),
-    # The same with smooth middles.
+    # The tally loss uses smooth middles.
     Stage(
         name="wide-tally",
         kind="shallow",

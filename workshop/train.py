@@ -1,7 +1,7 @@
-"""Trains the built-in model from nothing: `python -m workshop.train --work FOLDER`.
+"""Trains the first built-in model from scratch: `python -m workshop.train --work FOLDER`.
 
-Stages: the tower alone on patch labels; a shallow decoder on a few of the visual tokens; the same
-on all of them. A killed run goes on from its last checkpoint.
+The stages train the tower alone on patch labels, then a shallow decoder on some of the visual
+tokens, then both on all of them. A run that was killed continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workshop.stage import Stage
 from workshop.stages import STAGES
 
 Compute = Callable[[Batch, int], tuple[Tensor, dict[str, float]]]
-"""From a batch and the number of the step to the loss and what the log says."""
+"""A function of a batch and the number of the step that returns the loss and the logged values."""
 
 
 def run_stage(
@@ -45,7 +45,7 @@ def run_stage(
     make: Callable[..., Batch] = make_batch,
     log_every: int = 20,
 ) -> None:
-    """Train one stage, from its checkpoint at `path` if there is one."""
+    """Train one stage, continuing from its checkpoint at `path` if there is one."""
     step = load_checkpoint(path, learner, with_optimizers=True) if path.exists() else 0
     start = saved = time.monotonic()
     sums: dict[str, list[float]] = {}
@@ -86,7 +86,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the stages that are not done yet and write the shipped folder."""
+    """Run the stages that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--until", default=STAGES[-1].name, help="last stage to run")

@@ -1,13 +1,13 @@
-"""Teach a built-in model to see through what a method leaves of an image.
+"""Trains a built-in model to answer from what a method keeps of an image.
 
     python -m workshop.train_compressed --method voco --option num_tokens=8 --out runs/voco8
     python -m workshop.train_compressed --method prumerge+ --keep 0.1 --out runs/prumerge
     python -m workshop.train_compressed --model builtin-dynamic --method voco --out runs/dynamic
 
-These methods do not ask what the question is, so an image is read once in each step and all its
-questions are asked on the small cache that is left; gradients go back through it. The forward is
-the model's own, without the decoder layers that add nothing: no bit of an answer hangs on those,
-unless they learn too (`--learn decoder`). `--resume` goes on from the checkpoint in `--out`.
+These methods do not depend on the question. So each step reads an image once and answers all its
+questions with the small cache that results; gradients flow back through the cache. The model's own
+forward is used, without the decoder layers that add nothing, unless these are trained too
+(`--learn decoder`). `--resume` continues from the checkpoint in `--out`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from workshop.labels import IGNORE
 from workshop.losses import answered
 from workshop.score import TaskScore, table
 
-# What learns, and the folder that it is written to, beside the adapter.
+# What is trained besides VoCo tokens, and the folder next to the adapter that it is written to.
 BESIDE: dict[str, Beside | None] = {"tokens": None, "lora": "lora", "decoder": "model"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,7 +77,7 @@ def _settle(
     applies: bool,
     where: str,
 ) -> None:
-    """Give an option its default, or refuse it where it would do nothing."""
+    """Give an option its default, or refuse it if it would have no effect."""
     if getattr(asked, name) is None:
         setattr(asked, name, default)
     elif not applies:
@@ -85,7 +85,7 @@ def _settle(
 
 
 def build(asked: argparse.Namespace) -> tuple[Any, Any]:
-    """The patched model, with requires_grad where it is to learn, and its processor."""
+    """Make the patched model, in which what is trained requires gradients, and its processor."""
     torch.manual_seed(asked.seed)
     model, processor = load_builtin(NAMES[asked.model], device=asked.device)
     options = named_values(asked.option)
@@ -102,14 +102,21 @@ def build(asked: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def scenes(asked: argparse.Namespace, **fields: Any) -> tuple[BatchSpec, Callable[..., Batch]]:
-    """What is seen, and what draws it: in a batch of the second model's, pictures of one size."""
+    """Return the contents of batches and the function that makes them.
+
+    All pictures of a batch have one size, also those of the second model.
+    """
     if NAMES[asked.model] == DYNAMIC:
         return SizedSpec(asked.images, **fields), sized_batch
     return BatchSpec(asked.images, **fields), make_batch
 
 
 def logits_of(model: Any, processor: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(images * questions, tokens, vocabulary) logits and the targets: each image is read once."""
+    """Compute the logits and the targets of a batch, reading each image once.
+
+    Returns:
+        (images * questions, tokens, vocabulary) logits, and (images * questions, tokens) targets.
+    """
     ids, targets = (
         torch.tensor(batch[name]).flatten(0, 1).to(model.device) for name in ("ids", "targets")
     )
@@ -119,12 +126,13 @@ def logits_of(model: Any, processor: Any, batch: Batch) -> tuple[Tensor, Tensor]
     read = processor(images=pictures, text=text, return_tensors="pt").to(model.device)
     cache = model(**read, use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(ids) // len(pictures))
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True)  # padding comes last: unseen
+    # Padding comes last, so no other token sees it.
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
     return out.logits, targets
 
 
 def loss_of(model: Any, processor: Any, batch: Batch) -> Tensor:
-    """Mean next-token loss of the answers."""
+    """Return the mean next-token loss of the answers."""
     logits, targets = logits_of(model, processor, batch)
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
@@ -133,7 +141,7 @@ def loss_of(model: Any, processor: Any, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def score(model: Any, processor: Any, asked: argparse.Namespace) -> list[TaskScore]:
-    """Exact answers by task on development scenes, as the built-in model's own score counts."""
+    """Count the exact answers by task on development scenes, as `workshop.score` does."""
     model.eval()
     silent = silent_layers(model)
     spec, draw = scenes(asked, tasks=TASKS, split="development")
@@ -153,7 +161,7 @@ def score(model: Any, processor: Any, asked: argparse.Namespace) -> list[TaskSco
 
 
 def train(asked: argparse.Namespace) -> None:
-    """The loop; writes a checkpoint now and then, and the adapter at the end."""
+    """Train, write checkpoints at regular intervals, and write the adapter at the end."""
     model, processor = build(asked)
     silent = () if asked.learn == "decoder" else silent_layers(model)
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -179,7 +187,7 @@ def train(asked: argparse.Namespace) -> None:
     elif file.exists():
         raise SystemExit(f"{file} is there already: --resume goes on with it.")
     start, losses = time.time(), []
-    # No scene under two seeds.
+    # Different seeds use different scenes.
     spec, draw = scenes(asked, offset=asked.seed * asked.steps * asked.images)
     for step, batch in enumerate(batches(spec, first, asked.steps, draw), first + 1):
         with without(model, silent):
@@ -203,7 +211,7 @@ def train(asked: argparse.Namespace) -> None:
                 "schedule": schedule.state_dict(),
             }
             torch.save(state, file.with_suffix(".new"))
-            file.with_suffix(".new").replace(file)  # a broken-off write leaves the old one
+            file.with_suffix(".new").replace(file)  # an interrupted write keeps the old one
     if asked.questions:
         sys.stdout.write(table(score(model, processor, asked)) + "\n")
     beside = BESIDE[asked.learn]

@@ -1,4 +1,4 @@
-"""The second model's shape, and its first weights: those of the first model where they fit."""
+"""The second model's shape and initial weights, which come from the first model where they fit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 DECODER_LAYERS = len(ORIGINALS)
 MERGE = 2
-"""A visual token is made of 2 x 2 patches."""
+"""A visual token is made from MERGE x MERGE patches."""
 FRAMES = 2
-"""An image counts as two equal frames of a video."""
+"""An image is read as two equal frames of a video."""
 
 
 def build() -> Qwen3VLForConditionalGeneration:
-    """A fresh model, float32; seed torch before."""
+    """Make an untrained float32 model from torch's random numbers."""
     from transformers import (
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
@@ -87,18 +87,19 @@ def build() -> Qwen3VLForConditionalGeneration:
 def start_from(
     first: LlavaForConditionalGeneration, pixel_values: Tensor, ids: Tensor
 ) -> Qwen3VLForConditionalGeneration:
-    """A model that starts with the first model's weights; seed torch before.
+    """Make a model that starts with the first model's weights.
 
-    The decoder takes the first model's trained layers, the tower its patch embedding, position
-    table, attention and MLPs; the merger starts as the first projector on the last of the 2 x 2
-    patches.
+    The decoder gets the first model's trained layers, and the tower gets its patch embedding,
+    position table, attention and MLPs. The merger starts as the first projector on the last of the
+    2 x 2 patches. Other weights come from torch's random numbers.
+
+    The second model normalises queries and keys, and it does not have the first norm of the tower.
+    So their typical sizes in the first model are measured on some scenes and put into the weights.
 
     Args:
-        first: with 8 or 32 decoder layers.
-        pixel_values: (images, 3, 192, 192) of scenes, and
-        ids: (images, questions, length) of questions about them, as `decoder_forward` takes them:
-            on these is measured how large queries and keys are, and what the tower's first norm
-            divides by; here queries and keys are normalised, and that norm is left out.
+        first: the first model, with 8 or 32 decoder layers.
+        pixel_values: (images, 3, 192, 192), pictures of scenes.
+        ids: (images, questions, length), questions about them, as `decoder_forward` takes them.
     """
     model = build()
     sizes = _typical_sizes(first, pixel_values, ids)
@@ -108,7 +109,7 @@ def start_from(
 
 
 def trained_layers(first: LlavaForConditionalGeneration) -> list[nn.Module]:
-    """The decoder layers of the first model that do something."""
+    """Return the decoder layers of the first model that change the hidden states."""
     layers = list(first.model.language_model.layers)
     return layers if len(layers) == len(ORIGINALS) else [layers[k] for k in ORIGINALS]
 
@@ -169,8 +170,12 @@ def _copy_tower(
 def _typical_sizes(
     first: LlavaForConditionalGeneration, pixel_values: Tensor, ids: Tensor
 ) -> dict[str, float]:
-    """Mean root mean square of a head's queries ("0.q_proj") and keys ("0.k_proj") by layer, and
-    the mean standard deviation of a patch before ("embedded") and after the tower ("features").
+    """Measure typical sizes in the first model.
+
+    Returns:
+        The mean root mean square of a head's queries ("0.q_proj") and keys ("0.k_proj") of each
+        layer, and the mean standard deviation of a patch before the tower ("embedded") and after it
+        ("features").
     """
     found: dict[str, list[Tensor]] = {}
     tower = first.model.vision_tower

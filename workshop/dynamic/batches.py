@@ -1,4 +1,4 @@
-"""Training batches of the second model: scenes on a canvas of the batch's own."""
+"""Training batches of the second model, each with scenes on canvases of one size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from workshop.dynamic.labels import token_middles, token_owners
 
 @dataclass(frozen=True)
 class SizedSpec(BatchSpec):
-    """What a batch holds. All its scenes are shown as large as its first one."""
+    """The contents of batches. All scenes of a batch have the size of its first one."""
 
     sides_px: tuple[int, ...] = SIDES_PX
 
 
 def sized_batch(spec: SizedSpec, number: int) -> Batch:
-    """What `make_batch` gives, and of the canvas `shown` (images, height, width, 3) uint8,
-    `token_owners`, `token_near` and `token_middle`, all (images, tokens).
+    """Make a batch as `make_batch` does, with more entries.
+
+    These are:
+
+    - `shown`: (images, height, width, 3) uint8, the pictures on the canvas.
+    - `token_owners`, `token_near` and `token_middle`: (images, tokens), what visual tokens show.
     """
     batch = make_batch(spec, number)
     start = spec.offset + number * spec.images

@@ -1,4 +1,4 @@
-"""Writes the second model's folder: `python -m workshop.dynamic.export CHECKPOINT`."""
+"""Writes the folder of the second model: `python -m workshop.dynamic.export CHECKPOINT`."""
 
 from __future__ import annotations
 

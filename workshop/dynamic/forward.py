@@ -1,6 +1,6 @@
-"""The second model's forward pass as training wants it: many questions an image of one size.
+"""The second model's forward pass in training, with many questions about each image.
 
-On one question it equals the model's own forward (a test).
+With one question it equals the model's own forward, which is tested.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ def tower_forward(
     pixel_values: Tensor,
     states: list[Tensor] | None = None,
 ) -> Tensor:
-    """Patch features before the merger, (images, rows * columns of patches, hidden), raster order.
+    """(images, rows * columns, hidden): the patch features before the merger, in raster order.
 
     Args:
-        pixel_values: (images, 3, height, width) in -1..1, sides multiples of 16.
-        states: filled with the patches' states after each layer, (images, patches, hidden),
-            raster order.
+        model: the model.
+        pixel_values: (images, 3, height, width) in -1..1, with sides that are multiples of 16.
+        states: a list to which the patches' states after each layer are added, (images, patches,
+            hidden) in raster order.
     """
     rows, columns = (side // PATCH_PX for side in pixel_values.shape[-2:])
     tower = model.model.visual
@@ -58,18 +59,19 @@ def tower_forward(
 def merged(
     model: Qwen3VLForConditionalGeneration, features: Tensor, rows: int, columns: int
 ) -> Tensor:
-    """Visual tokens as the decoder reads them, (images, rows * columns, hidden), raster order.
+    """(images, rows * columns, hidden): the visual tokens for the decoder, in raster order.
 
     Args:
-        features: (images, patches, hidden), what `tower_forward` gave.
-        rows, columns: of visual tokens.
+        model: the model.
+        features: (images, patches, hidden), from `tower_forward`.
+        rows, columns: number of rows and columns of visual tokens.
     """
     cells = features.unflatten(1, (rows, MERGE, columns, MERGE)).transpose(2, 3)
     return model.model.visual.merger(cells.flatten(0, 4)).unflatten(0, (len(features), -1))
 
 
 def _turned(x: Tensor) -> Tensor:
-    """What the rotation multiplies by the sine."""
+    """Return the values that a rotation multiplies by the sine."""
     one, other = x.chunk(2, -1)
     return torch.cat([-other, one], dim=-1)
 
@@ -82,12 +84,14 @@ def decoder_forward(
     ids: Tensor,
     notes: Notes | None = None,
 ) -> Tensor:
-    """Logits of many questions about one image a row, (images, questions, length, vocabulary).
+    """(images, questions, length, vocabulary): logits of many questions about each image.
 
     Args:
-        visual: (images, rows * columns, hidden), what `merged` gave.
-        ids: (images, questions, length), each question filled up with `<pad>`.
-        notes: filled with what the auxiliary losses read.
+        model: the model.
+        visual: (images, rows * columns, hidden), from `merged`.
+        rows, columns: number of rows and columns of visual tokens.
+        ids: (images, questions, length), each question padded with `<pad>`.
+        notes: receives what the auxiliary losses read.
     """
     decoder = model.model.language_model
     known = token_ids()

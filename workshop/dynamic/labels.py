@@ -1,4 +1,4 @@
-"""Dense training targets of the second model: what each visual token shows."""
+"""Dense training labels of the second model: what each visual token shows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _OWNED_SHARE = 0.25
 
 
 def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
-    """What each visual token shows, (rows, columns): object number, 9 + place of a character, or
-    NOTHING; what covers most of it, and a quarter at least.
+    """(rows, columns): what each visual token shows.
+
+    It is the number of an object, MAX_OBJECTS + the place of a character, or NOTHING: what covers
+    most of the token, if it covers at least a quarter.
 
     Args:
-        layout: on the canvas, of (width, height).
+        layout: the layout on the canvas.
+        size: (width, height) of the canvas in pixels.
     """
     masks = np.zeros((NOTHING, size[1], size[0]), dtype=np.float32)
     for number, item in enumerate(layout.objects):
@@ -40,5 +43,5 @@ def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
 def token_middles(
     layout: Layout, size: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`labels.middles` of the visual tokens, (rows, columns) both."""
+    """(rows, columns) each: the `labels.middles` of the visual tokens."""
     return middles(layout, size, TOKEN_PX, spread=0.5, reach=2.0)

@@ -1,4 +1,4 @@
-"""What the second model's stages minimise."""
+"""The losses of the second model's stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _EMPTY_WEIGHT = 0.25
 """Weight of a token that shows neither an object nor a character."""
 _HINT_WEIGHT = 0.25
-"""Weight of a layer of the tower against that of the visual tokens."""
+"""Weight of a layer of the tower; the visual tokens have weight 1."""
 
 
 def distil_loss(
@@ -44,11 +44,11 @@ def distil_loss(
     batch: Batch,
     step: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """How far the tower is from the first model's on pictures of 192 x 192 pixels: visual tokens,
-    and patches layer by layer.
+    """Return how far the tower is from the first model's on pictures of 192 x 192 pixels.
 
-    A token (i, j) is compared with the first model's visual token for patch (2i + 1, 2j + 1): of
-    the 2 x 2 patches in the middle of an object just one is such a patch.
+    Visual tokens are compared, and patches after each layer. The token (i, j) is compared with the
+    first model's visual token of patch (2i + 1, 2j + 1); exactly one of the 2 x 2 patches in the
+    middle of an object is such a patch.
     """
     pixels = to_pixel_values(batch["shown"])
     rows, columns = (side // TOKEN_PX for side in pixels.shape[-2:])
@@ -68,7 +68,12 @@ def distil_loss(
 
 
 def _error(found: Tensor, wanted: Tensor, owners: Tensor) -> Tensor:
-    """Weighted mean squared error as a share of the variance, (images, cells, hidden) both."""
+    """Return the weighted mean squared error divided by the variance.
+
+    Args:
+        found, wanted: (images, cells, hidden).
+        owners: (images, cells), what each cell shows.
+    """
     weight = torch.where(owners == NOTHING, _EMPTY_WEIGHT, 1.0)[..., None]
     weight = weight / weight.sum()
     variance = ((wanted - (wanted * weight).sum((0, 1))).square() * weight).sum((0, 1)).mean()
@@ -81,7 +86,7 @@ def questions_loss(
     batch: Batch,
     step: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of the answers and of what is taught besides, with accuracies by task."""
+    """Return the loss of answers and auxiliary losses, and the accuracy of each task."""
     pixels = to_pixel_values(batch["shown"])
     rows, columns = (side // TOKEN_PX for side in pixels.shape[-2:])
     with torch.set_grad_enabled(stage.tower_rate > 0):

@@ -1,4 +1,4 @@
-"""Builds the second model's processor: the first one's words, pictures at their own size."""
+"""Makes the second model's processor, with the first model's words and pictures of any size."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from workshop.dynamic.architecture import FRAMES, MERGE
 from workshop.processing import CHAT_TEMPLATE, build_tokenizer
 
 LEAST_PX, MOST_PX = 128, 320
-"""Pictures with fewer pixels than a square of the first, or more than one of the second, are
-resized; all others keep their size but for what is needed to make it a multiple of 16."""
+"""Pictures with fewer pixels than a square of side LEAST_PX, or more than one of side MOST_PX, are
+resized. The sides of all others are only rounded to multiples of 16."""
 
 
 def build_processor() -> SizedProcessor:
-    """The processor of the shipped folder."""
+    """Make the processor of the second built-in model."""
     images = Qwen2VLImageProcessorPil(
         size={"shortest_edge": LEAST_PX**2, "longest_edge": MOST_PX**2},
         patch_size=PATCH_PX,
@@ -50,7 +50,7 @@ def build_processor() -> SizedProcessor:
 
 
 def save_processor(folder: Path) -> None:
-    """Write it as a Qwen3-VL processor, so that `AutoProcessor` reads it where torchvision is."""
+    """Write it as a Qwen3-VL processor, which `AutoProcessor` reads if there is torchvision."""
     build_processor().save_pretrained(folder)
     own, known = SizedProcessor.__name__, Qwen3VLProcessor.__name__
     for name in ("processor_config.json", "tokenizer_config.json"):

@@ -1,4 +1,4 @@
-"""The second model's recipe."""
+"""The stages of the second model's training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WEIGHT = {"count": 1.5, "relation": 1.2, "common": 1.5}
 
 
 def _questions(offset: int, more: tuple[str, ...] = ()) -> SizedSpec:
-    """Many questions of one image; a third of them follow another one."""
+    """Many questions about each image; a third of them follow another one."""
     return SizedSpec(
         images=6,
         questions=18,

@@ -1,8 +1,9 @@
 """Trains the second built-in model from the first: `python -m workshop.dynamic.train
 --work FOLDER`.
 
-Stages: the tower learns to give what the first model's tower gives; the decoder, which starts as
-the first model's, learns to read it; both together. A killed run goes on from its last checkpoint.
+First the tower learns to imitate the first model's tower. Then the decoder, which starts as the
+first model's, learns to read it. Then both learn together. A run that was killed continues from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def start(first: LlavaForConditionalGeneration) -> Qwen3VLForConditionalGeneration:
-    """The model before its first step."""
+    """Make the model before its first step."""
     torch.manual_seed(0)
     batch = make_batch(BatchSpec(16, offset=4_900_000), 0)
     return start_from(first, to_pixel_values(batch["pixels"]), torch.as_tensor(batch["ids"]))
