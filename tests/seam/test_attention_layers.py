@@ -241,3 +241,39 @@ def test_layers_that_do_not_run_before_are_refused(wanted: Any) -> None:
 
     with pytest.raises(atp_patch.ConfigError, match=r"ahead: attention_layers\(2\).* 0 to 1"):
         patched("llava-llama", Ahead())
+
+
+@dataclass(frozen=True)
+class ByHead(atp_patch.LayerMethod):
+    """Shows what each head of the layer before pays, and what they pay on average."""
+
+    name = "by-head"
+    summary = "the last token's attention, head by head"
+
+    def decide(self, view: atp_patch.View, module: Any) -> atp_patch.Decision:
+        last = view.last[:, None]
+        rows = torch.ones_like(last, dtype=torch.bool)
+        heads = attention_paid(view, last, rows, per_head=True)
+        assert heads.shape == (len(last), view.query.shape[1], view.token.shape[1])
+        paid = {str(head): heads[:, head] for head in range(heads.shape[1])}
+        mean = attention_paid(view, last, rows)
+        return atp_patch.Decision(keep_best(view, mean), scores={**paid, "mean": mean})
+
+
+@kinds
+def test_scores_by_head_are_those_of_the_full_map(kind: str) -> None:
+    model = patched(kind, ByHead())
+    inputs = batch(model, prompts.MIXED)
+    forward(model, inputs)
+    trace, real = atp_patch.last_trace(model), real_mask(inputs)
+    maps = attention_maps(tiny.tiny_model(kind), inputs, {n: trace.layers[n].kept for n in LAYERS})
+    for layer in LAYERS:
+        scores = trace.layers[layer].scores
+        paid = maps.attentions[layer - 1]
+        assert len(scores) == paid.shape[1] + 1
+        for name, found in scores.items():
+            wanted = paid.mean(1) if name == "mean" else paid[:, int(name)]
+            scored = ~found.isnan()
+            for b in scored.any(1).nonzero().flatten().tolist():
+                last = int(real[b].nonzero()[-1])
+                assert_close(found[b, scored[b]], wanted[b, last, scored[b]])
