@@ -59,7 +59,7 @@ def _paper_flops(trace: PruningTrace, visual: Tensor) -> float:
     """FLOPs by eq. 15 as the paper prints it, summed over samples and layers, with the text.
 
     Args:
-        trace: of the forward pass.
+        trace: the trace of the forward pass.
         visual: (B, layers) visual tokens in each layer.
     """
     shape = trace.shape

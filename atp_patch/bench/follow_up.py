@@ -59,7 +59,7 @@ class Prompt:
         """Cut a prompt after its last visual token, which stands at the same place in all samples.
 
         Args:
-            inputs: of the prompt.
+            inputs: the inputs of the prompt.
             text: (B, L) bool, which is false at visual tokens.
         """
         ids = inputs["input_ids"]
@@ -78,7 +78,7 @@ def compare_questions(
 
     Args:
         model: the plain model.
-        inputs: of the prompt, on the model's device.
+        inputs: the inputs of the prompt, on the model's device.
         text: (B, L) bool, which is false at visual tokens.
         voco_tokens: numbers of VoCo tokens, each of which is a way of its own.
         runs: timed rounds, which follow one round of warm-up.

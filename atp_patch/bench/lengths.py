@@ -56,7 +56,7 @@ def time_same_lengths(
         model: the plain model.
         contender: prunes the model.
         inputs: on the model's device.
-        trace: of the contender on these inputs.
+        trace: the trace of the contender on these inputs.
         runs: timed rounds, which follow one round of warm-up.
     """
     lengths = layer_lengths(trace)

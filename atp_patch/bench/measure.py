@@ -68,7 +68,7 @@ class Measured:
             further runs.
         kv_bytes: size of the keys and values in the cache after the prefill.
         peak_bytes: the most memory in use; None where the machine does not tell.
-        trace: of the last pruned forward pass.
+        trace: the trace of the last pruned forward pass.
     """
 
     prefill: Times = field(default_factory=Times)

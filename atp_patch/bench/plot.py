@@ -29,8 +29,8 @@ def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
     Args:
         cases: what :func:`atp_patch.bench.__main__.run` reports.
-        title: of the plot.
-        path: of the file to write.
+        title: the title of the plot.
+        path: the path of the file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -33,8 +33,8 @@ class Depth:
     """Numbers of layers.
 
     Attributes:
-        decoder: of the language model.
-        tower: of the vision tower.
+        decoder: the number of layers of the language model.
+        tower: the number of layers of the vision tower.
     """
 
     decoder: int
@@ -46,11 +46,11 @@ class Preset(ABC):
     """The shape of a model; subclasses know the vision tower and the inputs of its family.
 
     Attributes:
-        hidden_size: of the decoder.
-        mlp_size: of the decoder's MLPs.
-        num_layers: of the decoder.
-        num_heads: of the decoder's attention.
-        num_kv_heads: of the decoder's keys and values.
+        hidden_size: the hidden size of the decoder.
+        mlp_size: the inner size of the decoder's MLPs.
+        num_layers: the number of decoder layers.
+        num_heads: the number of query heads of the decoder's attention.
+        num_kv_heads: the number of heads of the decoder's keys and values.
         vocab_size: number of token ids.
         image: width and height of the image in pixels, where the command names none.
         tower_layers: number of layers of the vision tower.
@@ -97,8 +97,8 @@ class Preset(ABC):
         Args:
             scale: share of the decoder's and the tower's layers that are built.
             attention: "sdpa", "eager" or "flash_attention_2".
-            device: of the weights; on "meta" there are none.
-            dtype: of the weights.
+            device: the device of the weights; on "meta" there are none.
+            dtype: the dtype of the weights.
         """
         with torch.device(device):
             model: nn.Module = transformers.AutoModelForImageTextToText.from_config(

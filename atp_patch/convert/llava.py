@@ -74,7 +74,7 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
     """Plan how a checkpoint of LLaVA or VILA-7B is converted.
 
     Args:
-        folder: of the checkpoint.
+        folder: the folder of the checkpoint.
         tower: folder of the CLIP model, where the checkpoint does not hold it; else None.
 
     Raises:

@@ -86,7 +86,7 @@ class Plan:
         """All new names and tensors, each read when it is asked for.
 
         Args:
-            dtype: of the tensors that no source holds.
+            dtype: the dtype of the tensors that no source holds.
         """
         for source in self.sources:
             for name, tensor in source.tensors():

@@ -62,8 +62,8 @@ def save_generation_config(
     """Copy the generation configuration, or make one with the language model's special tokens.
 
     Args:
-        folder: of the old checkpoint.
-        out: of the new one.
+        folder: the folder of the old checkpoint.
+        out: the folder of the new one.
         text: configuration of the language model.
         unused: ids that must never be generated.
         notes: is appended to where the user still has to do something.
@@ -100,8 +100,8 @@ def save_llava_processor(out: Path, tokenizer: Any, config: Any, *, squared: boo
 
     Args:
         out: the folder to write to.
-        tokenizer: of the model.
-        config: of the model.
+        tokenizer: the tokenizer of the model.
+        config: the config of the model.
         squared: whether images are padded to squares. Otherwise a square is cut from their middle.
     """
     # Where torchvision is missing, importing these prints a long notice, so it is done late.
@@ -132,8 +132,8 @@ def save_internvl_processor(
 
     Args:
         out: the folder to write to.
-        tokenizer: of the model.
-        config: of the model.
+        tokenizer: the tokenizer of the model.
+        config: the config of the model.
         side: width and height of a tile in pixels.
         tiles: the least and the most tiles of an image.
     """

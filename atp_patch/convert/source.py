@@ -25,7 +25,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         what: what to give in place of a file that is missing or broken, for the error.
 
     Raises:

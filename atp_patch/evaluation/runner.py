@@ -136,7 +136,7 @@ def run(
         bench: the model.
         runs: each setting with its file.
         tasks: all tasks of the questions.
-        split: of the questions.
+        split: the split of the questions.
         work: the questions (:func:`chunks`).
         advance: is told how many more answers there are.
     """

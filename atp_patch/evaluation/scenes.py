@@ -35,9 +35,9 @@ class SceneSet:
     """Scenes of one kind and what is asked about them.
 
     Attributes:
-        name: of the group of tasks.
+        name: the name of the group of tasks.
         summary: what tables say is special about it.
-        config: of the generator.
+        config: the config of the generator.
         tasks: the generator's tasks that are asked. Those of the set "builtin" keep their names;
             those of another set are called ``name/task``.
         change: makes the picture of a scene; None: it is the generator's.

@@ -35,7 +35,7 @@ class Setting:
         layers: before which decoder layers the method prunes.
         budget: visual tokens averaged over all decoder layers, as a share of all; None where the
             method or the adapter decides itself how many to keep.
-        seed: of what the method draws at random; None where it draws nothing.
+        seed: the seed of what the method draws at random; None where it draws nothing.
         adapter: a trained adapter as ``find_trained`` takes it, or None.
         adapter_hash: hash of the adapter's files, or None.
         control: which thresholds replace the adapter's own; None where these are kept.
@@ -213,7 +213,7 @@ def known_options(name: str, given: dict[str, Any]) -> tuple[tuple[str, Any], ..
     """The options of a method that differ from its defaults and can change an answer.
 
     Args:
-        name: of the method.
+        name: the name of the method.
         given: all options, as :meth:`Setting.identity` gives them.
     """
     if not set(stages(name)) <= set(available_methods()):

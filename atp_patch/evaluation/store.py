@@ -38,7 +38,7 @@ class RunFile:
     """The file of one run.
 
     Attributes:
-        path: of the file.
+        path: the path of the file.
         header: the object in the first line; its entry "identity" decides the file's name.
         answers: the results by task, and by number of the question's image.
     """
@@ -54,7 +54,7 @@ class RunFile:
         """Open a run's file with what it holds already, or begin one.
 
         Args:
-            folder: of the file; it is made where it is not there.
+            folder: the folder of the file; it is made where it is not there.
             name: readable first part of the file's name.
             identity: everything that decides an answer, as plain data.
             facts: further entries of a new file's header.

@@ -48,9 +48,9 @@ class Row:
 
     Attributes:
         setting: without its seed or training.
-        group: of tasks.
+        group: the group of tasks.
         layers: before which decoder layers it prunes.
-        seeds: of the draws, or numbers of the trainings, that are pooled.
+        seeds: the seeds of the draws, or numbers of the trainings, that are pooled.
         accuracy: for each task the mean score, from 0 to 1.
         by_task: for each task the mean score with its interval.
         questions: for each task how many there are.
@@ -66,7 +66,7 @@ class Row:
             layer 0 and each pruning layer.
         strata: for each value of ``Task.stratum`` the questions about such pictures.
         by_seed: mean accuracy of each seed or training.
-        hashes: of the adapter of each training.
+        hashes: the hashes of the adapter of each training.
         unreachable: why the budget cannot be met; nothing else is known then. None where it can.
         run: header of the run.
         record: what an earlier summary said of the setting, which is written again as it was.
@@ -136,11 +136,11 @@ class Measured:
     Attributes:
         setting: without its seed or training.
         files: one for each seed or training; none where the budget cannot be met.
-        seeds: of the draws, or numbers of the trainings.
+        seeds: the seeds of the draws, or numbers of the trainings.
         layers: before which decoder layers it prunes.
         unreachable: why the budget cannot be met; None where it can.
         run: header of the run.
-        hashes: of the adapter of each training.
+        hashes: the hashes of the adapter of each training.
     """
 
     setting: Setting
@@ -168,7 +168,7 @@ def summarize(
         tasks: all tasks of the examples.
         examples: the questions that count; the files may hold more.
         num_layers: how many layers the decoder has.
-        split: of the examples.
+        split: the split of the examples.
         draws: number of bootstrap draws.
         silent: numbers of decoder layers that change nothing.
     """

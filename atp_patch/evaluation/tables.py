@@ -35,7 +35,7 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     """Write the page for people: notes, then a table for each group of tasks.
 
     Args:
-        rows: of all groups.
+        rows: the rows of all groups.
         title: one line that says what was measured.
     """
     origins = dict.fromkeys(map(_origin, rows))

@@ -67,7 +67,7 @@ def execute(
     """Parse the arguments, do the work, and report an error in one line on stderr.
 
     Args:
-        parser: of the arguments.
+        parser: the parser of the arguments.
         work: is given the parsed arguments.
         argv: the arguments; None: those of the process.
         memory: what the user can do where memory does not suffice.

@@ -17,8 +17,8 @@ def check_folder(path: Path, name: str) -> None:
     """Check before the work that a folder can be made, or can be written if it is there.
 
     Args:
-        path: of the folder.
-        name: of the argument that gave the folder, for the error.
+        path: the path of the folder.
+        name: the name of the argument that gave the folder, for the error.
 
     Raises:
         ConfigError: where a part of the path is a file, or may not be written.

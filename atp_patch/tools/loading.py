@@ -66,7 +66,7 @@ def load_checkpoint(
     Args:
         name: a folder or a Hub id.
         device: where the model goes.
-        dtype: of its weights.
+        dtype: the dtype of its weights.
         check: is called with the model without its weights first, so that a wrong argument is found
             before gigabytes are read.
 
@@ -183,7 +183,7 @@ def _explained(name: str, what: str, mend: str) -> Iterator[None]:
     and ``ZeroDivisionError`` from a configuration without heads.
 
     Args:
-        name: of the checkpoint.
+        name: the name of the checkpoint.
         what: what the error means for the checkpoint.
         mend: what the user can do.
     """

@@ -94,7 +94,7 @@ def add_lora(model: Any, rank: int, alpha: float, leave_out: Collection[int] = (
 
     Args:
         model: a patched model of transformers.
-        rank: of the two factors.
+        rank: the rank of the two factors.
         alpha: LoRA's scale; what it adds is multiplied by alpha / rank.
         leave_out: numbers of decoder layers that get none.
 

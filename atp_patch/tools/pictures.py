@@ -68,7 +68,7 @@ def _as_8_bit(path: Path, file: Image.Image, upright: Image.Image) -> NDArray[np
     """The deep greyscale picture, scaled to 0-255, (height, width).
 
     Args:
-        path: of the file, for errors.
+        path: the path of the file, for errors.
         file: the opened file, whose tags say what its samples mean.
         upright: its picture, in the right orientation.
     """

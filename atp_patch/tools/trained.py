@@ -185,7 +185,7 @@ def _deltas(
     """By name of a linear layer, what LoRA adds to its weight, and that weight if PEFT wrote it.
 
     Args:
-        folder: of the LoRA.
+        folder: the folder of the LoRA.
         written: what :func:`_written` gives, so that a changed file is read again.
     """
     scale, stored = _scale(folder), _stored(folder)

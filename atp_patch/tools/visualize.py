@@ -38,7 +38,7 @@ def overlay(
     Args:
         images: the images as the model sees them (:func:`as_seen`), one for each frame of each of
             the sample's grids, in order. A single picture stands for every frame.
-        trace: of the forward pass.
+        trace: the trace of the forward pass.
         sample: number of the sample in the batch.
         panel: width of one panel in pixels.
 
@@ -82,8 +82,8 @@ def as_seen(
     Args:
         image: as it was given to the processor.
         inputs: what the processor made of the image.
-        processor: of the model.
-        trace: of the forward pass on these inputs.
+        processor: the processor of the model.
+        trace: the trace of the forward pass on these inputs.
     """
     grids = trace.grids[0]
     pixels = inputs["pixel_values"].float().cpu()

@@ -20,7 +20,7 @@ def card(
     then.
 
     Args:
-        settings: of the training.
+        settings: the settings of the training.
         history: entries of the Trainer's log.
         samples: how many samples the data has.
         skipped: numbers of the samples that were left out.
