@@ -241,7 +241,7 @@ def _timed(owner: Any, names: Sequence[str], device: torch.device) -> Iterator[C
     Yields:
         a function that gives the milliseconds so far.
     """
-    marks: list[tuple[Any, Any]] = []
+    spans: list[tuple[Any, Any]] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -249,7 +249,7 @@ def _timed(owner: Any, names: Sequence[str], device: torch.device) -> Iterator[C
             try:
                 return function(*args, **kwargs)
             finally:
-                marks.append((start, mark(device)))
+                spans.append((start, mark(device)))
 
         return call
 
@@ -257,7 +257,7 @@ def _timed(owner: Any, names: Sequence[str], device: torch.device) -> Iterator[C
     for name in names:
         owner.__dict__[name] = timed(getattr(owner, name))
     try:
-        yield lambda: sum(between_ms(start, end) for start, end in marks)
+        yield lambda: sum(between_ms(start, end) for start, end in spans)
     finally:
         for name, function in before.items():
             del owner.__dict__[name]

@@ -133,7 +133,7 @@ def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
     if getattr(view, "learning", False) and decision.soft is None:
         raise DecisionError(
             f"{method}: the view asks for learning, and the decision has no soft mask; return "
-            "soft= with a gradient, 1 for what stays and 0 for what goes."
+            "soft= with a gradient, 1 for kept tokens and 0 for dropped ones."
         )
     for name in ("soft", "counted"):
         if getattr(decision, name) is not None:

@@ -142,7 +142,7 @@ class Attention:
 
     @property
     def key_offset(self) -> int:
-        """Keys of earlier turns that stand before this forward pass's own."""
+        """Number of keys of earlier turns, which come before the keys of this forward pass."""
         return self.key.shape[2] - self.query.shape[2]
 
 
@@ -193,7 +193,7 @@ class View(TokenView):
         """
         if self.layer - 1 not in self.attention:
             raise ConfigError(
-                f"the attention of layer {self.layer - 1} was not asked for; the method's "
+                f"the attention of layer {self.layer - 1} was not recorded; the method's "
                 f"attention_layers({self.layer}) must name it."
             )
         return self.attention[self.layer - 1]
@@ -225,7 +225,7 @@ class View(TokenView):
 
     @property
     def key_offset(self) -> int:
-        """Keys of earlier turns that stand before this forward pass's own."""
+        """Number of keys of earlier turns, which come before the keys of this forward pass."""
         return self.before.key_offset
 
     def unrotated(self) -> tuple[Tensor, Tensor]:

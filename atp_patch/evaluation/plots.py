@@ -70,8 +70,8 @@ def frontier(rows: Sequence[Row]) -> Any:
 def frontier_by_task(rows: Sequence[Row]) -> Any:
     """Draw each task's accuracy against average visual tokens, in a panel of its own."""
     tasks = list(rows[0].accuracy)
-    figure, places = _panels(len(tasks))
-    for axes, task in zip(places, tasks, strict=True):
+    figure, panels = _panels(len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
         for number, (label, points) in enumerate(_curves(rows).items()):
             alone = Estimate(math.nan, math.nan, math.nan)
             estimates = [
@@ -82,7 +82,7 @@ def frontier_by_task(rows: Sequence[Row]) -> Any:
             )
         _references(axes, rows, lambda row, task=task: row.accuracy[task])
         axes.set_title(task, fontsize=9)
-    _legend_beside(figure, places[0])
+    _legend_beside(figure, panels[0])
     return figure
 
 
@@ -143,8 +143,8 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
     if not pruned:
         return None
     pruned = [row for row in pruned if _tells_apart(row)] or pruned
-    figure, places = _panels(len(pruned), common_y=True)
-    for axes, row in zip(places, pruned, strict=True):
+    figure, panels = _panels(len(pruned), common_y=True)
+    for axes, row in zip(panels, pruned, strict=True):
         for number, (task, counts) in enumerate(row.entering.items()):
             layers, means = list(counts), list(counts.values())
             axes.plot(layers, means, label=task, **_look(number), ms=4, lw=1)
@@ -152,8 +152,8 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
         axes.set_xticks([0, *row.layers])
         axes.set_yscale("log")
         axes.set_xlabel("decoder layer", fontsize=8)
-    places[0].set_ylabel("visual tokens", fontsize=8)
-    _legend_beside(figure, places[0])
+    panels[0].set_ylabel("visual tokens", fontsize=8)
+    _legend_beside(figure, panels[0])
     return figure
 
 
@@ -168,8 +168,8 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
     adaptive = [r for r in rows if r.setting.budget is None and r.setting.name not in given]
     if not adaptive:
         return None
-    figure, places = _panels(len(adaptive), common_y=True)
-    for axes, row in zip(places, adaptive, strict=True):
+    figure, panels = _panels(len(adaptive), common_y=True)
+    for axes, row in zip(panels, adaptive, strict=True):
         for number, layer in enumerate(next(iter(row.strata.values())).entering):
             means = [stratum.entering[layer] for stratum in row.strata.values()]
             label = f"enter layer {layer}"
@@ -178,7 +178,7 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
         axes.set_yscale("log")
         axes.set_xlabel("objects in the picture", fontsize=8)
         axes.legend(fontsize=5, loc=(0.65, 0.6))
-    places[0].set_ylabel("visual tokens", fontsize=8)
+    panels[0].set_ylabel("visual tokens", fontsize=8)
     return figure
 
 
@@ -196,8 +196,8 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.average_tokens):
         if not row.setting.is_reference and row.setting.name != DROPPED:
-            places = f" @ {'+'.join(map(str, row.layers))}" if row.layers else ""
-            label = row.setting.name + places
+            layers = f" @ {'+'.join(map(str, row.layers))}" if row.layers else ""
+            label = row.setting.name + layers
             curves.setdefault(label, []).append(row)
     return curves
 
@@ -232,10 +232,10 @@ def _panels(count: int, common_y: bool = False) -> tuple[Any, list[Axes]]:
     height = math.ceil(count / columns)
     inches = (3.2 * columns + 1.2, 2.6 * height)
     figure, grid = _figure(height, columns, inches, common_y)
-    places = [axes for line in grid for axes in line]
-    for axes in places[count:]:
+    panels = [axes for line in grid for axes in line]
+    for axes in panels[count:]:
         axes.set_visible(False)
-    return figure, places[:count]
+    return figure, panels[:count]
 
 
 def _legend_beside(figure: Any, axes: Axes) -> None:

@@ -78,8 +78,8 @@ class Bench:
         """The decoder layers that may be left out of the model as the setting patched it: they add
         nothing, and their attention is not scored.
         """
-        places = () if setting.is_reference else require_patch(self.model).config.layers
-        return set(self.silent) - {layer - 1 for layer in places}
+        layers = () if setting.is_reference else require_patch(self.model).config.layers
+        return set(self.silent) - {layer - 1 for layer in layers}
 
     @contextmanager
     def shortened(self, setting: Setting) -> Iterator[None]:

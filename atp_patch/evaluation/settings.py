@@ -166,13 +166,13 @@ def plan(
     settings += [Setting(DROPPED, layers=(layer,)) for layer in drop_from]
     free: list[Setting] = []
     limited: list[tuple[Setting, tuple[float, ...]]] = []
-    for name, places, shares in dict.fromkeys(named):
+    for name, own_layers, shares in dict.fromkeys(named):
         given = _options_of(name, options)
         before, inside = make_methods(stages(name), given)
         method = inside or before
         assert method is not None  # make_methods gives at least one
         drawn = range(seeds) if "seed" in _fields_of(name) and "seed" not in given else [None]
-        base = Setting(name, tuple(sorted(given.items())), () if inside is None else places)
+        base = Setting(name, tuple(sorted(given.items())), () if inside is None else own_layers)
         drawn_each = [replace(base, seed=s) for s in drawn]
         if not method.needs_budget:
             free += drawn_each

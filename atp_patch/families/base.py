@@ -100,8 +100,8 @@ class Family:
         """
         late = self.late_layers(config)
         latest = max(1, num_layers - 1)
-        places = {min(max(layer, late), latest) for layer in scaled_layers(num_layers)}
-        return tuple(sorted(places))
+        layers = {min(max(layer, late), latest) for layer in scaled_layers(num_layers)}
+        return tuple(sorted(layers))
 
     def check_layers(self, config: Any, layers: Sequence[int]) -> None:
         """Raise ConfigError where the first pruning layer comes too early for the model."""

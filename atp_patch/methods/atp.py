@@ -121,7 +121,7 @@ class ATP(Scored):
         if (self.slope_end is None) != (self.anneal_passes == 0) or self.anneal_passes < 0:
             raise ConfigError(
                 f"slope_end={self.slope_end} and anneal_passes={self.anneal_passes} belong "
-                "together: the slope to end at, and after how many passes; or neither."
+                "together; give the last slope and the number of passes, or neither."
             )
         if (
             min(self.slope, self.slope_end or 1.0) <= 0

@@ -40,9 +40,7 @@ class PruMerge(TowerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.neighbours < 0:
-            raise ConfigError(
-                f"neighbours={self.neighbours} must be at least 0 (0: merge nothing)."
-            )
+            raise ConfigError(f"neighbours={self.neighbours} must be at least 0; 0 merges nothing.")
 
     @property
     def needs_budget(self) -> bool:

@@ -69,7 +69,7 @@ def method_class(name: str) -> type[Method]:
         claims = ["atp_patch"] * len(own) + [_package(point) for point in points]
         raise ConfigError(
             f"method {name!r} is claimed by {' and by '.join(claims)}; uninstall one of these "
-            "packages, or have its entry point renamed."
+            "packages, or rename its entry point."
         )
     defined = own or _defined(name)
     if defined:
@@ -141,7 +141,7 @@ def make_method(method: str | Method, options: dict[str, Any]) -> Method:
         if options:
             raise ConfigError(
                 f"unknown arguments {', '.join(sorted(options))}: a method given as an object "
-                f"brings its options along."
+                f"has its options already."
             )
         check_fields(method)
         return _standing(method)
@@ -172,7 +172,7 @@ def _standing(method: Method) -> Method:
         raise ConfigError(f"{type(method).__name__} has no name; give the class name = '...'.")
     if not isinstance(method, (PictureMethod, TowerMethod, DoorMethod, LayerMethod, VoCo)):
         raise ConfigError(
-            f"{method.name} stands nowhere: derive {type(method).__name__} from "
+            f"{method.name} has no place where it prunes: derive {type(method).__name__} from "
             "atp_patch.PictureMethod, TowerMethod, DoorMethod or LayerMethod."
         )
     return method

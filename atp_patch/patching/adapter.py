@@ -78,10 +78,10 @@ class Adapter(ModelHubMixin):
         foreign = [name for name in _MODELS_FILES if name not in own and (folder / name).exists()]
         if foreign:
             raise ConfigError(
-                f"{folder} holds {foreign[0]} of something else; save the adapter to a folder of "
-                "its own."
+                f"{folder} holds the {foreign[0]} of something else; save the adapter to another "
+                "folder."
             )
-        check_values(self.tensors, "what was learned")
+        check_values(self.tensors, "the learned weights")
         try:
             return super().save_pretrained(folder, **kwargs)
         except ATPError:
@@ -202,13 +202,13 @@ def adapter_of(
         lacking = sorted(set(learned) - set(state_dict))
         if lacking:
             raise WeightsError(
-                f"state_dict lacks {lacking[0]} of the threshold heads; give that of the whole "
+                f"state_dict lacks the learned weight {lacking[0]}; give that of the whole "
                 "model: Accelerator.get_state_dict(model)."
             )
         learned = {name: state_dict[name] for name in learned}
     if any(map(_in_parts, learned.values())):
         raise WeightsError(
-            "what was learned is spread over processes; give it whole: in all processes "
+            "the learned weights are spread over processes; give all of them: in all processes "
             "state = accelerator.get_state_dict(model), and in the first "
             "save_pretrained(..., state_dict=state)."
         )
@@ -250,7 +250,8 @@ def load_adapter(
         return config, before, inside, _read_tensors(source, expected)
     if is_folder(source) and (Path(source) / WEIGHTS_FILE).exists():
         raise WeightsError(
-            f"{source}/{WEIGHTS_FILE} holds weights, but by {CONFIG_FILE} nothing was learned. "
+            f"{source}/{WEIGHTS_FILE} holds weights, but nothing was learned according to "
+            f"{CONFIG_FILE}. "
             "Save the adapter anew with atp_patch.save_pretrained."
         )
     return config, before, inside, {}
@@ -325,8 +326,8 @@ def _methods_of(
     before, inside = make_methods([make_method(*stage) for stage in stages], {})
     if (before is None) != (config.before is None):
         raise ConfigError(
-            f"{config.name} stands in the wrong place: before= is for what prunes before the "
-            "decoder, method= for what prunes inside it."
+            f"{config.name} is in the wrong place: before= is for a method that prunes before the "
+            "decoder, method= for one that prunes inside it."
         )
     if isinstance(before, VoCo):
         check_alone(config)

@@ -76,6 +76,6 @@ def check_gradients_are_shared(model: nn.Module, around: tuple[nn.Module, ...]) 
     for module in (*around, model):
         if hasattr(module, "module") or hasattr(module, "set_requires_gradient_sync"):
             raise ConfigError(
-                f"{type(module).__name__} would not train what this patch adds, for it was made "
+                f"{type(module).__name__} would not train what this patch adds, since it was made "
                 "before: patch the model first, then wrap it."
             )

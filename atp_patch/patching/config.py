@@ -96,7 +96,7 @@ class PruningConfig:
             if len(self.keep) != max(len(self.layers), 1):
                 raise ConfigError(
                     f"keep has {len(self.keep)} shares for {len(self.layers)} pruning layers; "
-                    f"give one number, or one a layer."
+                    f"give one number, or one for each layer."
                 )
             if not all(0 < share <= 1 for share in self.keep):
                 raise ConfigError(
@@ -109,7 +109,7 @@ class PruningConfig:
         if self.prune_marks and (self.rope_2d or self.before is not None):
             raise ConfigError(
                 "prune_marks goes with methods that prune inside the decoder, without rope_2d: "
-                "marks have no row and column to turn with, and none to be merged by."
+                "marks have no row and column by which they could be rotated or merged."
             )
         for name in ("min_tokens", "min_tokens_per_image"):
             if not 0 <= getattr(self, name) <= MOST_TOKENS:
@@ -162,17 +162,17 @@ class PruningConfig:
         num_layers = self.base.num_layers
         target = DEFAULT_SHARE * total if self.target_tokens is None else self.target_tokens
         minimum = max(minimum, 1)
-        least = least_target(total, self.layers, num_layers, minimum)
+        lowest = least_target(total, self.layers, num_layers, minimum)
         if self.before is not None and self.target_tokens is None:
-            target = max(target, least)  # the budget was not given by the user
-        if target < least:
+            target = max(target, lowest)  # the budget was not given by the user
+        if target < lowest:
             asked = (
                 f"target_tokens={target:g}"
                 if self.target_tokens is not None
                 else f"the default budget, a quarter of the visual tokens ({target:g})"
             )
             raise BudgetError(
-                f"{asked} is below the least possible average of {least:.1f}: {self.layers[0]} of "
+                f"{asked} is below the least possible average of {lowest:.1f}: {self.layers[0]} of "
                 f"{num_layers} layers run on all {total} visual tokens before the first pruning. "
                 f"Give target_tokens of at least that, keep=, or an earlier first layer."
             )
@@ -199,15 +199,15 @@ class PruningConfig:
                 ``target_tokens`` cannot be expressed in shares, and those of the default budget, a
                 quarter, are returned.
         """
-        places = _PAPER_TOKENS if total is None else total
+        visual_tokens = _PAPER_TOKENS if total is None else total
         if self.keep is not None:
-            return tuple(count / places for count in keep_counts(places, self.keep))
-        asked = None if total is None else self.target_tokens
-        target = DEFAULT_SHARE * places if asked is None else asked
+            return tuple(count / visual_tokens for count in keep_counts(visual_tokens, self.keep))
+        given = None if total is None else self.target_tokens
+        target = DEFAULT_SHARE * visual_tokens if given is None else given
         num_layers = self.base.num_layers
-        target = max(target, least_target(places, self.layers, num_layers))
-        counts = target_counts(places, self.layers, num_layers, target)
-        return tuple(count / places for count in counts)
+        target = max(target, least_target(visual_tokens, self.layers, num_layers))
+        counts = target_counts(visual_tokens, self.layers, num_layers, target)
+        return tuple(count / visual_tokens for count in counts)
 
     @property
     def name(self) -> str:

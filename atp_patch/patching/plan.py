@@ -112,7 +112,7 @@ def make_plan(
         further = min_tokens != 1 or min_tokens_per_image or rope_2d or prune_marks or options
         if further or any(argument is not None for argument in given):
             raise ConfigError(
-                "weights bring layers, method, budget and options along; give weights alone."
+                "weights= sets layers, method, budget and options; give weights= alone."
             )
         config, before, layer, tensors = load_adapter(weights, base)
     else:
@@ -186,7 +186,7 @@ def check_rope_2d(family: Family, parts: Parts, *, forced: bool = False) -> None
     rope = getattr(parts.config, "rope_parameters", None) or {}
     if "mrope_section" in rope:
         raise UnsupportedModelError(
-            f"{family.name} models turn visual tokens by time, row and column already (M-RoPE); "
+            f"{family.name} models rotate visual tokens by time, row and column already (M-RoPE); "
             "patch without rope_2d."
         )
     if not forced and not any(p.requires_grad for p in parts.layers.parameters()):

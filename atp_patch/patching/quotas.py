@@ -38,7 +38,7 @@ def quotas(
         return tuple(Quota(max(pair), pair[1]) for pair in zip(shares, minimums, strict=True))
     if not any(sum(of_samples) == sum(placeholders) for of_samples in kinds):
         raise InputError(
-            "target_tokens is shared out by the placeholders in input_ids, which are not those of "
+            "target_tokens is divided by the placeholders in input_ids, which are not those of "
             "these images; pass input_ids and pixel values of the same prompts, or give keep=."
         )
     totals = [sum(sample) for sample in zip(*kinds, strict=True)]
@@ -47,8 +47,8 @@ def quotas(
         if split is not None:
             return _shared_out(config, tokens, placeholders, totals, split)
     raise InputError(
-        "images and placeholders do not match sample by sample, so target_tokens cannot be shared "
-        "out; give keep=."
+        "images and placeholders do not match sample by sample, so target_tokens cannot be "
+        "divided among the images; give keep=."
     )
 
 

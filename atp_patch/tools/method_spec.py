@@ -45,7 +45,7 @@ def read_method_spec(text: str) -> MethodSpec:
             decoder, and where layers are no integers or budgets no shares.
     """
     rest, colon, shares = text.partition(":")
-    name, at, places = rest.partition("@")
+    name, at, layers = rest.partition("@")
     for stage in stages(name):
         if stage not in available_methods():
             known = ", ".join(available_methods())
@@ -57,7 +57,7 @@ def read_method_spec(text: str) -> MethodSpec:
     try:
         return MethodSpec(
             name,
-            tuple(int(place) for place in places.split("+")) if at else None,
+            tuple(int(layer) for layer in layers.split("+")) if at else None,
             tuple(_share(share) for share in shares.split("+")) if colon else None,
         )
     except ValueError as error:

@@ -163,9 +163,9 @@ class LlavaFile:
             raise InputError('"image" is neither a path nor a list of paths.')
         if not names and not self.text_only:
             raise InputError("it has no image; text_only takes conversations without one.")
-        marks = sum(text.count(MARK) for _, text in turns)
-        if marks != len(names):
-            raise InputError(f"it has {len(names)} images, and {MARK} stands in it {marks} times.")
+        found = sum(text.count(MARK) for _, text in turns)
+        if found != len(names):
+            raise InputError(f"it has {len(names)} images, and {MARK} stands in it {found} times.")
         if any(MARK in text for _, text in turns[1:]):
             raise InputError(f"{MARK} stands after the first question.")
         files = [self.images / name for name in names]

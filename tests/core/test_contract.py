@@ -87,7 +87,7 @@ def test_what_is_no_method_is_named() -> None:
             raise NotImplementedError
 
     for given, message in (
-        (Nowhere(), "nowhere stands nowhere"),
+        (Nowhere(), "nowhere has no place"),
         (Unnamed(), "Unnamed has no name"),
         (Last, r"method=Last\(\)"),
         ([Last], r"method=Last\(\)"),

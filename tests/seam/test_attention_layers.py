@@ -227,7 +227,7 @@ def test_attention_that_was_not_asked_for_is_named() -> None:
             return atp_patch.Decision(view.slot_valid, scores={"q": view.query.sum((1, 3))})
 
     model = patched("llava-llama", Blind())
-    with pytest.raises(atp_patch.ConfigError, match=r"layer 1 was not asked for.*layers\(2\)"):
+    with pytest.raises(atp_patch.ConfigError, match=r"layer 1 was not recorded.*layers\(2\)"):
         forward(model, batch(model, prompts.SINGLE))
 
 
