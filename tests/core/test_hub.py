@@ -49,7 +49,7 @@ def test_an_adapter_reproduces_the_patched_model(kind: str, method: str, tmp_pat
 def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("precious")
     model = atp_patch.patch_model(tiny_model("llava-llama"), LAYERS, "fastv", keep=0.6)
-    with pytest.raises(atp_patch.ConfigError, match=f"holds {name} of something else"):
+    with pytest.raises(atp_patch.ConfigError, match=f"holds the {name} of something else"):
         atp_patch.save_pretrained(model, tmp_path)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "precious"}
 
@@ -137,7 +137,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_weights_come_with_nothing_beside_them(tmp_path: Path) -> None:
     atp_patch.save_pretrained(learned(), tmp_path)
-    with pytest.raises(atp_patch.ConfigError, match="weights alone"):
+    with pytest.raises(atp_patch.ConfigError, match="weights= alone"):
         atp_patch.patch_model(tiny_model("llava-llama"), weights=tmp_path, layers=[2])
 
 
