@@ -21,14 +21,14 @@ test: lint types
 
 # The exactness core, for daily work: two families, every method, what patching leaves, the mathematics.
 FAST := tests/maths tests/repo/test_layout.py tests/core/test_config.py tests/core/test_contract.py \
-	tests/core/test_hub.py tests/core/test_methods.py tests/core/test_narrow.py \
+	tests/core/test_hub.py tests/core/test_methods.py tests/core/test_host_masks.py \
 	tests/seam/test_every_method.py tests/seam/test_exactness.py tests/seam/test_patching.py
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FAST)
 
 # How many small faults in the source the tests find; docs/testing.md says how it went.
 MATHS_TESTS := tests/maths tests/core/test_methods.py tests/core/test_budget_losses.py \
-	tests/core/test_narrow.py tests/core/test_rope_2d.py tests/families/test_softmax.py
+	tests/core/test_host_masks.py tests/core/test_rope_2d.py tests/families/test_softmax.py
 SEAM_CORE := atp_patch/seam/decoder atp_patch/seam/door atp_patch/seam/host/cache.py \
 	atp_patch/seam/host/masks.py
 SEAM_TESTS := tests/seam/test_every_method.py tests/seam/test_exactness.py \

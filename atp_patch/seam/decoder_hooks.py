@@ -171,6 +171,5 @@ class DecoderHooks:
         output = decoder_pass.finish(output, kwargs, len(self.parts.layers))
         call, lost = self.thread.call, decoder_pass.without_output()
         if call is not None and lost is not None:
-            call.unsupervise(lost)
-            call.through = decoder_pass
+            call.behind_decoder(decoder_pass, lost)
         return output

@@ -83,15 +83,15 @@ class ModelHooks:
         # A call that has entered before was broken off, since Ctrl-C skips the hooks behind it.
         call = self.thread.call
         if call is None or call.entered:
-            call = self._open_call(args, kwargs)
-            call.alone = module is not self.parts.top
+            call = self._open_call(args, kwargs, alone=module is not self.parts.top)
         call.with_base(module, args, kwargs)
         return args, kwargs
 
-    def _open_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
+    def _open_call(self, args: Any, kwargs: dict[str, Any], *, alone: bool = False) -> Call:
         self.recorder.forget()
-        call = Call.of_outermost(self.outside, args, kwargs, self.thread.session)
-        if self.reader is not None and self.thread.session is None:
+        session = self.thread.session
+        call = Call.of_outermost(self.outside, args, kwargs, session, alone=alone)
+        if self.reader is not None and session is None:
             self.reader.forget()
         self.thread.call = call
         return call

@@ -20,7 +20,7 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, TowerReader, told
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
-from tests.seam.before import CASES, Case, groups, read, rows_in_sequence
+from tests.seam.vision_cases import CASES, Case, groups, read, rows_in_sequence
 
 
 def patched(kind: Kind, method: Any = None, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from tests.helpers.inputs import Inputs, real_mask, visual_mask
 from tests.helpers.merging import replaced
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
-from tests.seam.before import CASES, KINDS, Case
+from tests.seam.vision_cases import CASES, KINDS, Case
 
 ABLE = [c for c in CASES if "next" not in c.name and "onevision" not in c.name]
 every_case = pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)

@@ -14,7 +14,7 @@ from tests.families.kinds import VIDEOS, make
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import Session, forward, generate, kept_of, words
-from tests.seam.before import CASES, KINDS, NEIGHBOURS, SMALL, Case, expected
+from tests.seam.vision_cases import CASES, KINDS, NEIGHBOURS, SMALL, Case, expected
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 both = pytest.mark.parametrize("method", ["prumerge", "prumerge+"])

@@ -14,7 +14,7 @@ from atp_patch.builtin import load_builtin, make_scene, prompt
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Inputs
 from tests.helpers.run import forward, kept_of
-from tests.seam.before import CASES, NEIGHBOURS, Case, expected, merged_features
+from tests.seam.vision_cases import CASES, NEIGHBOURS, Case, expected, merged_features
 
 TINY = {case.name: case for case in CASES}
 LAST_BLOCK = {

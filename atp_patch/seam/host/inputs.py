@@ -78,6 +78,8 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         session: Session | None,
+        *,
+        alone: bool = False,
     ) -> Call:
         """Read the arguments of the outermost module.
 
@@ -104,6 +106,7 @@ class Call:
             visual_grids=grids,
             padding=padding,
             session=session,
+            alone=alone,
         )
 
     def with_base(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -158,13 +161,15 @@ class Call:
         """
         return isinstance(self.attention_mask, Tensor) and self.attention_mask.ndim == 2
 
-    def unsupervise(self, lost: Tensor) -> None:
-        """Drop the targets of places without an output from the copied labels.
+    def behind_decoder(self, decoder_pass: Any, lost: Tensor) -> None:
+        """Note the pass that is through the decoder, and supervise no place without an output.
 
         Args:
+            decoder_pass: the finished pass, which may add to the loss.
             lost: (B, L) bool, the places without an output: pruned ones, and padding where it was
                 dropped with them.
         """
+        self.through = decoder_pass
         if self.labels is not None:
             lost = lost.to(self.labels.device)
             self.labels[:, 1:].masked_fill_(lost[:, :-1], IGNORED_LABEL)
