@@ -76,9 +76,9 @@ def test_example_scenes_are_the_held_out_ones_and_are_answered(loaded: Loaded) -
         image = Image.open(EXAMPLES / entry["file"])
         scene = make_scene(told["split"], entry["index"])
         assert image.tobytes() == scene.image.tobytes()
-        for asked in entry["questions"][:2]:
-            right.append(answer(loaded, image, asked["question"]) == asked["answer"])
-    assert len(right) >= 20
+        asked = entry["questions"][0]  # tests/demo asks further ones, and the slow tests all
+        right.append(answer(loaded, image, asked["question"]) == asked["answer"])
+    assert len(right) >= 10
     assert sum(right) / len(right) >= 0.75
 
 
