@@ -80,6 +80,13 @@ def test_the_largest_remainders_are_rounded_up() -> None:
     assert even_counts(5, [1, 50, 50], minimum=2) == [1, 2, 2]
 
 
+def test_the_head_runs_once_a_row_of_logits() -> None:
+    sizes = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4, "vocab_size": 9}
+    one, three = (prefill_flops([3], mlp_sizes=[8], **sizes, logits_rows=n) for n in (1, 3))
+    assert three - one == 2 * (2 * 8 * 9)
+    assert prefill_flops([3], mlp_sizes=[8], **sizes) == one
+
+
 # -- indices ---------------------------------------------------------------------------------------
 
 
