@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from atp_patch.builtin.scenes import IMAGE_PX, Layout, Question, SceneObject
+from atp_patch.builtin.scenes import IMAGE_PX, Layout, Question, SceneObject, pick
 from atp_patch.builtin.vocabulary import (
     OBJECT_COLOURS,
     PLURALS,
@@ -49,10 +49,6 @@ def ask(
     return tuple(questions.values())
 
 
-def _choice(rng: np.random.Generator, items: list[str] | tuple[str, ...]) -> str:
-    return items[int(rng.integers(len(items)))]
-
-
 def _unique(layout: Layout) -> list[SceneObject]:
     """Return the objects that no other object shares both colour and shape with."""
     names = Counter((o.colour, o.shape) for o in layout.objects)
@@ -75,9 +71,9 @@ def _exist(layout: Layout, rng: np.random.Generator) -> Asked | None:
         if near and rng.random() < 0.6:
             colour, shape = near[int(rng.integers(len(near)))]
         else:
-            colour, shape = _choice(rng, tuple(OBJECT_COLOURS)), _choice(rng, SHAPES)
+            colour, shape = pick(rng, tuple(OBJECT_COLOURS)), pick(rng, SHAPES)
     name = f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
-    text = _choice(rng, (f"Is there {name}?", f"Is {name} there?", f"Can you see {name}?"))
+    text = pick(rng, (f"Is there {name}?", f"Is {name} there?", f"Can you see {name}?"))
     return text, "yes" if (colour, shape) in pairs else "no"
 
 
@@ -92,7 +88,7 @@ def _colour(layout: Layout, rng: np.random.Generator) -> Asked | None:
         f"Which colour does the {chosen.shape} have?",
         f"Name the colour of the {chosen.shape}.",
     )
-    return _choice(rng, forms), chosen.colour
+    return pick(rng, forms), chosen.colour
 
 
 def _shape(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -106,7 +102,7 @@ def _shape(layout: Layout, rng: np.random.Generator) -> Asked | None:
         f"What is the {chosen.colour} object?",
         f"Name the shape of the {chosen.colour} object.",
     )
-    return _choice(rng, forms), chosen.shape
+    return pick(rng, forms), chosen.shape
 
 
 def _count(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -127,14 +123,14 @@ def _count(layout: Layout, rng: np.random.Generator) -> Asked | None:
         f"How many {noun} are in the image?",
         f"Count the {noun}.",
     )
-    return _choice(rng, forms), str(counts[word])
+    return pick(rng, forms), str(counts[word])
 
 
 def _even_choice(rng: np.random.Generator, counts: Counter[str], words: tuple[str, ...]) -> str:
     """Choose a word so that all counts that occur, 0 included, are equally likely."""
     levels = sorted({counts[w] for w in words})
     level = levels[int(rng.integers(len(levels)))]
-    return _choice(rng, [w for w in words if counts[w] == level])
+    return pick(rng, [w for w in words if counts[w] == level])
 
 
 def _relation(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -144,7 +140,7 @@ def _relation(layout: Layout, rng: np.random.Generator) -> Asked | None:
     for _ in range(8):
         i, j = (int(k) for k in rng.permutation(len(objects))[:2])
         first, second = objects[i], objects[j]
-        relation = _choice(rng, RELATIONS)
+        relation = pick(rng, RELATIONS)
         if relation in ("left of", "right of"):
             gap = second.x_px - first.x_px
         else:
@@ -157,7 +153,7 @@ def _relation(layout: Layout, rng: np.random.Generator) -> Asked | None:
             f"Is the {one} {relation} the {other}?",
             f"Does the {one} lie {relation} the {other}?",
         )
-        return _choice(rng, forms), "yes" if holds else "no"
+        return pick(rng, forms), "yes" if holds else "no"
     return None
 
 
@@ -175,7 +171,7 @@ def _position(layout: Layout, rng: np.random.Generator) -> Asked | None:
     column = "left" if chosen.x_px < middle else "right"
     name = f"{chosen.colour} {chosen.shape}"
     forms = (f"Where is the {name}?", f"In which part of the image is the {name}?")
-    return _choice(rng, forms), f"{row} {column}"
+    return pick(rng, forms), f"{row} {column}"
 
 
 def _size(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -189,14 +185,14 @@ def _size(layout: Layout, rng: np.random.Generator) -> Asked | None:
         f"What size is the {name}?",
         f"How large is the {name}?",
     )
-    return _choice(rng, forms), chosen.size
+    return pick(rng, forms), chosen.size
 
 
 def _ocr(layout: Layout, rng: np.random.Generator) -> Asked | None:
     if layout.sign is None:
         return None
     forms = ("What does the sign say?", "What is written on the sign?", "Read the sign.")
-    return _choice(rng, forms), " ".join(layout.sign.text)
+    return pick(rng, forms), " ".join(layout.sign.text)
 
 
 def _common(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -208,7 +204,7 @@ def _common(layout: Layout, rng: np.random.Generator) -> Asked | None:
         "What is the most common colour?",
         "Name the most common colour.",
     )
-    return _choice(rng, forms), ranked[0][0]
+    return pick(rng, forms), ranked[0][0]
 
 
 def _background(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -217,7 +213,7 @@ def _background(layout: Layout, rng: np.random.Generator) -> Asked | None:
         "Which colour does the background have?",
         "Name the colour of the background.",
     )
-    return _choice(rng, forms), layout.background
+    return pick(rng, forms), layout.background
 
 
 def _texture(layout: Layout, rng: np.random.Generator) -> Asked | None:
@@ -226,7 +222,7 @@ def _texture(layout: Layout, rng: np.random.Generator) -> Asked | None:
         "What is the texture of the background?",
         "Name the texture of the background.",
     )
-    return _choice(rng, forms), layout.texture
+    return pick(rng, forms), layout.texture
 
 
 _ASKERS: dict[str, Callable[[Layout, np.random.Generator], Asked | None]] = {

@@ -202,8 +202,8 @@ def make_scene(
 
 def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
     """Draw a random layout, in which objects overlap neither each other nor the sign."""
-    background = _pick(rng, tuple(BACKGROUND_COLOURS))
-    texture = _pick(rng, TEXTURES)
+    background = pick(rng, tuple(BACKGROUND_COLOURS))
+    texture = pick(rng, TEXTURES)
     sign = _sample_sign(rng, config) if rng.random() < config.sign_share else None
     plate = None
     if config.plate_share and rng.random() < config.plate_share:
@@ -215,7 +215,7 @@ def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
     wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
     objects: list[SceneObject] = []
     for _ in range(wanted):
-        size = _pick(rng, SIZES)
+        size = pick(rng, SIZES)
         place = _free_place(rng, size, objects, plates)
         if place is None and size == "large":
             size = "small"
@@ -223,11 +223,12 @@ def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
         if place is None:
             continue
         x, y, radius = place
-        objects.append(SceneObject(_pick(rng, colours), _pick(rng, shapes), size, x, y, radius))
+        objects.append(SceneObject(pick(rng, colours), pick(rng, shapes), size, x, y, radius))
     return Layout(background, texture, tuple(objects), sign, plate)
 
 
-def _pick(rng: np.random.Generator, items: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, items: tuple[str, ...] | list[str]) -> str:
+    """One of the words, each as likely as the others."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -240,8 +241,8 @@ def _subset(
 
 def _sample_sign(rng: np.random.Generator, config: SceneConfig) -> Sign:
     length = int(rng.integers(1, MAX_SIGN + 1))
-    text = "".join(_pick(rng, CHARACTERS) for _ in range(length))
-    sign = Sign(text, _pick(rng, config.fonts), 0, 0)
+    text = "".join(pick(rng, CHARACTERS) for _ in range(length))
+    sign = Sign(text, pick(rng, config.fonts), 0, 0)
     step = config.sign_step_px
     x = int(rng.integers((IMAGE_PX - sign.width_px) // step + 1)) * step
     y = int(rng.integers((IMAGE_PX - sign.height_px) // step + 1)) * step
@@ -250,7 +251,7 @@ def _sample_sign(rng: np.random.Generator, config: SceneConfig) -> Sign:
 
 def _sample_plate(rng: np.random.Generator, config: SceneConfig, sign: Sign | None) -> Plate | None:
     """Draw a plate that does not touch the sign, or return None after 10 tries."""
-    marks, cells = _pick(rng, MARKS), int(rng.integers(1, MAX_SIGN + 1))
+    marks, cells = pick(rng, MARKS), int(rng.integers(1, MAX_SIGN + 1))
     step = config.sign_step_px
     for _ in range(10):
         plate = Plate(marks, cells, 0, 0)

@@ -47,7 +47,7 @@ MODULE_NAME = "atp_patch_heads"  # name of the learned module in the model
 IGNORED = "_keys_to_ignore_on_save"
 
 
-class ThreadState(PerThread):
+class ThreadMemory(PerThread):
     """What is stored for each thread about its passes through one patched model.
 
     Attributes:
@@ -93,7 +93,7 @@ class Patch:
         self.chooses_at_door = plan.door is not None
         self.rope_2d = plan.config.rope_2d
         self._ignored_before = {k: v for k, v in vars(self.parts.model).items() if k == IGNORED}
-        self.thread = ThreadState()
+        self.thread = ThreadMemory()
         self.voco = None if plan.voco is None else VoCoPart(plan.voco, self)
         self.seam = Seam(plan.parts, self)
 

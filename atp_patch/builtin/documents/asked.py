@@ -33,11 +33,6 @@ class DocumentQuestion(Question):
         return frozenset[tuple[int, int]]().union(*touched)
 
 
-def pick(rng: np.random.Generator, items: tuple[str, ...] | list[str]) -> str:
-    """Choose one of some words; all are equally likely."""
-    return items[int(rng.integers(len(items)))]
-
-
 def pick_some(rng: np.random.Generator, items: tuple[str, ...], count: int) -> list[str]:
     """Choose ``count`` different words in random order."""
     return [items[int(number)] for number in rng.permutation(len(items))[:count]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,27 +68,24 @@ class Canvas:
         self._pixels[box.top : box.bottom, box.left : box.right] = colour
         return box
 
-    def frame(self, box: Box, colour: Colour) -> Box:
-        """Draw a rectangle's outline, one pixel wide, inside its edges."""
-        self.fill(Box(box.left, box.top, box.right, box.top + 1), colour)
-        self.fill(Box(box.left, box.bottom - 1, box.right, box.bottom), colour)
-        self.fill(Box(box.left, box.top, box.left + 1, box.bottom), colour)
-        self.fill(Box(box.right - 1, box.top, box.right, box.bottom), colour)
-        return box
-
     def lines(self, points: list[tuple[int, int]], colour: Colour, width_px: int) -> None:
         """Draw straight lines from each point (x, y) to the next."""
-        image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
-        ImageDraw.Draw(image).line(points, fill=colour, width=width_px)
-        self._pixels[:] = np.asarray(image)
+        with self._pen() as pen:
+            pen.line(points, fill=colour, width=width_px)
 
     def dot(self, x: int, y: int, radius_px: int, colour: Colour) -> Box:
         """Draw a filled circle."""
-        image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
         edges = (x - radius_px, y - radius_px, x + radius_px, y + radius_px)
-        ImageDraw.Draw(image).ellipse(edges, fill=colour)
-        self._pixels[:] = np.asarray(image)
+        with self._pen() as pen:
+            pen.ellipse(edges, fill=colour)
         return Box(edges[0], edges[1], edges[2] + 1, edges[3] + 1)
+
+    @contextmanager
+    def _pen(self) -> Iterator[ImageDraw.ImageDraw]:
+        """Pillow's pen on the picture, which afterwards holds what was drawn."""
+        image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
+        yield ImageDraw.Draw(image)
+        self._pixels[:] = np.asarray(image)
 
     def image(self, rng: np.random.Generator, noise: float) -> Image.Image:
         """Return the RGB picture with normally distributed noise on its pixels.

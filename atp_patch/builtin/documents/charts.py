@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick
+from atp_patch.builtin.documents.asked import DocumentQuestion, inks
 from atp_patch.builtin.documents.canvas import Box, Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, font
 from atp_patch.builtin.documents.words import SERIES
+from atp_patch.builtin.scenes import pick
 from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 
 TASKS: tuple[str, ...] = ("value", "highest", "trend", "points")

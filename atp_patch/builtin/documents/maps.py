@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick, pick_some
+from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick_some
 from atp_patch.builtin.documents.canvas import Box, Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, font
 from atp_patch.builtin.documents.words import PLACES
+from atp_patch.builtin.scenes import pick
 from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 
 TASKS: tuple[str, ...] = ("connected", "neighbour", "roads", "places")
-_CLEAR_PX = 10
+_CLEAR_PX = 5
 """Least distance of a road from places that are not its ends."""
 
 
@@ -69,10 +70,10 @@ def draw(
                 places.append(name)
                 break
     roads = list[tuple[int, int]]()
+    drawn = Map(places, taken, points, roads)
     for _ in range(4 * len(places)):
         first, last = sorted(int(number) for number in rng.permutation(len(places))[:2])
         others = [box for number, box in enumerate(taken) if number not in (first, last)]
-        drawn = Map(places, taken, points, roads)
         way = drawn.along(first, last)
         clear = all(_apart(box, step) for box in others for step in way)
         if (first, last) not in roads and clear and len(roads) < 1.4 * len(places):
@@ -129,4 +130,4 @@ def ask(drawn: Map, rng: np.random.Generator, task: str) -> DocumentQuestion | N
 def _apart(box: Box, other: Box) -> bool:
     across = max(box.left - other.right, other.left - box.right)
     down = max(box.top - other.bottom, other.top - box.bottom)
-    return max(across, down) >= _CLEAR_PX // 2
+    return max(across, down) >= _CLEAR_PX

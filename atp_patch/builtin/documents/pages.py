@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick, pick_some
+from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick_some
 from atp_patch.builtin.documents.canvas import Box, Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, font
 from atp_patch.builtin.documents.words import ORDINALS, WORDS
+from atp_patch.builtin.scenes import pick
 
 TASKS: tuple[str, ...] = ("nth_word", "after", "on_page", "lines", "title", "read_line")
 MOST_WORDS, LEAST_WORDS = 80, 5

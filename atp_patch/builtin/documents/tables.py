@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick, pick_some
+from atp_patch.builtin.documents.asked import DocumentQuestion, inks, pick_some
 from atp_patch.builtin.documents.canvas import Box, Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, font
 from atp_patch.builtin.documents.words import COLUMNS, NAMES
+from atp_patch.builtin.scenes import pick
 
 TASKS: tuple[str, ...] = ("cell", "largest", "rows", "read_row")
 _MARGIN_PX = 6

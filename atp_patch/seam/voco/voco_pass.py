@@ -230,7 +230,7 @@ def voco_pass_of(
     if call.session is not None:
         check_generation(parts.layers[0], cache)
     slots = insert_slots(segments, length, policy.num_tokens).to(embeds.device)
-    past = _past(parts, cache, past_length, length, slots)
+    past = _past(parts, cache, past_length, slots)
     attended = gather_tokens(prompt.attended.to(embeds.device), slots.place) & slots.valid
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
@@ -291,9 +291,7 @@ def _check(
         )
 
 
-def _past(
-    parts: Parts, cache: Cache | None, past_length: int, length: int, slots: Slots
-) -> Past | None:
+def _past(parts: Parts, cache: Cache | None, past_length: int, slots: Slots) -> Past | None:
     """What the cache holds of earlier turns; None where it is empty.
 
     Raises:
