@@ -26,7 +26,7 @@ from torch import Tensor
 import atp_patch
 from atp_patch.builtin import DYNAMIC, NAMES, TASKS, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
-from atp_patch.patching.adapter import Beside
+from atp_patch.patching.adapter_card import Beside
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.command_line import named_values
 from atp_patch.tools.parameter_groups import add_lora

@@ -22,7 +22,7 @@ from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family, family_of
 from atp_patch.methods import VoCo, make_methods
-from atp_patch.patching.adapter import load_adapter
+from atp_patch.patching.adapter_loading import load_adapter
 from atp_patch.patching.config import BaseModel, PruningConfig, Stage
 from atp_patch.patching.voco import check_alone, check_family, voco_module
 from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate

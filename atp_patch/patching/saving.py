@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atp_patch.patching.adapter import Adapter, Beside, adapter_of
+from atp_patch.patching.adapter import Adapter, adapter_of
+from atp_patch.patching.adapter_card import Beside
 from atp_patch.patching.api import require_patch
 from atp_patch.patching.patch import MODULE_NAME
 

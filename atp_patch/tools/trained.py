@@ -17,7 +17,8 @@ from torch import Tensor
 from atp_patch.builtin import builtin_path
 from atp_patch.contract.arguments import as_kind, shown
 from atp_patch.contract.errors import ConfigError, WeightsError, first_line
-from atp_patch.patching.adapter import check_values, is_folder, read_text
+from atp_patch.patching.adapter_files import is_folder, read_text
+from atp_patch.patching.adapter_loading import check_values
 from atp_patch.patching.api import patch_model
 from atp_patch.patching.config import parse_table
 

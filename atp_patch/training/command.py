@@ -20,7 +20,8 @@ from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
-from atp_patch.patching.adapter import CARD_FILE, Beside
+from atp_patch.patching.adapter_card import Beside
+from atp_patch.patching.adapter_files import CARD_FILE
 from atp_patch.patching.api import patch_model, require_patch
 from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter

@@ -212,6 +212,6 @@ def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         asked.append((repo_id, name))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("atp_patch.patching.adapter.hf_hub_download", download)
+    monkeypatch.setattr("atp_patch.patching.adapter_files.hf_hub_download", download)
     atp_patch.patch_model(tiny_model("llava-llama"), weights="user/adapter")
     assert asked == [("user/adapter", "atp_config.json"), ("user/adapter", "atp_model.safetensors")]

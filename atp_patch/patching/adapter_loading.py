@@ -1,0 +1,197 @@
+"""Loading an adapter, after checks that it is complete, undamaged, and made for this model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from atp_patch.contract.arguments import shown
+from atp_patch.contract.errors import ConfigError, WeightsError, first_line
+from atp_patch.methods import (
+    BeforeDecoder,
+    LayerMethod,
+    ModuleSpec,
+    VoCo,
+    make_method,
+    make_methods,
+)
+from atp_patch.patching.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    fetched,
+    is_folder,
+    read_text,
+)
+from atp_patch.patching.config import BaseModel, PruningConfig
+from atp_patch.patching.voco import check_alone
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e6  # the largest learned weight, so that sums of heads' inputs stay within float32
+
+
+def load_adapter(
+    source: str | Path, base: BaseModel
+) -> tuple[PruningConfig, BeforeDecoder | VoCo | None, LayerMethod | None, dict[str, Tensor]]:
+    """Read an adapter from a folder or the Hub and check that it is complete and fits ``base``.
+
+    No memory of a size that the configuration names is allocated before the weights file is found
+    to hold tensors of that size.
+
+    Returns:
+        The configuration, the method before the decoder, the method inside it, and the learned
+        weights in the dtypes of the method's module.
+
+    Raises:
+        WeightsError: if a file is missing, damaged, of another program, or made for another model.
+    """
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"weights={shown(source)}: give a folder or the name of a Hub repository."
+        )
+    config = _read_config(source)
+    if config.base != base:
+        raise WeightsError(
+            f"{source} was made for {_describe(config.base)}, but this model is "
+            f"{_describe(base)}; load the model it was made for, or patch without weights."
+        )
+    try:
+        before, inside = _methods_of(config)
+        expected = _expected(config, before, inside)
+    except ConfigError as error:
+        raise WeightsError(f"{source}/{CONFIG_FILE}: {error}") from error
+    if expected:
+        return config, before, inside, _read_tensors(source, expected)
+    if is_folder(source) and (Path(source) / WEIGHTS_FILE).exists():
+        raise WeightsError(
+            f"{source}/{WEIGHTS_FILE} holds weights, but nothing was learned according to "
+            f"{CONFIG_FILE}. "
+            "Save the adapter anew with atp_patch.save_pretrained."
+        )
+    return config, before, inside, {}
+
+
+def adapter_folder(source: str | Path) -> Path:
+    """Return the folder of an adapter's files, which are fetched from the Hub if needed.
+
+    Raises:
+        WeightsError: if there is no such adapter.
+    """
+    file = fetched(source, CONFIG_FILE)
+    if not is_folder(source):
+        config = _read_config(source)
+        if _expected(config, *_methods_of(config)):
+            fetched(source, WEIGHTS_FILE)
+    return file.parent
+
+
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that learned tensors hold usable numbers.
+
+    Args:
+        tensors: the tensors by name.
+        where: where they come from, for the error message.
+
+    Raises:
+        WeightsError: if a number is NaN, infinite or absurdly large.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
+        wrong = None
+        if not tensor.isfinite().all():
+            wrong = "NaN or infinite values"
+        elif tensor.is_floating_point() and (tensor.abs() > _LARGEST).any():
+            wrong = f"values beyond {_LARGEST:g}"
+        if wrong is not None:
+            raise WeightsError(
+                f"{where}: {name} holds {wrong}. The training that made it has diverged or the "
+                "file is damaged; take an earlier adapter."
+            )
+
+
+def _read_config(source: str | Path) -> PruningConfig:
+    """Read the configuration from an adapter's JSON."""
+    where, file = f"{source}/{CONFIG_FILE}", fetched(source, CONFIG_FILE)
+    return PruningConfig.from_json(read_text(file, where), where)
+
+
+def _methods_of(
+    config: PruningConfig,
+) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
+    """Make the methods that a configuration names, before the decoder and inside it.
+
+    Raises:
+        ConfigError: if a method prunes at another place than it is named for, or its options are
+            wrong.
+    """
+    stages = [] if config.before is None else [(config.before.method, config.before.options)]
+    stages += [] if config.method is None else [(config.method, config.options)]
+    before, inside = make_methods([make_method(*stage) for stage in stages], {})
+    if (before is None) != (config.before is None):
+        raise ConfigError(
+            f"{config.name} is in the wrong place: before= is for a method that prunes before the "
+            "decoder, method= for one that prunes inside it."
+        )
+    if isinstance(before, VoCo):
+        check_alone(config)
+    return before, inside
+
+
+def _expected(
+    config: PruningConfig, before: BeforeDecoder | VoCo | None, inside: LayerMethod | None
+) -> dict[str, Tensor]:
+    """The tensors that an adapter of this configuration must hold, by name, on the meta device."""
+    module: nn.Module | None = None
+    with torch.device("meta"):
+        if inside is not None:
+            spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
+            module = inside.build(spec)
+        elif isinstance(before, VoCo):
+            module = before.build(config.base.hidden_size)
+    return {} if module is None else dict(module.state_dict())
+
+
+def _read_tensors(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the learned weights, after checking that the file's header lists exactly these."""
+    where, file = f"{source}/{WEIGHTS_FILE}", fetched(source, WEIGHTS_FILE)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+            _check_shapes(where, shapes, {name: tuple(one.shape) for name, one in expected.items()})
+            read = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{where} is not a safetensors file ({first_line(error)}).") from error
+    for name, tensor in read.items():
+        wanted = expected[name].dtype
+        if tensor.dtype not in (_FLOATS if wanted in _FLOATS else (wanted,)):
+            raise WeightsError(
+                f"{where}: {name} is of {tensor.dtype}, not of {wanted}. Save the adapter anew "
+                "with atp_patch.save_pretrained."
+            )
+    tensors = {name: tensor.to(expected[name].dtype) for name, tensor in read.items()}
+    check_values(tensors, where)
+    return tensors
+
+
+def _check_shapes(
+    where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise WeightsError if a file does not hold exactly the expected tensors."""
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    wrong = sorted(k for k in set(expected) & set(found) if found[k] != expected[k])
+    if missing or unknown or wrong:
+        raise WeightsError(
+            f"{where} does not hold this adapter's tensors: {len(missing)} missing "
+            f"{missing[:3]}, {len(unknown)} unknown {shown(unknown[:3])}, {len(wrong)} of wrong "
+            f"shape {wrong[:3]}. Save the adapter anew with atp_patch.save_pretrained."
+        )
+
+
+def _describe(base: BaseModel) -> str:
+    return f"a {base.family} model of {base.num_layers} layers, hidden size {base.hidden_size}"
