@@ -15,8 +15,11 @@ from atp_patch.families.pixtral import MISTRAL3
 from atp_patch.families.qwen2_vl import GLM4V, QWEN2_VL, QWEN3_VL
 from atp_patch.families.refused import REFUSED
 from atp_patch.families.square import (
+    AYA_VISION,
+    DEEPSEEK_VL,
     FAST_VLM,
     GEMMA3,
+    GOT_OCR2,
     IDEFICS3,
     INTERNVL,
     OVIS2,
@@ -40,6 +43,9 @@ FAMILIES: tuple[Family, ...] = (
     OVIS2,
     FAST_VLM,
     PERCEPTION_LM,
+    AYA_VISION,
+    GOT_OCR2,
+    DEEPSEEK_VL,
     MOLMO2,
     VILA,
     INTERNVL_CHAT,

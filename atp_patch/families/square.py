@@ -47,6 +47,15 @@ def _ovis2_side(config: Any) -> int:
     return math.ceil(_patches(config) / int(config.vision_config.hidden_stride))
 
 
+def _cohere_side(config: Any) -> int:
+    return _patches(config) // int(config.downsample_factor)
+
+
+def _got_ocr2_side(config: Any) -> int:
+    """Two convolutions of stride 2 follow the vision tower."""
+    return _patches(config) // 4
+
+
 def _fast_vlm_side(config: Any, span: Span) -> int:
     """The side of the images in a run of FastVLM's placeholders.
 
@@ -95,7 +104,7 @@ def _perception_lm_grids(query: GridQuery) -> Grids:
 
 INTERNVL = Family(
     name="internvl",
-    model_types=("internvl",),
+    model_types=("internvl", "qianfan_ocr"),
     grids=_squares(_internvl_side),
     tower=shuffled_tower,
     resizable=True,
@@ -121,6 +130,18 @@ GEMMA3 = Family(
 )
 OVIS2 = Family(name="ovis2", model_types=("ovis2",), grids=_squares(_ovis2_side))
 FAST_VLM = Family(name="fast_vlm", model_types=("fast_vlm",), grids=_fast_vlm_grids)
+AYA_VISION = Family(
+    name="aya_vision", model_types=("aya_vision", "cohere2_vision"), grids=_squares(_cohere_side)
+)
+GOT_OCR2 = Family(
+    name="got_ocr2", model_types=("got_ocr2", "pp_chart2table"), grids=_squares(_got_ocr2_side)
+)
+DEEPSEEK_VL = Family(
+    name="deepseek_vl",
+    model_types=("deepseek_vl", "deepseek_vl_hybrid", "janus"),
+    grids=_squares(_patches),
+    visual_tokens=lambda config: _patches(config) ** 2,
+)
 PERCEPTION_LM = Family(
     name="perception_lm",
     model_types=("perception_lm",),

@@ -15,7 +15,8 @@ import atp_patch
 from atp_patch.families import FAMILIES, family_of
 from tests.families.hosts import skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
-from tests.families.test_every_family import KINDS, every_kind, placed
+from tests.families.tables import every_kind, with_videos
+from tests.families.test_every_family import placed
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, TowerReader, told
 from tests.helpers.inputs import real_mask
@@ -79,7 +80,7 @@ def test_batches_caches_and_unpatching(kind: Kind) -> None:
     assert torch.equal(forward(plain, inputs).logits, expected)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k.videos], ids=lambda kind: kind.name)
+@with_videos
 def test_videos(kind: Kind) -> None:
     batch, model = make(kind, kind.video_samples), patched(kind)
     logits = forward(model, batch.inputs).logits

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.seam import locate
-from tests.families import anyres, molmo2, mrope, newer, square, towers
 from tests.families.hosts import REPEATS_SAMPLES, skip_where_the_cache_matters
 from tests.families.kinds import (
     ALIKE,
@@ -24,19 +23,14 @@ from tests.families.kinds import (
     make,
     rows_ramp,
 )
+from tests.families.tables import LATER, ORDINARY, every_kind, with_videos
 from tests.helpers.compare import assert_close, assert_same_choice, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-TABLES = (square, anyres, towers, mrope, newer, molmo2)
-KINDS = tuple(kind for table in TABLES for kind in table.KINDS)
 FAST = {"method": "fastv", "keep": 0.5}
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-with_videos = pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind.videos], ids=lambda kind: kind.name
-)
 paddings = pytest.mark.parametrize("padding", ["left", "right"])
 
 
@@ -267,6 +261,7 @@ def test_adapters_come_back(kind: Kind, tmp_path: Path) -> None:
 
 def test_inputs_are_used_up() -> None:
     """Guard of the tests: every kind is another kind, every prompt has dozens of tokens."""
-    assert len({kind.name for kind in KINDS}) == len(KINDS)
-    for kind in KINDS:
+    kinds = (*ORDINARY, *LATER)
+    assert len({kind.name for kind in kinds}) == len(kinds)
+    for kind in kinds:
         assert placed(make(kind, SINGLE)).sum() >= 24

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 import atp_patch
 from tests.families import mrope
 from tests.families.kinds import MIXED, SINGLE, TWO, Batch, Kind, make
-from tests.families.test_every_family import KINDS, patched, placed
+from tests.families.tables import every_kind
+from tests.families.test_every_family import patched, placed
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Inputs, real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 with_rotary_places = pytest.mark.parametrize("kind", mrope.KINDS, ids=lambda kind: kind.name)
 ROWS_BY_IDS = ("llava-pixtral", "mistral3")
 ROWS_BY_POSITIONS = tuple(kind.name for kind in mrope.KINDS)

@@ -14,7 +14,8 @@ from atp_patch.families import FAMILIES, family_of
 from atp_patch.methods import METHODS, LayerMethod
 from tests.families.hosts import skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
-from tests.families.test_every_family import check_masked, every_kind
+from tests.families.tables import every_kind
+from tests.families.test_every_family import check_masked
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask

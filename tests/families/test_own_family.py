@@ -10,19 +10,27 @@ import torch
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, LlamaConfig
 
 import atp_patch
-from tests.families.aya_vision import AYA_VISION
 from tests.families.kinds import MIXED, TEXT, TOWER, Drawn, Kind, Paint, make, stacked
+from tests.families.own import OWN
 from tests.families.test_every_family import check_masked
 from tests.helpers import tiny
 from tests.helpers.run import forward, generate
 
 SIDE = 6
-OPTIONS: dict[str, Any] = {"method": "fastv", "layers": [2, 4, 6], "family": AYA_VISION}
+OPTIONS: dict[str, Any] = {"method": "fastv", "layers": [2, 4, 6], "family": OWN}
 
 
-def config() -> AyaVisionConfig:
+class OwnConfig(AyaVisionConfig):
+    model_type = "own_vlm"
+
+
+class OwnModel(AyaVisionForConditionalGeneration):
+    config_class = OwnConfig
+
+
+def config() -> OwnConfig:
     vision = {"model_type": "siglip_vision_model", "image_size": 48, "patch_size": 4, **TOWER}
-    return AyaVisionConfig(
+    return OwnConfig(
         vision_config=vision,
         text_config=LlamaConfig(**TEXT),
         image_token_index=tiny.IMAGE,
@@ -40,7 +48,7 @@ def draw(config: Any, which: int, paint: Paint, count: int) -> Drawn:
     return drawn
 
 
-KIND = Kind("aya_vision", AyaVisionForConditionalGeneration, config, draw, stacked("pixel_values"))
+KIND = Kind("own", OwnModel, config, draw, stacked("pixel_values"))
 
 
 def test_keeping_all_is_plain_bit_for_bit() -> None:
@@ -66,12 +74,12 @@ def test_an_adapter_is_loaded_with_the_family(tmp_path: Path) -> None:
     inputs = make(KIND, MIXED).inputs
     wanted = forward(model, inputs).logits
     atp_patch.save_pretrained(model, tmp_path)
-    again = atp_patch.patch_model(KIND.build(), weights=tmp_path, family=AYA_VISION)
+    again = atp_patch.patch_model(KIND.build(), weights=tmp_path, family=OWN)
     assert torch.equal(forward(again, inputs).logits, wanted)
 
 
 def test_what_it_does_not_serve_is_named() -> None:
     with pytest.raises(atp_patch.UnsupportedModelError, match="a Family of your own"):
         atp_patch.patch_model(KIND.build(), keep=0.5, layers=[2])
-    with pytest.raises(atp_patch.ConfigError, match="serves models of type aya_vision"):
-        atp_patch.patch_model(tiny.tiny_model("llava-llama"), family=AYA_VISION)
+    with pytest.raises(atp_patch.ConfigError, match="serves models of type own_vlm"):
+        atp_patch.patch_model(tiny.tiny_model("llava-llama"), family=OWN)

@@ -13,14 +13,14 @@ import atp_patch
 from atp_patch.seam.host.packing import refuse_packed
 from tests.families import mrope
 from tests.families.kinds import ALIKE, MIXED, SINGLE, Kind, make
-from tests.families.test_every_family import KINDS, patched
+from tests.families.tables import ORDINARY, every_kind
+from tests.families.test_every_family import patched
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Inputs
 from tests.helpers.run import BEFORE, INSIDE, forward, generate, kept_of
 from tests.helpers.voco import voco_model
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 MESSAGE = "a row holds several samples"
 TEXT_ALONE = (MIXED[2], MIXED[2])
 
@@ -77,7 +77,7 @@ def test_multimodal_positions_that_begin_again_are_refused(kind: Kind) -> None:
 
 @pytest.mark.parametrize("method", [*INSIDE, *BEFORE])
 def test_every_method_refuses_them(method: str) -> None:
-    kind = next(kind for kind in KINDS if kind.name == "llava")
+    kind = next(kind for kind in ORDINARY if kind.name == "llava")
     options: dict[str, Any] = {"layers": [2], "keep": 0.5} if method in INSIDE else {}
     options |= {"keep": 0.5} if method == "downsample" else {}
     model = atp_patch.patch_model(kind.build(), method=method, **options)
@@ -87,7 +87,7 @@ def test_every_method_refuses_them(method: str) -> None:
 
 @pytest.mark.parametrize("how", ["return_flash_attn_kwargs", "return_seq_idx"])
 def test_arguments_that_tell_sequences_apart_are_refused(how: str) -> None:
-    kind = next(kind for kind in KINDS if kind.name == "llava")
+    kind = next(kind for kind in ORDINARY if kind.name == "llava")
     for model in (patched(kind), voco_model("llava-llama")):
         row = packed(kind, ALIKE, return_position_ids=False, **{how: True})
         with pytest.raises(atp_patch.InputError, match=MESSAGE):
@@ -96,7 +96,7 @@ def test_arguments_that_tell_sequences_apart_are_refused(how: str) -> None:
 
 def test_a_row_of_one_sample_is_an_ordinary_prompt() -> None:
     """Its sequence's length is not handed on to layers that run on fewer tokens."""
-    kind = next(kind for kind in KINDS if kind.name == "llava")
+    kind = next(kind for kind in ORDINARY if kind.name == "llava")
     model, seen = patched(kind), []
     forward(model, make(kind, SINGLE).inputs)
     kept = kept_of(model)
@@ -154,7 +154,7 @@ def test_hidden_tokens_begin_nothing() -> None:
 
 def test_a_batch_equals_what_was_packed() -> None:
     """Padded rows are what packing promises: each sample as if it were alone."""
-    kind = next(kind for kind in KINDS if kind.name == "llava")
+    kind = next(kind for kind in ORDINARY if kind.name == "llava")
     model = patched(kind)
     together = forward(model, make(kind, ALIKE, "right").inputs).logits
     kept = kept_of(model)[max(kind.layers)]

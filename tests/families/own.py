@@ -1,4 +1,4 @@
-"""A family in one file, as an outside package would write it: Aya Vision's square tiles."""
+"""A family in one file, as an outside package would write it for a model of its own."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def grids(query: GridQuery) -> list[list[VisualGrid]]:
     ]
 
 
-AYA_VISION = Family(name="aya_vision", model_types=("aya_vision",), grids=grids)
+OWN = Family(name="own", model_types=("own_vlm",), grids=grids)

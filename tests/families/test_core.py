@@ -1,0 +1,98 @@
+"""The core of what every family promises, for the later rows of the table, in few passes.
+
+The tests that take each promise by itself run for these rows too, where slow tests are asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import atp_patch
+from tests.families.hosts import skip_where_the_cache_matters
+from tests.families.kinds import MIXED, Kind, make
+from tests.families.tables import LATER
+from tests.families.test_every_family import check_grids, check_masked, patched, placed
+from tests.helpers.compare import assert_close, snapshot
+from tests.helpers.doors import Asked, told
+from tests.helpers.inputs import real_mask
+from tests.helpers.run import forward, generate, kept_of
+
+later_kind = pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.name)
+
+
+@later_kind
+def test_plain_masked_alone_and_unpatched(kind: Kind) -> None:
+    plain, batch = kind.build(), make(kind, MIXED)
+    inputs, real = batch.inputs, real_mask(batch.inputs)
+    model, expected = kind.build(), forward(plain, inputs).logits
+    atp_patch.patch_model(model, method="fastv", keep=1.0, layers=kind.layers)
+    assert torch.equal(forward(model, inputs).logits, expected)
+    atp_patch.unpatch_model(model)
+    before = snapshot(model)
+    atp_patch.patch_model(model, method="fastv", keep=0.5, layers=kind.layers)
+    for padding in ("right", "left"):
+        check_masked(kind, model, plain, make(kind, MIXED, padding))
+    check_grids(model, batch)
+    together, survivors = forward(model, inputs).logits, kept_of(model)[kind.layers[-1]]
+    for b, one in enumerate(MIXED):
+        alone = forward(model, make(kind, [one]).inputs).logits
+        assert_close(together[b, real[b]][None], alone, survivors[b, real[b]][None])
+    atp_patch.unpatch_model(model)
+    assert snapshot(model) == before
+    assert torch.equal(forward(model, inputs).logits, expected)
+
+
+@later_kind
+def test_generation(kind: Kind) -> None:
+    """The cache changes no answer, and keeping all none of the plain model's."""
+    plain, model, inputs = kind.build(), patched(kind), make(kind, MIXED).inputs
+    everything = patched(kind, keep=1.0)
+    assert torch.equal(generate(everything, inputs, 3), generate(plain, inputs, 3))
+    skip_where_the_cache_matters(plain, inputs)
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    cached, uncached = (
+        torch.stack(generate(model, inputs, 3, use_cache=use, **wanted).logits)
+        for use in (True, False)
+    )
+    assert_close(cached, uncached)
+
+
+@later_kind
+def test_a_door_method(kind: Kind) -> None:
+    batch = make(kind, MIXED)
+    model = atp_patch.patch_model(kind.build(), method=Asked(), keep=0.5)
+    logits = forward(model, batch.inputs).logits
+    trace = atp_patch.last_trace(model)
+    entered = trace.layers[0].kept
+    assert entered[real_mask(batch.inputs) & ~placed(batch)].all()
+    expected = told(
+        kind.build(),
+        batch.inputs,
+        trace,
+        merges=True,
+        blocks=kind.blocks(batch.inputs),
+        window_over_blocks=kind.window_over_blocks,
+    )
+    assert_close(logits, expected, entered)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in LATER if kind.videos], ids=lambda kind: kind.name
+)
+def test_videos(kind: Kind) -> None:
+    model, batch = patched(kind), make(kind, kind.video_samples)
+    check_masked(kind, model, kind.build(), batch)
+    check_grids(model, batch)
+
+
+@later_kind
+def test_adapters_come_back(kind: Kind, tmp_path: Path) -> None:
+    inputs = make(kind, MIXED[:1]).inputs
+    model = patched(kind, method="atp")
+    expected = forward(model, inputs).logits
+    atp_patch.save_pretrained(model, tmp_path)
+    again = atp_patch.patch_model(kind.build(), weights=tmp_path)
+    assert torch.equal(forward(again, inputs).logits, expected)
