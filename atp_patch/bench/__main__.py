@@ -25,7 +25,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of, scaled_layers
 from atp_patch.maths import average_tokens
-from atp_patch.methods import VoCo, make_methods
+from atp_patch.methods import make_methods
 from atp_patch.tools.command_line import execute, machine
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, first_line
@@ -186,14 +186,14 @@ def _settings(
             raise ConfigError(
                 f"--methods {text}: give --keep, --target-tokens or --schedule, for all."
             )
-        before, inside = make_methods(spec.stages, {})
-        if args.profile and isinstance(before, VoCo):
+        methods = make_methods(spec.stages, {})
+        if args.profile and methods.voco is not None:
             raise ConfigError(f"--profile: {spec.name} reads every token once; leave it out.")
         given: dict[str, Any] = {"method": spec.stages}
-        if inside is not None:
+        if methods.layer is not None:
             own = None if spec.layers is None else list(spec.layers)
             given["layers"] = own or args.layers or scaled_layers(num_layers)
-        if not isinstance(before, VoCo):  # its number of tokens is its budget
+        if methods.voco is None:  # its number of tokens is its budget
             budgeted = True
             if args.schedule is not None and spec.layers:
                 # Before its own layers a method keeps as many tokens on average.

@@ -10,7 +10,7 @@ from typing import Any
 from atp_patch.contract.errors import BudgetError, ConfigError, UnsupportedModelError
 from atp_patch.evaluation.adapters import Recipe, recipes
 from atp_patch.evaluation.identity import adapter_hash
-from atp_patch.methods import VoCo, available_methods, make_methods, method_class
+from atp_patch.methods import available_methods, make_methods, method_class
 from atp_patch.patching.api import patch_model, require_patch, unpatch_model
 from atp_patch.tools.method_spec import read_method_spec, stages
 from atp_patch.tools.trained import find_trained, merged
@@ -75,10 +75,10 @@ class Setting:
         """
         data = asdict(self) | {"options": dict(self.options), "layers": list(self.layers)}
         if set(stages(self.name)) <= set(available_methods()):
-            before, inside = make_methods(stages(self.name), dict(self.options))
-            if before is not None and inside is not None:
-                data["options_before"] = before.options()
-            data["options"] = (inside or before).options()  # type: ignore[union-attr]
+            methods = make_methods(stages(self.name), dict(self.options))
+            if methods.before is not None and methods.before is not methods.last:
+                data["options_before"] = methods.before.options()
+            data["options"] = methods.last.options()
             data["options"].pop("seed", None)
         del data["adapter"], data["trainings"]
         if self.control is None:
@@ -168,11 +168,12 @@ def plan(
     limited: list[tuple[Setting, tuple[float, ...]]] = []
     for name, own_layers, shares in dict.fromkeys(named):
         given = _options_of(name, options)
-        before, inside = make_methods(stages(name), given)
-        method = inside or before
-        assert method is not None  # make_methods gives at least one
+        found = make_methods(stages(name), given)
+        method = found.last
         drawn = range(seeds) if "seed" in _fields_of(name) and "seed" not in given else [None]
-        base = Setting(name, tuple(sorted(given.items())), () if inside is None else own_layers)
+        base = Setting(
+            name, tuple(sorted(given.items())), () if found.layer is None else own_layers
+        )
         drawn_each = [replace(base, seed=s) for s in drawn]
         if not method.needs_budget:
             free += drawn_each
@@ -201,7 +202,7 @@ def _named(
 ) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
     """Name, layers and budgets of a method, which has those of all methods where it names none."""
     spec = read_method_spec(text)
-    if any(issubclass(method_class(stage), VoCo) for stage in spec.stages):
+    if any(method_class(stage).where == "voco" for stage in spec.stages):
         raise ConfigError(
             f"--methods {text}: {spec.name} has to be trained first; give the folder of a "
             "trained one to --adapters."
@@ -218,8 +219,7 @@ def known_options(name: str, given: dict[str, Any]) -> tuple[tuple[str, Any], ..
     """
     if not set(stages(name)) <= set(available_methods()):
         return tuple(sorted(given.items()))
-    before, inside = make_methods(stages(name), {})
-    default = (inside or before).options()  # type: ignore[union-attr]
+    default = make_methods(stages(name), {}).last.options()
     return tuple(sorted((k, v) for k, v in given.items() if v != default[k] and k not in _LOSSES))
 
 

@@ -18,7 +18,7 @@ from atp_patch.methods.fixed import Fixed
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
 from atp_patch.methods.registry import (
     METHODS,
-    BeforeDecoder,
+    MethodSet,
     available_methods,
     make_method,
     make_methods,
@@ -31,13 +31,13 @@ from atp_patch.methods.voco import VoCo
 __all__ = [
     "ATP",
     "METHODS",
-    "BeforeDecoder",
     "DoorMethod",
     "Downsample",
     "FastV",
     "Fixed",
     "LayerMethod",
     "Method",
+    "MethodSet",
     "ModuleSpec",
     "PictureMethod",
     "PruMerge",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -39,7 +39,52 @@ METHODS: tuple[type[Method], ...] = (
     VoCo,
 )
 GROUP = "atp_patch.methods"
-BeforeDecoder = PictureMethod | TowerMethod | DoorMethod
+# The base class of the methods of each place.
+PLACES: dict[str, type[Method]] = {
+    "picture": PictureMethod,
+    "tower": TowerMethod,
+    "door": DoorMethod,
+    "layer": LayerMethod,
+    "voco": VoCo,
+}
+
+
+@dataclass(frozen=True)
+class MethodSet:
+    """The methods of one patch by the places where they prune; a place without one has None.
+
+    There is one method, or one of ``picture``, ``tower`` and ``door`` together with ``layer``.
+
+    Attributes:
+        picture: the method that shrinks pictures.
+        tower: the method that merges tokens of the vision tower.
+        door: the method that chooses among projected features before layer 0.
+        layer: the method that prunes inside the decoder.
+        voco: the method that compresses images into VoCo tokens.
+    """
+
+    picture: PictureMethod | None = None
+    tower: TowerMethod | None = None
+    door: DoorMethod | None = None
+    layer: LayerMethod | None = None
+    voco: VoCo | None = None
+
+    @property
+    def vision(self) -> PictureMethod | TowerMethod | None:
+        """The method that prunes before projected features exist: ``picture`` or ``tower``."""
+        return self.tower if self.picture is None else self.picture
+
+    @property
+    def before(self) -> Method | None:
+        """The method that prunes before the decoder, at whichever place."""
+        return self.vision or self.door or self.voco
+
+    @property
+    def last(self) -> Method:
+        """The method that takes the budget and the options: the last of a pair, or the only one."""
+        method = self.layer or self.before
+        assert method is not None, "a set holds at least one method"
+        return method
 
 
 def available_methods() -> list[str]:
@@ -50,7 +95,7 @@ def available_methods() -> list[str]:
 
 def untrained_methods() -> list[str]:
     """Names of this package's methods that work without training."""
-    return [method.name for method in METHODS if not issubclass(method, VoCo)]
+    return [method.name for method in METHODS if method.where != "voco"]
 
 
 def method_class(name: str) -> type[Method]:
@@ -170,7 +215,7 @@ def _standing(method: Method) -> Method:
     """Return the method after checking that it has a name and a place where it prunes."""
     if not isinstance(getattr(method, "name", None), str):
         raise ConfigError(f"{type(method).__name__} has no name; give the class name = '...'.")
-    if not isinstance(method, (PictureMethod, TowerMethod, DoorMethod, LayerMethod, VoCo)):
+    if not isinstance(method, PLACES.get(getattr(method, "where", ""), ())):
         raise ConfigError(
             f"{method.name} has no place where it prunes: derive {type(method).__name__} from "
             "atp_patch.PictureMethod, TowerMethod, DoorMethod or LayerMethod."
@@ -180,15 +225,12 @@ def _standing(method: Method) -> Method:
 
 def make_methods(
     method: str | Method | Sequence[str | Method], options: dict[str, Any]
-) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
-    """Make the method that prunes before the decoder and the one that prunes inside it.
+) -> MethodSet:
+    """Make the methods of a patch.
 
     Args:
         method: one method, or a pair of one that prunes before the decoder and one inside it.
         options: options of the one method, or of the second.
-
-    Returns:
-        The method before the decoder and the method inside it; one of them may be None.
 
     Raises:
         ConfigError: if both methods are of one kind or in the wrong order, or if the first needs a
@@ -196,26 +238,21 @@ def make_methods(
     """
     given: list[Any] = list(method) if isinstance(method, (list, tuple)) else [method]
     made = [make_method(one, options if one is given[-1] else {}) for one in given]
-    first, last = (made[0], made[-1]) if made else (None, None)
-    if len(made) == 1 and isinstance(first, LayerMethod):
-        return None, first
-    if len(made) == 1 and isinstance(first, (PictureMethod, TowerMethod, DoorMethod, VoCo)):
-        return first, None
-    if (
-        len(made) != 2
-        or not isinstance(first, (PictureMethod, TowerMethod, DoorMethod))
-        or not isinstance(last, LayerMethod)
-    ):
-        inside = [cls.name for cls in METHODS if issubclass(cls, LayerMethod)]
-        before = [cls.name for cls in METHODS if not issubclass(cls, (LayerMethod, VoCo))]
+    where = [one.where for one in made]
+    if len(made) == 2 and where[0] in ("picture", "tower", "door") and where[1] == "layer":
+        first = made[0]
+        if first.needs_budget and getattr(first, "share", None) is None:
+            mend = "give it a share of its own" if where[0] == "door" else "use it alone"
+            raise ConfigError(
+                f"{first.name} needs a budget, which in a pair is the second method's; {mend}."
+            )
+    elif len(made) != 1:
+        inside = [cls.name for cls in METHODS if cls.where == "layer"]
+        before = [cls.name for cls in METHODS if cls.where in ("picture", "tower", "door")]
         raise ConfigError(
             f"method={[one.name for one in made]}: give one method, or one that prunes before the "
             f"decoder ({', '.join(before)}) and then one that prunes inside it "
             f"({', '.join(inside)})."
         )
-    if first.needs_budget and getattr(first, "share", None) is None:
-        mend = "give it a share of its own" if isinstance(first, DoorMethod) else "use it alone"
-        raise ConfigError(
-            f"{first.name} needs a budget, which in a pair is the second method's; {mend}."
-        )
-    return first, last
+    by_place: dict[str, Any] = dict(zip(where, made, strict=True))
+    return MethodSet(**by_place)

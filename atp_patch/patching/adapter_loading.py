@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from atp_patch.contract.arguments import shown
 from atp_patch.contract.errors import ConfigError, WeightsError, first_line
-from atp_patch.methods import (
-    BeforeDecoder,
-    LayerMethod,
-    ModuleSpec,
-    VoCo,
-    make_method,
-    make_methods,
-)
+from atp_patch.methods import MethodSet, ModuleSpec, make_method, make_methods
 from atp_patch.patching.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -35,15 +28,15 @@ _LARGEST = 1e6  # the largest learned weight, so that sums of heads' inputs stay
 
 def load_adapter(
     source: str | Path, base: BaseModel
-) -> tuple[PruningConfig, BeforeDecoder | VoCo | None, LayerMethod | None, dict[str, Tensor]]:
+) -> tuple[PruningConfig, MethodSet, dict[str, Tensor]]:
     """Read an adapter from a folder or the Hub and check that it is complete and fits ``base``.
 
     No memory of a size that the configuration names is allocated before the weights file is found
     to hold tensors of that size.
 
     Returns:
-        The configuration, the method before the decoder, the method inside it, and the learned
-        weights in the dtypes of the method's module.
+        The configuration, its methods, and the learned weights in the dtypes of the method's
+        module.
 
     Raises:
         WeightsError: if a file is missing, damaged, of another program, or made for another model.
@@ -59,19 +52,19 @@ def load_adapter(
             f"{_describe(base)}; load the model it was made for, or patch without weights."
         )
     try:
-        before, inside = _methods_of(config)
-        expected = _expected(config, before, inside)
+        methods = _methods_of(config)
+        expected = _expected(config, methods)
     except ConfigError as error:
         raise WeightsError(f"{source}/{CONFIG_FILE}: {error}") from error
     if expected:
-        return config, before, inside, _read_tensors(source, expected)
+        return config, methods, _read_tensors(source, expected)
     if is_folder(source) and (Path(source) / WEIGHTS_FILE).exists():
         raise WeightsError(
             f"{source}/{WEIGHTS_FILE} holds weights, but nothing was learned according to "
             f"{CONFIG_FILE}. "
             "Save the adapter anew with atp_patch.save_pretrained."
         )
-    return config, before, inside, {}
+    return config, methods, {}
 
 
 def adapter_folder(source: str | Path) -> Path:
@@ -83,7 +76,7 @@ def adapter_folder(source: str | Path) -> Path:
     file = fetched(source, CONFIG_FILE)
     if not is_folder(source):
         config = _read_config(source)
-        if _expected(config, *_methods_of(config)):
+        if _expected(config, _methods_of(config)):
             fetched(source, WEIGHTS_FILE)
     return file.parent
 
@@ -121,8 +114,8 @@ def _read_config(source: str | Path) -> PruningConfig:
 
 def _methods_of(
     config: PruningConfig,
-) -> tuple[BeforeDecoder | VoCo | None, LayerMethod | None]:
-    """Make the methods that a configuration names, before the decoder and inside it.
+) -> MethodSet:
+    """Make the methods that a configuration names.
 
     Raises:
         ConfigError: if a method prunes at another place than it is named for, or its options are
@@ -130,28 +123,26 @@ def _methods_of(
     """
     stages = [] if config.before is None else [(config.before.method, config.before.options)]
     stages += [] if config.method is None else [(config.method, config.options)]
-    before, inside = make_methods([make_method(*stage) for stage in stages], {})
-    if (before is None) != (config.before is None):
+    methods = make_methods([make_method(*stage) for stage in stages], {})
+    if (methods.before is None) != (config.before is None):
         raise ConfigError(
             f"{config.name} is in the wrong place: before= is for a method that prunes before the "
             "decoder, method= for one that prunes inside it."
         )
-    if isinstance(before, VoCo):
+    if methods.voco is not None:
         check_alone(config)
-    return before, inside
+    return methods
 
 
-def _expected(
-    config: PruningConfig, before: BeforeDecoder | VoCo | None, inside: LayerMethod | None
-) -> dict[str, Tensor]:
+def _expected(config: PruningConfig, methods: MethodSet) -> dict[str, Tensor]:
     """The tensors that an adapter of this configuration must hold, by name, on the meta device."""
     module: nn.Module | None = None
     with torch.device("meta"):
-        if inside is not None:
+        if methods.layer is not None:
             spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
-            module = inside.build(spec)
-        elif isinstance(before, VoCo):
-            module = before.build(config.base.hidden_size)
+            module = methods.layer.build(spec)
+        elif methods.voco is not None:
+            module = methods.voco.build(config.base.hidden_size)
     return {} if module is None else dict(module.state_dict())
 
 

@@ -76,6 +76,7 @@ class Patch:
     """
 
     def __init__(self, plan: Plan) -> None:
+        methods = plan.methods
         self.plan, self.parts, self.family = plan, plan.parts, plan.family
         self.config, self.layers = plan.config, plan.config.layers
         self.learned_module = plan.learned_module
@@ -88,24 +89,24 @@ class Patch:
         self.causal, self.newline = plan.family.causal, plan.family.newline
         # Only the caller knows which tokens are visual.
         self.explicit = not plan.family.token_ids and plan.family.outer is None
-        self.learned = plan.layer is not None and plan.learned_module is not None
-        self.leaves_tombstones = plan.vision_method is not None
-        self.chooses_at_door = plan.door is not None
+        self.learned = methods.layer is not None and plan.learned_module is not None
+        self.leaves_tombstones = methods.vision is not None
+        self.chooses_at_door = methods.door is not None
         self.rope_2d = plan.config.rope_2d
         self._ignored_before = {k: v for k, v in vars(self.parts.model).items() if k == IGNORED}
         self.thread = ThreadMemory()
-        self.voco = None if plan.voco is None else VoCoPart(plan.voco, self)
+        self.voco = None if methods.voco is None else VoCoPart(methods.voco, self)
         self.seam = Seam(plan.parts, self)
 
     @property
     def method(self) -> LayerMethod | None:
         """The method that prunes inside the decoder."""
-        return self.plan.layer
+        return self.plan.methods.layer
 
     @property
     def vision_method(self) -> PictureMethod | TowerMethod | None:
         """The method that prunes pictures or tokens of the vision tower."""
-        return self.plan.vision_method
+        return self.plan.methods.vision
 
     def restore_ignored(self) -> None:
         """Restore the model's list of keys that are not saved, if it had one."""
@@ -124,23 +125,23 @@ class Patch:
 
     def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
         """Make the hooks that prune the vision tower or read it for a door method."""
-        plan = self.plan
+        plan, methods = self.plan, self.plan.methods
         if plan.vision is None:
             return None
-        if plan.door is not None:
+        if methods.door is not None:
             return ReadingHooks(
                 self.parts.base,
                 plan.vision,
-                plan.door.tower_blocks,
+                methods.door.tower_blocks,
                 active,
                 recorder,
                 self.reads_videos,
             )
         base, shares, least = self.parts.base, self.quotas, group_minimum(self.config)
-        if plan.picture is not None:
-            return ShrinkHooks(base, plan.vision, plan.picture.grid, shares, active)
-        assert plan.tower is not None
-        return MergeHooks(base, plan.vision, plan.tower.merge, shares, least, active, recorder)
+        if methods.picture is not None:
+            return ShrinkHooks(base, plan.vision, methods.picture.grid, shares, active)
+        assert methods.tower is not None
+        return MergeHooks(base, plan.vision, methods.tower.merge, shares, least, active, recorder)
 
     def reads_videos(self) -> bool:
         """Whether the model reads videos in the running thread."""
@@ -191,12 +192,13 @@ class Patch:
 
     def door_counts(self, layout: Layout) -> tuple[int, ...] | None:
         """Return how many visual tokens of each sample enter, or None if the method decides."""
-        assert self.plan.door is not None
-        return door_counts(self.config, self.plan.door, layout.grids)
+        door = self.plan.methods.door
+        assert door is not None
+        return door_counts(self.config, door, layout.grids)
 
     def decide_at_door(self, view: DoorView) -> Decision:
         """Return the checked decision of the door method."""
-        door = self.plan.door
+        door = self.plan.methods.door
         assert door is not None
         return check_decision(door.decide(view), view, door.name)
 

@@ -21,7 +21,7 @@ from atp_patch.contract import (
 from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family, family_of
-from atp_patch.methods import VoCo, make_methods
+from atp_patch.methods import MethodSet, make_methods
 from atp_patch.patching.adapter_loading import load_adapter
 from atp_patch.patching.config import BaseModel, PruningConfig, Stage
 from atp_patch.patching.voco import check_alone, check_family, voco_module
@@ -32,17 +32,11 @@ from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
 class Plan:
     """What one patch consists of.
 
-    At most one of ``picture``, ``tower`` and ``door`` is set, and ``voco`` is set alone.
-
     Attributes:
         parts: the modules of the model.
         family: how the model's prompts are read.
         config: the configuration that an adapter's JSON holds.
-        picture: the method that shrinks pictures, or None.
-        tower: the method that merges tokens of the vision tower, or None.
-        door: the method that chooses among projected features before layer 0, or None.
-        layer: the method that prunes inside the decoder, or None.
-        voco: the method that compresses images into VoCo tokens, or None.
+        methods: the methods by the places where they prune.
         attention_layers: for each pruning layer, the earlier layers whose attention the method
             inside the decoder reads.
         vision: the vision tower that a method prunes or reads, or None.
@@ -53,20 +47,11 @@ class Plan:
     parts: Parts
     family: Family
     config: PruningConfig
-    picture: PictureMethod | None
-    tower: TowerMethod | None
-    door: DoorMethod | None
-    layer: LayerMethod | None
-    voco: VoCo | None
+    methods: MethodSet
     attention_layers: Mapping[int, tuple[int, ...]]
     vision: Tower | None
     learned_module: nn.Module | None
     rope_2d_forced: bool
-
-    @property
-    def vision_method(self) -> PictureMethod | TowerMethod | None:
-        """The method that prunes before the projected features exist: ``picture`` or ``tower``."""
-        return self.tower if self.picture is None else self.picture
 
 
 def make_plan(
@@ -114,9 +99,11 @@ def make_plan(
             raise ConfigError(
                 "weights= sets layers, method, budget and options; give weights= alone."
             )
-        config, before, layer, tensors = load_adapter(weights, base)
+        config, methods, tensors = load_adapter(weights, base)
+        layer, before = methods.layer, methods.before
     else:
-        before, layer = make_methods("atp" if method is None else method, dict(options))
+        methods = make_methods("atp" if method is None else method, dict(options))
+        layer, before = methods.layer, methods.before
         if layers is None and layer is not None:
             layers = kind.default_layers(config_of_model, shape.num_layers)
         chosen = _pruning_layers(layers, layer)
@@ -133,7 +120,7 @@ def make_plan(
             rope_2d=bool(rope_2d),
             prune_marks=prune_marks,
         )
-        if isinstance(before, VoCo):
+        if methods.voco is not None:
             check_alone(config)
     if config.layers:
         kind.check_layers(config_of_model, config.layers)
@@ -141,13 +128,13 @@ def make_plan(
     if total is not None and before is None and follows_budget(layer, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
     vision = learned_module = None
-    if isinstance(before, VoCo):
+    if methods.voco is not None:
         check_family(kind, config_of_model)
-        learned_module = voco_module(before, parts, tensors)
-    elif isinstance(before, DoorMethod):
-        vision = tower_read_by(kind, config_of_model, before)
-    elif before is not None:
-        vision = tower_for(before, kind, config_of_model, config)
+        learned_module = voco_module(methods.voco, parts, tensors)
+    if methods.door is not None:
+        vision = tower_read_by(kind, config_of_model, methods.door)
+    if methods.vision is not None:
+        vision = tower_for(methods.vision, kind, config_of_model, config)
     if layer is not None:
         learned_module = _build_module(layer, config, parts, total, tensors)
     rope_2d_forced = rope_2d == "force" or weights is not None
@@ -157,11 +144,7 @@ def make_plan(
         parts=parts,
         family=kind,
         config=config,
-        picture=before if isinstance(before, PictureMethod) else None,
-        tower=before if isinstance(before, TowerMethod) else None,
-        door=before if isinstance(before, DoorMethod) else None,
-        layer=layer,
-        voco=before if isinstance(before, VoCo) else None,
+        methods=methods,
         attention_layers={} if layer is None else _attention_layers(layer, config.layers),
         vision=vision,
         learned_module=learned_module,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.contract import Recycled
-from atp_patch.methods import METHODS, keep_best, make_method, make_methods
+from atp_patch.methods import METHODS, MethodSet, keep_best, make_method, make_methods
 from tests.helpers import inputs as made
 from tests.helpers.run import forward
 from tests.helpers.tiny import tiny_model
@@ -65,7 +65,7 @@ def test_a_class_of_methods_derived_as_before_is_a_layer_method() -> None:
 
     assert caught[0].filename == __file__
     assert issubclass(Former, atp_patch.LayerMethod)
-    assert make_methods("former", {"last": False}) == (None, Former(last=False))
+    assert make_methods("former", {"last": False}) == MethodSet(layer=Former(last=False))
     model = atp_patch.patch_model(tiny_model("llava-llama"), [2], Former(), keep=0.5)
     forward(model, made.batch(model, made.SINGLE))
     trace = atp_patch.last_trace(model)
