@@ -42,6 +42,12 @@ from atp_patch.maths.scores import (
     standardise_scores,
     visible_keys,
 )
+from atp_patch.maths.selection import (
+    cosine_similarities,
+    coverage_selection,
+    determinantal_selection,
+    max_min_selection,
+)
 from atp_patch.maths.slots import Slots, insert_slots, public_slots, voco_visible
 from atp_patch.maths.sparse import attention_rank, cluster_weights, density_peaks, raters
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
@@ -59,10 +65,13 @@ __all__ = [
     "average_tokens",
     "budget_thresholds",
     "cluster_weights",
+    "cosine_similarities",
+    "coverage_selection",
     "cross_rows",
     "cross_scores",
     "density_peaks",
     "descending_rank",
+    "determinantal_selection",
     "even_counts",
     "gather_heads",
     "gather_tokens",
@@ -74,6 +83,7 @@ __all__ = [
     "layer_flops",
     "least_target",
     "local_index",
+    "max_min_selection",
     "merge_weights",
     "normalise_scores",
     "outliers",

@@ -1,0 +1,196 @@
+"""Greedy selections of a subset: the most different tokens, or those that cover the others.
+
+Each is the greedy algorithm of its paper, one step for each token that is taken, run for all
+samples at once. Shapes: ``G`` samples (or images), ``n`` tokens of the largest, ``m`` tokens taken
+of the one that takes most, ``D`` size of the features. With the matrix of similarities given, time
+is ``O(n m)`` for max-min, ``O(n^2 m)`` in blocked matrix products for the determinantal selection,
+and ``O(n^2 log m)`` in practice for coverage; all hold a few tables of ``n x n``.
+
+Of tokens that are equally good the one of the lowest index is taken. A greedy order does not depend
+on how many tokens are taken, so that samples with different counts share their steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, threshold
+
+# Products are rounded in ways that depend on the shape of a batch, by about 1e-7.
+_GRID = 2.0**20  # cosines are multiples of 1 / _GRID, so that equal tokens stay equal
+_SPANNED = 1e-5  # a token with less than this share of itself left lies within what was taken
+_BLOCK = 64  # determinantal steps between two updates of the whole matrix
+_EVALUATED = 16  # gains of coverage that one step computes at least
+
+
+def cosine_similarities(features: Tensor, valid: Tensor) -> Tensor:
+    """(G, n, n) float32: the cosine of each pair of tokens; 0 for padding and features of norm 0.
+
+    The cosines are rounded to multiples of 2**-20, so that tokens that are equal have the
+    similarity 1 and the same similarities to others, however their products were rounded.
+
+    Args:
+        features, valid: (G, n, D), and (G, n) bool.
+    """
+    unit = normalize(features.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
+    return (unit @ unit.transpose(1, 2)).mul_(_GRID).round_().div_(_GRID)
+
+
+def max_min_selection(similarity: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """The tokens that are farthest from each other (DivPrune, Alvar et al., 2025, algorithm 1).
+
+    The distance is ``1 - similarity``. The first token is the one whose nearest neighbour is
+    farthest away. Each further one is the token whose distance to the nearest of those that are
+    taken is largest.
+
+    Args:
+        similarity: (G, n, n), symmetric.
+        valid: (G, n) bool.
+        counts: (G,) int64; all valid tokens are taken where it is larger than their number.
+
+    Returns:
+        (G, n) bool with exactly ``min(counts, valid tokens)`` True entries in each row.
+    """
+    steps, rows = _steps(counts, valid), _Rows(similarity)
+    if steps == 0:
+        return torch.zeros_like(valid)
+    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    nearest = similarity.masked_fill(itself | ~valid[:, None], -torch.inf).amax(2)
+    pick = nearest.masked_fill(~valid, torch.inf).argmin(1)
+    taken = [pick]
+    closeness = torch.full_like(nearest, -torch.inf).masked_fill(~valid, torch.inf)
+    for _ in range(steps - 1):
+        torch.maximum(closeness, rows.of(pick), out=closeness)
+        closeness.scatter_(1, pick[:, None], torch.inf)
+        pick = closeness.argmin(1)
+        taken.append(pick)
+    return _mask(taken, valid, counts)
+
+
+def determinantal_selection(
+    similarity: Tensor, quality: Tensor, valid: Tensor, counts: Tensor
+) -> Tensor:
+    """The most probable subset of a determinantal point process, found greedily.
+
+    The kernel is ``diag(quality) similarity diag(quality)`` (CDPruner, Zhang et al., 2025, eq. 7),
+    and each step takes the token that makes the determinant of the taken ones largest, by the
+    Cholesky update of Chen et al. (2018, algorithm 1). What is left of token ``i`` is
+    ``quality_i^2 d_i``, where ``d_i`` is the part of its feature that the taken ones do not span;
+    it is computed without the qualities. A token of which at most 1e-5 is left counts as spanned.
+    The spanned ones, and those of quality 0, are equally good and come last.
+
+    Args:
+        similarity: (G, n, n), symmetric and positive semidefinite, 1 on the diagonal (or 0).
+        quality: (G, n), not negative.
+        valid: (G, n) bool.
+        counts: (G,) int64; all valid tokens are taken where it is larger than their number.
+
+    Returns:
+        (G, n) bool with exactly ``min(counts, valid tokens)`` True entries in each row.
+    """
+    steps = _steps(counts, valid)
+    rest = similarity.float().clone()  # minus what the taken tokens explain, block by block
+    rows = _Rows(rest)
+    squared = quality.float().square()
+    left = rest.diagonal(dim1=1, dim2=2).clone()
+    gone = torch.zeros_like(left).masked_fill(~valid, -torch.inf)
+    block = rest.new_empty(rest.shape[0], min(_BLOCK, steps), rest.shape[1])
+    taken: list[Tensor] = []
+    for step in range(steps):
+        at = step % _BLOCK
+        if at == 0 and step > 0:
+            rest.baddbmm_(block.transpose(1, 2), block, alpha=-1)
+        pick = torch.addcmul(gone, threshold(left, _SPANNED, 0.0), squared).argmax(1)
+        column = pick[:, None]
+        explained = rows.of(pick)
+        if at:
+            own = block[:, :at].gather(2, column[:, None].expand(-1, at, 1))
+            explained = (explained[:, None] - own.transpose(1, 2) @ block[:, :at])[:, 0]
+        # What is spanned explains nothing further: 1 / sqrt(infinity) is 0.
+        scale = threshold(left.gather(1, column), _SPANNED, torch.inf).rsqrt_()
+        explained = torch.mul(explained, scale, out=block[:, at])
+        left.addcmul_(explained, explained, value=-1)
+        gone.scatter_(1, column, -torch.inf)
+        taken.append(pick)
+    return _mask(taken, valid, counts)
+
+
+def coverage_selection(similarity: Tensor, weight: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """The tokens that cover the others best (SCOPE, Deng et al., 2025).
+
+    The coverage of a set is the sum, over all tokens, of the similarity to the nearest member, or 0
+    where that is negative. Each step takes the token with the largest gain of coverage, times its
+    weight.
+
+    A gain never grows while tokens are taken. So the last gain that was computed of a token bounds
+    its present one from above, and only the gains of tokens with large bounds are computed anew,
+    until the largest of all is a present one.
+
+    Args:
+        similarity: (G, n, n), symmetric.
+        weight: (G, n), not negative.
+        valid: (G, n) bool.
+        counts: (G,) int64; all valid tokens are taken where it is larger than their number.
+
+    Returns:
+        (G, n) bool with exactly ``min(counts, valid tokens)`` True entries in each row.
+    """
+    rows, size = _Rows(similarity), valid.shape[1]
+    bound = torch.full_like(weight, torch.inf, dtype=torch.float32)
+    bound = bound.masked_fill(~valid, -torch.inf)
+    covered = torch.zeros_like(bound).masked_fill(~valid, torch.inf)  # padding gains nothing
+    taken: list[Tensor] = []
+    for step in range(_steps(counts, valid)):
+        present = bound <= 0  # it cannot fall further
+        width = min(max(_EVALUATED, size // (step + 1)), size)
+        while True:
+            pick = bound.argmax(1)
+            if bool(present.gather(1, pick[:, None]).all()):
+                break
+            index = bound.masked_fill(present, -torch.inf).topk(width, dim=1).indices
+            gain = torch.cat([rows.gain(part, covered) for part in index.split(_EVALUATED, 1)], 1)
+            gain = gain * weight.gather(1, index)
+            bound.scatter_(1, index, torch.minimum(gain, bound.gather(1, index)))
+            present.scatter_(1, index, True)
+            width = min(2 * width, size)
+        covered = torch.maximum(covered, rows.of(pick))
+        bound.scatter_(1, pick[:, None], -torch.inf)
+        taken.append(pick)
+    return _mask(taken, valid, counts)
+
+
+class _Rows:
+    """The rows of each sample's matrix of similarities, which is read and never copied."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Look at a matrix (G, n, n)."""
+        self.flat = matrix.flatten(0, 1)
+        number, size = matrix.shape[:2]
+        self.first = size * torch.arange(number, device=matrix.device)
+
+    def of(self, pick: Tensor) -> Tensor:
+        """(G, n): one row of each sample, for indices (G,)."""
+        return self.flat.index_select(0, pick + self.first)
+
+    def gain(self, index: Tensor, covered: Tensor) -> Tensor:
+        """(G, w): how much more than ``covered`` (G, n) the tokens of ``index`` (G, w) cover."""
+        rows = self.flat.index_select(0, (index + self.first[:, None]).flatten())
+        return (rows.unflatten(0, index.shape) - covered[:, None]).clamp_(min=0).sum(2)
+
+
+def _steps(counts: Tensor, valid: Tensor) -> int:
+    """How many steps the sample needs that takes most."""
+    return int(torch.minimum(counts, valid.sum(1)).max()) if valid.numel() else 0
+
+
+def _mask(taken: Iterable[Tensor], valid: Tensor, counts: Tensor) -> Tensor:
+    """(G, n) bool: the first ``counts`` of the tokens that were taken, given step by step (G,)."""
+    steps = list(taken)
+    if not steps:
+        return torch.zeros_like(valid)
+    order = torch.stack(steps, 1)
+    early = torch.arange(len(steps), device=valid.device) < counts[:, None]
+    # A sample without valid tokens left takes others again, which changes nothing.
+    return torch.zeros_like(valid).scatter_reduce(1, order, early, "amax") & valid
