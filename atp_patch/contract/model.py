@@ -28,6 +28,10 @@ class GridQuery:
         grid_thw: the arguments "image_grid_thw" and "video_grid_thw" of the call, each (images, 3)
             int64: the frames, rows and columns of patches, in the order of the prompts. An argument
             that was not given is left out.
+        sizes_given: the other arguments of the call that say how large its pictures are, in the
+            order of the prompts: "image_sizes" (images, 2) int64, the height and width in pixels;
+            "image_merge_sizes" and "video_merge_sizes" (images,) int64, how many patches along a
+            side become one token. An argument that was not given is left out.
         repeats: the number of consecutive samples that share their images (beams, returned
             sequences).
     """
@@ -41,6 +45,7 @@ class GridQuery:
     sizes: Sequence[Sequence[tuple[int, int, int]]] | None = None
     grid_thw: Mapping[str, Tensor] = field(default_factory=dict)
     repeats: int = 1
+    sizes_given: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

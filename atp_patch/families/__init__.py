@@ -9,11 +9,13 @@ from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family, scaled_layers
 from atp_patch.families.generic import GENERIC
 from atp_patch.families.internvl_chat import INTERNVL_CHAT
+from atp_patch.families.latents import IDEFICS2
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.molmo2 import MOLMO2
 from atp_patch.families.pixtral import MISTRAL3
-from atp_patch.families.qwen2_vl import GLM4V, QWEN2_VL, QWEN3_VL
+from atp_patch.families.qwen2_vl import GLM4V, PADDLEOCR_VL, QWEN2_VL, QWEN3_VL
 from atp_patch.families.refused import REFUSED
+from atp_patch.families.sizes import EXAONE4_5, LIGHTON_OCR
 from atp_patch.families.square import (
     AYA_VISION,
     DEEPSEEK_VL,
@@ -35,17 +37,21 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_VL,
     QWEN3_VL,
     GLM4V,
+    PADDLEOCR_VL,
+    EXAONE4_5,
     INTERNVL,
     PALIGEMMA,
     GEMMA3,
     IDEFICS3,
     MISTRAL3,
+    LIGHTON_OCR,
     OVIS2,
     FAST_VLM,
     PERCEPTION_LM,
     AYA_VISION,
     GOT_OCR2,
     DEEPSEEK_VL,
+    IDEFICS2,
     MOLMO2,
     VILA,
     INTERNVL_CHAT,

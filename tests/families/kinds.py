@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -147,6 +148,8 @@ class Kind:
         videos: picture number ``VIDEO`` is a video.
         mixes: one call of the model may hold both images and videos.
         attention: the implementation that the tests run by default.
+        placed: each visual token shows one place of its picture, once the tower looks at each patch
+            alone.
     """
 
     name: str
@@ -162,6 +165,7 @@ class Kind:
     videos: bool = False
     mixes: bool = True
     attention: str = "sdpa"
+    placed: bool = True
 
     @property
     def video_samples(self) -> tuple[Sample, ...]:
@@ -268,6 +272,21 @@ def _draw(
         grids += 1 + max(place[0] for place in picture.places if place is not None)
         pictures.append(picture)
     return ids, places, pictures
+
+
+def installed(table: dict[str, tuple[Any, ...]]) -> tuple[Kind, ...]:
+    """The rows whose model the installed version of transformers has.
+
+    Args:
+        table: from the beginning of a model's class name to its row: the first arguments of
+            :class:`Kind` without the class, and then a dict of the others.
+    """
+    kinds = []
+    for prefix, (name, config, draw, collate, more) in table.items():
+        model = getattr(transformers, f"{prefix}ForConditionalGeneration", None)
+        if model is not None:
+            kinds.append(Kind(name, model, config, draw, collate, **more))
+    return tuple(kinds)
 
 
 def stacked(name: str) -> Callable[[list[list[Drawn]], Inputs], Inputs]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import Cohere2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from tests.families.kinds import TEXT, TOWER, Drawn, Kind, Paint, stacked
+from tests.families.kinds import TEXT, TOWER, Drawn, Paint, installed, stacked
 from tests.families.square import SIDE, _internvl_picture, _shrunk, _tiles
 from tests.helpers import tiny
 
@@ -196,24 +196,21 @@ def _both(pictures: list[list[Drawn]], inputs: Any) -> Any:
     return {key: value for name in names for key, value in stacked(name)(pictures, inputs).items()}
 
 
-def _kinds() -> list[Kind]:
-    """Those that the installed version of transformers has."""
-    pixels = stacked("pixel_values")
-    table: dict[str, tuple[Any, ...]] = {
-        "AyaVision": ("aya_vision", _aya_vision, _marked_tiles, pixels, {}),
-        "Cohere2Vision": ("cohere2_vision", _cohere2_vision, _marked_tiles, pixels, {}),
-        "GotOcr2": ("got_ocr2", _got_ocr2, _crops, pixels, {"attention": "eager"}),
-        "DeepseekVL": ("deepseek_vl", _deepseek_vl, _one_square, pixels, {}),
-        "DeepseekVLHybrid": ("deepseek_vl_hybrid", _deepseek_vl_hybrid, _two_sizes, _both, {}),
-        "Janus": ("janus", _janus, _one_square, pixels, {}),
-        "QianfanOCR": ("qianfan_ocr", _qianfan_ocr, _internvl_picture, pixels, {}),
+PIXELS = stacked("pixel_values")
+KINDS = installed(
+    {
+        "AyaVision": ("aya_vision", _aya_vision, _marked_tiles, PIXELS, {}),
+        "Cohere2Vision": ("cohere2_vision", _cohere2_vision, _marked_tiles, PIXELS, {}),
+        "GotOcr2": ("got_ocr2", _got_ocr2, _crops, PIXELS, {"attention": "eager", "placed": False}),
+        "DeepseekVL": ("deepseek_vl", _deepseek_vl, _one_square, PIXELS, {}),
+        "DeepseekVLHybrid": (
+            "deepseek_vl_hybrid",
+            _deepseek_vl_hybrid,
+            _two_sizes,
+            _both,
+            {"placed": False},
+        ),
+        "Janus": ("janus", _janus, _one_square, PIXELS, {}),
+        "QianfanOCR": ("qianfan_ocr", _qianfan_ocr, _internvl_picture, PIXELS, {}),
     }
-    kinds = []
-    for prefix, (name, config, draw, collate, more) in table.items():
-        model = getattr(transformers, f"{prefix}ForConditionalGeneration", None)
-        if model is not None:
-            kinds.append(Kind(name, model, config, draw, collate, **more))
-    return kinds
-
-
-KINDS = tuple(_kinds())
+)

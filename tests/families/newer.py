@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.families.kinds import TEXT, TOWER, VIDEO, Drawn, Kind, Paint, stacked
+from tests.families.kinds import TEXT, TOWER, VIDEO, Drawn, Paint, installed, stacked
 from tests.families.square import SIDE, _shrunk, _tiles
 from tests.helpers import tiny
 from tests.helpers.inputs import Inputs
@@ -169,9 +169,8 @@ def _sharp_words(model: PreTrainedModel) -> None:
             weight *= 3
 
 
-def _kinds() -> list[Kind]:
-    """Those that the installed version of transformers has."""
-    table: dict[str, tuple[Any, ...]] = {
+KINDS = installed(
+    {
         "FastVlm": ("fast_vlm", _fast_vlm, _one_square, stacked("pixel_values"), {}),
         "PerceptionLM": (
             "perception_lm",
@@ -188,12 +187,4 @@ def _kinds() -> list[Kind]:
             {"adjust": _sharp_words},
         ),
     }
-    kinds = []
-    for prefix, (name, config, draw, collate, more) in table.items():
-        model = getattr(transformers, f"{prefix}ForConditionalGeneration", None)
-        if model is not None:
-            kinds.append(Kind(name, model, config, draw, collate, **more))
-    return kinds
-
-
-KINDS = tuple(_kinds())
+)

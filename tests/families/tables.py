@@ -12,13 +12,26 @@ from typing import Any
 
 import pytest
 
-from tests.families import anyres, molmo2, more_square, mrope, newer, square, towers
+from tests.families import (
+    anyres,
+    latents,
+    molmo2,
+    more_mrope,
+    more_square,
+    mrope,
+    newer,
+    sized,
+    square,
+    towers,
+)
 from tests.families.kinds import Kind
 
 ORDINARY: tuple[Kind, ...] = tuple(
     kind for table in (square, anyres, towers, mrope, newer, molmo2) for kind in table.KINDS
 )
-LATER: tuple[Kind, ...] = tuple(kind for table in (more_square,) for kind in table.KINDS)
+LATER: tuple[Kind, ...] = tuple(
+    kind for table in (more_square, more_mrope, sized, latents) for kind in table.KINDS
+)
 
 
 def rows(ordinary: Iterable[Kind], later: Iterable[Kind]) -> Any:
@@ -31,3 +44,4 @@ every_kind = rows(ORDINARY, LATER)
 with_videos = rows(
     (kind for kind in ORDINARY if kind.videos), (kind for kind in LATER if kind.videos)
 )
+with_rotary_places = rows(mrope.KINDS, more_mrope.KINDS)

@@ -211,6 +211,8 @@ def check_grids(model: Any, batch: Batch) -> None:
 @every_kind
 def test_grids_are_seen_in_pictures_of_stripes(kind: Kind) -> None:
     """A tower that looks at each patch alone makes equal features of equal stripes."""
+    if not kind.placed:
+        pytest.skip("each visual token has seen more of its picture than its own place")
     model = patched(kind, method="uniform")
     local(model)
     embeds: list[Tensor] = []

@@ -17,7 +17,7 @@ from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.outside import IGNORED_LABEL, Outside
 from atp_patch.seam.host.packing import sequences_given
 from atp_patch.seam.host.prompt import Prompt
-from atp_patch.seam.host.session import Session, grids_given
+from atp_patch.seam.host.session import Session, sizes_given
 
 IMAGE_KEYS = (
     "pixel_values",
@@ -44,7 +44,7 @@ class Call:
             passes may get another mask.
         num_items: how many supervised tokens the trainer divides the loss by, or None.
         session: the call of ``generate`` that this pass belongs to, or None.
-        grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where this pass itself
+        picture_sizes: the arguments that say how large the pictures are, where this pass itself
             was given them.
         sequences: the arguments of this pass that tell where sequences begin in a row, if any.
         through: the finished pass through the decoder, where it left some places without an output.
@@ -68,7 +68,7 @@ class Call:
     entered: bool = False
     visual_grids: Any = None
     session: Session | None = None
-    grid_thw: dict[str, Tensor] = field(default_factory=dict)
+    picture_sizes: dict[str, Tensor] = field(default_factory=dict)
     sequences: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -117,7 +117,7 @@ class Call:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.input_ids, self.inputs_embeds = given.get("input_ids"), given.get("inputs_embeds")
         self.attention_mask = given.get("attention_mask")
-        self.grid_thw, self.sequences = grids_given(given), sequences_given(given)
+        self.picture_sizes, self.sequences = sizes_given(given), sequences_given(given)
         self.embedding = base.get_input_embeddings()
         images = any(_present(given.get(key)) for key in IMAGE_KEYS)
         prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1
@@ -145,12 +145,14 @@ class Call:
             return None
         return prompt.repeat_interleave(batch // samples, 0)  # beams and returned sequences
 
-    def grids(self, batch: int) -> tuple[dict[str, Tensor], int]:
-        """The ``grid_thw`` of this pass or of its prompt, and how many rows share one sample's."""
+    def given_sizes(self, batch: int) -> tuple[dict[str, Tensor], int]:
+        """What this pass or its prompt was told of the pictures' sizes, and how many rows share one
+        sample's pictures.
+        """
         session = self.session
-        if self.grid_thw or session is None or not session.samples:
-            return self.grid_thw, 1
-        return session.grid_thw, batch // session.samples
+        if self.picture_sizes or session is None or not session.samples:
+            return self.picture_sizes, 1
+        return session.picture_sizes, batch // session.samples
 
     @property
     def mask_is_plain(self) -> bool:
@@ -298,7 +300,7 @@ def grid_query(
         newline: the name of the base model's parameter that ends rows of features, or None.
     """
     embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
-    grids, repeats = call.grids(len(embeds))
+    given, repeats = call.given_sizes(len(embeds))
     newlines = None
     if newline is not None:
         value = getattr(parts.base, newline).detach().to(embeds)
@@ -312,8 +314,11 @@ def grid_query(
         newlines=newlines,
         visual=prompt.visual,
         sizes=call.sizes(len(embeds)),
-        grid_thw=grids,
+        grid_thw={name: grids for name, grids in given.items() if name.endswith("_grid_thw")},
         repeats=repeats,
+        sizes_given={
+            name: sizes for name, sizes in given.items() if not name.endswith("_grid_thw")
+        },
     )
 
 

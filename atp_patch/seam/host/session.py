@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atp_patch.contract import Decision
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.seam.host.outside import Outside
+
+#: The arguments of a model that say how large the pictures of a call are. A family's grids may hang
+#: on them; :class:`~atp_patch.contract.GridQuery` says what they hold.
+PICTURE_SIZES = (
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "image_merge_sizes",
+    "video_merge_sizes",
+)
 
 
 @dataclass
@@ -25,8 +36,8 @@ class Session:
         attention_mask: (B, L) of the prompt where one was given, or None. Passes with a static
             cache get another one.
         samples: how many prompts it was given; each may run in several rows (beams, sequences).
-        grid_thw: "image_grid_thw" and "video_grid_thw", each (images, 3), where they were given:
-            ``generate`` keeps them from the passes within.
+        picture_sizes: the arguments of ``PICTURE_SIZES`` that were given: ``generate`` keeps them
+            from the passes within.
         choices: layer -> the decision of the first pass, which later passes without a cache repeat.
     """
 
@@ -37,7 +48,7 @@ class Session:
     visual_grids: Any = None
     attention_mask: Tensor | None = None
     samples: int = 0
-    grid_thw: dict[str, Tensor] = field(default_factory=dict)
+    picture_sizes: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_generate(
@@ -73,14 +84,15 @@ class Session:
             visual_grids=kwargs.get("visual_grids"),
             attention_mask=mask,
             samples=len(prompts[0]) if prompts else 0,
-            grid_thw=grids_given(given),
+            picture_sizes=sizes_given(given),
         )
 
 
-def grids_given(given: dict[str, Any]) -> dict[str, Tensor]:
-    """The arguments that hold the grids of images and videos, each (images, 3)."""
-    names = ("image_grid_thw", "video_grid_thw")
-    return {name: given[name] for name in names if given.get(name) is not None}
+def sizes_given(given: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of the arguments ``PICTURE_SIZES`` that a call was given, as tensors."""
+    return {
+        name: torch.as_tensor(given[name]) for name in PICTURE_SIZES if given.get(name) is not None
+    }
 
 
 def _chunk_size(given: dict[str, Any], own: Any) -> int | None:

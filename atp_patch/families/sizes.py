@@ -1,0 +1,148 @@
+"""Pictures whose grids the call's own arguments tell, in the order of their placeholders.
+
+These are EXAONE 4.5, HyperCLOVA X SEED and VideoLLaMA 3, whose rotary positions count tokens;
+LightOnOCR, whose rows have no marks between them; HunyuanOCR; and Qwen-VL and GLM where the caller
+gives position ids that show no grids.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract.errors import InputError
+from atp_patch.families.base import Family, Grids
+
+IMAGES, VIDEOS, PIXELS = "image_grid_thw", "video_grid_thw", "image_sizes"
+Films = deque[tuple[int, int, int]]  # frames, rows and columns of tokens
+Place = Callable[[Span, str, Films], list[VisualGrid]]
+
+
+def by_grid_thw(query: GridQuery) -> Grids:
+    """The grids that ``image_grid_thw`` and ``video_grid_thw`` tell."""
+    if not query.grid_thw:
+        raise InputError(
+            "the position ids of this call do not show the grids of its visual tokens; pass "
+            f"{IMAGES} (and {VIDEOS} for videos) of the model's processor with it."
+        )
+    config: Any = query.config
+    side = int(config.vision_config.spatial_merge_size)
+    films = {name: films_of(query, name, lambda _: side) for name in (IMAGES, VIDEOS)}
+    return in_order(query, films, partial(_kind, query), whole)
+
+
+def films_of(query: GridQuery, name: str, side: Callable[[int], int]) -> Films:
+    """The pictures or videos of an argument that counts in patches, in tokens.
+
+    Args:
+        query: what is known of the call.
+        name: the name of the argument.
+        side: from the number of a picture to the patches along a side that become one token.
+    """
+    given = query.grid_thw.get(name)
+    rows = [] if given is None else given.tolist()
+    return deque((t, h // side(number), w // side(number)) for number, (t, h, w) in enumerate(rows))
+
+
+def in_order(
+    query: GridQuery,
+    films: Mapping[str, Films],
+    kind: Callable[[int, Span], str],
+    place: Place,
+) -> Grids:
+    """Grids of the pictures that the call brought, placed where placeholders stand.
+
+    Args:
+        query: what is known of the call.
+        films: for each argument, its pictures; they are used up.
+        kind: from the number of a sample and a run of placeholders to the argument that holds the
+            run's pictures.
+        place: from a run, the name of the argument and the pictures left in it to the run's grids.
+
+    Raises:
+        InputError: where the arguments tell more pictures than have placeholders.
+    """
+    found: Grids = []
+    for b, spans in enumerate(query.spans):
+        if b % query.repeats:
+            found.append(found[-1])
+            continue
+        kinds = [kind(b, span) for span in spans]
+        runs = [place(span, name, films[name]) for span, name in zip(spans, kinds, strict=True)]
+        found.append([grid for run in runs for grid in run])
+    for name, rest in films.items():
+        if rest:
+            raise InputError(
+                f"{name} has {len(rest)} pictures more than the prompts have placeholders for; "
+                "pass the grids of these prompts alone."
+            )
+    return found
+
+
+def _kind(query: GridQuery, sample: int, span: Span) -> str:
+    """Which argument holds the grid of a run of placeholders."""
+    config: Any = query.config
+    if query.ids is None:
+        if len(query.grid_thw) > 1:
+            raise InputError(
+                f"inputs_embeds do not tell images from videos, and both {IMAGES} and {VIDEOS} "
+                "came: pass input_ids in place of inputs_embeds, or multimodal position_ids (3, "
+                "batch, sequence) as model.model.get_rope_index makes them."
+            )
+        return next(iter(query.grid_thw))
+    before = query.ids[sample, : span.start]
+    opened, closed = (
+        int((before == getattr(config, f"video_{side}_token_id", -1)).sum())
+        for side in ("start", "end")
+    )
+    return VIDEOS if span.token_id == config.video_token_id or opened > closed else IMAGES
+
+
+def whole(span: Span, name: str, films: Films) -> list[VisualGrid]:
+    """A run of placeholders as the pictures that come next; frames may stand in several runs."""
+    grids = []
+    at = span.start
+    while at < span.stop:
+        frames, height, width = films.popleft() if films else (0, 1, 1)
+        there = min(frames, (span.stop - at) // (height * width))
+        if not there:
+            raise mismatch(span, name)
+        if frames > there:
+            films.appendleft((frames - there, height, width))
+        grids.append(VisualGrid(at, there, height, width))
+        at += there * height * width
+    return grids
+
+
+def mismatch(span: Span, name: str) -> InputError:
+    """The error for a run that is not what the argument says."""
+    return InputError(
+        f"{span.length} visual tokens from position {span.start} on are not the pictures "
+        f"that {name} says come there; let the model's own processor make both."
+    )
+
+
+def _pixels(query: GridQuery) -> Grids:
+    """LightOnOCR's grids, from the sizes of its images in pixels."""
+    config: Any = query.config
+    if PIXELS not in query.sizes_given:
+        raise InputError(
+            f"nothing stands between the rows of this model's images: pass {PIXELS} of the "
+            "model's processor with the call, to generate too."
+        )
+    side = int(config.vision_config.patch_size) * int(config.spatial_merge_size)
+    sizes = query.sizes_given[PIXELS].tolist()
+    films = {PIXELS: deque((1, height // side, width // side) for height, width in sizes)}
+    return in_order(query, films, lambda _, span: PIXELS, whole)
+
+
+LIGHTON_OCR = Family(name="lighton_ocr", model_types=("lighton_ocr",), grids=_pixels)
+EXAONE4_5 = Family(
+    name="exaone4_5",
+    model_types=("exaone4_5",),
+    grids=by_grid_thw,
+    token_ids=("image_token_id", "video_token_id"),
+)
