@@ -90,7 +90,7 @@ def compare_questions(
     ]
     for tokens in voco_tokens:
         name = f"voco, {tokens} token{'s' * (tokens > 1)}"
-        ways.append((patched(model, name, {"method": "voco", "num_tokens": tokens}), _compressed))
+        ways.append((patched(model, name, {"method": "voco", "num_tokens": tokens}), _with_voco))
     found = {way.name: Questions() for way, _ in ways}
     with torch.inference_mode():
         for run in range(runs + 1):
@@ -130,7 +130,7 @@ def _kept(model: Any, prompt: Prompt) -> tuple[float, float, int]:
     return first_ms, second_ms, kept_bytes
 
 
-def _compressed(model: Any, prompt: Prompt) -> tuple[float, float, int]:
+def _with_voco(model: Any, prompt: Prompt) -> tuple[float, float, int]:
     device = prompt.question.device
     start = mark(device)
     held = compress(model, prompt.image)

@@ -92,7 +92,7 @@ class PictureMethod(Method):
 
     >>> class Halved(PictureMethod):
     ...     name, summary = "halved", "half as many rows and columns"
-    ...     def grid(self, height, width, count, least, *, square):
+    ...     def grid(self, height, width, count, minimum, *, square):
     ...         return height // 2, width // 2
     >>> Halved().grid(24, 24, 144, 1, square=True)
     (12, 12)
@@ -102,14 +102,14 @@ class PictureMethod(Method):
 
     @abstractmethod
     def grid(
-        self, height: int, width: int, count: int, least: int, *, square: bool
+        self, height: int, width: int, count: int, minimum: int, *, square: bool
     ) -> tuple[int, int]:
         """Return the height and width of the grid that replaces one of ``height`` x ``width``.
 
         Args:
             height, width: the size of the grid in tokens.
             count: number of tokens that the new grid should have approximately.
-            least: number of tokens that it must have at least.
+            minimum: number of tokens that it must have at least.
             square: whether the new grid must be square.
         """
 

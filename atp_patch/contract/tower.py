@@ -92,7 +92,7 @@ class Quota(NamedTuple):
     """
 
     tokens: int
-    least: int
+    minimum: int
 
 
 @dataclass(frozen=True)

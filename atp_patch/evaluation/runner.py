@@ -14,7 +14,6 @@ import torch
 from atp_patch.builtin import DYNAMIC
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.evaluation.answers import forced, generated
-from atp_patch.evaluation.compressed import can_compress, forced_by_image
 from atp_patch.evaluation.features import can_see_ahead, see, seen_by
 from atp_patch.evaluation.layers_once import LayersOnce
 from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
@@ -23,6 +22,7 @@ from atp_patch.evaluation.scenes import SETS, scene_image
 from atp_patch.evaluation.settings import BLIND, CONTROL_QUESTIONS, Setting, applied
 from atp_patch.evaluation.store import Answer, RunFile
 from atp_patch.evaluation.tasks import Example, Task
+from atp_patch.evaluation.voco import forced_by_image, reads_images_once
 from atp_patch.families import family_of
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.patching.api import last_trace, require_patch
@@ -230,7 +230,7 @@ def answered(
 def _answer_batch(
     bench: Bench, setting: Setting, registry: dict[str, Task], samples: Sequence[Sample]
 ) -> list[Answer]:
-    if can_compress(bench.model, samples):
+    if reads_images_once(bench.model, samples):
         found = forced_by_image(bench.model, samples, bench.pad_id)
         return [Answer(float(hit), tuple(left[:1].tolist())) for hit, left in found]
     blind = setting.name == BLIND

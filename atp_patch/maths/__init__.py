@@ -3,7 +3,7 @@
 from atp_patch.maths.budget import (
     average_tokens,
     keep_counts,
-    least_target,
+    minimum_target,
     paper_proportions,
     starting_thresholds,
     target_counts,
@@ -48,7 +48,6 @@ from atp_patch.maths.selection import (
     determinantal_selection,
     max_min_selection,
 )
-from atp_patch.maths.slots import Slots, insert_slots, public_slots, voco_visible
 from atp_patch.maths.sparse import attention_rank, cluster_weights, density_peaks, raters
 from atp_patch.maths.spatial import progressive_order, spatial_scores, to_reference_grid
 from atp_patch.maths.thresholds import (
@@ -57,9 +56,15 @@ from atp_patch.maths.thresholds import (
     soft_mask,
     straight_through_mask,
 )
+from atp_patch.maths.voco_sequence import (
+    VoCoSequence,
+    insert_voco_tokens,
+    output_columns,
+    voco_visible,
+)
 
 __all__ = [
-    "Slots",
+    "VoCoSequence",
     "atp_loss",
     "attention_rank",
     "average_tokens",
@@ -76,24 +81,24 @@ __all__ = [
     "gather_heads",
     "gather_tokens",
     "hard_keep",
-    "insert_slots",
+    "insert_voco_tokens",
     "keep_counts",
     "kv_bytes",
     "layer_averages",
     "layer_flops",
-    "least_target",
     "local_index",
     "max_min_selection",
     "merge_weights",
+    "minimum_target",
     "normalise_scores",
     "outliers",
+    "output_columns",
     "pack",
     "paper_flops_reduction",
     "paper_layer_flops",
     "paper_proportions",
     "prefill_flops",
     "progressive_order",
-    "public_slots",
     "raters",
     "redundant_scores",
     "rotary_frequencies",

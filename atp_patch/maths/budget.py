@@ -37,8 +37,8 @@ def average_tokens(
     return (layers[0] * total + kept) / num_layers
 
 
-def least_target(total: int, layers: Sequence[int], num_layers: int, minimum: int = 1) -> float:
-    """The least possible average: all tokens before the first pruning, ``minimum`` after it."""
+def minimum_target(total: int, layers: Sequence[int], num_layers: int, minimum: int = 1) -> float:
+    """The smallest possible average: all tokens before the first pruning, ``minimum`` after it."""
     return average_tokens(total, [min(minimum, total)] * len(layers), layers, num_layers)
 
 
@@ -59,14 +59,14 @@ def target_counts(
         target: visual tokens on average over all decoder layers.
         proportions: the proportions of the counts to each other, on any scale; by default those of
             the paper.
-        minimum: the least value of each count.
+        minimum: the smallest value of each count.
 
     Returns:
         Integers from ``minimum`` to ``total`` that never rise, with an average within half a token
         of the target. All are ``total`` where the target is no less.
 
     Raises:
-        ValueError: where the target is below :func:`least_target`, or the proportions are not one
+        ValueError: where the target is below :func:`minimum_target`, or the proportions are not one
             positive number a layer.
     """
     shares = paper_proportions(len(layers)) if proportions is None else proportions
@@ -78,9 +78,9 @@ def target_counts(
     shares = [share / max(shares) for share in shares]
     if target >= total:
         return (total,) * len(layers)
-    least = least_target(total, layers, num_layers, minimum)
-    if target < least:
-        raise ValueError(f"target {target:g} is below the least possible average of {least:.1f}")
+    lowest = minimum_target(total, layers, num_layers, minimum)
+    if target < lowest:
+        raise ValueError(f"target {target:g} is below the least possible average of {lowest:.1f}")
 
     def counts(scale: float) -> tuple[int, ...]:
         kept: list[int] = []
@@ -137,7 +137,7 @@ def keep_counts(total: int, keep: Sequence[float], minimum: int = 1) -> tuple[in
     Args:
         total: how many visual tokens there are before pruning.
         keep: the share that each pruning layer keeps.
-        minimum: the least value of each count, where as many tokens are left.
+        minimum: the smallest value of each count, where as many tokens are left.
     """
     kept: list[int] = []
     for share in keep:

@@ -37,8 +37,8 @@ def outliers(scores: Tensor, valid: Tensor, minimum: int = 1) -> Tensor:
 
     first, third = quantile(0.25), quantile(0.75)
     above = valid & (scores.float() > third + 1.5 * (third - first))
-    least = torch.full_like(count[:, 0], minimum)
-    return above | top_k_mask(scores.float(), valid, least)
+    taken = torch.full_like(count[:, 0], minimum)
+    return above | top_k_mask(scores.float(), valid, taken)
 
 
 def spread_supplement(keep: Tensor, turn: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
@@ -103,24 +103,25 @@ def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
     """
     everything = max(sum(sizes), 1)
     exact = [total * size / everything for size in sizes]
-    least = [min(minimum, size) for size in sizes]
+    minimums = [min(minimum, size) for size in sizes]
     shares = [
-        min(max(int(part), low), size) for part, low, size in zip(exact, least, sizes, strict=True)
+        min(max(int(part), low), size)
+        for part, low, size in zip(exact, minimums, sizes, strict=True)
     ]
     by_remainder = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
     while sum(shares) < min(total, sum(sizes)):
         for i in by_remainder:
             if shares[i] < sizes[i] and sum(shares) < total:
                 shares[i] += 1
-    while sum(shares) > max(total, sum(least)):
+    while sum(shares) > max(total, sum(minimums)):
         for i in reversed(by_remainder):
-            if shares[i] > least[i] and sum(shares) > total:
+            if shares[i] > minimums[i] and sum(shares) > total:
                 shares[i] -= 1
     return shares
 
 
 def shrunk_grid(
-    height: int, width: int, count: int, least: int = 1, *, square: bool = False
+    height: int, width: int, count: int, minimum: int = 1, *, square: bool = False
 ) -> tuple[int, int]:
     """(rows, columns) of the grid of about ``count`` tokens that a larger grid is shrunk to.
 
@@ -135,7 +136,7 @@ def shrunk_grid(
     scale = (min(count, height * width) / (height * width)) ** 0.5
     rows = min(max(round(height * scale), 1), height)
     columns = rows if square else min(max(round(count / rows), 1), width)
-    while rows * columns < min(least, height * width):
+    while rows * columns < min(minimum, height * width):
         if square:
             rows, columns = rows + 1, columns + 1
         elif columns < width and columns * height <= rows * width:

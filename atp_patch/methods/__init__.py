@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from atp_patch.contract import (
     DoorMethod,
     LayerMethod,
@@ -11,7 +14,7 @@ from atp_patch.contract import (
     TowerMethod,
 )
 from atp_patch.methods.atp import ATP
-from atp_patch.methods.base import attention_paid, keep_best, least_counts
+from atp_patch.methods.base import attention_paid, keep_best, minimum_counts
 from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.fixed import Fixed
@@ -48,9 +51,18 @@ __all__ = [
     "attention_paid",
     "available_methods",
     "keep_best",
-    "least_counts",
     "make_method",
     "make_methods",
     "method_class",
+    "minimum_counts",
     "untrained_methods",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Find a function by its former name."""
+    if name == "least_counts":
+        what = "least_counts is called minimum_counts now."
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        return minimum_counts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

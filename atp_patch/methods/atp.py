@@ -36,7 +36,7 @@ from atp_patch.methods.base import (
     best_of_each_image,
     choice,
     grid_table,
-    least_counts,
+    minimum_counts,
 )
 from atp_patch.methods.fixed import Scored
 
@@ -184,7 +184,7 @@ class ATP(Scored):
         compared = redundant, spatial
         if isinstance(module, Thresholds):
             theta_r, theta_s = module(view, s_self, s_cross, question)
-            best = top_k_mask(scores[self.compared[0]], view.slot_valid, least_counts(view))
+            best = top_k_mask(scores[self.compared[0]], view.slot_valid, minimum_counts(view))
             first = best if first is None else first | best
             redundant_or_never, spatial_or_never = (
                 score if name in self.compared else torch.full_like(score, _NEVER)

@@ -88,13 +88,13 @@ def frame_counts(view: TokenView, counts: Tensor) -> tuple[Tensor, Tensor]:
     return frame, shares.to(device)
 
 
-def least_counts(view: TokenView) -> Tensor:
+def minimum_counts(view: TokenView) -> Tensor:
     """(B,) int64: the number of visual tokens that each sample must keep."""
     images = torch.tensor(
         [len(grids) for grids in view.layout.grids], device=view.slot_valid.device
     )
-    least = (images * view.min_per_image).clamp(min=view.min_tokens)
-    return torch.minimum(least, view.slot_valid.sum(1))
+    minimum = (images * view.min_per_image).clamp(min=view.min_tokens)
+    return torch.minimum(minimum, view.slot_valid.sum(1))
 
 
 def best_of_each_image(view: TokenView, scores: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ class Downsample(PictureMethod):
     summary: ClassVar[str] = "the picture shrunk before the vision tower (baseline)"
 
     def grid(
-        self, height: int, width: int, count: int, least: int, *, square: bool
+        self, height: int, width: int, count: int, minimum: int, *, square: bool
     ) -> tuple[int, int]:
         """Return the nearest smaller grid of the same proportions."""
-        return shrunk_grid(height, width, count, least, square=square)
+        return shrunk_grid(height, width, count, minimum, square=square)

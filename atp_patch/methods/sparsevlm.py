@@ -27,7 +27,7 @@ from atp_patch.maths import (
     raters,
     top_k_mask,
 )
-from atp_patch.methods.base import Ranking, choice, least_counts
+from atp_patch.methods.base import Ranking, choice, minimum_counts
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,18 @@ class SparseVLM(Ranking):
 
     def _counts(self, view: View, rater: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) int64 each: the numbers of tokens that are kept unchanged, and of clusters."""
-        left, least = view.slot_valid.sum(1), least_counts(view)
+        left, minimum = view.slot_valid.sum(1), minimum_counts(view)
         share = self.recycle_share * self.cluster_share
         if view.counts is None:
             redundant = left - attention_rank(rows, self.rank_tolerance)
             gone = (self.scale * redundant).floor().long()
             # Without text, it is not known what is redundant, and nothing is dropped.
-            gone = torch.where(rater.any(1), torch.minimum(gone, left - least), 0)
+            gone = torch.where(rater.any(1), torch.minimum(gone, left - minimum), 0)
             return left - gone, (share * gone).round().long()
         counts = view.counts_tensor()
         # gone - share * gone = left - counts
         clusters = (share / (1 - share) * (left - counts)).round().long()
-        clusters = torch.minimum(clusters, torch.minimum(counts // 2, counts - least))
+        clusters = torch.minimum(clusters, torch.minimum(counts // 2, counts - minimum))
         clusters = clusters.clamp(min=0)
         return counts - clusters, clusters
 

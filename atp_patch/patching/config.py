@@ -10,7 +10,7 @@ from typing import Any
 from atp_patch.contract.arguments import MOST_TOKENS, as_kind, check_fields, shown
 from atp_patch.contract.errors import BudgetError, ConfigError, WeightsError
 from atp_patch.families import scaled_layers
-from atp_patch.maths import average_tokens, keep_counts, least_target, target_counts
+from atp_patch.maths import average_tokens, keep_counts, minimum_target, target_counts
 
 CONFIG_VERSION = 1
 DEFAULT_SHARE = 0.25
@@ -162,7 +162,7 @@ class PruningConfig:
         num_layers = self.base.num_layers
         target = DEFAULT_SHARE * total if self.target_tokens is None else self.target_tokens
         minimum = max(minimum, 1)
-        lowest = least_target(total, self.layers, num_layers, minimum)
+        lowest = minimum_target(total, self.layers, num_layers, minimum)
         if self.before is not None and self.target_tokens is None:
             target = max(target, lowest)  # the budget was not given by the user
         if target < lowest:
@@ -205,7 +205,7 @@ class PruningConfig:
         given = None if total is None else self.target_tokens
         target = DEFAULT_SHARE * visual_tokens if given is None else given
         num_layers = self.base.num_layers
-        target = max(target, least_target(visual_tokens, self.layers, num_layers))
+        target = max(target, minimum_target(visual_tokens, self.layers, num_layers))
         counts = target_counts(visual_tokens, self.layers, num_layers, target)
         return tuple(count / visual_tokens for count in counts)
 

@@ -137,11 +137,11 @@ class Patch:
                 recorder,
                 self.reads_videos,
             )
-        base, shares, least = self.parts.base, self.quotas, group_minimum(self.config)
+        base, shares, minimum = self.parts.base, self.quotas, group_minimum(self.config)
         if methods.picture is not None:
             return ShrinkHooks(base, plan.vision, methods.picture.grid, shares, active)
         assert methods.tower is not None
-        return MergeHooks(base, plan.vision, methods.tower.merge, shares, least, active, recorder)
+        return MergeHooks(base, plan.vision, methods.tower.merge, shares, minimum, active, recorder)
 
     def reads_videos(self) -> bool:
         """Whether the model reads videos in the running thread."""

@@ -77,8 +77,8 @@ def door_counts(
     for sample in grids:
         total = sum(grid.length for grid in sample)
         wanted = round(share * total) if share is not None else round(target or 0)
-        least = max(config.min_tokens, len(sample) * config.min_tokens_per_image)
-        found.append(min(max(wanted, least), total))
+        minimum = max(config.min_tokens, len(sample) * config.min_tokens_per_image)
+        found.append(min(max(wanted, minimum), total))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,16 +28,24 @@ class VoCoTrace(PruningTrace):
     visual tokens; later questions on the same cache cost only their own text.
 
     Attributes:
-        slots: for each sample, the number of tokens that the decoder ran on, with VoCo tokens and
-            without padding.
+        decoder_tokens: for each sample, the number of tokens that the decoder ran on, with VoCo
+            tokens and without padding.
     """
 
-    slots: tuple[int, ...] = ()
+    decoder_tokens: tuple[int, ...] = ()
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The former name of :attr:`decoder_tokens`."""
+        warnings.warn(
+            "VoCoTrace.slots is called decoder_tokens now.", DeprecationWarning, stacklevel=2
+        )
+        return self.decoder_tokens
 
     @property
     def flops(self) -> float:
         """Exact FLOPs of the decoder's prefill for this batch; padding is not counted."""
-        return sum(self._flops([tokens] * self.shape.num_layers) for tokens in self.slots)
+        return sum(self._flops([tokens] * self.shape.num_layers) for tokens in self.decoder_tokens)
 
 
 class Host(Protocol):
@@ -89,10 +98,10 @@ class VoCoPart:
         if parts.top.training:
             # From now on a checkpoint must hold the VoCo tokens so that training can be resumed.
             self._patch.restore_ignored()
-        layout, slots = voco_pass.layout, voco_pass.slots
+        layout, sequence = voco_pass.layout, voco_pass.sequence
         length = tuple(voco_pass.attended.sum(1).tolist())
-        voco = (slots.voco >= 0).sum(1).tolist()
-        visual = (voco_pass.attended & slots.visual).sum(1).tolist()
+        voco = (sequence.voco >= 0).sum(1).tolist()
+        visual = (voco_pass.attended & sequence.visual).sum(1).tolist()
         self._patch.thread.trace = VoCoTrace(
             layers={
                 0: LayerTrace(
@@ -101,7 +110,7 @@ class VoCoPart:
                     decision=None,
                     token=layout.position,
                     token_valid=layout.valid,
-                    alive=(slots.place, voco_pass.kept),
+                    alive=(sequence.place, voco_pass.kept),
                     attended=None,
                 )
             },
@@ -109,7 +118,7 @@ class VoCoPart:
             shape=decoder_shape(parts.config),
             text_tokens=tuple(n - v - w for n, v, w in zip(length, visual, voco, strict=True)),
             bytes_per_element=voco_pass.bytes_per_element,
-            slots=length,
+            decoder_tokens=length,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from atp_patch.seam.decoder.decode import Decode
-from atp_patch.seam.door.entry import TowerReader, prefill_of
+from atp_patch.seam.door.entry import TowerOutputs, prefill_of
 from atp_patch.seam.host.cache import pruned_layer
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.masks import check_implementation, is_flash
@@ -79,7 +79,7 @@ class DecoderHooks:
         policy: Policy,
         thread: ThreadState,
         recorder: Recorder,
-        reader: TowerReader | None,
+        reader: TowerOutputs | None,
     ) -> None:
         self.parts, self.policy, self.thread = parts, policy, thread
         self.recorder, self.reader = recorder, reader

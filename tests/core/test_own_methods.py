@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import atp_patch
-from atp_patch.methods import keep_best, least_counts
+from atp_patch.methods import keep_best, minimum_counts
 from tests.core.test_learning import labelled
 from tests.helpers import inputs as made
 from tests.helpers.compare import assert_close, assert_same_choice
@@ -64,8 +64,8 @@ class Loud(atp_patch.LayerMethod):
     def decide(self, view: atp_patch.View, module: Any) -> atp_patch.Decision:
         score = self.scored(view)
         theta = torch.sigmoid(module.bias[str(view.layer)]).expand(len(score))
-        least = keep_best(view, score, least_counts(view))
-        keep = view.slot_valid & ((score >= theta[:, None]) | least)
+        best = keep_best(view, score, minimum_counts(view))
+        keep = view.slot_valid & ((score >= theta[:, None]) | best)
         relaxed = torch.sigmoid((score - theta[:, None]) * 20)
         soft = (keep.float() - relaxed).detach() + relaxed
         soft = soft.masked_fill(~view.slot_valid, 0.0)
@@ -118,7 +118,7 @@ def test_margins_in_a_unit_of_ones_own() -> None:
             score = 4 * self.scored(view)
             theta = module.bias[str(view.layer)].expand(len(score)) + 2
             keep = view.slot_valid & (score >= theta[:, None])
-            keep |= keep_best(view, score, least_counts(view))
+            keep |= keep_best(view, score, minimum_counts(view))
             return atp_patch.Decision(keep, scores={"n": score}, thresholds={"theta": theta})
 
         def margins(self, decision: atp_patch.Decision) -> Tensor:
@@ -260,3 +260,27 @@ def test_state_is_of_one_pass_and_one_sample(kind: str) -> None:
                 assert_same_choice(mask, kept[layer][b, real[b]][None])
         assert_close(together[b, real[b]][None], alone, kept[6][b, real[b]][None])
     assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
+
+
+def test_the_arguments_of_a_picture_methods_grid_have_any_names() -> None:
+    """Methods that were written when the fourth was called ``least`` work as they did."""
+
+    @dataclass(frozen=True)
+    class Halved(atp_patch.PictureMethod):
+        name, summary = "halved", "half as many rows and columns"
+
+        def grid(
+            self, height: int, width: int, count: int, least: int, *, square: bool
+        ) -> tuple[int, int]:
+            assert 1 <= least <= count
+            return height // 2, width // 2
+
+    model = atp_patch.patch_model(tiny_model("llava-llama"), method=Halved(), keep=0.25)
+    forward(model, made.batch(model, made.SINGLE))
+    trace = atp_patch.last_trace(model)
+    assert trace.average_tokens == trace.visual.sum() / 4
+
+
+def test_the_former_name_of_minimum_counts() -> None:
+    with pytest.warns(DeprecationWarning, match="minimum_counts"):
+        assert atp_patch.methods.least_counts is minimum_counts

@@ -14,7 +14,7 @@ from atp_patch.maths import (
     keep_counts,
     kv_bytes,
     layer_flops,
-    least_target,
+    minimum_target,
     normalise_scores,
     paper_flops_reduction,
     paper_layer_flops,
@@ -52,7 +52,7 @@ def test_target_counts_are_the_budget(
 ) -> None:
     depth, layers = depth_and_layers
     target = share * total
-    if target < least_target(total, layers, depth) and target < total:
+    if target < minimum_target(total, layers, depth) and target < total:
         with pytest.raises(ValueError, match="least possible"):
             target_counts(total, layers, depth, target)
         return
@@ -71,7 +71,7 @@ def test_a_minimum_is_part_of_the_budget(
 ) -> None:
     depth, layers = depth_and_layers
     target, minimum = share * total, max(round(least_share * total), 1)
-    if target < least_target(total, layers, depth, minimum):
+    if target < minimum_target(total, layers, depth, minimum):
         with pytest.raises(ValueError, match="least possible"):
             target_counts(total, layers, depth, target, minimum=minimum)
         return

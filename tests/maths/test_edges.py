@@ -11,9 +11,9 @@ from atp_patch.maths import (
     average_tokens,
     density_peaks,
     even_counts,
-    insert_slots,
+    insert_voco_tokens,
     keep_counts,
-    least_target,
+    minimum_target,
     pack,
     paper_flops_reduction,
     prefill_flops,
@@ -58,7 +58,7 @@ def test_every_count_of_a_budget_can_be_asked_for(layers: list[int], num_layers:
 
 
 def test_one_token_is_the_least_unless_told_otherwise() -> None:
-    assert least_target(10, [1], 2) == 5.5
+    assert minimum_target(10, [1], 2) == 5.5
     assert keep_counts(100, [0.001, 0.5]) == (1, 1)
     assert target_counts(100, [1], 2, 50.5) == (1,)
     assert even_counts(2, [9, 9, 9]) == [1, 1, 1]
@@ -161,9 +161,9 @@ def test_no_tokens_join_no_centre() -> None:
 
 
 def test_slots_move_as_a_whole() -> None:
-    slots = insert_slots([[(1, 4)]], length=5, num_tokens=2).to(torch.device("meta"))
+    sequence = insert_voco_tokens([[(1, 4)]], length=5, num_tokens=2).to(torch.device("meta"))
     for name in ("place", "voco", "segment", "valid"):
-        moved = getattr(slots, name)
+        moved = getattr(sequence, name)
         assert moved.device.type == "meta"
         assert moved.shape == (1, 7)
 

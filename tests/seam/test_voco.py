@@ -71,6 +71,9 @@ def test_576_tokens_become_one() -> None:
     assert {layer.keys.shape[2] for layer in cache.layers} == {text + 1}
     trace = atp_patch.last_trace(model)
     assert trace.average_tokens == 1
+    assert trace.decoder_tokens == (text + 577,)
+    with pytest.warns(DeprecationWarning, match="decoder_tokens"):
+        assert trace.slots == trace.decoder_tokens
     assert trace.kv_bytes == sum(2 * layer.keys.nbytes for layer in cache.layers)
 
 

@@ -66,7 +66,7 @@ def test_gradients_reach_the_image_through_the_tokens_alone(kind: str) -> None:
     def stop(_: Any, args: Any, kwargs: Any) -> Any:
         # VoCo tokens of zeros that stay zeros: text then knows nothing of the image.
         mask = kwargs["attention_mask"].clone()
-        voco = runs[-1].slots.voco >= 0
+        voco = runs[-1].sequence.voco >= 0
         blind = voco[:, None, :, None] & ~torch.eye(voco.shape[1], dtype=torch.bool)
         seen.append(int(voco.sum()))
         return args, {**kwargs, "attention_mask": mask & ~blind}

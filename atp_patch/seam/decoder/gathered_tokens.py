@@ -46,7 +46,7 @@ class GatheredTokens:
         tokens = self.visual
         keep = decision.keep.to(tokens.valid.device) & tokens.valid
         kept = tuple(keep.sum(1).tolist())
-        slot = self.slots(layer - 1, tokens.position)
+        slot = self.columns(layer - 1, tokens.position)
         if kept != tokens.left:
             self._drop(keep, kept)
         self.choices[layer] = Choice(decision, tokens, slot, kept, self._latest)
@@ -72,12 +72,12 @@ class GatheredTokens:
         self._latest = Survivors(index, valid if ragged else None)
         self.visual = tokens.keeping(keep, kept)
 
-    def slots(self, layer: int, position: Tensor) -> Tensor:
+    def columns(self, layer: int, position: Tensor) -> Tensor:
         """Places of positions (B, n) of the sequence among the tokens that a layer runs on."""
         survivors = self.survivors(layer)
         if survivors is None:
             return position
-        slots = survivors.slots(self.visual.layout.length).to(position.device)
+        slots = survivors.columns(self.visual.layout.length).to(position.device)
         return slots.gather(1, position).clamp(min=0)
 
     def gone(self, layer: int) -> Tensor | None:
@@ -107,7 +107,7 @@ class GatheredTokens:
             return hidden
         index = after.index
         if before is not None:
-            slots = before.slots(self.visual.layout.length)
+            slots = before.columns(self.visual.layout.length)
             index = slots.gather(1, index.to(slots.device))
         return gather_tokens(hidden, index.to(hidden.device))
 

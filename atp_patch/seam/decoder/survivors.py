@@ -38,7 +38,7 @@ class Survivors:
         """(B, n) bool: ``valid``, with True everywhere where it is None."""
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
-    def slots(self, length: int) -> Tensor:
+    def columns(self, length: int) -> Tensor:
         """(B, length) int64: the slot of each position of the sequence, -1 where it has none."""
         return self.once("slots", None, lambda: local_index(self.index, self.all_valid, length))
 

@@ -124,7 +124,7 @@ class TokenState(Protocol):
     def apply(self, layer: int, decision: Decision) -> None:
         """Carry out a decision before ``layer``."""
 
-    def slots(self, layer: int, position: Tensor) -> Tensor:
+    def columns(self, layer: int, position: Tensor) -> Tensor:
         """(B, n) int64: the places of positions (B, n) of the sequence among the tokens that a
         layer runs on.
         """

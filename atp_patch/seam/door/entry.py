@@ -63,7 +63,7 @@ class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
     rope_2d: bool
 
 
-class TowerReader(Protocol):
+class TowerOutputs(Protocol):
     """Reads the vision tower for a method at the door."""
 
     def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> Mapping[int, TowerTokens]:
@@ -74,7 +74,7 @@ def prefill_of(
     parts: Parts,
     policy: PrefillPolicy,
     recorder: Recorder,
-    reader: TowerReader | None,
+    reader: TowerOutputs | None,
     call: Call,
     session: Session | None,
     kwargs: dict[str, Any],
@@ -172,7 +172,7 @@ def prefill_of(
 
 
 def _tower(
-    reader: TowerReader | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
+    reader: TowerOutputs | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
 ) -> Mapping[int, TowerTokens]:
     """What the vision tower did in the blocks that the method asks for."""
     if reader is None:

@@ -1,7 +1,7 @@
 """Cache layers that remember which positions of the prompt they hold.
 
 The choice of tokens is kept with the cache: a pruned layer stores the position of each of its
-prompt's slots. Whatever reorders, repeats, selects or crops the cache does the same to these
+prompt's keys. Whatever reorders, repeats, selects or crops the cache does the same to these
 positions, so that beams, several sequences of one prompt, and caches that are used in turn stay
 right.
 """
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from atp_patch.contract.errors import CacheError
 
 
-class PrunedSlots:
+class PrunedKeys:
     """Mixin of the cache layers below, which hold ``n`` keys of a pruned prompt, then all others.
 
     Attributes:
@@ -97,7 +97,7 @@ class PrunedSlots:
         self.positions, self.valid, self.covered = None, None, 0
 
 
-class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
+class PrunedDynamicLayer(PrunedKeys, DynamicLayer):
     """A growing cache layer whose lengths, as the host reads them, are those of the whole sequence.
 
     It keeps every key, even where the host's layer would drop those outside of a sliding window.
@@ -156,7 +156,7 @@ class PrunedDynamicLayer(PrunedSlots, DynamicLayer):
             self._select(rows[indices.to(rows.device)])
 
 
-class PrunedStaticLayer(PrunedSlots, StaticLayer):
+class PrunedStaticLayer(PrunedKeys, StaticLayer):
     """A preallocated cache layer whose first ``n`` slots hold the survivors of the prompt."""
 
     @property
@@ -185,7 +185,7 @@ def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
     if cache is None or not 0 <= layer_idx < len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    if isinstance(layer, PrunedSlots) and layer.positions is not None and layer.is_initialized:  # type: ignore[attr-defined]
+    if isinstance(layer, PrunedKeys) and layer.positions is not None and layer.is_initialized:  # type: ignore[attr-defined]
         return layer  # type: ignore[return-value]
     return None
 
@@ -199,7 +199,7 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
-    if isinstance(layer, PrunedSlots):
+    if isinstance(layer, PrunedKeys):
         return layer  # type: ignore[return-value]
     replacement = _REPLACEABLE.get(type(layer))
     if replacement is None:
@@ -226,7 +226,7 @@ def capacity(cache: Cache | None, layer_idx: int = 0) -> int | None:
     """How many slots a preallocated layer has, the host's own included; None for one that grows."""
     layers = [] if cache is None else cache.layers
     layer: Any = layers[layer_idx] if layer_idx < len(layers) else None
-    if isinstance(layer, PrunedSlots):
+    if isinstance(layer, PrunedKeys):
         return layer.capacity
     return int(layer.max_cache_len) if isinstance(layer, StaticLayer) else None
 
@@ -244,7 +244,7 @@ def check_cache(cache: Cache | None, first_layer: int) -> None:
     """Raise CacheError before anything runs where the cache cannot hold a pruned prompt."""
     if cache is not None and len(cache.layers) > first_layer:
         layer = cache.layers[first_layer]
-        if not isinstance(layer, PrunedSlots) and type(layer) not in _REPLACEABLE:
+        if not isinstance(layer, PrunedKeys) and type(layer) not in _REPLACEABLE:
             adopt(cache, first_layer)
 
 
@@ -268,7 +268,7 @@ def stored_positions(
     stored = layer.keys.shape[-2] if layer.keys.numel() else 0
     if stored == 0:
         return None
-    if isinstance(layer, PrunedSlots) and layer.positions is not None:
+    if isinstance(layer, PrunedKeys) and layer.positions is not None:
         return columns(layer, stored)  # type: ignore[arg-type]
     return torch.arange(stored, device=layer.keys.device).expand(batch, -1), None
 

@@ -71,7 +71,7 @@ class WeighedTokens:
         self.choices[layer] = Choice(decision, tokens, position, kept, survivors)
         self.visual = tokens.keeping(keep, kept)
 
-    def slots(self, layer: int, position: Tensor) -> Tensor:
+    def columns(self, layer: int, position: Tensor) -> Tensor:
         """The positions themselves, since every token keeps its place."""
         return position
 

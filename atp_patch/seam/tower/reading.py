@@ -24,7 +24,7 @@ from atp_patch.seam.tower.groups import blocks_of, tower_groups
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TowerCall:
     """One call of the tower and its projector.
 
     Attributes:
@@ -38,22 +38,22 @@ class _Run:
     classes: Mapping[int, Tensor]
 
 
-class _Reading(PerThread):
-    """What the hooks know of the tower's runs in the running thread's pass.
+class _TowerCalls(PerThread):
+    """What the hooks know of the tower's calls in the running thread's pass.
 
     Attributes:
         grids: the frames, height and width of each picture in patches, where the tower takes rows
             of patches.
         recorded: block -> the attention that was recorded in the call that is under way.
         classes: block -> (G, Dt) the class tokens of the call that is under way.
-        runs: the calls that have ended.
+        calls: the calls that have ended.
     """
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, int, int]] = []
         self.recorded: dict[int, list[Recording]] = {}
         self.classes: dict[int, Tensor] = {}
-        self.runs: list[_Run] = []
+        self.calls: list[_TowerCall] = []
 
 
 class ReadingHooks:
@@ -83,7 +83,7 @@ class ReadingHooks:
     ) -> None:
         self.base, self.tower, self.active = base, tower, active
         self.recorder, self.videos = recorder, videos
-        self._here = _Reading()
+        self._here = _TowerCalls()
         depth = min(len(blocks_of(module, tower)) for module in self._towers())
         self.blocks = {number: _block(number, tower, depth) for number in asked}
 
@@ -111,7 +111,7 @@ class ReadingHooks:
     def forget(self) -> None:
         """Forget the running thread's last pass, because a new one begins."""
         here = self._here
-        here.recorded, here.classes, here.runs = {}, {}, []
+        here.recorded, here.classes, here.calls = {}, {}, []
 
     def _towers(self) -> list[nn.Module]:
         return [self.base.get_submodule(name) for name in self.tower.modules]
@@ -152,7 +152,7 @@ class ReadingHooks:
             )[0]
             for number, recorded in here.recorded.items()
         }
-        here.runs.append(_Run(self.videos(), groups, here.classes))
+        here.calls.append(_TowerCall(self.videos(), groups, here.classes))
         here.recorded, here.classes = {}, {}
 
     # -- places -----------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ class ReadingHooks:
         Raises:
             InputError: where the tower has not run for these images.
         """
-        runs, self._here.runs = self._here.runs, []
-        made = {number: _placed(runs, number, layout, videos) for number in self.blocks.values()}
+        calls, self._here.calls = self._here.calls, []
+        made = {number: _placed(calls, number, layout, videos) for number in self.blocks.values()}
         return {asked: made[number] for asked, number in self.blocks.items()}
 
 
@@ -207,9 +207,9 @@ class _Group:
     table: Tensor
 
 
-def _groups(run: _Run, block: int) -> Iterator[_Group]:
+def _groups(call: _TowerCall, block: int) -> Iterator[_Group]:
     """The groups of one call of the tower, as one block made them."""
-    made, classes = run.groups[block], run.classes.get(block)
+    made, classes = call.groups[block], call.classes.get(block)
     for number, size in enumerate(zip(made.heights, made.widths, strict=True)):
         valid = made.valid[number]
         place = (made.row[number] * size[1] + made.column[number])[valid]
@@ -221,11 +221,11 @@ def _groups(run: _Run, block: int) -> Iterator[_Group]:
 
 
 def _placed(
-    runs: Sequence[_Run], block: int, layout: Layout, videos: Sequence[Sequence[bool]]
+    calls: Sequence[_TowerCall], block: int, layout: Layout, videos: Sequence[Sequence[bool]]
 ) -> TowerTokens:
     """The groups of one block, in the layout's places."""
     groups = {
-        kind: [group for run in runs if run.videos == kind for group in _groups(run, block)]
+        kind: [group for call in calls if call.videos == kind for group in _groups(call, block)]
         for kind in (False, True)
     }
     every = groups[False] + groups[True]
@@ -257,6 +257,6 @@ def _placed(
                 parts.append(group.table)
         rows.append(torch.cat(parts))
     table = pad_sequence(rows, batch_first=True).to(layout.position.device)
-    size = runs[0].groups[block].key.shape[-1]
+    size = calls[0].groups[block].key.shape[-1]
     attention, key, classes = table.tensor_split((1, 1 + size), dim=-1)
     return TowerTokens(attention[..., 0], key, classes if classes.shape[-1] else None)

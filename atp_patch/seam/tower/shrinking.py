@@ -19,9 +19,9 @@ Size = tuple[int, int]
 
 
 class GridChooser(Protocol):
-    """Chooses the grid of about ``count`` tokens, at least ``least``, that a larger one becomes."""
+    """Chooses the grid that a larger one becomes, of about ``count`` and >= ``minimum`` tokens."""
 
-    def __call__(self, height: int, width: int, count: int, least: int, *, square: bool) -> Size:
+    def __call__(self, height: int, width: int, count: int, minimum: int, *, square: bool) -> Size:
         """(height, width) of the smaller grid."""
 
 
@@ -76,7 +76,7 @@ class ShrinkHooks:
     def remove(self) -> None:
         """Do nothing, since ``install`` has registered only hooks."""
 
-    def begin(self) -> None:
+    def forget(self) -> None:
         """Forget what a call of the tower that was broken off may have left."""
         self._here.sizes = []
 
@@ -117,7 +117,7 @@ class ShrinkHooks:
     # -- towers that get rows of patches ----------------------------------------------------------
 
     def _before_packed(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.begin()
+        self.forget()
         if not self.active():
             return None
         names = ("hidden_states", "grid_thw")
@@ -128,8 +128,8 @@ class ShrinkHooks:
         films = [(t, h // cell, w // cell) for t, h, w in grids.tolist()]
         tokens = [t * h * w for t, h, w in films]
         small = [
-            self.grid(h, w, max(round(count / t), 1), -(-least // t), square=False)
-            for (t, h, w), (count, least) in zip(films, self._quotas(tokens, tokens), strict=True)
+            self.grid(h, w, max(round(count / t), 1), -(-minimum // t), square=False)
+            for (t, h, w), (count, minimum) in zip(films, self._quotas(tokens, tokens), strict=True)
         ]
         if all(size == film[1:] for size, film in zip(small, films, strict=True)):
             return None
@@ -176,7 +176,7 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Shrink the pictures, and tell the tower to fit its position embeddings to them."""
-        self.hooks.begin()
+        self.hooks.forget()
         if not self.hooks.active():
             return None
         pixels = args[0] if args else kwargs["pixel_values"]

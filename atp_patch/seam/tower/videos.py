@@ -11,7 +11,7 @@ from atp_patch.seam.host.replaced import Replaced
 METHOD = "get_video_features"
 
 
-class _Reading(PerThread):
+class _InThread(PerThread):
     """Whether the running thread is reading videos."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Videos:
     """Stands in for the base model's method that reads videos, where it has one."""
 
     def __init__(self, base: Any) -> None:
-        self.base, self._reading = base, _Reading()
+        self.base, self._here = base, _InThread()
         self._replaced: Replaced | None = None
 
     def install(self) -> None:
@@ -38,7 +38,7 @@ class Videos:
     @property
     def being_read(self) -> bool:
         """Whether a call of the method is under way in the running thread."""
-        return self._reading.under_way
+        return self._here.under_way
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -49,8 +49,8 @@ class Videos:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host's method; :attr:`being_read` is True meanwhile."""
         assert self._replaced is not None
-        self._reading.under_way = True
+        self._here.under_way = True
         try:
             return self._replaced.original(*args, **kwargs)
         finally:
-            self._reading.under_way = False
+            self._here.under_way = False

@@ -20,12 +20,12 @@ from transformers.cache_utils import Cache
 from atp_patch.contract import Layout, Span, VisualGrid
 from atp_patch.contract.errors import CacheError, InputError, UnsupportedModelError
 from atp_patch.maths import (
-    Slots,
+    VoCoSequence,
     gather_heads,
     gather_tokens,
-    insert_slots,
+    insert_voco_tokens,
+    output_columns,
     pack,
-    public_slots,
     voco_visible,
 )
 from atp_patch.seam.door.entry import PromptPolicy, filled_window
@@ -85,9 +85,9 @@ class VoCoPass:
         policy: what the rest of the package says about VoCo tokens; it is told what the pass did.
         layout: where the given visual tokens lie.
         segments: for each sample the (first, one behind the last) position of each segment.
-        slots: the sequence that the decoder runs on.
+        sequence: the sequence that the decoder runs on.
         attended: (B, n) bool, False at padding.
-        position_ids: (..., B, n) int64 position ids of the slots.
+        position_ids: (..., B, n) int64 position ids of the sequence.
         past: what the cache held before this pass, or None.
         bytes_per_element: the bytes of one number in the hidden states, and so in the cache.
     """
@@ -95,7 +95,7 @@ class VoCoPass:
     policy: VoCoPolicy
     layout: Layout
     segments: list[list[tuple[int, int]]]
-    slots: Slots
+    sequence: VoCoSequence
     attended: Tensor
     position_ids: Tensor
     past: Past | None
@@ -103,8 +103,8 @@ class VoCoPass:
 
     @property
     def kept(self) -> Tensor:
-        """(B, n) bool: the slots that stay in the cache, which are text and VoCo tokens."""
-        return self.attended & ~self.slots.visual
+        """(B, n) bool: the columns that stay in the cache, which hold text and VoCo tokens."""
+        return self.attended & ~self.sequence.visual
 
     def before_layer(
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,7 +137,7 @@ class VoCoPass:
     def evict(self, cache: Cache) -> None:
         """Drop the keys and values of visual tokens, and of padding, from every layer."""
         index, valid = pack(self.kept)
-        positions = self.slots.place.gather(1, index)
+        positions = self.sequence.place.gather(1, index)
         past, covered = self.past, self.layout.length
         # A padding slot repeats the sample's first key, whose finite numbers nothing reads.
         index = torch.where(valid, index, index[:, :1])
@@ -154,7 +154,7 @@ class VoCoPass:
             if not cache.layers[number].is_initialized:  # gradient checkpointing fills none
                 continue
             layer = adopt(cache, number)
-            old = layer.keys.shape[2] - self.slots.place.shape[1]
+            old = layer.keys.shape[2] - self.sequence.place.shape[1]
             there = index.to(layer.keys.device)
             layer.keys, layer.values = (
                 torch.cat([x[:, :, :old], gather_heads(x[:, :, old:], there)], dim=2)
@@ -165,14 +165,14 @@ class VoCoPass:
 
     def restore(self, output: Any) -> Any:
         """The decoder's output in the public length."""
-        public = public_slots(self.slots, self.layout.length)
+        public = output_columns(self.sequence, self.layout.length)
 
         def rows(states: Tensor) -> Tensor:
             return gather_tokens(states, public.to(states.device))
 
         def both(weights: Tensor) -> Tensor:
             by_query = rows(weights.transpose(1, 2))
-            new = self.slots.place.shape[1]
+            new = self.sequence.place.shape[1]
             old, new_keys = by_query[..., :-new], by_query[..., -new:]
             by_key = rows(new_keys.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return torch.cat([old, by_key], dim=-1).transpose(1, 2)
@@ -229,17 +229,17 @@ def voco_pass_of(
     _check(parts, call, segments, policy.num_tokens)
     if call.session is not None:
         check_generation(parts.layers[0], cache)
-    slots = insert_slots(segments, length, policy.num_tokens).to(embeds.device)
-    past = _past(parts, cache, past_length, slots)
-    attended = gather_tokens(prompt.attended.to(embeds.device), slots.place) & slots.valid
+    sequence = insert_voco_tokens(segments, length, policy.num_tokens).to(embeds.device)
+    past = _past(parts, cache, past_length, sequence)
+    attended = gather_tokens(prompt.attended.to(embeds.device), sequence.place) & sequence.valid
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = past_length + torch.arange(length, device=embeds.device)[None]
-    place = slots.place.expand(*position_ids.shape[:-2], -1, -1)
+    place = sequence.place.expand(*position_ids.shape[:-2], -1, -1)
     position_ids = position_ids.expand(*place.shape[:-1], -1).gather(-1, place)
-    voco = slots.voco[..., None]
-    learned = policy.embedding.to(embeds)[slots.voco.clamp(min=0)]
-    visible = voco_visible(slots, attended)
+    voco = sequence.voco[..., None]
+    learned = policy.embedding.to(embeds)[sequence.voco.clamp(min=0)]
+    visible = voco_visible(sequence, attended)
     if past is not None:
         visible = torch.cat([_past_visible(past, call, visible), visible], dim=2)
     mask = visible[:, None]
@@ -247,11 +247,11 @@ def voco_pass_of(
         hidden = torch.finfo(embeds.dtype).min
         mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, hidden)
     made = VoCoPass(
-        policy, layout, segments, slots, attended, position_ids, past, embeds.element_size()
+        policy, layout, segments, sequence, attended, position_ids, past, embeds.element_size()
     )
     return made, {
         **kwargs,
-        "inputs_embeds": torch.where(voco >= 0, learned, gather_tokens(embeds, slots.place)),
+        "inputs_embeds": torch.where(voco >= 0, learned, gather_tokens(embeds, sequence.place)),
         "position_ids": position_ids,
         "attention_mask": mask,
     }
@@ -291,13 +291,15 @@ def _check(
         )
 
 
-def _past(parts: Parts, cache: Cache | None, past_length: int, slots: Slots) -> Past | None:
+def _past(
+    parts: Parts, cache: Cache | None, past_length: int, sequence: VoCoSequence
+) -> Past | None:
     """What the cache holds of earlier turns; None where it is empty.
 
     Raises:
         CacheError: where the cache cannot hold a compressed prompt.
     """
-    batch, n = slots.place.shape
+    batch, n = sequence.place.shape
     narrowest = filled_window(parts, past_length + n)
     if narrowest is not None:
         raise CacheError(

@@ -1,4 +1,4 @@
-"""Images compressed once, however many questions are asked, give what one pass a question gives."""
+"""An image read once for all its questions gives what one pass for each question gives."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 import atp_patch
 from atp_patch.builtin import load_builtin
 from atp_patch.evaluation.answers import forced
-from atp_patch.evaluation.compressed import can_compress, forced_by_image
 from atp_patch.evaluation.features import see
 from atp_patch.evaluation.prepare import Sample, collate
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
 from atp_patch.evaluation.settings import UNPRUNED, Setting, applied, plan
 from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.tasks import choose_tasks
+from atp_patch.evaluation.voco import forced_by_image, reads_images_once
 from atp_patch.patching.api import last_trace
 from tests.evaluation.conftest import TOKENS, build
 
@@ -43,13 +43,13 @@ def samples_of(bench: Bench) -> list[Sample]:
     return see(bench.model, samples, bench.pad_id, True)
 
 
-def test_a_compressed_image_answers_as_one_pass_does(bench: Bench, trained: Setting) -> None:
+def test_an_image_read_once_answers_as_one_pass_does(bench: Bench, trained: Setting) -> None:
     samples = samples_of(bench)
     assert len({s.example.number for s in samples}) < len(samples)
     outputs: list[torch.Tensor] = []
     note = bench.model.register_forward_hook(lambda _m, _i, out: outputs.append(out.logits))
     with applied(bench.model, trained, TOKENS):
-        assert can_compress(bench.model, samples)
+        assert reads_images_once(bench.model, samples)
         batch = collate(samples, bench.pad_id, False, True, seen=True)
         expected = forced(bench.model, batch)
         counts = last_trace(bench.model).tokens_per_layer
@@ -72,7 +72,7 @@ def test_images_of_several_sizes_with_2d_positions() -> None:
     assert len({s.visual_tokens for s in samples}) > 1
     torch.manual_seed(0)
     atp_patch.patch_model(bench.model, method="voco", num_tokens=16)
-    assert can_compress(bench.model, samples)
+    assert reads_images_once(bench.model, samples)
     outputs: list[torch.Tensor] = []
     bench.model.register_forward_hook(lambda _m, _i, out: outputs.append(out.logits))
     expected = []
@@ -98,14 +98,14 @@ def test_the_tokens_read_an_image_once(bench: Bench, trained: Setting) -> None:
     assert read == [1] * len({s.example.number for s in samples})
 
 
-def test_only_what_compresses_and_was_seen_ahead(bench: Bench, trained: Setting) -> None:
+def test_only_voco_tokens_with_features_at_hand_read_once(bench: Bench, trained: Setting) -> None:
     samples = samples_of(bench)
-    assert not can_compress(bench.model, samples)
+    assert not reads_images_once(bench.model, samples)
     with applied(bench.model, Setting("uniform", layers=(2,), budget=0.5), TOKENS):
-        assert not can_compress(bench.model, samples)
+        assert not reads_images_once(bench.model, samples)
     with applied(bench.model, trained, TOKENS):
-        assert not can_compress(bench.model, [replace(s, features=None) for s in samples])
-        assert not can_compress(bench.model, [replace(s, answer=()) for s in samples])
+        assert not reads_images_once(bench.model, [replace(s, features=None) for s in samples])
+        assert not reads_images_once(bench.model, [replace(s, answer=()) for s in samples])
 
 
 def test_the_runner_counts_voco_tokens(bench: Bench, trained: Setting, tmp_path: Path) -> None:

@@ -18,18 +18,20 @@ from atp_patch.tools.visual_cache import compress
 _TEXT = ("input_ids", "attention_mask")
 
 
-def can_compress(model: Any, samples: Sequence[Sample]) -> bool:
-    """Whether images can be compressed ahead of their questions: the model has VoCo tokens, each
-    sample's image features were found ahead, and its true answer is known.
+def reads_images_once(model: Any, samples: Sequence[Sample]) -> bool:
+    """Whether each image can be read once for all questions about it.
+
+    The model has VoCo tokens, the features of each sample's image were computed before, and the
+    true answers are known.
     """
-    compresses = is_patched(model) and require_patch(model).voco is not None
-    return compresses and all(s.features is not None and s.answer for s in samples)
+    has_voco = is_patched(model) and require_patch(model).voco is not None
+    return has_voco and all(s.features is not None and s.answer for s in samples)
 
 
 def forced_by_image(
     model: Any, samples: Sequence[Sample], pad_id: int
 ) -> Iterator[tuple[bool, Tensor]]:
-    """Answer samples as :func:`answers.forced` does, with each image compressed once.
+    """Answer samples as :func:`answers.forced` does, with each image read once.
 
     Yields:
         for each sample whether its true answer would be given, and the (layers,) tokens that its

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from atp_patch.maths import insert_slots, public_slots, voco_visible
+from atp_patch.maths import insert_voco_tokens, output_columns, voco_visible
 
 # text, image of three, two VoCo tokens, text, image of two, two VoCo tokens, text
 SEQUENCE = "t i i i v v t j j w w t"
@@ -29,20 +29,20 @@ def matrix(text: str) -> torch.Tensor:
 
 
 def test_who_sees_whom() -> None:
-    slots = insert_slots([[(1, 4), (5, 7)]], length=8, num_tokens=2)
-    assert slots.place[0].tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 5, 6, 7]
-    assert slots.voco[0].tolist() == [-1, -1, -1, -1, 0, 1, -1, -1, -1, 0, 1, -1]
+    sequence = insert_voco_tokens([[(1, 4), (5, 7)]], length=8, num_tokens=2)
+    assert sequence.place[0].tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 5, 6, 7]
+    assert sequence.voco[0].tolist() == [-1, -1, -1, -1, 0, 1, -1, -1, -1, 0, 1, -1]
     letters = [
         "tij"[s + 1] if v < 0 else "vw"[s]
-        for s, v in zip(slots.segment[0].tolist(), slots.voco[0].tolist(), strict=True)
+        for s, v in zip(sequence.segment[0].tolist(), sequence.voco[0].tolist(), strict=True)
     ]
     assert letters == SEQUENCE.split()
-    visible = voco_visible(slots, slots.valid)
+    visible = voco_visible(sequence, sequence.valid)
     assert torch.equal(visible[0], matrix(SEES))
 
 
 def test_padding_is_seen_by_itself_alone() -> None:
-    slots = insert_slots([[(2, 4)]], length=5, num_tokens=1)
+    sequence = insert_voco_tokens([[(2, 4)]], length=5, num_tokens=1)
     attended = torch.tensor([[False, True, True, True, True, True]])
     expected = matrix("""
     1 . . . . .
@@ -52,18 +52,18 @@ def test_padding_is_seen_by_itself_alone() -> None:
     . 1 1 1 1 .
     . 1 . . 1 1
     """)
-    assert torch.equal(voco_visible(slots, attended)[0], expected)
+    assert torch.equal(voco_visible(sequence, attended)[0], expected)
 
 
 def test_shorter_samples_are_filled_up_behind() -> None:
-    slots = insert_slots([[(0, 2), (3, 5)], []], length=5, num_tokens=1)
-    assert slots.valid.tolist() == [[True] * 7, [True] * 5 + [False] * 2]
-    assert slots.place[1].tolist() == [0, 1, 2, 3, 4, 0, 0]
-    visible = voco_visible(slots, slots.valid)
+    sequence = insert_voco_tokens([[(0, 2), (3, 5)], []], length=5, num_tokens=1)
+    assert sequence.valid.tolist() == [[True] * 7, [True] * 5 + [False] * 2]
+    assert sequence.place[1].tolist() == [0, 1, 2, 3, 4, 0, 0]
+    visible = voco_visible(sequence, sequence.valid)
     assert torch.equal(visible[1, :5, :5], torch.ones(5, 5, dtype=torch.bool).tril())
     assert not visible[1, :5, 5:].any()
 
 
 def test_voco_tokens_answer_at_the_last_visual_places() -> None:
-    slots = insert_slots([[(1, 4)], []], length=5, num_tokens=2)
-    assert public_slots(slots, 5).tolist() == [[0, 1, 4, 5, 6], [0, 1, 2, 3, 4]]
+    sequence = insert_voco_tokens([[(1, 4)], []], length=5, num_tokens=2)
+    assert output_columns(sequence, 5).tolist() == [[0, 1, 4, 5, 6], [0, 1, 2, 3, 4]]

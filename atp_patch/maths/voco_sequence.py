@@ -1,7 +1,7 @@
 """VoCo-LLaMA's sequence: VoCo tokens behind each image, and which token may attend to which.
 
-Shapes: ``B`` batch, ``L`` tokens that were given, ``n`` slots once the VoCo tokens stand among
-them.
+Shapes: ``B`` batch, ``L`` tokens that were given, ``n`` columns once the VoCo tokens stand
+among them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Slots:
+class VoCoSequence:
     """A sequence with VoCo tokens in it.
 
     Attributes:
-        place: (B, n) int64, the position of the given token that each slot stands for. VoCo tokens
-            stand for the last visual tokens of their segment.
-        voco: (B, n) int64, the number of the VoCo token in a slot; -1 where it holds a given token.
+        place: (B, n) int64, the position of the given token that each column stands for. VoCo
+            tokens stand for the last visual tokens of their segment.
+        voco: (B, n) int64, the number of the VoCo token in a column; -1 where a column holds a
+            given token.
         segment: (B, n) int64, the number of the segment of visual and VoCo tokens; -1 for text.
-        valid: (B, n) bool, False in the slots at the end of a shorter sample.
+        valid: (B, n) bool, False in the columns at the end of a shorter sample.
     """
 
     place: Tensor
@@ -32,17 +33,19 @@ class Slots:
 
     @property
     def visual(self) -> Tensor:
-        """(B, n) bool: the slots that hold visual tokens."""
+        """(B, n) bool: the columns that hold visual tokens."""
         return (self.segment >= 0) & (self.voco < 0)
 
-    def to(self, device: torch.device) -> Slots:
-        """The same slots on another device."""
-        return Slots(*(t.to(device) for t in (self.place, self.voco, self.segment, self.valid)))
+    def to(self, device: torch.device) -> VoCoSequence:
+        """The same sequence on another device."""
+        return VoCoSequence(
+            *(t.to(device) for t in (self.place, self.voco, self.segment, self.valid))
+        )
 
 
-def insert_slots(
+def insert_voco_tokens(
     segments: Sequence[Sequence[tuple[int, int]]], length: int, num_tokens: int
-) -> Slots:
+) -> VoCoSequence:
     """Put ``num_tokens`` VoCo tokens behind each segment.
 
     Args:
@@ -70,7 +73,7 @@ def insert_slots(
         table[:, b, : row.shape[1]] = row
         valid[b, : row.shape[1]] = True
     place, voco, segment = table
-    return Slots(place, voco, segment, valid)
+    return VoCoSequence(place, voco, segment, valid)
 
 
 def _part(start: int, stop: int, segment: int, *, given: bool) -> Tensor:
@@ -80,7 +83,7 @@ def _part(start: int, stop: int, segment: int, *, given: bool) -> Tensor:
     return torch.stack([place, voco, torch.full_like(place, segment)])
 
 
-def voco_visible(slots: Slots, attended: Tensor) -> Tensor:
+def voco_visible(sequence: VoCoSequence, attended: Tensor) -> Tensor:
     """The attention mask of VoCo-LLaMA, with a row for each query and a column for each key.
 
     It is causal, and visual tokens are visible only to the visual and VoCo tokens of their own
@@ -88,28 +91,28 @@ def voco_visible(slots: Slots, attended: Tensor) -> Tensor:
     see. Each token sees itself, so that no row is empty, not even of padding.
 
     Args:
-        slots: the sequence.
+        sequence: the sequence.
         attended: (B, n) bool, False at padding.
 
     Returns:
         (B, n, n) bool, True where the query may see the key.
     """
-    n = slots.place.shape[1]
+    n = sequence.place.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=attended.device).tril()
-    same = slots.segment[:, :, None] == slots.segment[:, None, :]
-    allowed = (same | ~slots.visual[:, None, :]) & attended[:, None, :]
+    same = sequence.segment[:, :, None] == sequence.segment[:, None, :]
+    allowed = (same | ~sequence.visual[:, None, :]) & attended[:, None, :]
     return causal & (allowed | torch.eye(n, dtype=torch.bool, device=attended.device))
 
 
-def public_slots(slots: Slots, length: int) -> Tensor:
-    """(B, L) int64: the slot whose output is that of each given token.
+def output_columns(sequence: VoCoSequence, length: int) -> Tensor:
+    """(B, L) int64: the column whose output is that of each given token.
 
     The outputs of a segment's last visual tokens are those of its VoCo tokens, so that the text
     behind an image is predicted from VoCo tokens alone.
     """
-    batch, n = slots.place.shape
-    number = torch.arange(n, device=slots.place.device).expand(batch, -1)
-    public = torch.zeros(batch, length + 1, dtype=torch.long, device=slots.place.device)
-    for written in (slots.valid & (slots.voco < 0), slots.voco >= 0):
-        public.scatter_(1, torch.where(written, slots.place, length), number)
+    batch, n = sequence.place.shape
+    number = torch.arange(n, device=sequence.place.device).expand(batch, -1)
+    public = torch.zeros(batch, length + 1, dtype=torch.long, device=sequence.place.device)
+    for written in (sequence.valid & (sequence.voco < 0), sequence.voco >= 0):
+        public.scatter_(1, torch.where(written, sequence.place, length), number)
     return public[:, :length]
