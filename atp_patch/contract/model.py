@@ -31,7 +31,9 @@ class GridQuery:
         sizes_given: the other arguments of the call that say how large its pictures are, in the
             order of the prompts: "image_sizes" (images, 2) int64, the height and width in pixels;
             "image_merge_sizes" and "video_merge_sizes" (images,) int64, how many patches along a
-            side become one token. An argument that was not given is left out.
+            side become one token; "image_position_ids" and "video_position_ids" (images or
+            frames, patches, 2) int64, the column and row of each patch, -1 at padding. An argument
+            that was not given is left out.
         repeats: the number of consecutive samples that share their images (beams, returned
             sequences).
     """
@@ -80,8 +82,10 @@ class DecoderShape:
         hidden_size: hidden size of the decoder.
         mlp_sizes: inner size of each layer's MLP; in a mixture of experts that of all experts that
             a token visits.
-        num_heads, num_kv_heads: number of query heads, and of key/value heads.
-        head_dim: size of a head.
+        num_heads: number of query heads.
+        num_kv_heads: number of key/value heads of each layer; 0 for a layer that reuses the keys
+            and values of an earlier one.
+        head_dims: size of a head of each layer.
         vocab_size: number of logits of each position.
     """
 
@@ -89,6 +93,6 @@ class DecoderShape:
     hidden_size: int
     mlp_sizes: tuple[int, ...]
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: tuple[int, ...]
+    head_dims: tuple[int, ...]
     vocab_size: int

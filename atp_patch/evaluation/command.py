@@ -28,8 +28,8 @@ from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.summary import Measured, Row, summarize
 from atp_patch.evaluation.tables import markdown
 from atp_patch.evaluation.tasks import Task, choose_tasks
-from atp_patch.families import family_of
 from atp_patch.patching.api import require_patch
+from atp_patch.patching.plan import default_layers
 from atp_patch.tools.command_line import execute, machine, named_values
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
@@ -70,13 +70,12 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
 
     def settings_for(model: Any, silent: Sequence[int] = ()) -> list[Setting]:
         num_layers = model.config.get_text_config().num_hidden_layers
-        default = family_of(model.config).default_layers(model.config, num_layers)
         return plan(
             args.methods,
             args.budgets,
             args.seeds,
             options,
-            args.layers or default,
+            args.layers or default_layers(model),
             args.adapters,
             drop_layers(args.drop_from, num_layers, silent),
         )

@@ -7,6 +7,7 @@ from typing import Any
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families.anyres import ANYRES
 from atp_patch.families.base import Family, scaled_layers
+from atp_patch.families.gemma4 import GEMMA4
 from atp_patch.families.generic import GENERIC
 from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.latents import IDEFICS2
@@ -42,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     INTERNVL,
     PALIGEMMA,
     GEMMA3,
+    GEMMA4,
     IDEFICS3,
     MISTRAL3,
     LIGHTON_OCR,

@@ -81,8 +81,8 @@ def prefill_flops(
     hidden_size: int,
     mlp_sizes: Sequence[int],
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    num_kv_heads: int | Sequence[int],
+    head_dim: int | Sequence[int],
     vocab_size: int,
     logits_rows: float = 1,
 ) -> float:
@@ -93,24 +93,44 @@ def prefill_flops(
         hidden_size: the size of the hidden states.
         mlp_sizes: the inner size of each layer's MLP. In a mixture of experts it is that of all
             experts together that one token visits, and the router is left out.
-        num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the size of one head.
+        num_heads: query heads.
+        num_kv_heads, head_dim: key/value heads and the size of one head, in all layers or in each.
+            A layer without key/value heads attends to those of an earlier one.
         vocab_size: how many logits the head computes for one token.
         logits_rows: how many tokens the head runs on.
     """
+    sizes = _of_layers(len(tokens_per_layer), num_kv_heads, head_dim)
     layers = sum(
-        layer_flops(n, n, hidden_size, mlp_size, num_heads, num_kv_heads, head_dim)
-        for n, mlp_size in zip(tokens_per_layer, mlp_sizes, strict=True)
+        layer_flops(n, n, hidden_size, mlp_size, num_heads, kv_heads, size)
+        for n, mlp_size, (kv_heads, size) in zip(tokens_per_layer, mlp_sizes, sizes, strict=True)
     )
     return layers + 2 * logits_rows * hidden_size * vocab_size
 
 
 def kv_bytes(
-    tokens_per_layer: Sequence[int], num_kv_heads: int, head_dim: int, bytes_per_element: int
+    tokens_per_layer: Sequence[int],
+    num_kv_heads: int | Sequence[int],
+    head_dim: int | Sequence[int],
+    bytes_per_element: int,
 ) -> int:
     """Bytes of the keys and values of all layers.
+
+    ``num_kv_heads`` and ``head_dim`` hold for all layers, or are given for each.
 
     ATP-LLaVA (Table 6) gives 302.4 and 75.6 MB for 576 and 144 visual tokens of LLaVA-1.5-7B in
     16 bits: both are 0.525 MB a token, where this function counts 524,288 bytes. So MB are 10^6
     bytes there, to 0.14 % (301,989,888 and 75,497,472); in units of 2^20 they would be 288 and 72.
     """
-    return 2 * sum(tokens_per_layer) * num_kv_heads * head_dim * bytes_per_element
+    sizes = _of_layers(len(tokens_per_layer), num_kv_heads, head_dim)
+    held = zip(tokens_per_layer, sizes, strict=True)
+    return 2 * sum(n * heads * size for n, (heads, size) in held) * bytes_per_element
+
+
+def _of_layers(
+    count: int, num_kv_heads: int | Sequence[int], head_dim: int | Sequence[int]
+) -> list[tuple[int, int]]:
+    """The number of key/value heads, and the size of a head, of each of ``count`` layers."""
+    heads, sizes = (
+        [value] * count if isinstance(value, int) else value for value in (num_kv_heads, head_dim)
+    )
+    return list(zip(heads, sizes, strict=True))

@@ -105,7 +105,7 @@ def make_plan(
         methods = make_methods("atp" if method is None else method, dict(options))
         layer, before = methods.layer, methods.before
         if layers is None and layer is not None:
-            layers = kind.default_layers(config_of_model, shape.num_layers)
+            layers = _default_layers(kind, parts)
         chosen = _pruning_layers(layers, layer)
         config = PruningConfig(
             method=None if layer is None else layer.name,
@@ -124,6 +124,7 @@ def make_plan(
             check_alone(config)
     if config.layers:
         kind.check_layers(config_of_model, config.layers)
+        check_reused_keys(parts, config.layers)
     total = kind.visual_tokens(config_of_model)
     if total is not None and before is None and follows_budget(layer, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
@@ -152,11 +153,35 @@ def make_plan(
     )
 
 
+def default_layers(model: Any) -> tuple[int, ...]:
+    """The pruning layers of a model where the caller names none."""
+    kind = family_of(model.config)
+    return _default_layers(kind, locate(model, kind.outer, bare=not kind.model_types))
+
+
+def _default_layers(kind: Family, parts: Parts) -> tuple[int, ...]:
+    """The family's pruning layers, and none behind a layer whose keys later layers reuse."""
+    found = kind.default_layers(parts.model.config, len(parts.layers))
+    return tuple(sorted({min(layer, parts.last_prunable_layer) for layer in found}))
+
+
 def follows_budget(method: LayerMethod | None, config: PruningConfig) -> bool:
     """Whether a method inside the decoder keeps the numbers of tokens that the budget gives."""
     if method is None:
         return False
     return method.needs_budget or (method.takes_budget and config.has_budget)
+
+
+def check_reused_keys(parts: Parts, layers: Sequence[int]) -> None:
+    """Raise ConfigError if tokens would go behind a layer whose keys later layers reuse."""
+    last, first_reusing = parts.last_prunable_layer, parts.first_reusing_layer
+    if layers[-1] > last:
+        raise ConfigError(
+            f"from layer {first_reusing} on, the layers of this decoder reuse the keys of earlier "
+            f"ones, the first of which is layer {last}; tokens that it has made keys of stay for "
+            f"all of them, so no token can go behind layer {last}. layers={list(layers)} ends "
+            f"later: give layers from 1 to {last}."
+        )
 
 
 def check_rope_2d(family: Family, parts: Parts, *, forced: bool = False) -> None:

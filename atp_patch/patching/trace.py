@@ -240,14 +240,14 @@ class PruningTrace:
             mlp_sizes=shape.mlp_sizes,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
+            head_dim=shape.head_dims,
             vocab_size=shape.vocab_size,
         )
 
     def _kv_bytes(self, tokens_per_layer: list[int]) -> int:
         shape = self.shape
         return kv_bytes(
-            tokens_per_layer, shape.num_kv_heads, shape.head_dim, self.bytes_per_element
+            tokens_per_layer, shape.num_kv_heads, shape.head_dims, self.bytes_per_element
         )
 
 

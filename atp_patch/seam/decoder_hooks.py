@@ -6,12 +6,14 @@ of it is kept on the model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from atp_patch.seam.decoder.decode import Decode
+from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.door.entry import TowerOutputs, prefill_of
 from atp_patch.seam.host.cache import pruned_layer
 from atp_patch.seam.host.locate import Parts
@@ -51,14 +53,18 @@ class DecoderPass(Protocol):
 class LayerHook:
     """The forward pre-hook of one decoder layer."""
 
-    def __init__(self, hooks: DecoderHooks, layer: int) -> None:
+    def __init__(self, hooks: DecoderHooks, layer: int, module: nn.Module) -> None:
         self.hooks, self.layer = hooks, layer
+        # The names of the arguments behind the hidden states, which may come without them.
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[2:]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the pass change the layer's arguments, where the keywords hold one."""
         decoder_pass: DecoderPass | None = kwargs.pop(PASS, None)
         if decoder_pass is None:
             return None
+        kwargs.update(zip(self.names, args[1:], strict=False))
+        args = args[:1]
         return self.hooks.before_layer(decoder_pass, self.layer, module, args, kwargs), kwargs
 
 
@@ -90,9 +96,11 @@ class DecoderHooks:
         add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
         for number, layer in enumerate(self.parts.layers):
-            before_layer = LayerHook(self, number)
+            before_layer = LayerHook(self, number, layer)
             add(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             self.recorder.watch(layer.self_attn)
+            if number == self.parts.first_reusing_layer - 1:
+                add(layer.register_forward_hook(self._before_reused_keys))
             if self.policy.learned:
                 before = self._before_attention
                 add(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
@@ -133,8 +141,8 @@ class DecoderHooks:
                 )
                 if prefill is not None:
                     return prefill, kwargs
-        if cache is not None and pruned_layer(cache, len(cache.layers) - 1):
-            return Decode(cache, is_flash(implementation)), kwargs
+        if cache is not None and pruned_layer(cache, self.parts.key_layers[-1]):
+            return Decode(cache, is_flash(implementation), self.parts.key_layers), kwargs
         return None
 
     def before_layer(
@@ -146,7 +154,15 @@ class DecoderHooks:
         kwargs: dict[str, Any],
     ) -> tuple[Any, ...]:
         """Return the layer's arguments, and change its keywords in place."""
+        if layer == self.parts.first_reusing_layer - 1:
+            self.thread.entering = decoder_pass
         return decoder_pass.before_layer(layer, module, args, kwargs)
+
+    def _before_reused_keys(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Let the pass see what enters the layers that reuse keys, before the host cuts it."""
+        decoder_pass, self.thread.entering = self.thread.entering, None
+        if isinstance(decoder_pass, Prefill):
+            decoder_pass.enters_reused_keys(output)
 
     def _before_attention(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Send a call of the attention that is to be weighed through our function.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from atp_patch.seam.host.inputs import Call
@@ -16,12 +18,14 @@ class ThreadState(PerThread):
         disabled: how many contexts of ``disabled(model)`` the thread is in.
         session: the call of ``generate`` that the thread is in, or None.
         call: the arguments of the forward pass that the thread is in, or None.
+        entering: the decoder's pass that is about to enter layers that reuse keys, or None.
     """
 
     def __init__(self) -> None:
         self.disabled = 0
         self.session: Session | None = None
         self.call: Call | None = None
+        self.entering: Any = None
 
     @property
     def enabled(self) -> bool:

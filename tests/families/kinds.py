@@ -142,9 +142,11 @@ class Kind:
         pictures_first: the processor moves pictures in front of the text.
         blocks: (B, L) numbers of the blocks within which tokens see each other both ways, -1 for
             none; or None where all is causal.
+        blocks_slide: only sliding layers let the tokens of a block see each other both ways.
         window_over_blocks: sliding windows bound what is seen within a block too.
         adjust: changes the random weights.
         layers: where the tests prune.
+        last_layer: the last layer before which tokens may go, where it is not the decoder's last.
         videos: picture number ``VIDEO`` is a video.
         mixes: one call of the model may hold both images and videos.
         attention: the implementation that the tests run by default.
@@ -159,13 +161,23 @@ class Kind:
     collate: Callable[[list[list[Drawn]], Inputs], Inputs]
     pictures_first: bool = False
     blocks: Callable[[Inputs], Tensor | None] = _no_blocks
+    blocks_slide: bool = False
     window_over_blocks: bool = False
     adjust: Callable[[PreTrainedModel], None] | None = None
     layers: tuple[int, ...] = (2, 4, 6)
+    last_layer: int = tiny.LAYERS - 1
     videos: bool = False
     mixes: bool = True
     attention: str = "sdpa"
     placed: bool = True
+
+    def seen(self, inputs: Inputs) -> dict[str, Any]:
+        """What tokens see besides causality, as options of :func:`~tests.helpers.oracle.masked`."""
+        return {
+            "blocks": self.blocks(inputs),
+            "blocks_slide": self.blocks_slide,
+            "window_over_blocks": self.window_over_blocks,
+        }
 
     @property
     def video_samples(self) -> tuple[Sample, ...]:
@@ -215,8 +227,13 @@ def noise(seed: int) -> Paint:
 
 
 def rows_ramp(height: int, width: int) -> Tensor:
-    """A picture whose every pixel row has one colour."""
-    return torch.linspace(-1, 1, height)[None, :, None].expand(3, height, width).contiguous()
+    """A picture whose every pixel row has one colour.
+
+    The colours are no straight line, since a model that normalises each patch sees no more than
+    its shape.
+    """
+    ramp = torch.linspace(-1, 1, height)
+    return (ramp + ramp**2 / 4)[None, :, None].expand(3, height, width).contiguous()
 
 
 def columns_ramp(height: int, width: int) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.families import (
     anyres,
+    gemma4,
     latents,
     molmo2,
     more_mrope,
@@ -30,7 +31,7 @@ ORDINARY: tuple[Kind, ...] = tuple(
     kind for table in (square, anyres, towers, mrope, newer, molmo2) for kind in table.KINDS
 )
 LATER: tuple[Kind, ...] = tuple(
-    kind for table in (more_square, more_mrope, sized, latents) for kind in table.KINDS
+    kind for table in (more_square, more_mrope, sized, latents, gemma4) for kind in table.KINDS
 )
 
 

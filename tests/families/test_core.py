@@ -73,8 +73,7 @@ def test_a_door_method(kind: Kind) -> None:
         batch.inputs,
         trace,
         merges=True,
-        blocks=kind.blocks(batch.inputs),
-        window_over_blocks=kind.window_over_blocks,
+        **kind.seen(batch.inputs),
     )
     assert_close(logits, expected, entered)
 

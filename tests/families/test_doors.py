@@ -43,8 +43,7 @@ def test_what_entered_is_merged_and_the_rest_is_masked(kind: Kind) -> None:
         inputs,
         trace,
         merges=True,
-        blocks=kind.blocks(inputs),
-        window_over_blocks=kind.window_over_blocks,
+        **kind.seen(inputs),
     )
     assert_close(logits, expected, entered)
 
@@ -85,9 +84,7 @@ def test_videos(kind: Kind) -> None:
     batch, model = make(kind, kind.video_samples), patched(kind)
     logits = forward(model, batch.inputs).logits
     trace = atp_patch.last_trace(model)
-    expected = told(
-        kind.build(), batch.inputs, trace, merges=True, blocks=kind.blocks(batch.inputs)
-    )
+    expected = told(kind.build(), batch.inputs, trace, merges=True, **kind.seen(batch.inputs))
     assert_close(logits, expected, trace.layers[0].kept)
 
 

@@ -30,6 +30,7 @@ def masked(
     backend: str = "eager",
     *,
     blocks: Tensor | None = None,
+    blocks_slide: bool = False,
     window_over_blocks: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """A plain copy of ``model`` whose layers from each pruning layer on miss the pruned keys.
@@ -41,6 +42,7 @@ def masked(
             grow beyond ``L`` and the batch may be repeated, as generation does it.
         backend: "eager", or "sdpa", which alone takes double precision through the softmax.
         blocks: (B, L) int64 numbers of the blocks (>= 0) whose tokens see each other both ways.
+        blocks_slide: only sliding layers let the tokens of a block see each other both ways.
         window_over_blocks: sliding windows bound what is seen within a block too.
     """
     reference = copy.deepcopy(model)
@@ -60,6 +62,7 @@ def masked(
             kwargs: dict[str, Any],
             chosen: Tensor = chosen,
             near: int | None = window if slides else None,
+            blocks: Tensor | None = None if blocks_slide and not slides else blocks,
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             batch, length = args[0].shape[:2]
             visible = _fitted(chosen, batch, length) & _fitted(real, batch, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,16 @@ from atp_patch.seam.host.masks import decode_mask
 
 
 class Decode:
-    """One forward pass without images on a cache that holds a pruned prompt."""
+    """One forward pass without images on a cache that holds a pruned prompt.
 
-    def __init__(self, cache: Cache, flash: bool) -> None:
-        self.cache, self.flash = cache, flash
+    Args:
+        cache: the cache.
+        flash: whether masks are 2D.
+        key_layers: for each layer the number of the layer whose keys it attends to.
+    """
+
+    def __init__(self, cache: Cache, flash: bool, key_layers: Sequence[int]) -> None:
+        self.cache, self.flash, self.key_layers = cache, flash, key_layers
         self._masks: dict[Any, Any] = {}
 
     def before_layer(
@@ -46,10 +53,13 @@ class Decode:
             length: how many tokens the layer runs on.
             kwargs: the layer's arguments.
         """
-        held = pruned_layer(self.cache, layer)
+        makes_keys = self.key_layers[layer] == layer
+        held = pruned_layer(self.cache, self.key_layers[layer])
         mask = kwargs.get("attention_mask")
-        if held is not None:
+        if held is not None and makes_keys:
             held.announce_update()
+        if not makes_keys:  # the keys of this pass are in the cache already
+            length = 0
         if held is None or (mask is None and held.valid is None):
             return
         # Ids of objects as keys would force a recompilation at every step.

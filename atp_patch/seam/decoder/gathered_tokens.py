@@ -96,14 +96,15 @@ class GatheredTokens:
         """The tokens that a layer runs on; None where it runs on all."""
         return survivors_of(self.choices, layer)
 
+    def merged(self, layer: int, hidden: Tensor) -> Tensor:
+        """(B, L', D) hidden states of all tokens that reached a layer, some with others merged."""
+        choice = self.choices.get(layer)
+        return hidden if choice is None else choice.merged(hidden)
+
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
         """(B, L'', D) hidden states of a layer's survivors, from (B, L', D) of those before it."""
-        choice = self.choices.get(layer)
         before, after = self.survivors(layer - 1), self.survivors(layer)
-        if choice is None:
-            return hidden
-        hidden = choice.merged(hidden)
-        if after is None or after is before:
+        if layer not in self.choices or after is None or after is before:
             return hidden
         index = after.index
         if before is not None:

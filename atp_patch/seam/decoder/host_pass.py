@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from atp_patch.contract.errors import CacheError
 from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.host.cache import adopt, capacity, stored_positions
-from atp_patch.seam.host.masks import is_flash, prefill_mask
+from atp_patch.seam.host.masks import gather_columns, is_flash, prefill_mask
+
+#: Keywords of a decoder layer that hold a row for each of its tokens, (B, L, *).
+PER_TOKEN = ("per_layer_input",)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class HostPass:
         plain_mask: True where the host's wide masks say no more than causality and padding.
         sliding_window: a function from a layer to its window in tokens, or to None where the layer
             attends to everything before.
+        key_layers: for each layer the number of the layer whose keys it attends to.
     """
 
     cache: Cache | None
@@ -38,6 +42,7 @@ class HostPass:
     implementation: str
     plain_mask: bool
     sliding_window: Callable[[int], int | None]
+    key_layers: Sequence[int]
 
     @property
     def flash(self) -> bool:
@@ -66,6 +71,9 @@ class HostPass:
             kwargs["position_embeddings"] = survivors.once(
                 id(tables), tables, lambda: tuple(gather(table) for table in tables)
             )
+        for name in PER_TOKEN:
+            if kwargs.get(name) is not None:
+                kwargs[name] = gather(kwargs[name])
         positions = kwargs.get("position_ids")
         if positions is not None:
             # Gaps in the positions would look like packed sequences to flash attention.
@@ -77,15 +85,45 @@ class HostPass:
         mask = kwargs.get("attention_mask")
         self._check_window(layer)
         # Layers that hold different earlier turns need different columns.
-        held = None if self.cache is None or not self.past else self.cache.layers[layer]
-        held = getattr(held, "positions", None)
+        held = self._held_positions(layer)
         kwargs["attention_mask"] = survivors.once(
             ("mask", id(mask), id(held)), (mask, held), lambda: self._mask(layer, survivors, mask)
         )
         cache = kwargs.get("past_key_values")
-        if cache is not None:
+        if cache is not None and self.key_layers[layer] == layer:
             keys, valid = self._key_positions(layer, survivors)
             adopt(cache, layer).prune(keys, valid, self.total)
+
+    def narrow_columns(self, layer: int, survivors: Survivors, kwargs: dict[str, Any]) -> None:
+        """Narrow the mask of a layer to the keys that it attends to, in place.
+
+        This is for a layer whose rows the host has chosen itself, together with what belongs to
+        them.
+        """
+        mask = kwargs.get("attention_mask")
+
+        def narrowed() -> Tensor | None:
+            keys, valid = self._key_positions(layer, survivors)
+            if mask is not None:
+                return gather_columns(mask, keys - self._offset(mask), valid)
+            return None if valid is None else valid[:, None, None, :]
+
+        held = self._held_positions(layer)
+        key = ("columns", id(mask), id(held))
+        kwargs["attention_mask"] = survivors.once(key, (mask, held), narrowed)
+
+    def _offset(self, mask: Tensor) -> int:
+        """The logical position of a mask's first column."""
+        return max(self.total - int(mask.shape[-1]), 0)
+
+    def _held_positions(self, layer: int) -> Tensor | None:
+        """The positions of earlier turns that a layer's keys stand for; None where none is known.
+
+        It is used as an identity alone.
+        """
+        if self.cache is None or not self.past:
+            return None
+        return getattr(self.cache.layers[self.key_layers[layer]], "positions", None)
 
     def _slides(self, layer: int) -> bool:
         window = self.sliding_window(layer)
@@ -105,7 +143,7 @@ class HostPass:
         if mask is None:
             return None
         keys, valid = self._key_positions(layer, survivors)
-        if capacity(self.cache, layer) is not None:
+        if capacity(self.cache, self.key_layers[layer]) is not None:
             # A static cache is as wide as its mask, and its free slots are hidden.
             free = int(mask.shape[-1]) - keys.shape[1]
             keys = pad(keys, (0, free), value=-1)
@@ -131,6 +169,9 @@ class HostPass:
         keys, valid = survivors.index + self.past, survivors.valid
         if self.cache is None or not self.past:
             return keys, valid
+        if self.key_layers[layer] != layer:  # the layer that made the keys has cached them
+            held: Any = self.cache.layers[self.key_layers[layer]]
+            return held.positions.to(keys.device), held.valid
         earlier = stored_positions(self.cache, layer, keys.shape[0])
         if earlier is None:
             return keys, valid

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from atp_patch.contract import Decision, Layout, View
 from atp_patch.contract.errors import UnsupportedModelError
+from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.host_pass import HostPass
 from atp_patch.seam.decoder.restoring import restored
@@ -86,6 +87,9 @@ class Prefill:
         recordings: layer -> its attention, until the decisions that need it are made.
         state: what the method keeps from one pruning layer to the next.
         entered: how many visual tokens of each sample entered the decoder.
+        enters_last: (B, L', D), what enters the layers that reuse keys of earlier ones, before the
+            host cuts it to the last tokens; None until then, and without such layers.
+        rows: how many of the last tokens the host has cut the sequence to; None where it has not.
     """
 
     policy: LayerPolicy
@@ -101,6 +105,8 @@ class Prefill:
     recordings: dict[int, Recording] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     entered: tuple[int, ...] = field(init=False)
+    enters_last: Tensor | None = None
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.entry is not None:
@@ -118,10 +124,10 @@ class Prefill:
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
         """Return the layer's arguments, and change its keywords in place."""
-        hidden, *rest = args
+        (hidden,) = args
         if layer in self.policy.layers:
             self._prune(layer, hidden)
-        hidden = self.tokens.narrow_hidden(layer, hidden)
+        hidden = self._narrow_hidden(layer, hidden, kwargs)
         self._narrow_kwargs(layer, hidden, kwargs)
         attend = self.tokens.attention_in(layer, hidden.device)
         if attend is not None:
@@ -130,7 +136,11 @@ class Prefill:
             sink = partial(self.recordings.__setitem__, layer)
             tables = kwargs.get("position_embeddings")
             self.recorder.expect(module.self_attn, sink, rotary=tables)
-        return (hidden, *rest)
+        return (hidden,)
+
+    def enters_reused_keys(self, hidden: Tensor) -> None:
+        """Take note of what enters the layers that reuse keys, (B, L', D)."""
+        self.enters_last = hidden
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
         """Report what the pass did, and give the decoder's output the public length.
@@ -138,6 +148,8 @@ class Prefill:
         None leaves the output as it is.
         """
         self.policy.finished(self)
+        if self.rows is not None:
+            return self._cut(output, num_layers)
         return restored(output, self.tokens, num_layers, square=not self.host.past)
 
     def without_output(self) -> Tensor | None:
@@ -238,14 +250,52 @@ class Prefill:
 
     # -- what the host hands to a layer -----------------------------------------------------------
 
+    def _narrow_hidden(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states of the tokens that enter a layer.
+
+        In front of layers that reuse keys, the host may cut everything to the last tokens of the
+        sequence, for which alone it wants logits. Of hidden states that it takes for whole, it
+        cuts the last survivors instead, so the right ones are taken here.
+        """
+        survivors, whole, self.enters_last = self.tokens.entering(layer), self.enters_last, None
+        length = self.layout.length
+        if whole is not None and survivors is not None:
+            rows = kwargs["position_embeddings"][0].shape[-2]
+            if rows < length:
+                self.rows = rows
+                slot = survivors.columns(length)[:, -rows:].clamp(min=0)
+                return gather_tokens(whole, slot.to(whole.device))
+        if layer:  # the embeddings at the door have been merged
+            hidden = self.tokens.merged(layer, hidden)
+        return self.tokens.narrow_hidden(layer, hidden)
+
     def _narrow_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        host, survivors = self.host, self.tokens.entering(layer)
+        if survivors is not None and self.rows is not None:
+            host.narrow_columns(layer, survivors, kwargs)
+            return
         if self.rotary is not None:
             kwargs["position_embeddings"] = self.rotary.tables(kwargs.get("position_embeddings"))
-        survivors = self.tokens.entering(layer)
         if survivors is not None:
-            self.host.narrow_kwargs(layer, survivors, kwargs)
-        elif self.host.cache is not None and self.host.past:
-            Decode(self.host.cache, self.host.flash).narrow_kwargs(layer, hidden.shape[1], kwargs)
+            host.narrow_kwargs(layer, survivors, kwargs)
+        elif host.cache is not None and host.past:
+            decode = Decode(host.cache, host.flash, host.key_layers)
+            decode.narrow_kwargs(layer, hidden.shape[1], kwargs)
+
+    def _cut(self, output: Any, num_layers: int) -> Any:
+        """The output of the last tokens alone, with zeros at pruned places."""
+        survivors = self.tokens.entering(num_layers - 1)
+        assert survivors is not None
+        assert self.rows is not None
+        alive = survivors.mask(self.layout.length)[:, -self.rows :, None]
+
+        def zeroed(states: Tensor) -> Tensor:
+            return states.masked_fill(~alive.to(states.device), 0)
+
+        if isinstance(output, tuple):
+            return (zeroed(output[0]), *output[1:])
+        output.last_hidden_state = zeroed(output.last_hidden_state)
+        return output
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

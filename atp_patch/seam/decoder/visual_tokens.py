@@ -144,6 +144,11 @@ class TokenState(Protocol):
     def survivors(self, layer: int) -> Survivors | None:
         """The tokens that were chosen before a layer or earlier; None before the first pruning."""
 
+    def merged(self, layer: int, hidden: Tensor) -> Tensor:
+        """(B, L', D) hidden states of all tokens that reached a layer, where those that stay have
+        taken in others.
+        """
+
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
         """(B, L'', D) hidden states that enter a layer, from (B, L', D) of those before it."""
 

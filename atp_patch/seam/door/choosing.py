@@ -98,5 +98,6 @@ def narrow_late_features(prefill: Prefill, kwargs: dict[str, Any]) -> None:
     for features in late:
         table = features.new_zeros(batch, length, features.shape[-1])
         table = table.masked_scatter(mask.to(features.device)[..., None], features)
-        made.append(prefill.tokens.narrow_hidden(0, table)[left.to(features.device)])
+        table = prefill.tokens.narrow_hidden(0, prefill.tokens.merged(0, table))
+        made.append(table[left.to(features.device)])
     kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = left, made

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from atp_patch.contract import Decision, GridQuery, Layout, TowerTokens, VisualGrid
-from atp_patch.contract.errors import CacheError, InputError
+from atp_patch.contract.errors import CacheError, InputError, UnsupportedModelError
 from atp_patch.seam.decoder.gathered_tokens import GatheredTokens
 from atp_patch.seam.decoder.host_pass import HostPass
 from atp_patch.seam.decoder.prefill import LayerPolicy, Prefill
@@ -114,6 +114,12 @@ def prefill_of(
     prompt = read_prompt(call, policy.visual_token_ids, embeds, past)
     if not bool(prompt.visual.any()):
         return None
+    if kwargs.get("return_shared_kv_states"):
+        raise UnsupportedModelError(
+            "shared_kv_states would hold the keys of the remaining tokens alone, and the drafting "
+            "model that reads them counts all tokens; generate without such an assistant, or "
+            "within atp_patch.disabled(model)."
+        )
     dropped = find_tombstones(embeds) if policy.leaves_tombstones else None
     check_features(embeds, prompt, dropped)
     query = grid_query(parts, call, prompt, kwargs, policy.newline)
@@ -133,6 +139,7 @@ def prefill_of(
         implementation=parts.config._attn_implementation,
         plain_mask=policy.causal and call.mask_is_plain,
         sliding_window=partial(sliding_window, parts.config),
+        key_layers=parts.key_layers,
     )
     attended = None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device)
     tokens: TokenState = GatheredTokens(layout, attended, prompt.token_counts)
@@ -168,6 +175,8 @@ def prefill_of(
     )
     if policy.chooses_at_door:
         narrow_late_features(prefill, kwargs)
+        # What a decoder makes of its inputs beside hidden states is then that of merged tokens too.
+        kwargs["inputs_embeds"] = prefill.tokens.merged(0, kwargs["inputs_embeds"])
     return prefill
 
 

@@ -23,6 +23,8 @@ class Parts:
         base: the model without its head, which is given images and ids.
         decoder: the module with ``.layers``.
         layers: the decoder's layers.
+        key_layers: for each of them the number of the layer whose keys it attends to, which is an
+            earlier one where layers share keys.
         outer: how ``model`` feeds its language model where it is of another package, else None.
     """
 
@@ -31,6 +33,7 @@ class Parts:
     base: Any
     decoder: Any
     layers: Any
+    key_layers: tuple[int, ...]
     outer: Outer | None = None
 
     @property
@@ -38,19 +41,50 @@ class Parts:
         """The text config of the decoder."""
         return self.decoder.config
 
+    @property
+    def first_reusing_layer(self) -> int:
+        """The first layer that reuses the keys of an earlier one; the number of layers if none."""
+        reusing = [layer for layer, keys in enumerate(self.key_layers) if keys != layer]
+        return min([len(self.layers), *reusing])
+
+    @property
+    def last_prunable_layer(self) -> int:
+        """The last layer before which tokens may go.
+
+        Where later layers reuse the keys of an earlier one, that layer must run on the survivors
+        already.
+        """
+        producers = [keys for layer, keys in enumerate(self.key_layers) if keys != layer]
+        return min([len(self.layers) - 1, *producers])
+
 
 def decoder_shape(config: Any) -> DecoderShape:
-    """Read the decoder's sizes from its text config."""
-    heads = config.num_attention_heads
+    """Read the decoder's sizes from its text config, those of heads for each layer by itself."""
+    heads, count = config.num_attention_heads, config.num_hidden_layers
+    layers = _layer_configs(config)
+    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
+    kv_heads = [getattr(layer, "num_key_value_heads", None) or heads for layer in layers]
+    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // heads for layer in layers]
     return DecoderShape(
-        num_layers=config.num_hidden_layers,
+        num_layers=count,
         hidden_size=config.hidden_size,
         mlp_sizes=_mlp_sizes(config),
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=tuple(n if layer < own else 0 for layer, n in enumerate(kv_heads)),
+        head_dims=tuple(sizes),
         vocab_size=config.vocab_size,
     )
+
+
+def _layer_configs(config: Any) -> list[Any]:
+    """For each layer, the config that its sizes are read from.
+
+    A config whose layers differ does not give such sizes itself, and has one config a layer.
+    """
+    count = config.num_hidden_layers
+    if getattr(config, "is_heterogeneous", False):
+        return [config.per_layer_config[layer] for layer in range(count)]
+    return [config] * count
 
 
 def _mlp_sizes(config: Any) -> tuple[int, ...]:
@@ -66,6 +100,12 @@ def _mlp_sizes(config: Any) -> tuple[int, ...]:
         return value[0] if isinstance(value, (list, tuple)) and value else value
 
     layers = range(config.num_hidden_layers)
+    if getattr(config, "use_double_wide_mlp", False):  # in layers that reuse keys
+        own = config.num_hidden_layers - config.num_kv_shared_layers
+        return tuple(option("intermediate_size") * (1 if k < own else 2) for k in layers)
+    if getattr(config, "enable_moe_block", False):  # experts beside the dense MLP
+        beside = config.top_k_experts * config.moe_intermediate_size
+        return (option("intermediate_size") + beside,) * len(layers)
     dense = option("intermediate_size_mlp", "intermediate_size")
     visited = option("num_experts_per_tok", "moe_topk", "moe_k")
     if not visited:
@@ -106,7 +146,7 @@ def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Par
             "Give a vision-language model."
         )
     _check_layers(name, layers)
-    return Parts(model, model, base, decoder, layers)
+    return Parts(model, model, base, decoder, layers, _key_layers(layers))
 
 
 def check_uncompiled(parts: Parts, around: Iterable[nn.Module] = ()) -> None:
@@ -141,9 +181,10 @@ def _inside(model: Any, name: str, outer: Outer) -> Parts:
             f"{outer.mend}"
         )
     _check_layers(name, layers)
+    keys = _key_layers(layers)
     if outer.embed is None:
-        return Parts(model, model, language_model, decoder, layers, outer)
-    return Parts(model, language_model, decoder, decoder, layers, outer)
+        return Parts(model, model, language_model, decoder, layers, keys, outer)
+    return Parts(model, language_model, decoder, decoder, layers, keys, outer)
 
 
 def _decoder(model: Any) -> tuple[Any, Any]:
@@ -152,6 +193,21 @@ def _decoder(model: Any) -> tuple[Any, Any]:
     while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
         decoder = decoder.model
     return decoder, getattr(decoder, "layers", None)
+
+
+def _key_layers(layers: nn.ModuleList) -> tuple[int, ...]:
+    """For each layer the number of the layer whose keys it attends to.
+
+    A layer that reuses keys attends to those of the last layer of its kind that makes its own.
+    """
+    found: list[int] = []
+    latest: dict[str | None, int] = {}
+    for number, layer in enumerate(layers):
+        kind = getattr(layer.self_attn, "layer_type", None)
+        if not getattr(layer.self_attn, "is_kv_shared_layer", False):
+            latest[kind] = number
+        found.append(latest[kind])
+    return tuple(found)
 
 
 def _check_layers(name: str, layers: nn.ModuleList) -> None:

@@ -20,6 +20,8 @@ PICTURE_SIZES = (
     "image_sizes",
     "image_merge_sizes",
     "video_merge_sizes",
+    "image_position_ids",
+    "video_position_ids",
 )
 
 

@@ -93,10 +93,14 @@ class WeighedTokens:
         """The tokens that were chosen before a layer or earlier; None before the first pruning."""
         return survivors_of(self.choices, layer)
 
-    def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
+    def merged(self, layer: int, hidden: Tensor) -> Tensor:
         """(B, L, D) hidden states of all tokens, where some may have taken in others."""
         choice = self.choices.get(layer)
         return hidden if choice is None else choice.merged(hidden)
+
+    def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
+        """The hidden states, since every token keeps its place."""
+        return hidden
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
         """Weighted attention from the first pruning layer on; None before it."""

@@ -1,0 +1,61 @@
+"""Gemma 4: pictures of any size, whose grids are those of their patches' positions.
+
+The processor gives the column and row of each patch, and the model joins cells of patches to one
+token. (The unified model is given patches that are joined already.) A video's frames are pictures
+with time stamps between them. Images attend both ways in the sliding layers of the larger models.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from atp_patch.contract import GridQuery, Span
+from atp_patch.contract.errors import InputError
+from atp_patch.families.base import Family, Grids
+from atp_patch.families.sizes import Films, in_order, whole
+
+IMAGES, FRAMES = "image_position_ids", "video_position_ids"
+
+
+def _grids(query: GridQuery) -> Grids:
+    config: Any = query.config
+    joined = getattr(config, "model_type", None) == "gemma4_unified"
+    cell = 1 if joined else int(config.vision_config.pooling_kernel_size)
+    films = {name: _pictures(query, name, cell) for name in (IMAGES, FRAMES)}
+    if not any(films.values()):
+        raise InputError(
+            f"the grids of this call's visual tokens are not known; pass {IMAGES} (and {FRAMES} "
+            "for videos) of the model's processor with it."
+        )
+
+    def kind(sample: int, span: Span) -> str:
+        if query.ids is None:
+            return IMAGES if films[IMAGES] else FRAMES
+        return FRAMES if span.token_id == config.video_token_id else IMAGES
+
+    return in_order(query, films, kind, whole)
+
+
+def _pictures(query: GridQuery, name: str, cell: int) -> Films:
+    """The grids of an argument (pictures, patches, 2), which holds (column, row) and -1 as padding.
+
+    Args:
+        query: what is known of the call.
+        name: the name of the argument.
+        cell: how many patches along each side make one token.
+    """
+    given = query.sizes_given.get(name)
+    if given is None:
+        return deque()
+    sides = (given.amax(1) + 1) // cell  # (pictures, 2): columns, rows
+    return deque((1, rows, columns) for columns, rows in sides.tolist() if rows and columns)
+
+
+GEMMA4 = Family(
+    name="gemma4",
+    model_types=("gemma4", "gemma4_unified"),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+    causal=False,
+)
