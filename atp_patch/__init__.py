@@ -47,8 +47,9 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
     from atp_patch.patching.config import PruningConfig
     from atp_patch.patching.saving import push_to_hub, save_pretrained
     from atp_patch.patching.trace import LayerTrace, PruningTrace
-    from atp_patch.tools.calibration import Calibration, calibrate, controlled, threshold_control
+    from atp_patch.tools.calibration import Calibration, calibrate
     from atp_patch.tools.parameter_groups import parameter_groups
+    from atp_patch.tools.threshold_controls import controlled, threshold_control
     from atp_patch.tools.trained import load_trained
     from atp_patch.tools.visual_cache import VisualCache, compress
 
@@ -141,8 +142,9 @@ _HOMES = {
     "atp_patch.patching.api": ("disabled", "last_trace", "patch_model", "unpatch_model"),
     "atp_patch.patching.saving": ("push_to_hub", "save_pretrained"),
     "atp_patch.patching.trace": ("LayerTrace", "PruningTrace"),
-    "atp_patch.tools.calibration": ("Calibration", "calibrate", "controlled", "threshold_control"),
+    "atp_patch.tools.calibration": ("Calibration", "calibrate"),
     "atp_patch.tools.parameter_groups": ("parameter_groups",),
+    "atp_patch.tools.threshold_controls": ("controlled", "threshold_control"),
     "atp_patch.tools.trained": ("load_trained",),
     "atp_patch.tools.visual_cache": ("VisualCache", "compress"),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.calibration import CONTROLS
+from atp_patch.tools.threshold_controls import CONTROLS
 from atp_patch.tools.trained import shipped
 
 SHIPPED = "shipped"

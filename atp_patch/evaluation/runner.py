@@ -26,7 +26,7 @@ from atp_patch.evaluation.voco import forced_by_image, reads_images_once
 from atp_patch.families import family_of
 from atp_patch.methods.atp_given import GivenThresholds
 from atp_patch.patching.api import last_trace, require_patch
-from atp_patch.tools.calibration import controlled, threshold_control
+from atp_patch.tools.threshold_controls import controlled, threshold_control
 
 CHUNK_IMAGES = 4
 Chunk = list[Example]

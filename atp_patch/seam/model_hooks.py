@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from atp_patch.seam.door.tombstones import without_tombstones
-from atp_patch.seam.host.inputs import Call, refuse_replica
+from atp_patch.seam.host.call import Call, refuse_replica
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.outside import Outside
 from atp_patch.seam.host.recorder import Recorder

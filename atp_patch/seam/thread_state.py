@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from atp_patch.seam.host.inputs import Call
+from atp_patch.seam.host.call import Call
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.session import Session
 

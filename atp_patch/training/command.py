@@ -6,48 +6,44 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import ProgressCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from atp_patch.builtin import LLAVA, NAMES, load_builtin
+from atp_patch.builtin import NAMES
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.patching.adapter_card import Beside
 from atp_patch.patching.adapter_files import CARD_FILE
-from atp_patch.patching.api import patch_model, require_patch
+from atp_patch.patching.api import require_patch
 from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
 from atp_patch.tools.command_line import execute
-from atp_patch.tools.files import check_folder, parse_json, replaced, write_text
-from atp_patch.tools.loading import choose_device, load_checkpoint, quiet_transformers
+from atp_patch.tools.files import replaced, write_text
+from atp_patch.tools.loading import choose_device, quiet_transformers
 from atp_patch.tools.parameter_groups import add_lora, freeze
-from atp_patch.tools.trained import find_trained
 from atp_patch.training.card import card
+from atp_patch.training.checkpoints import (
+    ADAPTER,
+    LORA,
+    MODEL,
+    SETTINGS_FILE,
+    at_its_end,
+    checkpoint_of,
+)
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
 from atp_patch.training.options import flags_of, parser
 from atp_patch.training.progress import Progress
-from atp_patch.training.records import LlavaFile, Scenes, Source, check_source
-from atp_patch.training.settings import BUILTIN, Settings, read_settings
+from atp_patch.training.records import Source, check_source
+from atp_patch.training.settings import Settings, read_settings
+from atp_patch.training.start import load, patch, source_of
 from atp_patch.training.trainer import PruningTrainer, arguments
 from atp_patch.training.zero3 import whole_model
-
-SETTINGS_FILE = "settings.json"
-ADAPTER = "adapter"
-MODEL: Beside = "model"
-LORA: Beside = "lora"
-SCENES = 20_000
-# Settings that may change when a training is resumed.
-_FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_bad", "calibrate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +76,8 @@ def train(settings: Settings, resume: bool = False) -> Path:
             it is raised during the training, a checkpoint holds what was learned until then.
     """
     _check_trainer()
-    checkpoint = _checkpoint(settings, resume)
-    source = _source(settings)
+    checkpoint = checkpoint_of(settings, resume)
+    source = source_of(settings)
     check_source(source, settings.skip_bad)
     if source.problems:
         sys.stderr.write(f"{len(source.problems)} bad samples of {source.name} are left out.\n")
@@ -94,9 +90,9 @@ def train(settings: Settings, resume: bool = False) -> Path:
         )
     set_seed(settings.seed)
     with whole_model(args):
-        model, processor = _load(settings)
+        model, processor = load(settings)
         set_seed(settings.seed)  # so that the heads start alike, however much loading has drawn
-        _patch(model, settings)
+        patch(model, settings)
         freeze(model, settings.freeze_lm)
         # Layers that add nothing do not change what is trained, unless they learn too.
         silent = silent_layers(model) if settings.model in NAMES and settings.freeze_lm else ()
@@ -127,7 +123,7 @@ def train(settings: Settings, resume: bool = False) -> Path:
     scored = [layer - 1 for layer in require_patch(model).config.layers]
     with without(model, silent, scored):
         try:
-            if checkpoint is not None and _at_its_end(Path(checkpoint)):
+            if checkpoint is not None and at_its_end(Path(checkpoint)):
                 trainer.restore(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -212,122 +208,3 @@ def _check_trainer() -> None:
         raise ConfigError(
             f"training needs accelerate ({error}); install it with: pip install 'atp-patch[train]'."
         ) from error
-
-
-def _checkpoint(settings: Settings, resume: bool) -> str | None:
-    """The newest checkpoint of the same settings; None where nothing is to be resumed.
-
-    Raises:
-        ConfigError: where the folder does not go with ``resume``, or the training is finished.
-    """
-    out = Path(settings.out)
-    check_folder(out, "out")
-    newest = _newest_checkpoint(out)
-    if not resume:
-        earlier = [name for name in (ADAPTER, LORA, MODEL) if (out / name).exists()]
-        if newest is None and earlier:
-            raise ConfigError(
-                f"{out} holds the {earlier[0]} of an earlier training; give another --out."
-            )
-        if newest is not None:
-            raise ConfigError(
-                f"{out} holds {Path(newest).name} of an earlier training; --resume goes on with "
-                "it, another --out starts anew."
-            )
-        return None
-    if newest is None:
-        raise ConfigError(f"there is no checkpoint in {out} to go on from; leave --resume out.")
-    file = out / SETTINGS_FILE
-    try:
-        before = parse_json(file.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it is no mapping")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); train anew in another out.") from error
-    now = settings.to_dict()
-    # A checkpoint older than a setting was trained as that setting's default says.
-    before = {**Settings().to_dict(), **before}
-    changed = [
-        f"{entry.name} ({before[entry.name]!r}, now {now[entry.name]!r})"
-        for entry in fields(Settings)
-        if entry.name not in _FREE and before[entry.name] != now[entry.name]
-    ]
-    if changed:
-        raise ConfigError(
-            f"{out} was trained with other settings: {', '.join(changed)}; go on with the same, "
-            "or train anew in another out."
-        )
-    if (out / ADAPTER).exists():
-        raise ConfigError(
-            f"the training in {out} is finished, and its adapter is {out / ADAPTER}: nothing was "
-            "changed. Leave --resume out and give another --out to train anew."
-        )
-    return newest
-
-
-def _newest_checkpoint(out: Path) -> str | None:
-    """The newest checkpoint that was written to its end, which its state shows: it comes last."""
-    states = out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    folders = [state.parent for state in states if state.parent.name.split("-")[-1].isdecimal()]
-    folders = [folder for folder in folders if _state(folder) is not None]
-    return str(max(folders, key=lambda f: int(f.name.split("-")[-1]))) if folders else None
-
-
-def _state(checkpoint: Path) -> dict[str, Any] | None:
-    """What the trainer wrote last into a checkpoint; None where it was broken off."""
-    try:
-        state = parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return state if isinstance(state, dict) and "global_step" in state else None
-
-
-def _at_its_end(checkpoint: Path) -> bool:
-    """Whether no step is left after a checkpoint, so that only saving was broken off."""
-    state = _state(checkpoint)
-    return state is not None and bool(state["global_step"] >= state["max_steps"])
-
-
-def _source(settings: Settings) -> Source:
-    if settings.data == BUILTIN:
-        return Scenes(settings.samples or SCENES, NAMES.get(settings.model, LLAVA))
-    file = Path(settings.data)
-    images = file.parent if settings.images is None else Path(settings.images)
-    return LlavaFile(
-        file,
-        images,
-        samples=settings.samples,
-        text_only=settings.text_only,
-        max_image_pixels=settings.max_image_pixels,
-    )
-
-
-def _load(settings: Settings) -> tuple[Any, Any]:
-    """The model on the CPU with its processor. It is in bfloat16 only where no optimizer needs its
-    weights more exactly.
-    """
-    half = settings.dtype == "bfloat16" and (settings.freeze_lm or settings.deepspeed is not None)
-    dtype = torch.bfloat16 if half else torch.float32
-    if settings.model in NAMES:
-        return load_builtin(NAMES[settings.model], dtype=dtype)
-    check = partial(_patch, settings=settings)
-    return load_checkpoint(settings.model, torch.device("cpu"), dtype, check=check)
-
-
-def _patch(model: Any, settings: Settings) -> None:
-    if settings.adapter is not None:
-        found = find_trained(settings.adapter)
-        if found.lora is not None:
-            raise ConfigError(
-                f"adapter: LoRA learned beside {settings.adapter} and would be left out. Add it to "
-                "a model's weights (load_trained), unpatch and save that; give its folder as model "
-                f"and a copy of {found.adapter} as adapter."
-            )
-        patch_model(model, weights=found.adapter)
-        if require_patch(model).learned_module is None:
-            raise ConfigError(f"adapter: {settings.adapter} has no learned thresholds to train.")
-        return
-    if settings.options.get("thresholds", "learned") != "learned":
-        raise ConfigError("options: training is for thresholds that are learned; leave it out.")
-    options = {**settings.options, "thresholds": "learned", "rope_2d": settings.rope_2d}
-    patch_model(model, settings.layers, "atp", target_tokens=settings.target_tokens, **options)

@@ -113,13 +113,13 @@ def test_a_score_that_was_left_out_spares_nothing(share: int) -> None:
 def test_a_calibration_that_is_broken_off_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = learner("llava-llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    data, meet = batches(model), calibration._meet
+    data, meet = batches(model), calibration.meet_count
 
     def broken(*args: Any) -> float:
         meet(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, "_meet", broken)
+    monkeypatch.setattr(calibration, "meet_count", broken)
     with pytest.raises(KeyboardInterrupt):
         atp_patch.calibrate(model, data, 14)
     for name, value in model.state_dict().items():

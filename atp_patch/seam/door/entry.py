@@ -20,11 +20,12 @@ from atp_patch.seam.door.choosing import DoorPolicy, choose, narrow_late_feature
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.door.tombstones import find_tombstones
 from atp_patch.seam.host.cache import check_cache, check_prunable_again
+from atp_patch.seam.host.call import Call
 from atp_patch.seam.host.checkpointing import check_generation, check_learning
-from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
 from atp_patch.seam.host.prompt import Prompt, TextRows
+from atp_patch.seam.host.prompt_reading import find_grids, grid_query, read_prompt
 from atp_patch.seam.host.recorder import Recorder
 from atp_patch.seam.host.session import Session
 from atp_patch.seam.learning.weighed_tokens import WeighedTokens

@@ -37,10 +37,11 @@ from atp_patch.seam.host.cache import (
     pruned_layer,
     stored_positions,
 )
+from atp_patch.seam.host.call import Call
 from atp_patch.seam.host.checkpointing import check_generation
-from atp_patch.seam.host.inputs import Call, find_grids, grid_query, read_prompt
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.packing import refuse_packed
+from atp_patch.seam.host.prompt_reading import find_grids, grid_query, read_prompt
 
 
 class VoCoPolicy(Protocol):
