@@ -145,11 +145,14 @@ class DoorMethod(Method):
 
     A door method that is used alone takes the budget: ``keep`` is the share of a sample's visual
     tokens that enter the decoder, ``target_tokens`` is their number. In a pair with a layer method
-    the budget belongs to the layer method, and ``share`` says how many tokens enter.
+    the budget belongs to the layer method, and ``share`` says how many tokens enter. Without a
+    ``share`` the first number of ``keep`` says so; under ``target_tokens`` so many enter that the
+    layers behind the first pruning keep a third of them.
 
     Attributes:
         share: the share of a sample's visual tokens that enter if ``patch_model`` is given no
-            budget for this method, or None if the method itself decides how many enter.
+            budget for this method, or None if it follows from the layer method's budget, or if
+            the method itself decides how many enter.
 
     >>> class Loud(DoorMethod):
     ...     name, summary = "loud", "the features of the largest norm"
@@ -172,13 +175,24 @@ class DoorMethod(Method):
             raise ConfigError(f"share={self.share} must be above 0 and at most 1, or None.")
 
     @property
-    def tower_blocks(self) -> tuple[int, ...]:
+    def tower_blocks(self) -> tuple[float, ...]:
         """The blocks of the vision tower whose attention the method needs; by default none.
 
         Numbers from 0 count blocks from the first; -1 is the block whose output the model uses, -2
-        the block before it.
+        the block before it. A number between 0 and 1 is a share of the tower's depth: 0.25 is the
+        sixth of 24 blocks. Where other blocks attend within windows, it is the nearest block that
+        attends to the whole picture, the later of two equally near ones.
         """
         return ()
+
+    @property
+    def tower_queries(self) -> str:
+        """Whose attention in the tower counts.
+
+        "class" is that of the class token, or of all patches in a tower without one; "all" is the
+        mean over all tokens of the tower, its class token included.
+        """
+        return "class"
 
     @abstractmethod
     def decide(self, view: DoorView) -> Decision:
@@ -188,6 +202,12 @@ class DoorMethod(Method):
 @dataclass(frozen=True)
 class LayerMethod(Method):
     """Base class of methods that prune inside the decoder, before its layers.
+
+    Class attributes:
+        depths: the pruning layers where the caller names none, as shares of the decoder's depth;
+            None if they are those of every method.
+        default_keep: the share that each pruning layer keeps of what reaches it where the caller
+            gives no budget, or None for the common default.
 
     >>> class Near(LayerMethod):
     ...     name, summary = "near", "the tokens that stand closest to the question"
@@ -202,6 +222,8 @@ class LayerMethod(Method):
     """
 
     where: ClassVar[str] = "layer"
+    depths: ClassVar[tuple[float, ...] | None] = None
+    default_keep: ClassVar[float | None] = None
 
     def attention_layers(self, layer: int) -> tuple[int, ...]:
         """The decoder layers whose attention the method needs to prune before ``layer``.
@@ -210,6 +232,10 @@ class LayerMethod(Method):
         then no attention is recorded for it.
         """
         return (layer - 1,)
+
+    def stage_before(self) -> DoorMethod | None:
+        """The part of a method of two stages that prunes at the decoder's door, or None."""
+        return None
 
     @abstractmethod
     def decide(self, view: View, module: nn.Module | None) -> Decision:

@@ -32,6 +32,7 @@ class Tower:
         cell: number of patches along a side of the square that becomes one token of the decoder.
         window: number of tokens along a side of the windows into which a packed tower sorts its
             tokens; 0 if it does not sort them.
+        full_blocks: with windows, the numbers of the blocks that attend to whole pictures.
         whole: whether every token of the projector has a placeholder, so that none is cut off
             after the projector.
         patch: number of pixels along a side of a patch.
@@ -53,6 +54,7 @@ class Tower:
     packed: bool = False
     cell: int = 1
     window: int = 0
+    full_blocks: tuple[int, ...] = ()
     whole: bool = True
     patch: int = 0
     frames: int = 1
@@ -71,8 +73,8 @@ class TowerTokens:
     Attributes:
         attention: (B, V) float32, the attention that each token receives within its image, tile or
             frame, averaged over heads. It is the attention of the class token or, in a tower
-            without one, the mean over all patches. A token that is made of several patches has
-            their sum.
+            without one or where the method asks for it (:attr:`DoorMethod.tower_queries`), the mean
+            over all tokens of the tower. A token that is made of several patches has their sum.
         key: (B, V, d) float32, all heads' keys of each token; the mean over a token's patches.
         class_token: (B, V, Dt) float32, the block's output at the class token of each token's
             image, tile or frame; None if the tower has none.

@@ -103,7 +103,7 @@ class DoorView(TokenView):
     text: Tensor
     text_valid: Tensor
     text_position: Tensor
-    tower: Mapping[int, TowerTokens] = field(default_factory=dict)
+    tower: Mapping[float, TowerTokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

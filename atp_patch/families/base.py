@@ -88,7 +88,9 @@ class Family:
         ids = (getattr(config, name, None) for name in self.token_ids)
         return tuple(int(token_id) for token_id in ids if token_id is not None)
 
-    def default_layers(self, config: Any, num_layers: int) -> tuple[int, ...]:
+    def default_layers(
+        self, config: Any, num_layers: int, depths: Sequence[float] | None = None
+    ) -> tuple[int, ...]:
         """The pruning layers where the caller names none.
 
         They are the paper's layers in proportion to the decoder's depth, and none comes before the
@@ -97,10 +99,11 @@ class Family:
         Args:
             config: the config of the whole vision-language model.
             num_layers: how many layers its decoder has.
+            depths: the layers of a method's own paper, as shares of the decoder's depth.
         """
         late = self.late_layers(config)
         latest = max(1, num_layers - 1)
-        layers = {min(max(layer, late), latest) for layer in scaled_layers(num_layers)}
+        layers = {min(max(layer, late), latest) for layer in scaled_layers(num_layers, depths)}
         return tuple(sorted(layers))
 
     def check_layers(self, config: Any, layers: Sequence[int]) -> None:
@@ -114,8 +117,8 @@ class Family:
             )
 
 
-def scaled_layers(num_layers: int) -> list[int]:
-    """The paper's pruning layers, [4, 14, 24] of 32, in proportion to ``num_layers``.
+def scaled_layers(num_layers: int, depths: Sequence[float] | None = None) -> list[int]:
+    """Pruning layers in proportion to ``num_layers``; by default the paper's, [4, 14, 24] of 32.
 
     >>> scaled_layers(28)
     [4, 12, 21]
@@ -125,10 +128,8 @@ def scaled_layers(num_layers: int) -> list[int]:
     """
     if num_layers < 2:
         raise ConfigError(f"a decoder of {num_layers} layers has no layer to prune before.")
-    layers = {
-        min(max(1, round(i * num_layers / _PAPER_DEPTH)), num_layers - 1) for i in _PAPER_LAYERS
-    }
-    return sorted(layers)
+    shares = [layer / _PAPER_DEPTH for layer in _PAPER_LAYERS] if depths is None else depths
+    return sorted({min(max(1, round(share * num_layers)), num_layers - 1) for share in shares})
 
 
 def equal_images(spans: Sequence[Span], tokens: int, mend: str) -> list[Span]:

@@ -100,6 +100,7 @@ def packed_tower(config: Any) -> Tower:
         packed=True,
         cell=cell,
         window=0 if full is None else int(vision.window_size) // patch // cell,
+        full_blocks=() if full is None else tuple(full),
         patch=patch,
         frames=int(vision.temporal_patch_size),
     )

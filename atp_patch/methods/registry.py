@@ -19,10 +19,12 @@ from atp_patch.contract.arguments import as_kind, check_fields, kinds_of, shown
 from atp_patch.contract.errors import ConfigError
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.baselines import Random, Uniform
+from atp_patch.methods.dart import DART
 from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.fixed import Fixed
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
+from atp_patch.methods.pyramiddrop import PyramidDrop
 from atp_patch.methods.sparsevlm import SparseVLM
 from atp_patch.methods.voco import VoCo
 
@@ -31,6 +33,8 @@ METHODS: tuple[type[Method], ...] = (
     Fixed,
     FastV,
     SparseVLM,
+    PyramidDrop,
+    DART,
     PruMerge,
     PruMergePlus,
     Random,
@@ -240,11 +244,16 @@ def make_methods(
     made = [make_method(one, options if one is given[-1] else {}) for one in given]
     where = [one.where for one in made]
     if len(made) == 2 and where[0] in ("picture", "tower", "door") and where[1] == "layer":
-        first = made[0]
-        if first.needs_budget and getattr(first, "share", None) is None:
-            mend = "give it a share of its own" if where[0] == "door" else "use it alone"
+        first, own = made[0], _stage_before(made[1])
+        if own is not None and type(own) is not type(first):
             raise ConfigError(
-                f"{first.name} needs a budget, which in a pair is the second method's; {mend}."
+                f"{made[1].name} has a part of its own that prunes before the decoder; use it "
+                f"alone, or another method behind {first.name}."
+            )
+        if first.needs_budget and where[0] != "door":
+            raise ConfigError(
+                f"{first.name} needs a budget, which in a pair is the second method's; use it "
+                "alone."
             )
     elif len(made) != 1:
         inside = [cls.name for cls in METHODS if cls.where == "layer"]
@@ -255,4 +264,11 @@ def make_methods(
             f"({', '.join(inside)})."
         )
     by_place: dict[str, Any] = dict(zip(where, made, strict=True))
+    if len(made) == 1 and (own := _stage_before(made[0])) is not None:
+        by_place["door"] = own
     return MethodSet(**by_place)
+
+
+def _stage_before(method: Method) -> DoorMethod | None:
+    """The part of a method of two stages that prunes at the decoder's door, or None."""
+    return method.stage_before() if isinstance(method, LayerMethod) else None

@@ -132,7 +132,7 @@ class Patch:
             return ReadingHooks(
                 self.parts.base,
                 plan.vision,
-                methods.door.tower_blocks,
+                methods.door,
                 active,
                 recorder,
                 self.reads_videos,

@@ -105,8 +105,10 @@ def make_plan(
         methods = make_methods("atp" if method is None else method, dict(options))
         layer, before = methods.layer, methods.before
         if layers is None and layer is not None:
-            layers = _default_layers(kind, parts)
+            layers = _default_layers(kind, parts, layer.depths)
         chosen = _pruning_layers(layers, layer)
+        if keep is None and target_tokens is None and layer is not None:
+            keep = layer.default_keep
         config = PruningConfig(
             method=None if layer is None else layer.name,
             layers=chosen,
@@ -159,9 +161,14 @@ def default_layers(model: Any) -> tuple[int, ...]:
     return _default_layers(kind, locate(model, kind.outer, bare=not kind.model_types))
 
 
-def _default_layers(kind: Family, parts: Parts) -> tuple[int, ...]:
-    """The family's pruning layers, and none behind a layer whose keys later layers reuse."""
-    found = kind.default_layers(parts.model.config, len(parts.layers))
+def _default_layers(
+    kind: Family, parts: Parts, depths: Sequence[float] | None = None
+) -> tuple[int, ...]:
+    """The family's pruning layers, and none behind a layer whose keys later layers reuse.
+
+    Where a method's own paper names other layers, ``depths`` holds their shares of the depth.
+    """
+    found = kind.default_layers(parts.model.config, len(parts.layers), depths)
     return tuple(sorted({min(layer, parts.last_prunable_layer) for layer in found}))
 
 

@@ -10,6 +10,8 @@ from atp_patch.contract.errors import InputError
 from atp_patch.maths import even_counts
 from atp_patch.patching.config import DEFAULT_SHARE, PruningConfig
 
+_ENTERING = 3  # in a pair, tokens that enter for each that is left behind the first pruning layer
+
 
 def quotas(
     config: PruningConfig,
@@ -58,7 +60,9 @@ def door_counts(
     """Return how many visual tokens of each sample a door method keeps, or None if it decides.
 
     A door method that is used alone has the budget that was given. In a pair the budget belongs to
-    the layer method, and the door method keeps its own ``share``.
+    the layer method, and the door method keeps its own ``share``. If it has none, it keeps the
+    first share of ``keep``, or so many tokens that a third of them are left on average behind the
+    first pruning layer.
 
     Args:
         config: the configuration with the budget.
@@ -66,11 +70,18 @@ def door_counts(
         grids: for each sample, its grids.
     """
     share, target = method.share, None
-    if config.method is None and config.has_budget and method.takes_budget:
+    alone = config.method is None
+    follows = not alone and share is None and method.needs_budget
+    if follows or (alone and config.has_budget and method.takes_budget):
         share = None if config.keep is None else config.keep[0]
         target = config.target_tokens
-    elif share is None and method.needs_budget:
+    if share is None and target is None and method.needs_budget:
         share = DEFAULT_SHARE
+    if follows and config.keep is None:
+        full = config.layers[0] / config.base.num_layers
+        entering = 1 / (full + (1 - full) / _ENTERING)  # for one token on average over all layers
+        share = None if share is None else share * entering
+        target = None if target is None else target * entering
     if share is None and target is None:
         return None
     found = []

@@ -20,8 +20,9 @@ from tests.helpers.run import INSIDE, forward
 from tests.helpers.tiny import tiny_model
 
 LAYERS = [2, 4, 6]
-METHOD_NAMES = ["atp", "fixed", "fastv", "sparsevlm", "prumerge", "prumerge+", "random", "uniform"]
-METHOD_NAMES += ["downsample", "voco"]
+METHOD_NAMES = ["atp", "fixed", "fastv", "sparsevlm", "pyramiddrop", "dart"]
+METHOD_NAMES += ["prumerge", "prumerge+"]
+METHOD_NAMES += ["random", "uniform", "downsample", "voco"]
 
 
 def run(kind: str, prompts: Any, **patch: Any) -> atp_patch.PruningTrace:

@@ -201,6 +201,35 @@ def test_without_a_budget_a_share_or_a_quarter_is_kept(kind: str) -> None:
 
 
 @families
+@pytest.mark.parametrize(
+    ("budget", "entering", "left"),
+    [
+        ({"keep": 0.5}, 0.5, 0.5),
+        # Two of eight layers run on what entered, and the others on a third of that.
+        ({"target_tokens": 12}, 12 / (2 / 8 + 6 / 8 / 3), 1 / 3),
+        ({}, 0.25 / (2 / 8 + 6 / 8 / 3), 1 / 3),
+    ],
+)
+def test_in_a_pair_without_a_share_the_budget_says_how_many_enter(
+    kind: str, budget: dict[str, Any], entering: float, left: float
+) -> None:
+    model = made(kind, "merges", method=[Asked(), "fastv"], layers=[2], keep=None, **budget)
+    inputs = batch(model, prompts.MIXED)
+    forward(model, inputs)
+    trace = atp_patch.last_trace(model)
+    for b, total in enumerate(trace.layout.totals):
+        wanted = entering if entering > 1 else entering * total
+        entered = min(round(wanted), total)
+        assert trace.layers[0].kept_counts[b] == entered
+        if "target_tokens" not in budget or total > wanted:
+            assert abs(trace.layers[2].kept_counts[b] - left * entered) <= 1
+    if "target_tokens" in budget:
+        averages = trace.tokens_per_layer.double().mean(1)
+        wanted_average = torch.tensor([min(12, n) for n in trace.layout.totals])
+        assert bool(((averages - wanted_average).abs() <= 0.5).all())
+
+
+@families
 def test_a_method_that_decides_by_itself_gets_no_counts(kind: str) -> None:
     class Free(Asked):
         name = "free"
@@ -331,7 +360,6 @@ def test_learned_thresholds_behind_merges_weigh_what_is_gathered_at_inference(ki
     [
         ({"layers": [2]}, "before the decoder: leave layers out"),
         ({"method": ["fastv", Asked(share=0.5)]}, "then one that prunes inside it"),
-        ({"method": [Asked(), "fastv"], "layers": [2]}, "give it a share of its own"),
         ({"keep": 0.5, "target_tokens": 3}, "give one of them"),
         ({"prune_marks": True}, "prune_marks goes with methods"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,22 @@ PAIRS = (("prumerge+", "atp"), ("prumerge", "fastv"), ("prumerge+", "sparsevlm")
 LEARNED = {"atp, learned": {"thresholds": "learned", "reference_grid": 6}}
 CASES = [*atp_patch.available_methods(), *LEARNED, *(" + ".join(pair) for pair in PAIRS)]
 BUDGETED = [name for name, cls in KINDS.items() if not issubclass(cls, VoCo)]
-every = pytest.mark.parametrize("case", CASES)
-families = pytest.mark.parametrize("kind", tiny.FAMILIES)
+# Methods that differ from others of their kind in nothing but their choice take turns: each of them
+# runs on one family, and on the other one where slow tests run.
+TURNS = {"pyramiddrop", "dart"}
+
+
+def rows(cases: Sequence[str]) -> list[Any]:
+    """Each case on each family; of a case that takes turns the other family is a slow row."""
+    found = []
+    for number, case in enumerate(cases):
+        for turn, kind in enumerate(tiny.FAMILIES):
+            both = case not in TURNS or number % len(tiny.FAMILIES) == turn
+            found.append(pytest.param(kind, case, marks=() if both else pytest.mark.slow))
+    return found
+
+
+every = pytest.mark.parametrize(("kind", "case"), rows(CASES))
 
 
 def asked(case: str, **options: Any) -> dict[str, Any]:
@@ -60,7 +75,6 @@ def test_every_method_has_a_row() -> None:
     assert len({cls.name for cls in METHODS}) == len(METHODS)
 
 
-@families
 @every
 def test_keeps_what_it_says(kind: str, case: str) -> None:
     model = made(kind, case, keep=0.5)
@@ -92,8 +106,7 @@ def test_keeps_what_it_says(kind: str, case: str) -> None:
         assert 0 < sum(left(model, inputs)) < sum(totals)
 
 
-@families
-@pytest.mark.parametrize("case", [case for case in CASES if case != "voco"])
+@pytest.mark.parametrize(("kind", "case"), rows([case for case in CASES if case != "voco"]))
 def test_never_fewer_than_the_minimum(kind: str, case: str) -> None:
     """VoCo tokens are as many as they are: a minimum is refused."""
     budget = {} if case in LEARNED else {"keep": 0.01}
@@ -113,7 +126,6 @@ def test_never_fewer_than_the_minimum(kind: str, case: str) -> None:
                 assert int(kept[number][b, place].sum()) >= 3
 
 
-@families
 @every
 def test_the_same_every_time(kind: str, case: str) -> None:
     model = made(kind, case)
@@ -124,7 +136,6 @@ def test_the_same_every_time(kind: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@families
 @every
 def test_a_batch_is_its_samples(kind: str, case: str, padding: str) -> None:
     model = made(kind, case)
@@ -137,7 +148,6 @@ def test_a_batch_is_its_samples(kind: str, case: str, padding: str) -> None:
         assert_close(together[b, real[b]][None], alone, where)
 
 
-@families
 @every
 def test_the_cache_changes_no_answer(kind: str, case: str) -> None:
     model = made(kind, case)
@@ -145,15 +155,13 @@ def test_the_cache_changes_no_answer(kind: str, case: str) -> None:
     assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
 
 
-@families
-@pytest.mark.parametrize("case", BUDGETED)
+@pytest.mark.parametrize(("kind", "case"), rows(BUDGETED))
 def test_keeping_all_is_plain(kind: str, case: str) -> None:
     inputs = batch(tiny.tiny_model(kind), prompts.MIXED)
     expected = forward(tiny.tiny_model(kind), inputs).logits
     assert torch.equal(forward(made(kind, case, keep=1.0), inputs).logits, expected)
 
 
-@families
 @every
 def test_text_alone_is_plain(kind: str, case: str) -> None:
     model = made(kind, case)
@@ -162,7 +170,6 @@ def test_text_alone_is_plain(kind: str, case: str) -> None:
     assert torch.equal(forward(model, inputs).logits, expected)
 
 
-@families
 @every
 def test_unpatching_leaves_nothing(kind: str, case: str) -> None:
     model = used(tiny.tiny_model(kind))
@@ -174,7 +181,6 @@ def test_unpatching_leaves_nothing(kind: str, case: str) -> None:
     check_restored(model, fresh, before)
 
 
-@families
 @every
 def test_an_adapter_brings_it_back(kind: str, case: str, tmp_path: Path) -> None:
     model = made(kind, case)

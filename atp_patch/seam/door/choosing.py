@@ -40,7 +40,7 @@ def choose(
     prompt: Prompt,
     sample_key: Tensor,
     embeds: Tensor,
-    tower: Callable[[], Mapping[int, TowerTokens]],
+    tower: Callable[[], Mapping[float, TowerTokens]],
 ) -> Decision | None:
     """The visual tokens that enter the decoder; None where the budget lets all enter.
 

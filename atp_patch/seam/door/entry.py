@@ -67,7 +67,7 @@ class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
 class TowerOutputs(Protocol):
     """Reads the vision tower for a method at the door."""
 
-    def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> Mapping[int, TowerTokens]:
+    def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> Mapping[float, TowerTokens]:
         """What each block did, in the layout's places, by the number that the method asked for."""
 
 
@@ -183,7 +183,7 @@ def prefill_of(
 
 def _tower(
     reader: TowerOutputs | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
-) -> Mapping[int, TowerTokens]:
+) -> Mapping[float, TowerTokens]:
     """What the vision tower did in the blocks that the method asks for."""
     if reader is None:
         return {}

@@ -36,6 +36,8 @@ def tower_groups(
     shape: Sequence[int],
     counts: Counter,
     minimum: int,
+    *,
+    every_query: bool = False,
 ) -> tuple[TokenGroups, Tensor]:
     """The groups of one call of a tower, and (G, n) int64 the row of each token among its features.
 
@@ -47,13 +49,14 @@ def tower_groups(
         shape: the shape of the projector's features without the last dimension.
         counts: the budget.
         minimum: how many tokens each group keeps at least.
+        every_query: count the attention of all tokens where the tower has a class token too.
 
     Raises:
         UnsupportedModelError: where the patches cannot be matched with tokens.
     """
     if about.packed:
         return _packed(about, recorded, grids, counts, minimum)
-    return _square(about, recorded[0], shape, counts, minimum)
+    return _square(about, recorded[0], shape, counts, minimum, every_query)
 
 
 def _square(
@@ -62,6 +65,7 @@ def _square(
     shape: Sequence[int],
     counts: Counter,
     minimum: int,
+    every_query: bool,
 ) -> tuple[TokenGroups, Tensor]:
     """The groups of a tower that takes square pictures."""
     number, rows = shape
@@ -75,7 +79,7 @@ def _square(
             f"{patches} patches became {rows} tokens, which form no square grid, so that patches "
             "and tokens cannot be matched; use a method that prunes inside the decoder."
         )
-    attention, key = _received(recording, lead)
+    attention, key = _received(recording, lead, every_query)
     device = attention.device
 
     def joined(table: Tensor) -> Tensor:  # (G, patches, *) -> (G, tokens, cell, *)
@@ -153,16 +157,17 @@ def window_order(height: int, width: int, window: int) -> Tensor:
     return ((row // window) * across + column // window).argsort(stable=True)
 
 
-def _received(recording: Recording, lead: int) -> tuple[Tensor, Tensor]:
+def _received(recording: Recording, lead: int, every_query: bool = False) -> tuple[Tensor, Tensor]:
     """The attention that each patch gets (G, n), and all heads' keys of it (G, n, d), float32.
 
     With a class token (``lead`` is 1) it is the class token's attention among the patches (PruMerge
-    eq. 2), else the attention of all patches on average.
+    eq. 2), else the attention of all patches on average; with ``every_query`` it is that of all
+    tokens on average, of which each pays a part to the class token.
     """
     query, key = recording.query, recording.key
     batch, device = key.shape[0], key.device
     patch = torch.arange(lead, key.shape[2], device=device).expand(batch, -1)
-    rows = query[:, :, :1] if lead else query
+    rows = query[:, :, :1] if lead and not every_query else query
     attention = cross_scores(
         rows,
         key,
@@ -170,7 +175,7 @@ def _received(recording: Recording, lead: int) -> tuple[Tensor, Tensor]:
         patch,
         torch.ones_like(patch, dtype=torch.bool),
         recording.scaling,
-        renormalise=True,
+        renormalise=not every_query,
         chunk_rows=256,
     )
     return attention, key[:, :, lead:].transpose(1, 2).flatten(2).float()

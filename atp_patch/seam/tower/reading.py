@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from atp_patch.contract import Layout, TokenGroups, Tower, TowerTokens
+from atp_patch.contract import DoorMethod, Layout, TokenGroups, Tower, TowerTokens
 from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
@@ -62,7 +62,7 @@ class ReadingHooks:
     Args:
         base: the model without its head.
         tower: where the tower's parts are.
-        asked: the blocks, as a method names them (:attr:`DoorMethod.tower_blocks`).
+        method: the door method, which names the blocks and whose attention counts in them.
         active: tells whether this call of the tower is part of a pass that may be pruned.
         recorder: records the tower's attention.
         videos: tells whether videos are being read.
@@ -76,7 +76,7 @@ class ReadingHooks:
         self,
         base: Any,
         tower: Tower,
-        asked: Sequence[int],
+        method: DoorMethod,
         active: Callable[[], bool],
         recorder: Recorder,
         videos: Callable[[], bool],
@@ -85,7 +85,8 @@ class ReadingHooks:
         self.recorder, self.videos = recorder, videos
         self._here = _TowerCalls()
         depth = min(len(blocks_of(module, tower)) for module in self._towers())
-        self.blocks = {number: _block(number, tower, depth) for number in asked}
+        self.blocks = {number: _block(number, tower, depth) for number in method.tower_blocks}
+        self.every_query = method.tower_queries == "all"
 
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
@@ -148,7 +149,13 @@ class ReadingHooks:
         features = args[0] if self.tower.tokenwise else output
         groups = {
             number: tower_groups(
-                self.tower, recorded, here.grids, features.shape[:2], _no_counts, 0
+                self.tower,
+                recorded,
+                here.grids,
+                features.shape[:2],
+                _no_counts,
+                0,
+                every_query=self.every_query,
             )[0]
             for number, recorded in here.recorded.items()
         }
@@ -157,7 +164,7 @@ class ReadingHooks:
 
     # -- places -----------------------------------------------------------------------------------
 
-    def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> dict[int, TowerTokens]:
+    def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> dict[float, TowerTokens]:
         """What each block did, in the layout's places, by the number that the method asked for.
 
         Args:
@@ -176,19 +183,23 @@ def _no_counts(tokens: Sequence[int], placeholders: Sequence[int]) -> None:
     """The budget of a method at the door is not divided among groups."""
 
 
-def _block(number: int, tower: Tower, depth: int) -> int:
+def _block(number: float, tower: Tower, depth: int) -> int:
     """The number from the front of the block that a number names."""
-    block = number if number >= 0 else tower.block + 1 + number
+    if 0 < number < 1:
+        able = tower.full_blocks if tower.window else range(tower.block + 1)
+        wanted = round(number * depth) - 1
+        return min(sorted(able, reverse=True), key=lambda block: abs(block - wanted))
+    block = int(number if number >= 0 else tower.block + 1 + number)
     if not 0 <= block < depth:
         raise ConfigError(
             f"tower_blocks: there is no block {number} in a tower of {depth} blocks whose block "
             f"{tower.block} makes the features; -1 names that one, and -{tower.block + 1} the "
             "first."
         )
-    if tower.window and block != tower.block:
+    if tower.window and block not in tower.full_blocks:
         raise UnsupportedModelError(
-            f"tower_blocks: block {number} may attend within windows, which says little about "
-            "whole pictures; of this tower ask for block -1 alone."
+            f"tower_blocks: block {number} attends within windows, which says little about whole "
+            f"pictures; of this tower ask for a block among {list(tower.full_blocks)}."
         )
     return block
 
