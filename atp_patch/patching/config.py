@@ -141,12 +141,14 @@ class PruningConfig:
         """Whether ``keep`` or ``target_tokens`` was given."""
         return self.keep is not None or self.target_tokens is not None
 
-    def counts(self, total: int, images: int = 1) -> tuple[int, ...]:
+    def counts(self, total: int, images: int = 1, whole: int | None = None) -> tuple[int, ...]:
         """Return the number of visual tokens left after each pruning layer.
 
         Args:
-            total: number of visual tokens in the prompt.
+            total: number of visual tokens that enter the decoder.
             images: number of images that they belong to.
+            whole: number of visual tokens of which the default budget is a share, if it is not
+                ``total``.
 
         Raises:
             BudgetError: if ``target_tokens`` is below what the layers before the first pruning
@@ -160,7 +162,9 @@ class PruningConfig:
         if self.keep is not None:
             return keep_counts(total, self.keep, minimum)
         num_layers = self.base.num_layers
-        target = DEFAULT_SHARE * total if self.target_tokens is None else self.target_tokens
+        target = self.target_tokens
+        if target is None:
+            target = DEFAULT_SHARE * (total if whole is None else whole)
         minimum = max(minimum, 1)
         lowest = minimum_target(total, self.layers, num_layers, minimum)
         if self.before is not None and self.target_tokens is None:

@@ -184,10 +184,12 @@ class Patch:
         """
         if not follows_budget(self.method, self.config):
             return None
-        samples = zip(layout.grids, entered, left, strict=True)
+        door = self.plan.methods.door
+        follows = door is not None and door.share is None and door.needs_budget
+        samples = zip(layout.grids, layout.totals, entered, left, strict=True)
         return tuple(
-            min(self.config.counts(total, len(grids))[step], remaining)
-            for grids, total, remaining in samples
+            min(self.config.counts(total, len(grids), prompt if follows else None)[step], remaining)
+            for grids, prompt, total, remaining in samples
         )
 
     def door_counts(self, layout: Layout) -> tuple[int, ...] | None:

@@ -213,12 +213,13 @@ def test_without_a_budget_a_share_or_a_quarter_is_kept(kind: str) -> None:
 def test_in_a_pair_without_a_share_the_budget_says_how_many_enter(
     kind: str, budget: dict[str, Any], entering: float, left: float
 ) -> None:
-    model = made(kind, "merges", method=[Asked(), "fastv"], layers=[2], keep=None, **budget)
+    pair = {"method": [Asked(), "fastv"], "layers": [2], "keep": None, **budget}
+    model = made(kind, "merges", **pair)
     inputs = batch(model, prompts.MIXED)
     forward(model, inputs)
     trace = atp_patch.last_trace(model)
     for b, total in enumerate(trace.layout.totals):
-        wanted = entering if entering > 1 else entering * total
+        wanted = entering if "target_tokens" in budget else entering * total
         entered = min(round(wanted), total)
         assert trace.layers[0].kept_counts[b] == entered
         if "target_tokens" not in budget or total > wanted:
