@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("atp_patch.demo", "ask about an image, plain and pruned, side by side"),
     "train": ("atp_patch.train", "train thresholds, alone or with the language model"),
     "evaluate": ("atp_patch.evaluate", "accuracy against visual tokens, method by method"),
+    "evidence": ("atp_patch.evidence", "visual tokens that questions need, and who keeps them"),
     "convert": ("atp_patch.convert.__main__", "checkpoints of other packages as transformers' own"),
     "bench": ("atp_patch.bench.__main__", "time a pruned model against the plain one"),
 }

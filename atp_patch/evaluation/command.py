@@ -16,7 +16,7 @@ from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.contract.errors import ConfigError
-from atp_patch.evaluation import scenes  # noqa: F401  (registers its tasks)
+from atp_patch.evaluation import documents, scenes  # noqa: F401  (they register their tasks)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import MAX_NEW_TOKENS, check, drop_layers, parser
@@ -88,6 +88,12 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
             "another; give --answers generate."
         )
     answers = {"auto": "forced" if speaks else "generate"}.get(args.answers, args.answers)
+    words = [task.name for task in tasks if task.reads]
+    if speaks and words:
+        raise ConfigError(
+            f"--tasks {', '.join(words)}: these need a model that reads ordinary words, and "
+            f"{args.model} knows those of the scenes alone; give another --model or other tasks."
+        )
     if answers == "forced" and args.max_new_tokens is not None:
         raise ConfigError("--max-new-tokens goes with --answers generate; here they are forced.")
     longest = args.max_new_tokens or MAX_NEW_TOKENS

@@ -56,6 +56,8 @@ class Task:
         loose: the score for models that were not made for the task's words and may write "Red.".
         stratum: takes a split and an example's number, and gives the kind of picture by which
             results are also grouped, such as the number of objects in it; None: they are not.
+        reads: whether the task needs a model that reads ordinary words, which the built-in models
+            do not; the name "all" leaves such tasks out.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Task:
     exact: bool = True
     loose: Callable[[str, str], float] = loose_match
     stratum: Callable[[str, int], int] | None = None
+    reads: bool = False
 
 
 _TASKS: dict[str, Task] = {}
@@ -96,12 +99,18 @@ def task_groups() -> list[str]:
 def choose_tasks(names: Iterable[str]) -> list[Task]:
     """Choose tasks by names of tasks and groups, or "all". Each comes once, in registry order.
 
+    "all" stands for all tasks but those that need a model which reads.
+
     Raises:
         ConfigError: for an unknown name.
     """
     chosen: set[str] = set()
     for name in names:
-        found = {t.name for t in _TASKS.values() if name in ("all", t.group, t.name)}
+        found = {
+            t.name
+            for t in _TASKS.values()
+            if name in (t.group, t.name) or (name == "all" and not t.reads)
+        }
         if not found:
             raise ConfigError(
                 f"--tasks: there is no task or group {name!r}; groups are "

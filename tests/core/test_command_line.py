@@ -23,6 +23,7 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "demo": (["a.png", "Why?"], "atp_patch.commands.demo.check"),
     "train": ([], "atp_patch.training.command.train"),
     "evaluate": ([], "atp_patch.evaluation.command.check"),
+    "evidence": ([], "atp_patch.evaluation.evidence_command.needs"),
     "convert": (["llava", "a", "b"], "atp_patch.convert.__main__.plan_for"),
     "bench": ([], "atp_patch.bench.__main__.run"),
 }

@@ -40,6 +40,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (["--budgets", "144"], ["--budgets 144", "at most 1"]),
         (["--budgets", "half"], ["--budgets", "float"]),
         (["--tasks", "taste"], ["'taste'", "builtin, dense", "ocr"]),
+        (["--tasks", "table"], ["table/cell", "ordinary words", "another --model"]),
         (["--questions", "0"], ["--questions 0", "at least 1"]),
         (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from atp_patch.builtin import TASKS, make_scene
+from atp_patch.builtin.documents import KINDS, make_document
 from atp_patch.builtin.render import outline
 from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 from atp_patch.contract.errors import ConfigError
+from atp_patch.evaluation.documents import document_examples, document_image
 from atp_patch.evaluation.scenes import SETS, scene_examples, scene_image
 from atp_patch.evaluation.shades import LEAST_SHIFT, repaint, shade
 from atp_patch.evaluation.tasks import (
@@ -27,8 +29,11 @@ def test_names_groups_and_all() -> None:
     assert [t.name for t in choose_tasks(["builtin"])] == list(TASKS)
     assert [t.name for t in choose_tasks(["ocr", "exist", "ocr"])] == ["exist", "ocr"]
     assert [t.name for t in choose_tasks(["slanted"])] == ["slanted/ocr"]
-    assert [t.name for t in choose_tasks(["all"])] == available_tasks()
-    assert task_groups() == list(SETS)
+    everything = choose_tasks(available_tasks())
+    assert [t.name for t in everything] == available_tasks()
+    assert choose_tasks(["all"]) == [t for t in everything if not t.reads]
+    assert task_groups() == [*SETS, *KINDS]
+    assert {t.group for t in everything if t.reads} == set(KINDS)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
@@ -126,3 +131,18 @@ def _inside(corners: list[tuple[float, float]], size: tuple[int, int]) -> np.nda
     mask = Image.new("1", size)
     ImageDraw.Draw(mask).polygon(corners, fill=1)
     return np.asarray(mask)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_questions_about_documents_are_those_of_their_split(kind: str) -> None:
+    task = KINDS[kind].tasks[0]
+    few = document_examples(kind, task, "development", 2)
+    assert document_examples(kind, task, "development", 4)[:2] == few
+    assert few != document_examples(kind, task, "test", 2)
+    for example in few:
+        document = make_document(kind, "development", example.number)
+        assert (example.question, example.answer) in [
+            (q.text, q.answer) for q in document.questions if q.task == task
+        ]
+        shown = document_image(kind, "development", example.number)
+        assert np.array_equal(np.asarray(shown), np.asarray(document.image))

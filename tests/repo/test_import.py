@@ -141,10 +141,10 @@ def test_the_usage_needs_no_torch() -> None:
 
 def test_help_of_a_command_loads_no_model_of_transformers() -> None:
     """Training is left out: peft loads one by itself."""
-    commands = ["demo", "evaluate", "convert", "bench"]
+    commands = ["demo", "evaluate", "evidence", "convert", "bench"]
     found = loaded_by(
         "from atp_patch.commands.cli import main\n"
-        f"assert [main([name, '--help']) for name in {commands}] == [0] * 4"
+        f"assert [main([name, '--help']) for name in {commands}] == [0] * {len(commands)}"
     )
     models = {name for name in found if name.startswith("transformers.models.")}
     modelling = {name for name in models if ".modeling_" in name}

@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": _PATCHED,
     "demo": {"commands"},
     "evaluate": {"evaluation"},
+    "evidence": {"evaluation"},
     "train": {"training"},
     "trained": {"tools"},
 }

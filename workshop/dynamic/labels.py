@@ -15,7 +15,9 @@ from workshop.labels import NOTHING, middles
 _OWNED_SHARE = 0.25
 
 
-def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
+def token_owners(
+    layout: Layout, size: tuple[int, int], token_px: int = TOKEN_PX
+) -> NDArray[np.int64]:
     """(rows, columns): what each visual token shows.
 
     It is the number of an object, MAX_OBJECTS + the place of a character, or NOTHING: what covers
@@ -24,6 +26,7 @@ def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
     Args:
         layout: the layout on the canvas.
         size: (width, height) of the canvas in pixels.
+        token_px: side of the square that one visual token shows.
     """
     masks = np.zeros((NOTHING, size[1], size[0]), dtype=np.float32)
     for number, item in enumerate(layout.objects):
@@ -35,8 +38,8 @@ def token_owners(layout: Layout, size: tuple[int, int]) -> NDArray[np.int64]:
         for k in range(len(layout.sign.text)):
             start = left + 2 * PATCH_PX * k
             masks[MAX_OBJECTS + k, top : top + 3 * PATCH_PX, start : start + 2 * PATCH_PX] = 1
-    rows, columns = size[1] // TOKEN_PX, size[0] // TOKEN_PX
-    covered = masks.reshape(NOTHING, rows, TOKEN_PX, columns, TOKEN_PX).mean((2, 4))
+    rows, columns = size[1] // token_px, size[0] // token_px
+    covered = masks.reshape(NOTHING, rows, token_px, columns, token_px).mean((2, 4))
     return np.where(covered.max(0) >= _OWNED_SHARE, covered.argmax(0), NOTHING)
 
 

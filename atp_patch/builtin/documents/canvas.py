@@ -36,15 +36,34 @@ class Box:
         return {(row, column) for row in rows for column in columns}
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A text that stands on a canvas.
+
+    Attributes:
+        text: the text.
+        edges: (characters + 1,) int64, the column in pixels where each character begins, and where
+            the last one ends.
+        top, bottom: first row in pixels, and the row below the last one.
+    """
+
+    text: str
+    edges: NDArray[np.int64]
+    top: int
+    bottom: int
+
+
 class Canvas:
     """A picture that is being drawn.
 
     Attributes:
         width_px, height_px: size of the picture.
+        writings: the texts on it, in the order in which they were written.
     """
 
     def __init__(self, width_px: int, height_px: int, paper: Colour) -> None:
         self.width_px, self.height_px = width_px, height_px
+        self.writings: list[Writing] = []
         self._pixels: NDArray[np.float32] = np.empty((height_px, width_px, 3), dtype=np.float32)
         self._pixels[:] = paper
 
@@ -61,6 +80,7 @@ class Canvas:
             raise ValueError(f"{text!r} at {(left, top)} leaves the picture.")
         under = self._pixels[top : box.bottom, left : box.right]
         under += mask * (np.array(ink, dtype=np.float32) - under)
+        self.writings.append(Writing(text, left + font.edges_px(text), top, box.bottom))
         return box
 
     def fill(self, box: Box, colour: Colour) -> Box:
@@ -86,6 +106,11 @@ class Canvas:
         image = Image.fromarray(self._pixels.clip(0, 255).astype(np.uint8))
         yield ImageDraw.Draw(image)
         self._pixels[:] = np.asarray(image)
+
+    @property
+    def pixels(self) -> NDArray[np.float32]:
+        """(height_px, width_px, 3) float32, 0 to 255, the picture without noise; not a copy."""
+        return self._pixels
 
     def image(self, rng: np.random.Generator, noise: float) -> Image.Image:
         """Return the RGB picture with normally distributed noise on its pixels.

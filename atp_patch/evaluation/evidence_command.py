@@ -1,0 +1,194 @@
+"""The command that says how many visual tokens questions need, and which methods keep them.
+
+python -m atp_patch.evidence
+python -m atp_patch.evidence --model FOLDER --methods atp,fastv --budgets 0.25
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atp_patch.builtin import SPLITS
+from atp_patch.builtin.dynamic.tokens import token_ids
+from atp_patch.builtin.tokens import word_ids
+from atp_patch.contract.errors import ConfigError
+from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks)
+from atp_patch.evaluation.evidence import QUANTILES, Need, Recall, needs, recalls, spread
+from atp_patch.evaluation.runner import Bench
+from atp_patch.evaluation.settings import Setting, plan
+from atp_patch.evaluation.tasks import Task, choose_tasks
+from atp_patch.families import family_of
+from atp_patch.methods import untrained_methods
+from atp_patch.tools.command_line import OneLineParser, comma_separated, execute, named_values
+from atp_patch.tools.files import write_text
+from atp_patch.tools.loading import (
+    DTYPES,
+    choose_device,
+    choose_dtype,
+    load_checkpoint,
+    quiet_transformers,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parse = OneLineParser(
+        prog="python -m atp_patch.evidence",
+        description="How many visual tokens the questions about generated documents need, and, "
+        "with --model, which share of these each method keeps at each pruning layer.",
+    )
+    add = parse.add_argument
+    add("--model", metavar="FOLDER", help="a folder or Hub id of a model that reads words")
+    add(
+        "--methods",
+        type=comma_separated(str),
+        default=untrained_methods(),
+        metavar="A[,B..]",
+        help="as in python -m atp_patch.evaluate",
+    )
+    add("--budgets", type=comma_separated(float), default=[0.5, 0.25, 0.15], metavar="S[,T..]")
+    add("--layers", type=comma_separated(int), metavar="I[,J..]", help="default: the model's")
+    add("--option", action="append", default=[], metavar="NAME=VALUE")
+    add("--adapters", type=comma_separated(str), default=[], metavar="A[,B..]")
+    add(
+        "--tasks",
+        type=comma_separated(str),
+        default=["page", "table", "chart", "map"],
+        metavar="T[,U..]",
+        help="tasks or groups about documents (default: page,table,chart,map)",
+    )
+    add("--questions", type=int, default=50, metavar="N", help="of each task (default: 50)")
+    add("--seeds", type=int, default=1, metavar="N", help="draws of what is random (default: 1)")
+    add("--split", choices=[s for s in SPLITS if s != "train"], default="development")
+    add(
+        "--token-px",
+        type=int,
+        default=16,
+        metavar="PX",
+        help="side of the square that a visual token shows, for the budgets without a model "
+        "(default: 16)",
+    )
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
+    add("--out", type=Path, metavar="FILE", help="also write each measured value as a JSON line")
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, as :func:`execute` says."""
+    return execute(parser(), _command, argv, memory="give fewer --questions.")
+
+
+def _command(args: argparse.Namespace) -> None:
+    for name in ("questions", "seeds", "token_px"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {getattr(args, name)} must be at least 1.")
+    tasks = choose_tasks(args.tasks)
+    with quiet_transformers(progress=False):
+        found = needs(tasks, args.split, args.questions, args.token_px)
+        text, lines = budget_table(found), [_line(need) for need in found]
+        if args.model is not None:
+            measured = _measure(args, tasks)
+            text += "\n" + recall_table(measured)
+            lines += [_line(recall) for recall in measured]
+    if args.out is not None:
+        try:
+            write_text(args.out, "".join(lines))
+        except OSError as error:
+            raise ConfigError(f"--out: {error}; give a file that can be written.") from error
+    sys.stdout.write(text)
+
+
+def budget_table(found: Sequence[Need]) -> str:
+    """Write the oracle budgets of tasks as a table in Markdown."""
+    heads = [f"{quantile:.0%}" for quantile in QUANTILES]
+    lines = [
+        "Visual tokens that show the evidence, in percent of all: quantiles over questions.",
+        "",
+        f"| task | questions | {' | '.join(heads)} | {heads[-1]} / {heads[0]} |",
+        "|---" * (len(heads) + 3) + "|",
+    ]
+    for name, shares in spread(found).items():
+        number = sum(name in ("all", need.task) for need in found)
+        cells = " | ".join(f"{100 * share:.1f}" for share in shares)
+        ratio = f"{shares[-1] / shares[0]:.1f}" if shares[0] else "-"
+        lines.append(f"| {name} | {number} | {cells} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def recall_table(found: Sequence[Recall]) -> str:
+    """Write mean recalls by setting and layer as a table in Markdown."""
+    kinds = list(dict.fromkeys(one.task.partition("/")[0] for one in found))
+    lines = [
+        "Evidence tokens that enter a layer, in percent of all evidence tokens: means over "
+        "questions.",
+        "",
+        f"| method | budget | layer | tokens | recall | {' | '.join(kinds)} |",
+        "|---" * (5 + len(kinds)) + "|",
+    ]
+    rows: dict[tuple[Setting, int], list[Recall]] = {}
+    for one in found:
+        rows.setdefault((one.setting.pooled, one.layer), []).append(one)
+    for (setting, layer), members in sorted(rows.items(), key=_order):
+        each = [[m for m in members if m.task.startswith(f"{kind}/")] for kind in kinds]
+        recall = " | ".join(
+            f"{100 * _mean(m.recall for m in part):.1f}" for part in (members, *each)
+        )
+        tokens = 100 * _mean(m.tokens for m in members)
+        budget = "-" if setting.budget is None else f"{setting.budget:.0%}"
+        lines.append(f"| {setting.name} | {budget} | {layer} | {tokens:.1f} | {recall} |")
+    return "\n".join(lines) + "\n"
+
+
+def _order(row: tuple[tuple[Setting, int], Any]) -> tuple[float, str, int]:
+    (setting, layer), _ = row
+    return -(setting.budget or 1.0), setting.name, layer
+
+
+def _mean(values: Any) -> float:
+    given = list(values)
+    return sum(given) / len(given)
+
+
+def _line(one: Need | Recall) -> str:
+    data: dict[str, Any]
+    if isinstance(one, Need):
+        data = {"task": one.task, "needed": one.needed, "tokens": one.tokens}
+    else:
+        data = {
+            "task": one.task,
+            "setting": one.setting.identity(),
+            "layer": one.layer,
+            "tokens": one.tokens,
+            "recall": one.recall,
+        }
+    return json.dumps(data) + "\n"
+
+
+def _measure(args: argparse.Namespace, tasks: Sequence[Task]) -> list[Recall]:
+    options = named_values(args.option)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+
+    def settings_for(model: Any) -> list[Setting]:
+        layers = model.config.get_text_config().num_hidden_layers
+        layers = args.layers or family_of(model.config).default_layers(model.config, layers)
+        found = plan(args.methods, args.budgets, args.seeds, options, layers, args.adapters)
+        return [setting for setting in found if not setting.is_reference]
+
+    model, processor = load_checkpoint(args.model, device, dtype, check=settings_for)
+    if processor.tokenizer.get_vocab() in (word_ids(), token_ids()):
+        raise ConfigError(
+            f"--model {args.model} knows the words of scenes alone; give one that reads."
+        )
+    bench = Bench(model, processor, False, "generate")
+    torch.manual_seed(0)
+    return list(recalls(bench, settings_for(model), tasks, args.split, args.questions))
