@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from atp_patch.builtin import SPLITS
 from atp_patch.builtin.documents import KINDS, SIDES_PX, Document, make_document
+from atp_patch.builtin.documents.canvas import Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, Font, font
 from atp_patch.builtin.documents.words import COLUMNS, NAMES, ORDINALS, PLACES, SERIES, WORDS
 
@@ -228,3 +229,16 @@ def test_what_is_unknown_is_refused() -> None:
         font("gothic", 11)
     with pytest.raises(ValueError, match="printable ASCII"):
         font("sans", 11).ink("né")
+
+
+def test_a_canvas_knows_where_each_character_stands() -> None:
+    face = font("serif", 18)
+    canvas = Canvas(200, 60, (255, 255, 255))
+    box = canvas.text(face, "two Words", 31, 20, (0, 0, 0))
+    (writing,) = canvas.writings
+    assert (writing.text, writing.top, writing.bottom) == ("two Words", box.top, box.bottom)
+    assert (writing.edges[0], writing.edges[-1]) == (box.left, box.right)
+    for place, character in enumerate(writing.text):
+        left, right = writing.edges[place : place + 2]
+        ink = 255 - canvas.pixels[writing.top : writing.bottom, left:right, 0]
+        assert np.array_equal(ink, face.ink(character))
