@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
         HubError,
         InputError,
         NotPatchedError,
+        OtherBaseWarning,
         UnsupportedModelError,
         WeightsError,
     )
@@ -75,6 +76,7 @@ __all__ = [
     "Merge",
     "Method",
     "NotPatchedError",
+    "OtherBaseWarning",
     "PictureMethod",
     "PruningConfig",
     "PruningTrace",
@@ -133,6 +135,7 @@ _HOMES = {
         "HubError",
         "InputError",
         "NotPatchedError",
+        "OtherBaseWarning",
         "UnsupportedModelError",
         "WeightsError",
     ),

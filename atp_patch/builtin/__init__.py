@@ -111,6 +111,8 @@ def load_builtin(
 
         kind, reader = transformers.Qwen3VLForConditionalGeneration, SizedProcessor
     model = kind.from_pretrained(folder, dtype=dtype or torch.float32)
+    # Its name, which adapters record, instead of a path on this computer.
+    model.config._name_or_path = next(said for said, known in NAMES.items() if known == name)
     return model.to(device).eval(), reader.from_pretrained(folder)
 
 

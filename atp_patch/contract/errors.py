@@ -31,6 +31,10 @@ class HubError(ATPError, OSError):
     """The Hugging Face Hub could not be reached, or refused the request."""
 
 
+class OtherBaseWarning(UserWarning):
+    """An adapter is loaded into another checkpoint, of the same shapes, than it was made for."""
+
+
 class CacheError(ATPError, ValueError):
     """The key/value cache cannot hold pruned layers, or cannot do what was requested."""
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from atp_patch.patching.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from atp_patch.patching.adapter_loading import adapter_folder
+from atp_patch.patching.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
 from atp_patch.tools.trained import LORA_FILES
 from atp_patch.version import __version__
 
@@ -86,7 +85,7 @@ def adapter_hash(source: str, lora: str | None = None) -> str:
     Raises:
         WeightsError: where there is no such folder, nor such an adapter on the Hub.
     """
-    found = folder_hash(adapter_folder(source), [CONFIG_FILE, WEIGHTS_FILE])
+    found = folder_hash(AdapterSource(source).folder, [CONFIG_FILE, WEIGHTS_FILE])
     if lora is None:
         return found
     return short_hash([found.encode(), folder_hash(Path(lora), LORA_FILES).encode()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,41 +12,50 @@ from torch import Tensor, nn
 from atp_patch.contract.arguments import shown
 from atp_patch.contract.errors import ConfigError, WeightsError, first_line
 from atp_patch.methods import MethodSet, ModuleSpec, make_method, make_methods
-from atp_patch.patching.adapter_files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    fetched,
-    is_folder,
-    read_text,
-)
+from atp_patch.patching.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, read_text
 from atp_patch.patching.config import BaseModel, PruningConfig
+from atp_patch.patching.made_with import MadeWith
 from atp_patch.patching.voco import check_alone
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 1e6  # the largest learned weight, so that sums of heads' inputs stay within float32
 
 
-def load_adapter(
-    source: str | Path, base: BaseModel
-) -> tuple[PruningConfig, MethodSet, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Loaded:
+    """What an adapter's files hold, checked.
+
+    Attributes:
+        config: the configuration.
+        methods: its methods.
+        tensors: the learned weights by name, in the dtypes of the method's module.
+        made_with: what the adapter was made with.
+    """
+
+    config: PruningConfig
+    methods: MethodSet
+    tensors: dict[str, Tensor]
+    made_with: MadeWith
+
+
+def load_adapter(source: AdapterSource, base: BaseModel | None = None) -> Loaded:
     """Read an adapter from a folder or the Hub and check that it is complete and fits ``base``.
 
     No memory of a size that the configuration names is allocated before the weights file is found
     to hold tensors of that size.
 
-    Returns:
-        The configuration, its methods, and the learned weights in the dtypes of the method's
-        module.
+    Args:
+        source: where the files lie.
+        base: the model that it must have been made for; None: any.
 
     Raises:
+        HubError: if the Hub refuses the files or cannot be reached.
         WeightsError: if a file is missing, damaged, of another program, or made for another model.
     """
-    if not isinstance(source, (str, Path)):
-        raise ConfigError(
-            f"weights={shown(source)}: give a folder or the name of a Hub repository."
-        )
-    config = _read_config(source)
-    if config.base != base:
+    where = f"{source}/{CONFIG_FILE}"
+    text = read_text(source.file(CONFIG_FILE), where)
+    config, made_with = PruningConfig.from_json(text, where), MadeWith.from_json(text, where)
+    if base is not None and config.base != base:
         raise WeightsError(
             f"{source} was made for {_describe(config.base)}, but this model is "
             f"{_describe(base)}; load the model it was made for, or patch without weights."
@@ -55,30 +64,17 @@ def load_adapter(
         methods = _methods_of(config)
         expected = _expected(config, methods)
     except ConfigError as error:
-        raise WeightsError(f"{source}/{CONFIG_FILE}: {error}") from error
+        raise WeightsError(f"{where}: {error}") from error
     if expected:
-        return config, methods, _read_tensors(source, expected)
-    if is_folder(source) and (Path(source) / WEIGHTS_FILE).exists():
+        tensors = _read_tensors(source, expected)
+        return Loaded(config, methods, tensors, made_with)
+    if (source.folder / WEIGHTS_FILE).exists():
         raise WeightsError(
             f"{source}/{WEIGHTS_FILE} holds weights, but nothing was learned according to "
             f"{CONFIG_FILE}. "
             "Save the adapter anew with atp_patch.save_pretrained."
         )
-    return config, methods, {}
-
-
-def adapter_folder(source: str | Path) -> Path:
-    """Return the folder of an adapter's files, which are fetched from the Hub if needed.
-
-    Raises:
-        WeightsError: if there is no such adapter.
-    """
-    file = fetched(source, CONFIG_FILE)
-    if not is_folder(source):
-        config = _read_config(source)
-        if _expected(config, _methods_of(config)):
-            fetched(source, WEIGHTS_FILE)
-    return file.parent
+    return Loaded(config, methods, {}, made_with)
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -104,12 +100,6 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
                 f"{where}: {name} holds {wrong}. The training that made it has diverged or the "
                 "file is damaged; take an earlier adapter."
             )
-
-
-def _read_config(source: str | Path) -> PruningConfig:
-    """Read the configuration from an adapter's JSON."""
-    where, file = f"{source}/{CONFIG_FILE}", fetched(source, CONFIG_FILE)
-    return PruningConfig.from_json(read_text(file, where), where)
 
 
 def _methods_of(
@@ -146,9 +136,9 @@ def _expected(config: PruningConfig, methods: MethodSet) -> dict[str, Tensor]:
     return {} if module is None else dict(module.state_dict())
 
 
-def _read_tensors(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_tensors(source: AdapterSource, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the learned weights, after checking that the file's header lists exactly these."""
-    where, file = f"{source}/{WEIGHTS_FILE}", fetched(source, WEIGHTS_FILE)
+    where, file = f"{source}/{WEIGHTS_FILE}", source.file(WEIGHTS_FILE)
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())

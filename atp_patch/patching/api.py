@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from atp_patch.contract import Method
-from atp_patch.contract.errors import NotPatchedError
+from atp_patch.contract.errors import ConfigError, NotPatchedError
 from atp_patch.families import Family
+from atp_patch.patching.adapter_files import AdapterSource
 from atp_patch.patching.attached import (
     attach,
     attached,
@@ -35,6 +36,11 @@ def patch_model(
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
     weights: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     family: str | Family | None = None,
     min_tokens: int = 1,
     min_tokens_per_image: int = 0,
@@ -59,7 +65,13 @@ def patch_model(
         target_tokens: the number of visual tokens of a sample, averaged over all decoder layers. If
             neither budget is given, it is a quarter of the sample's visual tokens, or the number
             that the method itself decides.
-        weights: a folder or Hub id of a saved adapter, which sets all other arguments.
+        weights: a folder or Hub id of a saved adapter, which sets all other arguments but the next
+            five, and these are as ``from_pretrained`` of transformers takes them.
+        revision: a branch, a tag or a commit of the Hub repository in ``weights``.
+        token: the token to read it with; by default the one that ``hf auth login`` stored, if any.
+        subfolder: the folder of the adapter inside the repository or folder in ``weights``.
+        cache_dir: the folder where downloads are kept.
+        local_files_only: use only what was downloaded before.
         family: how the model's prompts are read. By default it is the family for the model's type.
             Give a :class:`atp_patch.Family` of your own, or "generic" for any decoder of
             transformers; then each call says which tokens are visual with ``visual_mask=`` and,
@@ -82,8 +94,21 @@ def patch_model(
     Raises:
         ConfigError, BudgetError: if an argument is wrong; the message names it and the mend.
         UnsupportedModelError: if the model cannot be patched.
-        WeightsError: if an adapter is missing, damaged, or made for another model.
+        WeightsError: if an adapter is missing, damaged, or made for a model of other shapes.
+        HubError: if the Hub refuses an adapter's files or cannot be reached.
+
+    Warns:
+        OtherBaseWarning: if an adapter was made for another checkpoint of the same shapes.
     """
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "subfolder": subfolder,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    if weights is None and (given := sorted(name for name, value in hub.items() if value)):
+        raise ConfigError(f"{given[0]}= says where weights= lie; give weights= too.")
     whole, around = unwrapped(model)
     old = attached(whole)
     if old is not None and any(part is whole for part in old.parts.model.modules()):
@@ -95,7 +120,7 @@ def patch_model(
         method=method,
         keep=keep,
         target_tokens=target_tokens,
-        weights=weights,
+        weights=None if weights is None else AdapterSource.of(weights, **hub),
         family=family,
         min_tokens=min_tokens,
         min_tokens_per_image=min_tokens_per_image,

@@ -237,12 +237,13 @@ class PruningConfig:
         """
         try:
             data = _current(parse_table(text))
+            data.pop("made_with", None)  # what an adapter adds about the model it was made for
             for younger in ("rope_2d", "prune_marks"):  # the first adapters do not have these
                 data.setdefault(younger, False)
-            data = _entries("", data, cls)
-            data["base"] = BaseModel(**_entries("base", data["base"], BaseModel))
+            data = entries("", data, cls)
+            data["base"] = BaseModel(**entries("base", data["base"], BaseModel))
             if data["before"] is not None:
-                data["before"] = Stage(**_entries("before", data["before"], Stage))
+                data["before"] = Stage(**entries("before", data["before"], Stage))
             return cls(**data)
         except ConfigError as error:
             raise WeightsError(f"{source}: {error}") from error
@@ -282,7 +283,7 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _entries(name: str, data: Any, cls: type) -> dict[str, Any]:
+def entries(name: str, data: Any, cls: type) -> dict[str, Any]:
     """Return a table after checking that its keys are exactly the fields of a dataclass."""
     table: dict[str, Any] = as_kind(name, data, "dict[str, Any]")
     known = {entry.name for entry in fields(cls)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
 from atp_patch.families import FAMILIES, Family, family_of
 from atp_patch.methods import MethodSet, make_methods
+from atp_patch.patching.adapter_files import AdapterSource
 from atp_patch.patching.adapter_loading import load_adapter
 from atp_patch.patching.config import BaseModel, PruningConfig, Stage
 from atp_patch.patching.voco import check_alone, check_family, voco_module
@@ -62,7 +62,7 @@ def make_plan(
     method: str | Method | Sequence[str | Method] | None,
     keep: float | Sequence[float] | None,
     target_tokens: float | None,
-    weights: str | Path | None,
+    weights: AdapterSource | None,
     family: str | Family | None,
     min_tokens: int,
     min_tokens_per_image: int,
@@ -99,8 +99,10 @@ def make_plan(
             raise ConfigError(
                 "weights= sets layers, method, budget and options; give weights= alone."
             )
-        config, methods, tensors = load_adapter(weights, base)
+        loaded = load_adapter(weights, base)
+        config, methods, tensors = loaded.config, loaded.methods, loaded.tensors
         layer, before = methods.layer, methods.before
+        loaded.made_with.warn_of_another(parts.model, parts.decoder, str(weights))
     else:
         methods = make_methods("atp" if method is None else method, dict(options))
         layer, before = methods.layer, methods.before

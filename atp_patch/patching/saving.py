@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from atp_patch.patching.adapter import Adapter, adapter_of
 from atp_patch.patching.adapter_card import Beside
 from atp_patch.patching.api import require_patch
+from atp_patch.patching.made_with import MadeWith
 from atp_patch.patching.patch import MODULE_NAME
 
 
@@ -82,4 +83,5 @@ def adapter(
     if state_dict is not None:  # wrappers put their own names before the model's
         names = {f".{name}".partition(found)[2]: name for name in state_dict}
         state_dict = {own: state_dict[name] for own, name in names.items() if own}
-    return adapter_of(patch.config, patch.learned_module, state_dict, beside)
+    made_with = MadeWith.of(patch.parts.model, patch.parts.decoder)
+    return adapter_of(patch.config, made_with, patch.learned_module, state_dict, beside)

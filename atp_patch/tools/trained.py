@@ -17,7 +17,12 @@ from torch import Tensor
 from atp_patch.builtin import builtin_path
 from atp_patch.contract.arguments import as_kind, shown
 from atp_patch.contract.errors import ConfigError, WeightsError, first_line
-from atp_patch.patching.adapter_files import is_folder, read_text
+from atp_patch.patching.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterSource,
+    read_text,
+)
 from atp_patch.patching.adapter_loading import check_values
 from atp_patch.patching.api import patch_model
 from atp_patch.patching.config import parse_table
@@ -34,7 +39,7 @@ class Trained:
     """The places of a training's results.
 
     Attributes:
-        adapter: folder or Hub id of the adapter.
+        adapter: folder of the adapter.
         lora: folder of the LoRA; None where none learned beside the adapter.
     """
 
@@ -47,22 +52,31 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(folder.parent.name for folder in _shipped().glob("*/adapter")))
 
 
-def find_trained(source: str) -> Trained:
-    """Find the results of a training.
+def find_trained(source: str, **hub: Any) -> Trained:
+    """Find the results of a training; from the Hub they are downloaded.
 
     Args:
         source: a name of :func:`shipped`, the folder of a training (with the folder ``adapter`` in
-            it, and ``lora`` where that learned), or an adapter's own folder or Hub id.
+            it, and ``lora`` where that learned), an adapter's own folder, or the name of a Hub
+            repository, where the adapter lies at the top and its LoRA in the folder ``lora``.
+        hub: ``revision``, ``token``, ``subfolder``, ``cache_dir`` and ``local_files_only`` as
+            :func:`atp_patch.patch_model` takes them.
 
     Raises:
-        WeightsError: for the folder of a training whose whole model learned.
+        HubError: where the Hub refuses the files or cannot be reached.
+        WeightsError: for the folder of a training whose whole model learned, or where there is no
+            adapter.
     """
-    folder = Path(source)
-    if source in shipped() and not folder.exists():
-        folder = _shipped() / source
-    if not is_folder(folder / "adapter"):
-        inside = folder.name == "adapter" and folder.is_dir()
-        return Trained(source, _lora(folder.parent) if inside else None)
+    if isinstance(source, str) and source in shipped() and not Path(source).exists():
+        source = str(_shipped() / source)
+    where = AdapterSource.of(source, "source", **hub)
+    if not where.is_local:
+        folder = where.with_files(CONFIG_FILE, WEIGHTS_FILE, *(f"lora/{f}" for f in LORA_FILES))
+        return Trained(str(folder), _lora(folder))
+    folder = Path(where.place, where.subfolder)
+    if not (folder / "adapter").is_dir():
+        beside = folder.parent if folder.name == "adapter" else folder
+        return Trained(str(folder), _lora(beside))
     if (folder / "model").is_dir():
         raise WeightsError(
             f"in {source} the model learned too: load {folder / 'model'}, and with it the adapter "
@@ -76,14 +90,26 @@ def _lora(training: Path) -> str | None:
     return str(training / "lora") if (training / "lora").is_dir() else None
 
 
-def load_trained(model: Any, source: str) -> Any:
+def load_trained(
+    model: Any,
+    source: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Any:
     """Patch a model with a trained adapter, and add the LoRA beside it to the model's weights.
 
         model, processor = load_builtin()
         load_trained(model, "voco8")
 
     Args:
-        source: as :func:`find_trained` takes it.
+        source: as :func:`find_trained` takes it: a name of the package's own adapters, the folder
+            of a training or of an adapter, or the name of a Hub repository.
+        revision, token, subfolder, cache_dir, local_files_only: as :func:`atp_patch.patch_model`
+            takes them, for a Hub repository.
 
     Returns:
         the same model. Unpatching does not take the LoRA out of its weights; :func:`merged` adds
@@ -92,8 +118,16 @@ def load_trained(model: Any, source: str) -> Any:
     Raises:
         WeightsError: where it was made for another model, or a LoRA was added before. The model
             stays as it was then.
+        HubError: where the Hub refuses the files or cannot be reached.
     """
-    found = find_trained(source)
+    found = find_trained(
+        source,
+        revision=revision,
+        token=token,
+        subfolder=subfolder,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     changes = [] if found.lora is None else _changes(model, found.lora)
     earlier = getattr(model, _ADDED, None)
     if changes and earlier is not None:

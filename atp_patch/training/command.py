@@ -17,7 +17,6 @@ from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.contract.errors import ATPError, ConfigError, InputError
 from atp_patch.families import family_of
 from atp_patch.patching.adapter_card import Beside
-from atp_patch.patching.adapter_files import CARD_FILE
 from atp_patch.patching.api import require_patch
 from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter
@@ -191,11 +190,10 @@ def save(
         processor.save_pretrained(out / MODEL)
     saved = adapter(model, state, beside)
     history, data = trainer.state.log_history, source.name
-    section = card(settings, history, len(source), trainer.skipped, data, calibration)
+    saved.section = card(settings, history, len(source), trainer.skipped, data, calibration)
+    saved.place = str(out / ADAPTER if beside is None else out)
     with replaced(out / ADAPTER) as scratch:  # where it is there, the training is finished
         saved.save_pretrained(scratch)
-        text = saved.card() + "\n" + section
-        (scratch / CARD_FILE).write_text(text, encoding="utf-8")
     also = "" if beside is None else f" and {out / beside}, which goes with it"
     sys.stderr.write(f"Saved {out / ADAPTER}{also}.\n")
     return out / ADAPTER

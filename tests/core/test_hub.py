@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from safetensors.torch import load_file, save_file
 
 import atp_patch
@@ -139,79 +130,3 @@ def test_weights_come_with_nothing_beside_them(tmp_path: Path) -> None:
     atp_patch.save_pretrained(learned(), tmp_path)
     with pytest.raises(atp_patch.ConfigError, match="weights= alone"):
         atp_patch.patch_model(tiny_model("llava-llama"), weights=tmp_path, layers=[2])
-
-
-def test_push_sends_the_adapter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: dict[str, Any] = {}
-
-    def create_repo(self: HfApi, repo_id: str, **kwargs: Any) -> Any:
-        return type("Repo", (), {"repo_id": repo_id})()
-
-    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **kwargs: Any) -> str:
-        sent[repo_id] = {file.name for file in Path(folder_path).iterdir()}
-        return "address-of-the-commit"
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    assert atp_patch.push_to_hub(learned(), "user/adapter") == "address-of-the-commit"
-    assert sent == {"user/adapter": FILES | {"atp_model.safetensors"}}
-
-
-class Unreachable(HfHubHTTPError.__bases__[0]):  # type: ignore[misc, name-defined]
-    """What the Hub's client lets through where there is no network."""
-
-
-@pytest.mark.parametrize(
-    "cause",
-    [
-        HfHubHTTPError("403 Forbidden: no right to write\nRequest ID: 7", response=MagicMock()),
-        RepositoryNotFoundError("404", response=MagicMock()),
-        LocalTokenNotFoundError("Token is required, but no token found."),
-        OfflineModeIsEnabled("offline mode is enabled"),
-        Unreachable("name or service not known"),
-        ConnectionResetError(104, "reset by peer"),
-        RuntimeError("xet: the upload failed"),
-    ],
-    ids=lambda cause: type(cause).__name__,
-)
-@pytest.mark.parametrize("at", ["create_repo", "upload_folder"])
-@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_a_refused_push_says_what_to_do(
-    how: str, at: str, cause: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: HfApi, *args: Any, **kwargs: Any) -> None:
-        raise cause
-
-    repository = type("Repo", (), {"repo_id": "user/adapter"})()
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, **kwargs: repository)
-    monkeypatch.setattr(HfApi, at, refuse)
-    push = partial(atp_patch.push_to_hub, repo_id="user/adapter")
-    if how == "save_pretrained":
-        push = partial(
-            atp_patch.save_pretrained, folder=tmp_path, push_to_hub=True, repo_id="user/adapter"
-        )
-    with pytest.raises(atp_patch.HubError, match=r"user/adapter.*hf auth login") as refusal:
-        push(learned())
-    assert isinstance(refusal.value, atp_patch.ATPError)
-    assert refusal.value.__cause__ is cause
-    assert str(cause).splitlines()[0] in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", ["two/slashes/here", "a" * 300, "\ud800", ""])
-def test_a_push_to_no_name_says_what_to_do(name: str) -> None:
-    with pytest.raises(atp_patch.HubError, match="Give a name like USER/REPOSITORY"):
-        atp_patch.push_to_hub(learned(), name)
-
-
-def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    atp_patch.save_pretrained(learned(), tmp_path)
-    asked = []
-
-    def download(repo_id: str, name: str) -> str:
-        asked.append((repo_id, name))
-        return str(tmp_path / name)
-
-    monkeypatch.setattr("atp_patch.patching.adapter_files.hf_hub_download", download)
-    atp_patch.patch_model(tiny_model("llava-llama"), weights="user/adapter")
-    assert asked == [("user/adapter", "atp_config.json"), ("user/adapter", "atp_model.safetensors")]

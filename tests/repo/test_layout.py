@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "seam/tower": _PLAIN | {"seam/host", "seam/door"},
     "seam/voco": _PLAIN | {"seam/host", "seam/decoder", "seam/door"},
     "seam": _PLAIN | {f"seam/{alcove}" for alcove in _SEAM},
-    "patching": _ENGINE,
+    "patching": _ENGINE | {"version"},
     "builtin": {"contract"},
     "tools": _ENGINE | {"patching", "builtin"},
     "training": _PATCHED,

@@ -154,7 +154,9 @@ def test_lora_learns_beside_the_heads_and_is_saved_beside_them(
     assert "LoRA of rank 2" in (adapter / "README.md").read_text(encoding="utf-8")
     with pytest.raises(atp_patch.ConfigError, match="LoRA learned beside"):
         run(folder, tmp_path / "a", adapter=str(adapter), layers=None, target_tokens=None)
-    assert "FOLDER/lora is the LoRA" in (adapter / "README.md").read_text(encoding="utf-8")
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert f'load_trained(model, "{tmp_path.name}")' in card
+    assert str(tmp_path.parent) not in card
     written = [f for f in (tmp_path / "lora").iterdir() if f.suffix in (".json", ".md")]
     assert written
     assert not any(str(tmp_path.parent) in f.read_text(encoding="utf-8") for f in written)

@@ -73,7 +73,7 @@ def test_a_training_whose_last_save_broke_off_is_only_saved(
     assert train.main(flags(folder, whole, "--lora-rank", "2")) == 0
     card = atp_patch.patching.adapter.Adapter.card
 
-    def full(self: Any) -> str:
+    def full(self: Any, folder: str) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", "card")
 
     monkeypatch.setattr(atp_patch.patching.adapter.Adapter, "card", full)
