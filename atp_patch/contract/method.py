@@ -229,7 +229,8 @@ class LayerMethod(Method):
         """The decoder layers whose attention the method needs to prune before ``layer``.
 
         By default this is the layer just before. A method may name earlier layers, or none, and
-        then no attention is recorded for it.
+        then no attention is recorded for it. A layer that keeps a state in place of keys has no
+        attention: the method then sees that of the last layer before it that has one.
         """
         return (layer - 1,)
 

@@ -84,9 +84,13 @@ class DecoderShape:
             a token visits.
         num_heads: number of query heads.
         num_kv_heads: number of key/value heads of each layer; 0 for a layer that reuses the keys
-            and values of an earlier one.
+            and values of an earlier one, and for a layer that keeps a state in their place.
         head_dims: size of a head of each layer.
         vocab_size: number of logits of each position.
+        states: the layers that keep a recurrent or convolution state in place of keys and values;
+            its size does not depend on the number of tokens.
+        mixer_weights: for each layer, number of weights in the matrices of its attention, or of
+            what stands in its place; empty if they follow from the sizes of the heads.
     """
 
     num_layers: int
@@ -96,3 +100,5 @@ class DecoderShape:
     num_kv_heads: tuple[int, ...]
     head_dims: tuple[int, ...]
     vocab_size: int
+    states: tuple[int, ...] = ()
+    mixer_weights: tuple[int, ...] = ()

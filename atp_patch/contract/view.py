@@ -157,7 +157,8 @@ class View(TokenView):
         layer: the decoder layer about to run.
         step: the number of this pruning layer among all pruning layers, from 0.
         attention: for each layer in the method's :meth:`LayerMethod.attention_layers`, its
-            attention.
+            attention; for one that keeps a state in place of keys, that of the last layer before it
+            that attends, among the tokens that entered the one named.
         hidden: (B, L', D), the hidden states that would enter ``layer``.
         slot: (B, V) int64, places of the visual tokens among the ``L'`` tokens.
         text: (B, T) int64, places among the ``L'`` tokens of the text rows that scores may read.

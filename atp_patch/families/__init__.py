@@ -14,7 +14,7 @@ from atp_patch.families.latents import IDEFICS2
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.molmo2 import MOLMO2
 from atp_patch.families.pixtral import MISTRAL3
-from atp_patch.families.qwen2_vl import GLM4V, PADDLEOCR_VL, QWEN2_VL, QWEN3_VL
+from atp_patch.families.qwen2_vl import GLM4V, PADDLEOCR_VL, QWEN2_VL, QWEN3_5, QWEN3_VL
 from atp_patch.families.refused import REFUSED
 from atp_patch.families.sizes import EXAONE4_5, LIGHTON_OCR
 from atp_patch.families.square import (
@@ -37,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     VIDEO_LLAVA,
     QWEN2_VL,
     QWEN3_VL,
+    QWEN3_5,
     GLM4V,
     PADDLEOCR_VL,
     EXAONE4_5,

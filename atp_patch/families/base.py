@@ -52,6 +52,8 @@ class Family:
         tower: a function from the config to the vision tower's parts, which pruning before the
             decoder needs, or to None where the tower cannot be pruned.
         resizable: True where the tower takes pictures of any size.
+        keeps_state: True where some decoder layers keep a recurrent or convolution state in place
+            of keys, as the text config's ``layer_types`` say.
         outer: how a model of another package holds its language model; None for models of
             transformers.
     """
@@ -67,6 +69,7 @@ class Family:
     check: Callable[[Any], None] = _accept
     tower: Callable[[Any], Tower | None] = _no_tower
     resizable: bool = False
+    keeps_state: bool = False
     outer: Outer | None = None
 
     @property
@@ -79,9 +82,11 @@ class Family:
         """Whether learned tokens can stand behind images, in at least some models of the family.
 
         They cannot where images or prefixes attend both ways, where visual features are added
-        inside the decoder, or where another package feeds the decoder.
+        inside the decoder, where a state tells later tokens of an image, or where another package
+        feeds the decoder.
         """
-        return self.causal and self.outer is None and self.late_layers is _none
+        plain = self.causal and self.outer is None and not self.keeps_state
+        return plain and self.late_layers is _none
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""
@@ -94,7 +99,8 @@ class Family:
         """The pruning layers where the caller names none.
 
         They are the paper's layers in proportion to the decoder's depth, and none comes before the
-        last visual features are added.
+        last visual features are added. Where some layers keep a state, each is moved on to stand
+        directly behind a layer that attends.
 
         Args:
             config: the config of the whole vision-language model.
@@ -104,6 +110,9 @@ class Family:
         late = self.late_layers(config)
         latest = max(1, num_layers - 1)
         layers = {min(max(layer, late), latest) for layer in scaled_layers(num_layers, depths)}
+        if self.keeps_state:
+            behind = [at + 1 for at in _attending(config) if late <= at + 1 <= latest]
+            layers = {min((at for at in behind if at >= n), default=behind[-1]) for n in layers}
         return tuple(sorted(layers))
 
     def check_layers(self, config: Any, layers: Sequence[int]) -> None:
@@ -115,6 +124,18 @@ class Family:
                 f"so no token can go before layer {late}; layers={list(layers)} begins earlier. "
                 f"Begin at {late} or later."
             )
+
+
+def _attending(config: Any) -> list[int]:
+    """The decoder layers that attend, by the text config's ``layer_types``."""
+    types = config.get_text_config().layer_types
+    found = [at for at, kind in enumerate(types) if kind in ("full_attention", "sliding_attention")]
+    if not found or found[0] + 1 >= len(types):
+        raise UnsupportedModelError(
+            "no layer of this decoder attends before its last one, so nothing scores its visual "
+            "tokens; name layers= and a method that reads no attention (uniform, random)."
+        )
+    return found
 
 
 def scaled_layers(num_layers: int, depths: Sequence[float] | None = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""Qwen-VL, GLM-4V and GLM-4.6V: dynamic grids, read off the multimodal position ids.
+"""Qwen-VL, Qwen 3.5, GLM-4V and GLM-4.6V: dynamic grids, read off the multimodal position ids.
 
 The decoder gets (t, h, w) position ids for every token. Within one image or video they *are* the
 grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself). Where a caller gives
@@ -88,6 +88,15 @@ QWEN3_VL = Family(
     resizable=True,
 )
 PADDLEOCR_VL = Family(name="paddleocr_vl", model_types=("paddleocr_vl",), grids=_grids)
+QWEN3_5 = Family(
+    name="qwen3_5",
+    model_types=("qwen3_5", "qwen3_5_moe"),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+    tower=packed_tower,
+    resizable=True,
+    keeps_state=True,
+)
 GLM4V = Family(
     name="glm4v",
     model_types=("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),

@@ -22,8 +22,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "blip-2": (_QUERIES, "llava keeps a grid of visual tokens"),
     "instructblip": (_QUERIES, "llava keeps a grid of visual tokens"),
     "instructblipvideo": (_QUERIES, "video_llava keeps a grid of visual tokens"),
-    "qwen3_5": (_HYBRID, "qwen3_vl can be pruned"),
-    "qwen3_5_moe": (_HYBRID, "qwen3_vl_moe can be pruned"),
     "qwen4_exp": (_HYBRID, "qwen3_vl can be pruned"),
     "minicpmv4_6": (_HYBRID, "internvl has tiles of the same kind"),
     "minicpmv4_7": (_HYBRID, "internvl has tiles of the same kind"),

@@ -57,20 +57,29 @@ def layer_flops(
     num_kv_heads: int,
     head_dim: int,
     gated: bool = True,
+    *,
+    mixer_weights: int | None = None,
+    attends: bool = True,
 ) -> float:
     """Exact FLOPs of one decoder layer, with 2 for each multiply-add.
 
     The attention products are counted over all queries and keys, as kernels that do not skip hidden
-    keys compute them. Norms, rotary embedding and softmax are left out.
+    keys compute them. Norms, rotary embedding and softmax are left out, and so are the convolution
+    and the recurrence of a layer that keeps a state in place of keys.
 
     Args:
         queries, keys: how many tokens attend, and how many are attended to.
         hidden_size, mlp_size: sizes of the hidden states and inside the MLP.
         num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the size of one head.
         gated: the MLP has three matrices, not two.
+        mixer_weights: how many weights the matrices of the attention have, or of what stands in
+            its place; None where they follow from the heads.
+        attends: False where queries and keys are not multiplied.
     """
-    projections = 2 * queries * hidden_size * head_dim * 2 * (num_heads + num_kv_heads)
-    attention = 2 * 2 * queries * keys * num_heads * head_dim
+    if mixer_weights is None:
+        mixer_weights = hidden_size * head_dim * 2 * (num_heads + num_kv_heads)
+    projections = 2 * queries * mixer_weights
+    attention = 2 * 2 * queries * keys * num_heads * head_dim if attends else 0
     mlp = 2 * queries * hidden_size * mlp_size * (3 if gated else 2)
     return projections + attention + mlp
 
@@ -85,6 +94,8 @@ def prefill_flops(
     head_dim: int | Sequence[int],
     vocab_size: int,
     logits_rows: float = 1,
+    states: Sequence[int] = (),
+    mixer_weights: Sequence[int] = (),
 ) -> float:
     """Exact FLOPs of a prefill of one sample, and of the head for ``logits_rows`` tokens.
 
@@ -98,11 +109,25 @@ def prefill_flops(
             A layer without key/value heads attends to those of an earlier one.
         vocab_size: how many logits the head computes for one token.
         logits_rows: how many tokens the head runs on.
+        states: the layers that keep a state in place of keys.
+        mixer_weights: for each layer, as of :func:`layer_flops`; empty where they follow from the
+            heads.
     """
     sizes = _of_layers(len(tokens_per_layer), num_kv_heads, head_dim)
     layers = sum(
-        layer_flops(n, n, hidden_size, mlp_size, num_heads, kv_heads, size)
-        for n, mlp_size, (kv_heads, size) in zip(tokens_per_layer, mlp_sizes, sizes, strict=True)
+        layer_flops(
+            n,
+            n,
+            hidden_size,
+            mlp_size,
+            num_heads,
+            *size,
+            mixer_weights=mixer_weights[layer] if mixer_weights else None,
+            attends=layer not in states,
+        )
+        for layer, (n, mlp_size, size) in enumerate(
+            zip(tokens_per_layer, mlp_sizes, sizes, strict=True)
+        )
     )
     return layers + 2 * logits_rows * hidden_size * vocab_size
 

@@ -243,7 +243,7 @@ class Patch:
         self.thread.trace = PruningTrace(
             layers=layers,
             layout=layout,
-            shape=decoder_shape(self.parts.config),
+            shape=decoder_shape(self.parts.config, self.parts.layers),
             text_tokens=tuple(all_tokens - visual for all_tokens, visual in counts),
             bytes_per_element=prefill.embeds.element_size(),
         )

@@ -38,7 +38,8 @@ class Plan:
         config: the configuration that an adapter's JSON holds.
         methods: the methods by the places where they prune.
         attention_layers: for each pruning layer, the earlier layers whose attention the method
-            inside the decoder reads.
+            inside the decoder reads, each with the layer that is heard for it: itself, or the last
+            one before it that attends.
         vision: the vision tower that a method prunes or reads, or None.
         learned_module: the module that the method learns, or None.
         rope_2d_forced: whether ``rope_2d`` is allowed although no layer of the decoder learns.
@@ -48,7 +49,7 @@ class Plan:
     family: Family
     config: PruningConfig
     methods: MethodSet
-    attention_layers: Mapping[int, tuple[int, ...]]
+    attention_layers: Mapping[int, Mapping[int, int]]
     vision: Tower | None
     learned_module: nn.Module | None
     rope_2d_forced: bool
@@ -150,7 +151,9 @@ def make_plan(
         family=kind,
         config=config,
         methods=methods,
-        attention_layers={} if layer is None else _attention_layers(layer, config.layers),
+        attention_layers=(
+            {} if layer is None else _attention_layers(layer, config.layers, parts.attending)
+        ),
         vision=vision,
         learned_module=learned_module,
         rope_2d_forced=rope_2d_forced,
@@ -274,9 +277,21 @@ def _pruning_layers(layers: Sequence[int] | None, method: LayerMethod | None) ->
     return tuple(as_kind("layers", layers, "tuple[int, ...]"))
 
 
-def _attention_layers(method: LayerMethod, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """Return, for each pruning layer, the layers whose attention the method reads there."""
-    found = {}
+def _attention_layers(
+    method: LayerMethod, layers: Sequence[int], attending: Sequence[int]
+) -> dict[int, dict[int, int]]:
+    """Return, for each pruning layer, the layers whose attention the method reads there.
+
+    Args:
+        method: the method inside the decoder.
+        layers: the pruning layers.
+        attending: the layers that have an attention.
+
+    Returns:
+        For each pruning layer, the number of each layer that the method names, and the number of
+        the layer that is heard for it: itself, or the last one before it that attends.
+    """
+    found: dict[int, dict[int, int]] = {}
     for layer in layers:
         wanted = method.attention_layers(layer)
         if not all(isinstance(number, int) and 0 <= number < layer for number in wanted):
@@ -284,7 +299,16 @@ def _attention_layers(method: LayerMethod, layers: Sequence[int]) -> dict[int, t
                 f"{method.name}: attention_layers({layer}) is {wanted!r}; it must name decoder "
                 f"layers from 0 to {layer - 1}, which run before layer {layer}."
             )
-        found[layer] = tuple(sorted(set(wanted)))
+        if wanted and min(wanted) < attending[0]:
+            raise ConfigError(
+                f"{method.name} reads the attention of layer {min(wanted)} to prune before layer "
+                f"{layer}, but the first layer of this model that attends is {attending[0]}; prune "
+                f"before layer {attending[0] + 1} or later."
+            )
+        found[layer] = {
+            number: max(heard for heard in attending if heard <= number)
+            for number in sorted(set(wanted))
+        }
     return found
 
 

@@ -242,6 +242,8 @@ class PruningTrace:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dims,
             vocab_size=shape.vocab_size,
+            states=shape.states,
+            mixer_weights=shape.mixer_weights,
         )
 
     def _kv_bytes(self, tokens_per_layer: list[int]) -> int:

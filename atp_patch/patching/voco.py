@@ -146,6 +146,8 @@ def check_family(family: Family, config: Any) -> None:
         why = "only its caller knows which tokens are visual"
     elif not family.causal:
         why = "its images or prefixes attend both ways"
+    elif family.keeps_state:
+        why = "the state of some layers tells later tokens of an image, whatever they attend to"
     elif family.late_layers(config):
         why = "it adds visual features inside its decoder"
     if why is not None:

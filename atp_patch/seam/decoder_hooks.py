@@ -98,6 +98,8 @@ class DecoderHooks:
         for number, layer in enumerate(self.parts.layers):
             before_layer = LayerHook(self, number, layer)
             add(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+            if number not in self.parts.attending:
+                continue
             self.recorder.watch(layer.self_attn)
             if number == self.parts.first_reusing_layer - 1:
                 add(layer.register_forward_hook(self._before_reused_keys))
@@ -107,8 +109,8 @@ class DecoderHooks:
 
     def remove(self) -> None:
         """Undo what ``install`` has changed besides hooks."""
-        for layer in self.parts.layers:
-            self.recorder.release(layer.self_attn)
+        for number in self.parts.attending:
+            self.recorder.release(self.parts.layers[number].self_attn)
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         made = self.pass_of(kwargs)
@@ -141,8 +143,9 @@ class DecoderHooks:
                 )
                 if prefill is not None:
                     return prefill, kwargs
-        if cache is not None and pruned_layer(cache, self.parts.key_layers[-1]):
-            return Decode(cache, is_flash(implementation), self.parts.key_layers), kwargs
+        keys = self.parts.key_layers
+        if cache is not None and pruned_layer(cache, keys[self.parts.attending[-1]]):
+            return Decode(cache, is_flash(implementation), keys), kwargs
         return None
 
     def before_layer(

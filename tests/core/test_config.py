@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,6 +131,23 @@ def test_default_layers_are_in_proportion_and_where_the_family_can_be_pruned(
     family = replace(FAMILIES[0], late_layers=lambda config: late)
     assert family.default_layers(None, depth) == places
     family.check_layers(None, places)
+
+
+@pytest.mark.parametrize(
+    ("depth", "places"), [(32, (4, 16, 24)), (40, (8, 20, 32)), (8, (4,)), (5, (4,))]
+)
+def test_default_layers_stand_behind_layers_that_attend(
+    depth: int, places: tuple[int, ...]
+) -> None:
+    """Every fourth layer attends, and no layer is directly behind the last one."""
+    types = ["linear_attention" if (layer + 1) % 4 else "full_attention" for layer in range(depth)]
+    text = SimpleNamespace(layer_types=types)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    family = replace(FAMILIES[0], keeps_state=True)
+    assert family.default_layers(config, depth) == places
+    text.layer_types = types[:3] * 2
+    with pytest.raises(atp_patch.UnsupportedModelError, match="no layer of this decoder attends"):
+        family.default_layers(config, 6)
 
 
 def test_json_round_trip() -> None:

@@ -147,6 +147,7 @@ class Kind:
         adjust: changes the random weights.
         layers: where the tests prune.
         last_layer: the last layer before which tokens may go, where it is not the decoder's last.
+        default_layers: where a method prunes that is told no layers.
         videos: picture number ``VIDEO`` is a video.
         mixes: one call of the model may hold both images and videos.
         attention: the implementation that the tests run by default.
@@ -166,6 +167,7 @@ class Kind:
     adjust: Callable[[PreTrainedModel], None] | None = None
     layers: tuple[int, ...] = (2, 4, 6)
     last_layer: int = tiny.LAYERS - 1
+    default_layers: tuple[int, ...] = (1, 4, 6)
     videos: bool = False
     mixes: bool = True
     attention: str = "sdpa"

@@ -15,6 +15,7 @@ import pytest
 from tests.families import (
     anyres,
     gemma4,
+    hybrids,
     latents,
     molmo2,
     more_mrope,
@@ -31,7 +32,9 @@ ORDINARY: tuple[Kind, ...] = tuple(
     kind for table in (square, anyres, towers, mrope, newer, molmo2) for kind in table.KINDS
 )
 LATER: tuple[Kind, ...] = tuple(
-    kind for table in (more_square, more_mrope, sized, latents, gemma4) for kind in table.KINDS
+    kind
+    for table in (more_square, more_mrope, sized, latents, gemma4, hybrids)
+    for kind in table.KINDS
 )
 
 
@@ -45,4 +48,6 @@ every_kind = rows(ORDINARY, LATER)
 with_videos = rows(
     (kind for kind in ORDINARY if kind.videos), (kind for kind in LATER if kind.videos)
 )
-with_rotary_places = rows(mrope.KINDS, more_mrope.KINDS)
+_LATER_ROTARY = (*more_mrope.KINDS, *hybrids.ROTARY_PLACES)
+with_rotary_places = rows(mrope.KINDS, _LATER_ROTARY)
+ROTARY_PLACES = (*mrope.KINDS, *_LATER_ROTARY)

@@ -44,7 +44,8 @@ def test_layers_left_out_are_in_proportion(kind: Kind) -> None:
     late = getattr(model.config.vision_config, "deepstack_visual_indexes", ())
     atp_patch.patch_model(model, keep=0.5)
     forward(model, make(kind, SINGLE).inputs)
-    expected = {min(layer, kind.last_layer) for layer in (2 if len(late or ()) == 2 else 1, 4, 6)}
+    proportional = (2, 4, 6) if len(late or ()) == 2 else kind.default_layers
+    expected = {min(layer, kind.last_layer) for layer in proportional}
     assert list(atp_patch.last_trace(model).layers) == sorted(expected)
 
 

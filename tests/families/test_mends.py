@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import atp_patch
-from tests.families import more_mrope, mrope
+from tests.families import mrope
 from tests.families.kinds import MIXED, SINGLE, TWO, Batch, Kind, make
-from tests.families.tables import every_kind, with_rotary_places
+from tests.families.tables import ROTARY_PLACES, every_kind, with_rotary_places
 from tests.families.test_every_family import patched, placed
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Inputs, real_mask
@@ -19,7 +19,7 @@ from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
 ROWS_BY_IDS = ("llava-pixtral", "mistral3")
-ROWS_BY_POSITIONS = tuple(kind.name for kind in (*mrope.KINDS, *more_mrope.KINDS))
+ROWS_BY_POSITIONS = tuple(kind.name for kind in ROTARY_PLACES)
 GRIDS = (
     "image_grid_thw",
     "video_grid_thw",

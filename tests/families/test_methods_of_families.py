@@ -28,7 +28,8 @@ def serves(method: str, config: Any) -> bool:
     """What the families' data say of one model."""
     family = family_of(config)
     if method == "voco":
-        return family.causal and family.outer is None and not family.late_layers(config)
+        plain = family.causal and family.outer is None and not family.keeps_state
+        return plain and not family.late_layers(config)
     return family.tower(config) is not None and (method != "downsample" or family.resizable)
 
 

@@ -11,9 +11,8 @@ from transformers import DataCollatorWithFlattening
 
 import atp_patch
 from atp_patch.seam.host.packing import refuse_packed
-from tests.families import more_mrope, mrope
 from tests.families.kinds import ALIKE, MIXED, SINGLE, Kind, make
-from tests.families.tables import ORDINARY, every_kind, with_rotary_places
+from tests.families.tables import ORDINARY, ROTARY_PLACES, every_kind, with_rotary_places
 from tests.families.test_every_family import patched
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close
@@ -129,7 +128,7 @@ def test_padding_may_have_any_position(kind: Kind, filler: int) -> None:
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
     forward(model, {**inputs, "position_ids": positions})
     expected = generate(patched(kind), inputs, 2)
-    if kind in (*mrope.KINDS, *more_mrope.KINDS):
+    if kind in ROTARY_PLACES:
         return  # other positions, other answers
     got = generate(model, {**inputs, "position_ids": positions}, 2)
     assert torch.equal(got, expected)

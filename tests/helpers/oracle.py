@@ -107,9 +107,84 @@ def additive_mask(
 def masked_logits(
     model: PreTrainedModel, inputs: Inputs, kept: Kept, backend: str = "eager", **options: Any
 ) -> Tensor:
-    """(B, L, vocabulary) logits of the masked full-length model; options as of :func:`masked`."""
+    """(B, L, vocabulary) logits of the masked full-length model; options as of :func:`masked`.
+
+    A layer that keeps a state has no mask, so there they are those of :func:`unseen_logits`.
+    """
+    if not all(hasattr(layer, "self_attn") for layer in decoder_layers(model)):
+        return unseen_logits(model, inputs, kept)
     with torch.no_grad(), masked(model, real_mask(inputs), kept, backend, **options) as reference:
         return reference(**inputs, use_cache=False).logits
+
+
+def unseen_logits(model: PreTrainedModel, inputs: Inputs, kept: Kept) -> Tensor:
+    """(B, L, vocabulary) logits of a decoder that never sees the pruned tokens from each pruning
+    layer on; zeros at places that went, and at padding.
+
+    A loop over samples and layers runs the host's own layers, eagerly and without a cache, on each
+    sample's tokens alone, with the rotary tables of their places in the whole sequence. Embeddings
+    and tables are those that the plain model gives its layers.
+    """
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    decoder, layers = reference.get_decoder(), decoder_layers(reference)
+    given: dict[int, Any] = {}
+    entered: list[Tensor] = []
+
+    def note(number: int) -> Any:
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[number] = kwargs["position_embeddings"]
+            entered.append(args[0])
+
+        return read
+
+    hooks = [
+        layer.register_forward_pre_hook(note(number), with_kwargs=True)
+        for number, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        reference(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    real = real_mask(inputs)
+    head = reference.get_output_embeddings()
+    logits = torch.zeros(*real.shape, head.out_features)
+    with torch.no_grad():
+        for b, row in enumerate(real):
+            place = row.nonzero().flatten()
+            hidden = entered[0][b : b + 1, place]
+            for number, layer in enumerate(layers):
+                if number in kept:
+                    stays = kept[number][b, place]
+                    place, hidden = place[stays], hidden[:, stays]
+                hidden = layer(
+                    hidden,
+                    attention_mask=_mask_among(reference.config, number, place),
+                    position_embeddings=_tables_of(given[number], b, place),
+                )
+            norm = decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm
+            logits[b, place] = head(norm(hidden))[0]
+    return logits
+
+
+def _mask_among(config: Any, number: int, place: Tensor) -> Tensor | None:
+    """(1, 1, n, n) added to the logits of a layer that attends; None for one that keeps a state."""
+    text = config.get_text_config()
+    kind = text.layer_types[number]
+    if kind not in ("full_attention", "sliding_attention"):
+        return None
+    distance = place[:, None] - place[None, :]
+    seen = distance >= 0
+    if kind == "sliding_attention":
+        seen &= distance < text.sliding_window
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+
+
+def _tables_of(tables: Any, sample: int, place: Tensor) -> Any:
+    """One sample's rotary tables at some places; None where a layer gets none."""
+    if tables is None:
+        return None
+    return tuple(table[min(sample, len(table) - 1)][None, place] for table in tables)
 
 
 def masked_generate(model: PreTrainedModel, inputs: Inputs, kept: Kept, **kwargs: Any) -> Any:

@@ -29,14 +29,22 @@ class GatheredTokens:
         layout: where the visual tokens lie.
         attended: (B, L) bool, False at padding; None without padding.
         token_counts: how many tokens each sample has without padding.
+        padding_first: padding slots stand before the tokens of a shorter sample. A layer that keeps
+            a state needs that, because what enters it last is what the state holds.
     """
 
     learning: ClassVar[bool] = False
 
     def __init__(
-        self, layout: Layout, attended: Tensor | None, token_counts: Sequence[int]
+        self,
+        layout: Layout,
+        attended: Tensor | None,
+        token_counts: Sequence[int],
+        *,
+        padding_first: bool = False,
     ) -> None:
         self.visual, self.attended = VisualTokens.all_of(layout), attended
+        self._padding_first = padding_first
         self.choices: dict[int, Choice] = {}
         self._latest: Survivors | None = None
         self._token_counts = list(token_counts)
@@ -69,7 +77,11 @@ class GatheredTokens:
         ragged = min(self._token_counts) < longest
         # A padding slot repeats the sample's first token, whose finite numbers nothing reads.
         index = torch.where(valid, index, index[:, :1])
-        self._latest = Survivors(index, valid if ragged else None)
+        if ragged and self._padding_first:
+            gap = (~valid).sum(1, keepdim=True)
+            slot = torch.arange(longest, device=index.device) - gap
+            index, valid = index.gather(1, slot.clamp(min=0)), slot >= 0
+        self._latest = Survivors(index, valid if ragged else None, not self._padding_first)
         self.visual = tokens.keeping(keep, kept)
 
     def columns(self, layer: int, position: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from atp_patch.contract.errors import CacheError
 from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.host.cache import adopt, capacity, stored_positions
-from atp_patch.seam.host.masks import gather_columns, is_flash, prefill_mask
+from atp_patch.seam.host.masks import causal_mask, gather_columns, is_flash, prefill_mask
 
 #: Keywords of a decoder layer that hold a row for each of its tokens, (B, L, *).
 PER_TOKEN = ("per_layer_input",)
@@ -34,6 +34,8 @@ class HostPass:
         sliding_window: a function from a layer to its window in tokens, or to None where the layer
             attends to everything before.
         key_layers: for each layer the number of the layer whose keys it attends to.
+        attending: the layers that attend. The others keep a state in place of keys, and their mask
+            is (B, L).
     """
 
     cache: Cache | None
@@ -43,6 +45,7 @@ class HostPass:
     plain_mask: bool
     sliding_window: Callable[[int], int | None]
     key_layers: Sequence[int]
+    attending: tuple[int, ...]
 
     @property
     def flash(self) -> bool:
@@ -83,6 +86,9 @@ class HostPass:
                 else survivors.once(id(positions), positions, lambda: gather(positions, 2))
             )
         mask = kwargs.get("attention_mask")
+        if layer not in self.attending:
+            kwargs["attention_mask"] = self._state_mask(survivors)
+            return
         self._check_window(layer)
         # Layers that hold different earlier turns need different columns.
         held = self._held_positions(layer)
@@ -125,6 +131,24 @@ class HostPass:
             return None
         return getattr(self.cache.layers[self.key_layers[layer]], "positions", None)
 
+    def _state_mask(self, survivors: Survivors) -> Tensor | None:
+        """(B, n) bool, the tokens that enter a layer that keeps a state; None where all slots do.
+
+        The layer zeroes the others, which stand before a sample's tokens, so that its state is
+        still empty when the first token comes.
+
+        Raises:
+            CacheError: where they would come between the tokens of two turns.
+        """
+        if survivors.valid is not None and self.past:
+            raise CacheError(
+                "the samples of this batch keep different numbers of tokens in a later turn, and "
+                "this model has layers with a recurrent or convolution state, into which padding "
+                "between two turns would go; go on with one sample a batch, put the images into "
+                "the first turn, or use atp_patch.disabled(model) for this turn."
+            )
+        return survivors.valid
+
     def _slides(self, layer: int) -> bool:
         window = self.sliding_window(layer)
         return window is not None and self.total > window
@@ -140,9 +164,11 @@ class HostPass:
 
     def _mask(self, layer: int, survivors: Survivors, mask: Tensor | None) -> Tensor | None:
         """The survivors' mask; None where causality suffices."""
-        if mask is None:
+        if mask is None and survivors.causality_hides_padding:
             return None
         keys, valid = self._key_positions(layer, survivors)
+        if mask is None:
+            return causal_mask(survivors.index + self.past, keys, valid, flat=self.flash)
         if capacity(self.cache, self.key_layers[layer]) is not None:
             # A static cache is as wide as its mask, and its free slots are hidden.
             free = int(mask.shape[-1]) - keys.shape[1]
@@ -157,7 +183,11 @@ class HostPass:
             None if valid is None else valid.to(device),
             total=self.total,
             causal_suffices=(
-                self.plain_mask and causal_by_itself and not self.past and not self._slides(layer)
+                self.plain_mask
+                and causal_by_itself
+                and not self.past
+                and not self._slides(layer)
+                and survivors.causality_hides_padding
             ),
         )
 

@@ -34,12 +34,13 @@ class LayerPolicy(Protocol):
     Attributes:
         layers: the pruning layers.
         attention_layers: pruning layer -> the numbers of the earlier layers whose attention the
-            method sees there.
+            method sees there, each with the number of the layer that is heard for it: itself, or
+            the last one before it that attends.
         view_minimums: the fields of a view that say how many tokens are kept at least, by name.
     """
 
     layers: tuple[int, ...]
-    attention_layers: Mapping[int, tuple[int, ...]]
+    attention_layers: Mapping[int, Mapping[int, int]]
     view_minimums: dict[str, int]
 
     def counts(
@@ -150,7 +151,9 @@ class Prefill:
         self.policy.finished(self)
         if self.rows is not None:
             return self._cut(output, num_layers)
-        return restored(output, self.tokens, num_layers, square=not self.host.past)
+        return restored(
+            output, self.tokens, num_layers, self.host.attending, square=not self.host.past
+        )
 
     def without_output(self) -> Tensor | None:
         """(B, L) bool: the places that have no output of their own; None where all have one."""
@@ -180,7 +183,7 @@ class Prefill:
         wanted = {
             number
             for later, numbers in self.policy.attention_layers.items()
-            for number in numbers
+            for number in numbers.values()
             if later > layer
         }
         for number in set(self.recordings) - wanted:
@@ -192,7 +195,8 @@ class Prefill:
             self.known.setdefault(layer, decision)
 
     def _decide(self, layer: int, hidden: Tensor) -> Decision:
-        wanted = self.policy.attention_layers[layer]
+        heard = self.policy.attention_layers[layer]
+        wanted = set(heard.values())
         missing = [number for number in wanted if number not in self.recordings]
         if missing:
             raise UnsupportedModelError(
@@ -212,7 +216,7 @@ class Prefill:
                 self.tokens,
                 self.text,
                 self.host,
-                recordings,
+                {number: (of, recordings[of]) for number, of in heard.items()},
                 hidden,
                 step=self.policy.layers.index(layer),
                 counts=self._counts(layer),
@@ -225,7 +229,7 @@ class Prefill:
     def _is_scored(self, layer: int) -> bool:
         """Whether a decision that is still to be made looks at the attention of a layer."""
         return any(
-            later > layer and layer in numbers and self._needs_decision(later)
+            later > layer and layer in numbers.values() and self._needs_decision(later)
             for later, numbers in self.policy.attention_layers.items()
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,13 +10,21 @@ from torch import Tensor
 from atp_patch.seam.decoder.visual_tokens import TokenState
 
 
-def restored(output: Any, tokens: TokenState, num_layers: int, *, square: bool) -> Any:
+def restored(
+    output: Any,
+    tokens: TokenState,
+    num_layers: int,
+    attending: Sequence[int],
+    *,
+    square: bool,
+) -> Any:
     """The decoder's output with zeros at pruned places; None where it has its full length already.
 
     Args:
         output: what the decoder returned.
         tokens: the token state of the pass.
         num_layers: how many layers the decoder has.
+        attending: the layers whose attention weights the output may hold.
         square: the keys of the attention weights are the tokens of this pass alone.
     """
     length, last = tokens.visual.layout.length, num_layers - 1
@@ -41,5 +50,8 @@ def restored(output: Any, tokens: TokenState, num_layers: int, *, square: bool) 
             hidden(states, max(i - 1, 0)) for i, states in enumerate(output.hidden_states)
         )
     if output.attentions is not None:
-        output.attentions = tuple(attention(w, i) for i, w in enumerate(output.attentions))
+        output.attentions = tuple(
+            attention(weights, layer)
+            for layer, weights in zip(attending, output.attentions, strict=True)
+        )
     return output

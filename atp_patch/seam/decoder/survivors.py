@@ -17,21 +17,27 @@ class Survivors:
     """The tokens that enter the layers from one pruning layer up to the next.
 
     Attributes:
-        index: (B, n) int64 positions in the sequence of this pass, in order; padding slots are
-            last.
+        index: (B, n) int64 positions in the sequence of this pass, in order. Padding slots are
+            last, or first where a layer keeps a state. They repeat the sample's first token.
         valid: (B, n) bool, or None where every slot holds a token.
+        padding_last: where padding slots stand, if there are any.
         narrowed: what was made once for these tokens, with the object that it was made of.
     """
 
     index: Tensor
     valid: Tensor | None
+    padding_last: bool = True
     narrowed: dict[Any, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Survivors:
         """The same survivors on another device."""
-        return Survivors(
-            self.index.to(device), None if self.valid is None else self.valid.to(device)
-        )
+        valid = None if self.valid is None else self.valid.to(device)
+        return Survivors(self.index.to(device), valid, self.padding_last)
+
+    @property
+    def causality_hides_padding(self) -> bool:
+        """Whether causal attention never comes to a padding slot."""
+        return self.valid is None or self.padding_last
 
     @property
     def all_valid(self) -> Tensor:

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atp_patch.contract import Attention, AttentionMask, View
+from atp_patch.maths import gather_heads, gather_tokens
 from atp_patch.seam.decoder.host_pass import HostPass
+from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.decoder.visual_tokens import TokenState
+from atp_patch.seam.host.masks import gather_columns, gather_rows
 from atp_patch.seam.host.prompt import TextRows
 from atp_patch.seam.host.recorder import Recording
 
@@ -20,7 +24,7 @@ def view_before(
     tokens: TokenState,
     text: TextRows,
     host: HostPass,
-    recordings: Mapping[int, Recording],
+    recordings: Mapping[int, tuple[int, Recording]],
     hidden: Tensor,
     **more: Any,
 ) -> View:
@@ -30,7 +34,8 @@ def view_before(
         layer: the number of the layer.
         tokens, text: the token state and the text rows, on the device of the recordings.
         host: what the host brought to the pass.
-        recordings: layer -> its attention, for each layer that the method asked for.
+        recordings: for each layer that the method asked for, the layer that is heard for it and
+            that layer's attention.
         hidden: (B, L', D) hidden states that would enter the layer.
         more: further fields of the view.
     """
@@ -39,8 +44,8 @@ def view_before(
         View(
             layer=layer,
             attention={
-                number: _attention(number, tokens, text, host, recording)
-                for number, recording in recordings.items()
+                number: _attention(number, heard, tokens, text, host, recording)
+                for number, (heard, recording) in recordings.items()
             },
             hidden=hidden,
             layout=visual.layout,
@@ -58,13 +63,22 @@ def view_before(
 
 
 def _attention(
-    layer: int, tokens: TokenState, text: TextRows, host: HostPass, recording: Recording
+    layer: int, heard: int, tokens: TokenState, text: TextRows, host: HostPass, recording: Recording
 ) -> Attention:
-    """The attention of a layer, for the tokens that are left now."""
-    query = recording.query
+    """The attention of a layer, for the tokens that are left now.
+
+    Where the layer itself does not attend, it is that of ``heard``, an earlier one, among the
+    tokens that entered the layer.
+    """
     # A static cache has free slots behind the keys.
-    keys = query.shape[2] + host.earlier_keys(layer, query.shape[2])
+    new = recording.query.shape[2]
+    keys = new + host.earlier_keys(heard, new)
     recording = replace(recording, key=recording.key[:, :, :keys])
+    entered = tokens.entering(layer)
+    if entered is not None and entered is not tokens.entering(heard):
+        recording = _among(entered, tokens.columns(heard, entered.index), recording)
+    query = recording.query
+    keys = recording.key.shape[2]
     return Attention(
         query=query,
         key=recording.key,
@@ -76,4 +90,29 @@ def _attention(
         text=tokens.columns(layer, text.position),
         last=tokens.columns(layer, text.last[:, None])[:, 0],
         unrotated=recording.unrotated,
+    )
+
+
+def _among(entered: Survivors, column: Tensor, recording: Recording) -> Recording:
+    """The attention of a layer among fewer tokens than the layer ran on.
+
+    Args:
+        entered: the tokens that are left.
+        column: (B, n) int64, their places among the tokens that the layer ran on.
+        recording: the layer's attention.
+    """
+    column = column.to(recording.query.device)
+    new = recording.query.shape[2]
+    earlier, own = recording.key.split([recording.key.shape[2] - new, new], dim=2)
+    mask = AttentionMask(recording.mask, new, recording.key.shape[2]).whole(column.device)
+    before = torch.arange(earlier.shape[2], device=column.device).expand(len(column), -1)
+    keys = torch.cat([before, column + earlier.shape[2]], dim=1)
+    valid = torch.cat([torch.ones_like(before, dtype=torch.bool), entered.all_valid], dim=1)
+    tables: Any = recording.rotary and tuple(gather_tokens(x, column) for x in recording.rotary)
+    return replace(
+        recording,
+        query=gather_heads(recording.query, column),
+        key=torch.cat([earlier, gather_heads(own, column)], dim=2),
+        mask=gather_columns(gather_rows(mask, column), keys, valid),
+        rotary=tables,
     )

@@ -28,6 +28,7 @@ from atp_patch.seam.host.prompt import Prompt, TextRows
 from atp_patch.seam.host.prompt_reading import find_grids, grid_query, read_prompt
 from atp_patch.seam.host.recorder import Recorder
 from atp_patch.seam.host.session import Session
+from atp_patch.seam.host.states import check_padding, refuse_learning
 from atp_patch.seam.learning.weighed_tokens import WeighedTokens
 
 
@@ -130,9 +131,12 @@ def prefill_of(
     if session is not None:
         check_generation(parts.layers[0], cache)
     early = policy.leaves_tombstones or policy.chooses_at_door
-    check_cache(cache, 0 if early else policy.layers[0])
+    first = 0 if early else policy.layers[0]
+    check_cache(cache, next((layer for layer in parts.attending if layer >= first), None))
     if past and cache is not None:
         _check_later_turn(parts, cache, past + layout.length)
+    if parts.keeps_state and cache is not None:
+        check_padding(prompt.attended, past, generates=session is not None)
     host = HostPass(
         cache=cache,
         past=past,
@@ -141,12 +145,16 @@ def prefill_of(
         plain_mask=policy.causal and call.mask_is_plain,
         sliding_window=partial(sliding_window, parts.config),
         key_layers=parts.key_layers,
+        attending=parts.attending,
     )
     attended = None if bool(prompt.attended.all()) else prompt.attended.to(embeds.device)
-    tokens: TokenState = GatheredTokens(layout, attended, prompt.token_counts)
+    tokens: TokenState = GatheredTokens(
+        layout, attended, prompt.token_counts, padding_first=parts.keeps_state
+    )
     # In training mode too, as in reinforcement learning, generation prunes as at inference.
     if policy.learned and parts.top.training and session is None:
         check_learning(parts.layers[0])
+        refuse_learning(parts)
         if past:
             raise CacheError("thresholds learn from whole prompts: give no filled cache.")
         tokens = WeighedTokens(layout, attended)
@@ -214,7 +222,7 @@ def _check_explicit(call: Call, embeds: Tensor | None, past: int) -> None:
 
 def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
     """Raise CacheError where an image in a later turn cannot be pruned."""
-    check_prunable_again(cache)
+    check_prunable_again(cache, parts.attending[0])
     narrowest = filled_window(parts, total)
     if narrowest is not None:
         raise CacheError(

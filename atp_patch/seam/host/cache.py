@@ -240,9 +240,14 @@ def check_prunable_again(cache: Cache, layer_idx: int = 0) -> None:
         )
 
 
-def check_cache(cache: Cache | None, first_layer: int) -> None:
-    """Raise CacheError before anything runs where the cache cannot hold a pruned prompt."""
-    if cache is not None and len(cache.layers) > first_layer:
+def check_cache(cache: Cache | None, first_layer: int | None) -> None:
+    """Raise CacheError before anything runs where the cache cannot hold a pruned prompt.
+
+    Args:
+        cache: the cache, or None.
+        first_layer: the first layer whose keys become fewer, or None.
+    """
+    if cache is not None and first_layer is not None and len(cache.layers) > first_layer:
         layer = cache.layers[first_layer]
         if not isinstance(layer, PrunedKeys) and type(layer) not in _REPLACEABLE:
             adopt(cache, first_layer)

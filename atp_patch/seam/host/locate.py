@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ class Parts:
         key_layers: for each of them the number of the layer whose keys it attends to, which is an
             earlier one where layers share keys.
         outer: how ``model`` feeds its language model where it is of another package, else None.
+        attending: the numbers of the layers that attend. The others keep a state in place of keys.
     """
 
     model: Any
@@ -35,11 +36,21 @@ class Parts:
     layers: Any
     key_layers: tuple[int, ...]
     outer: Outer | None = None
+    attending: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = range(len(self.layers))
+        self.attending = tuple(number for number in numbers if attends(self.layers[number]))
 
     @property
     def config(self) -> Any:
         """The text config of the decoder."""
         return self.decoder.config
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether some layers keep a recurrent or convolution state in place of keys."""
+        return len(self.attending) < len(self.layers)
 
     @property
     def first_reusing_layer(self) -> int:
@@ -58,21 +69,51 @@ class Parts:
         return min([len(self.layers) - 1, *producers])
 
 
-def decoder_shape(config: Any) -> DecoderShape:
-    """Read the decoder's sizes from its text config, those of heads for each layer by itself."""
+# Types of layers that keep a state in place of keys, as ``config.layer_types`` calls them. Their
+# mask is (B, L), and zeroes what enters them at padding.
+_STATES = ("linear_attention", "conv")
+
+
+def attends(layer: Any) -> bool:
+    """Whether a decoder layer has an attention, and so keys."""
+    return hasattr(layer, "self_attn")
+
+
+def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape:
+    """Read the decoder's sizes from its text config, those of heads for each layer by itself.
+
+    Args:
+        config: the text config.
+        layers: the decoder's layers; without them all are taken to attend.
+    """
     heads, count = config.num_attention_heads, config.num_hidden_layers
-    layers = _layer_configs(config)
+    configs, layers = _layer_configs(config), tuple(layers)
+    states = tuple(number for number, layer in enumerate(layers) if not attends(layer))
     own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
-    kv_heads = [getattr(layer, "num_key_value_heads", None) or heads for layer in layers]
-    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // heads for layer in layers]
+    kv_heads = [getattr(layer, "num_key_value_heads", None) or heads for layer in configs]
+    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // heads for layer in configs]
+    held = (layer < own and layer not in states for layer in range(count))
     return DecoderShape(
         num_layers=count,
         hidden_size=config.hidden_size,
         mlp_sizes=_mlp_sizes(config),
         num_heads=heads,
-        num_kv_heads=tuple(n if layer < own else 0 for layer, n in enumerate(kv_heads)),
+        num_kv_heads=tuple(n if here else 0 for n, here in zip(kv_heads, held, strict=True)),
         head_dims=tuple(sizes),
         vocab_size=config.vocab_size,
+        states=states,
+        mixer_weights=tuple(_mixer_weights(layer) for layer in layers) if states else (),
+    )
+
+
+def _mixer_weights(layer: Any) -> int:
+    """How many weights the matrices of a layer's attention have, or of what stands in its place."""
+    mixers = (getattr(layer, name, None) for name in ("self_attn", "linear_attn", "conv"))
+    mixer: nn.Module = next(mixer for mixer in mixers if mixer is not None)
+    return sum(
+        module.in_features * module.out_features
+        for module in mixer.modules()
+        if isinstance(module, nn.Linear)
     )
 
 
@@ -109,7 +150,7 @@ def _mlp_sizes(config: Any) -> tuple[int, ...]:
     dense = option("intermediate_size_mlp", "intermediate_size")
     visited = option("num_experts_per_tok", "moe_topk", "moe_k")
     if not visited:
-        return (option("intermediate_size"),) * len(layers)
+        return (_adjusted(config, option("intermediate_size")),) * len(layers)
     size = option("moe_intermediate_size", "intermediate_size")
     shared = option("n_shared_experts", "moe_num_shared_experts")
     sparse = (visited + shared) * size + option("shared_expert_intermediate_size")
@@ -117,6 +158,17 @@ def _mlp_sizes(config: Any) -> tuple[int, ...]:
     step = option("decoder_sparse_step", "moe_layer_interval") or 1
     alone = getattr(config, "mlp_only_layers", None) or ()
     return tuple(dense if k < first or k in alone or (k + 1) % step else sparse for k in layers)
+
+
+def _adjusted(config: Any, size: int) -> int:
+    """The inner size of an MLP, which LFM2 computes from the one in its config."""
+    if not getattr(config, "block_auto_adjust_ff_dim", False):
+        return size
+    size = int(2 * size / 3)
+    if config.block_ffn_dim_multiplier is None:
+        return size
+    size, step = int(config.block_ffn_dim_multiplier * size), config.block_multiple_of
+    return int(-(-size // step) * step)
 
 
 def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Parts:
@@ -145,7 +197,7 @@ def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Par
             f"{name} has no language decoder apart from its vision model: nothing to prune. "
             "Give a vision-language model."
         )
-    _check_layers(name, layers)
+    _check_layers(name, decoder)
     return Parts(model, model, base, decoder, layers, _key_layers(layers))
 
 
@@ -180,7 +232,7 @@ def _inside(model: Any, name: str, outer: Outer) -> Parts:
             f"the {outer.decoder} of {name} is no causal language model of transformers: "
             f"{outer.mend}"
         )
-    _check_layers(name, layers)
+    _check_layers(name, decoder)
     keys = _key_layers(layers)
     if outer.embed is None:
         return Parts(model, model, language_model, decoder, layers, keys, outer)
@@ -196,13 +248,16 @@ def _decoder(model: Any) -> tuple[Any, Any]:
 
 
 def _key_layers(layers: nn.ModuleList) -> tuple[int, ...]:
-    """For each layer the number of the layer whose keys it attends to.
+    """For each layer the number of the layer whose keys it attends to; its own if it has no keys.
 
     A layer that reuses keys attends to those of the last layer of its kind that makes its own.
     """
     found: list[int] = []
     latest: dict[str | None, int] = {}
     for number, layer in enumerate(layers):
+        if not attends(layer):
+            found.append(number)
+            continue
         kind = getattr(layer.self_attn, "layer_type", None)
         if not getattr(layer.self_attn, "is_kv_shared_layer", False):
             latest[kind] = number
@@ -210,11 +265,15 @@ def _key_layers(layers: nn.ModuleList) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_layers(name: str, layers: nn.ModuleList) -> None:
-    for idx, layer in enumerate(layers):
+def _check_layers(name: str, decoder: Any) -> None:
+    types = getattr(decoder.config, "layer_types", None) or ()
+    for idx, layer in enumerate(decoder.layers):
         attention = getattr(layer, "self_attn", None)
+        if attention is None and types[idx : idx + 1] and types[idx] in _STATES:
+            continue
         if attention is None or not hasattr(attention, "config"):
             raise UnsupportedModelError(
                 f"layer {idx} of {name} has no self_attn that reads its attention function from a "
-                "config; linear-attention and convolution hybrids cannot be pruned."
+                f"config, and its config does not call it one of {', '.join(_STATES)}, so nothing "
+                "is known of what it keeps of a token."
             )

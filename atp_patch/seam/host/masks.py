@@ -63,6 +63,23 @@ def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
     return out.masked_fill(~seen[:, None, None, :], hidden)
 
 
+def causal_mask(rows: Tensor, keys: Tensor, valid: Tensor | None, *, flat: bool) -> Tensor | None:
+    """The causal mask of survivors whose padding slots do not stand last, where the host has none.
+
+    Args:
+        rows: (B, n) int64 positions of the survivors.
+        keys: (B, K) int64 logical positions of the keys.
+        valid: (B, K) bool, or None where all are valid.
+        flat: the attention is causal by itself and takes a mask (B, K).
+
+    Returns:
+        (B, 1, n, K) bool, or ``valid``.
+    """
+    if flat or valid is None:
+        return valid
+    return ((keys[:, None, :] <= rows[..., None]) & valid[:, None, :])[:, None]
+
+
 def prefill_mask(
     mask: Tensor | None,
     rows: Tensor,

@@ -1,0 +1,363 @@
+"""Decoders some of whose layers keep a state in place of keys: what becomes of the state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from tests.families import hybrids
+from tests.families.kinds import MIXED, SINGLE, Kind, Picture, Sample, Words, make, sample
+from tests.families.test_every_family import check_masked, patched, placed
+from tests.helpers.compare import assert_close, assert_same_choice
+from tests.helpers.inputs import Inputs, extended, real_mask
+from tests.helpers.oracle import Kept, decoder_layers, unseen_logits
+from tests.helpers.run import forward, generate, kept_of, words
+
+KINDS = [kind for kind in hybrids.KINDS if kind.name != "qwen3_5_moe"]
+hybrid = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+LOGITS = {"return_dict_in_generate": True, "output_logits": True}
+ALIKE = (
+    sample(Words(3), Picture(0), Words(9), seed=1),
+    sample(Words(3), Picture(0), Words(9), seed=9),
+)
+
+
+def unseen(kind: Kind, inputs: Inputs, kept: Kept, more: Tensor) -> Tensor:
+    """(B, n, vocabulary) logits at the last n of the places that ``more`` (B, n) words fill."""
+    longer = extended(inputs, more)
+    grown = {
+        layer: torch.nn.functional.pad(mask, (0, more.shape[1]), value=True)
+        for layer, mask in kept.items()
+    }
+    return unseen_logits(kind.build(), longer, grown)[:, -more.shape[1] :]
+
+
+def feed(
+    model: Any, cache: Any, inputs: Inputs, ids: Tensor, rows: list[int] | None = None
+) -> Tensor:
+    """(B, n, vocabulary) logits of n more words behind what the cache holds.
+
+    ``rows`` are the samples that the rows of the cache were in the first pass.
+    """
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+    given = {"input_ids": ids, "attention_mask": mask}
+    deltas = getattr(model.model, "rope_deltas", None)
+    if deltas is not None:  # as ``generate`` gives them
+        text = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]
+        deltas = deltas if rows is None else deltas[rows]
+        given["position_ids"] = torch.cat([text[None], (text + deltas).expand(3, -1, -1)])
+    return forward(model, given, past_key_values=cache, use_cache=True).logits
+
+
+def even(kind: Kind) -> tuple[Sample, Sample]:
+    """Two samples of as many tokens, whose pictures are not as large."""
+    longer, shorter = (make(kind, [MIXED[b]]).inputs["input_ids"].shape[1] for b in (3, 0))
+    return sample(Words(3), Picture(0), Words(9 + longer - shorter), seed=1), MIXED[3]
+
+
+# -- The state is that of the survivors -----------------------------------------------------------
+
+
+@hybrid
+def test_a_batch_that_pruning_makes_ragged_gets_the_mask_that_it_needed_none_of(kind: Kind) -> None:
+    batch = make(kind, even(kind))
+    assert real_mask(batch.inputs).all()
+    for attention in ("sdpa", "eager"):
+        model = patched(kind)
+        model.set_attn_implementation(attention)
+        check_masked(kind, model, kind.build(), batch)
+
+
+@hybrid
+def test_a_ragged_batch_decodes_as_if_the_pruned_tokens_were_never_seen(kind: Kind) -> None:
+    """Every sample keeps another number of tokens, so that padding stands before the shorter."""
+    model, inputs = patched(kind), make(kind, MIXED).inputs
+    answer = generate(model, inputs, 5, **LOGITS)
+    kept = kept_of(model)
+    assert len(set(kept[max(kept)].sum(1).tolist())) > 2, "not ragged: this shows little"
+    ids = answer.sequences[:, -5:]
+    expected = unseen(kind, inputs, kept, ids)[:, :-1]
+    assert_close(torch.stack(answer.logits, 1)[:, 1:], expected)
+
+
+@hybrid
+def test_a_state_holds_what_the_layer_makes_of_the_survivors_alone(kind: Kind) -> None:
+    model, inputs = patched(kind), make(kind, MIXED).inputs
+    cache = forward(model, inputs, use_cache=True).past_key_values
+    for b, one in enumerate(MIXED):
+        alone = forward(model, make(kind, [one]).inputs, use_cache=True).past_key_values
+        for together, single in zip(cache.layers, alone.layers, strict=True):
+            for name in ("conv_states", "recurrent_states"):
+                for number, state in getattr(single, name, {}).items():
+                    if state is not None:
+                        assert_close(getattr(together, name)[number][b], state[0])
+
+
+@hybrid
+def test_padding_behind_the_prompts_is_dropped_before_a_state(kind: Kind) -> None:
+    """From the first pruning layer on; the host's own earlier layers are left as they are."""
+    model = patched(kind, layers=(2,))
+    states = []
+    for padding in ("left", "right"):
+        inputs = make(kind, MIXED, padding).inputs
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        states.append([getattr(layer, "conv_states", {0: None})[0] for layer in cache.layers[2:]])
+    for left, right in zip(*states, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None:
+            assert_close(right, left)
+
+
+# -- Which layer is heard -------------------------------------------------------------------------
+
+
+def heard(kind: Kind, inputs: Inputs, layers: tuple[int, ...], keep: float) -> dict[int, Tensor]:
+    """FastV's choice for one sample without padding, greedily, layer by layer.
+
+    Before each pruning layer the last layer that attends is heard; its probabilities count among
+    the tokens that are left.
+    """
+    model = kind.build()
+    model.set_attn_implementation("eager")
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> probabilities, places of its tokens
+    kept: dict[int, Tensor] = {}
+    visual = inputs["input_ids"][0] == 5
+    alive = torch.ones_like(visual)
+    for layer in layers:
+        hear(model, inputs, kept, found)
+        source = max(number for number in found if number < layer)
+        weights, places = found[source]
+        left = alive[places].nonzero().flatten()
+        row = weights[0, :, -1][:, left]
+        row = (row / row.sum(-1, keepdim=True)).mean(0)
+        scores = torch.full(visual.shape, -1.0)
+        scores[places[left]] = row
+        count = round(int((visual & alive).sum()) * keep)
+        best = scores.masked_fill(~visual, -1).argsort(descending=True)[:count]
+        alive = alive & ~visual
+        alive[best] = True
+        kept[layer] = alive[None].clone()
+    return kept
+
+
+def hear(model: Any, inputs: Inputs, kept: Kept, found: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Run the plain model as in the oracle, and note the attention of the layers that attend."""
+    copied = copy.deepcopy(model)
+    length = inputs["input_ids"].shape[1]
+    for number, layer in enumerate(decoder_layers(copied)):
+        if not hasattr(layer, "self_attn"):
+            continue
+        passed = [step for step in kept if step <= number]
+        alive = kept[max(passed)][0] if passed else torch.ones(length, dtype=torch.bool)
+
+        def note(*given: Any, number: int = number, alive: Tensor = alive) -> None:
+            found[number] = (given[-1][1], alive.nonzero().flatten())
+
+        layer.self_attn.register_forward_hook(note)
+    unseen_logits(copied, inputs, kept)
+
+
+@hybrid
+def test_scores_come_from_the_last_layer_that_attends(kind: Kind) -> None:
+    """Layers 2 and 4 both hear layer 1, the second among those that the first has left."""
+    model, inputs = patched(kind), make(kind, SINGLE).inputs
+    forward(model, inputs)
+    kept = kept_of(model)
+    expected = heard(kind, inputs, kind.layers, 0.5)
+    assert not torch.equal(expected[2], expected[4])
+    for layer, mask in expected.items():
+        assert_same_choice(kept[layer], mask)
+
+
+@hybrid
+@pytest.mark.parametrize("method", ["sparsevlm", "fixed"])
+def test_other_methods_hear_it_too(kind: Kind, method: str) -> None:
+    more = {"recycle_share": 0.0} if method == "sparsevlm" else {}
+    check_masked(kind, patched(kind, method=method, **more), kind.build(), make(kind, MIXED))
+
+
+@hybrid
+def test_scores_before_rotary_embedding_are_of_the_layer_that_is_heard(kind: Kind) -> None:
+    model = patched(kind, rope="before")
+    check_masked(kind, model, kind.build(), make(kind, MIXED))
+
+
+@hybrid
+def test_a_method_prunes_before_any_layer_that_it_can_score(kind: Kind) -> None:
+    model = patched(kind, method="uniform", layers=(1, 3))
+    check_masked(kind, model, kind.build(), make(kind, MIXED))
+    with pytest.raises(atp_patch.ConfigError, match="first layer of this model that attends is 1"):
+        patched(kind, layers=(1, 3))
+
+
+@hybrid
+def test_attentions_that_are_asked_for_are_those_of_the_layers_that_attend(kind: Kind) -> None:
+    model, inputs = patched(kind), make(kind, MIXED).inputs
+    model.set_attn_implementation("eager")
+    out = forward(model, inputs, output_attentions=True, output_hidden_states=True)
+    length = inputs["input_ids"].shape[1]
+    assert len(out.attentions) == 3
+    assert all(weights.shape[-2:] == (length, length) for weights in out.attentions)
+    kept = kept_of(model)
+    for weights, layer in zip(out.attentions, (None, 4, 6), strict=True):
+        seen = real_mask(inputs) if layer is None else kept[layer]
+        gone = real_mask(inputs) & ~seen
+        assert not weights[gone.nonzero()[:, 0], :, gone.nonzero()[:, 1]].any()
+
+
+# -- Caches ---------------------------------------------------------------------------------------
+
+
+@hybrid
+@pytest.mark.parametrize("order", [[1, 0], [1, 1], [0, 0, 1, 1]])
+def test_rows_of_a_cache_are_reordered_and_repeated(kind: Kind, order: list[int]) -> None:
+    model, inputs = patched(kind), make(kind, ALIKE).inputs
+    cache = forward(model, inputs, use_cache=True).past_key_values
+    kept = kept_of(model)
+    ids = words(2, 1)
+    expected = unseen(kind, inputs, kept, ids)
+    if len(order) == 2:
+        kept_again = feed(model, copy.deepcopy(cache), inputs, ids)
+        assert_close(kept_again, expected)
+    cache.reorder_cache(torch.tensor(order))
+    chosen = {"attention_mask": inputs["attention_mask"][order]}
+    assert_close(feed(model, cache, chosen, ids[order], order), expected[order])
+
+
+@hybrid
+def test_beams_are_those_of_the_samples_alone(kind: Kind) -> None:
+    model = patched(kind)
+    together = generate(model, make(kind, MIXED[:2]).inputs, 4, num_beams=2)
+    for answer, one in zip(together, MIXED, strict=False):
+        alone = generate(model, make(kind, [one]).inputs, 4, num_beams=2)
+        assert torch.equal(answer[-4:], alone[0, -4:])
+
+
+@hybrid
+def test_a_conversation_goes_on(kind: Kind) -> None:
+    """Several words at a time, on the cache of a ragged batch, and on a copy of it."""
+    model, inputs = patched(kind), make(kind, MIXED).inputs
+    cache = forward(model, inputs, use_cache=True).past_key_values
+    kept = kept_of(model)
+    ids = words(4, 6)
+    expected = unseen(kind, inputs, kept, ids)
+    twin = copy.deepcopy(cache)
+    first = feed(model, cache, inputs, ids[:, :4])
+    again = {"attention_mask": extended(inputs, ids[:, :4])["attention_mask"]}
+    rest = feed(model, cache, again, ids[:, 4:])
+    assert_close(torch.cat([first, rest], 1), expected)
+    assert_close(feed(model, twin, inputs, ids), expected)
+    length = inputs["input_ids"].shape[1]
+    assert cache.get_seq_length() == length + 6
+    assert twin.get_seq_length() == length + 6
+
+
+@hybrid
+def test_a_model_without_a_patch_cannot_go_on(kind: Kind) -> None:
+    model, inputs = patched(kind), make(kind, SINGLE).inputs
+    cache = forward(model, inputs, use_cache=True).past_key_values
+    with pytest.raises(atp_patch.CacheError, match="not patched"):
+        feed(kind.build(), cache, inputs, words(1, 1))
+
+
+@hybrid
+def test_a_reset_cache_is_a_fresh_one(kind: Kind) -> None:
+    model, inputs = patched(kind), make(kind, MIXED).inputs
+    cache = forward(model, make(kind, SINGLE).inputs, use_cache=True).past_key_values
+    cache.reset()
+    if hasattr(cache.layers[0], "conv_states"):
+        cache = type(cache)(config=model.config)  # the host's states keep the old batch
+    expected = forward(model, inputs, use_cache=True).logits
+    assert torch.equal(forward(model, inputs, past_key_values=cache).logits, expected)
+
+
+def later_turn(kind: Kind, model: Any, samples: Any, filler: int = 0) -> Tensor:
+    """Logits of a turn of pictures behind a turn of words, which ``filler`` words pad in front."""
+    turn = make(kind, samples).inputs
+    people, length = turn["input_ids"].shape
+    first = {
+        "input_ids": words(people, 5),
+        "attention_mask": torch.ones(people, 5, dtype=torch.long),
+    }
+    cache = forward(model, first, use_cache=True).past_key_values
+    mask = torch.cat([first["attention_mask"], turn["attention_mask"]], 1)
+    mask[:, 5 : 5 + filler] = 0
+    places = (torch.arange(length) + 5).expand(people, -1)
+    given = {**turn, "attention_mask": mask, "position_ids": places}
+    return forward(model, given, past_key_values=cache, use_cache=True).logits
+
+
+@hybrid
+def test_a_picture_in_a_later_turn(kind: Kind) -> None:
+    if kind in hybrids.ROTARY_PLACES:
+        pytest.skip("the positions of such a turn are its own test's affair")
+    model, plain = patched(kind), kind.build()
+    logits = later_turn(kind, model, SINGLE)
+    kept = {
+        layer: torch.nn.functional.pad(mask, (5, 0), value=True)
+        for layer, mask in kept_of(model).items()
+    }
+    turn = make(kind, SINGLE).inputs
+    whole = {
+        **turn,
+        "input_ids": torch.cat([words(1, 5), turn["input_ids"]], 1),
+        "attention_mask": torch.ones(1, 5 + turn["input_ids"].shape[1], dtype=torch.long),
+    }
+    expected = unseen_logits(plain, whole, kept)[:, 5:]
+    assert_close(logits, expected, kept[max(kept)][:, 5:])
+
+
+@hybrid
+def test_padding_between_two_turns_is_refused(kind: Kind) -> None:
+    model = patched(kind)
+    uneven = (MIXED[0], MIXED[3])
+    with pytest.raises(atp_patch.CacheError, match="padding in a later turn"):
+        later_turn(kind, model, uneven)
+    # As many tokens before pruning, another number after it.
+    with pytest.raises(atp_patch.CacheError, match="between two turns"):
+        later_turn(kind, model, even(kind))
+
+
+@hybrid
+def test_padding_behind_a_prompt_is_refused_where_it_would_stay_in_a_state(kind: Kind) -> None:
+    model, inputs = patched(kind), make(kind, MIXED, "right").inputs
+    with pytest.raises(atp_patch.CacheError, match="padding_side = 'left'"):
+        generate(model, inputs, 2)
+    forward(model, inputs)
+
+
+# -- Learning -------------------------------------------------------------------------------------
+
+
+@hybrid
+def test_thresholds_do_not_learn_where_a_state_would_hold_what_they_drop(kind: Kind) -> None:
+    learns = {"method": "atp", "thresholds": "learned", "target_tokens": 12, "keep": None}
+    model = patched(kind, **learns).train()
+    inputs = make(kind, SINGLE).inputs
+    labels = inputs["input_ids"].clone()
+    with pytest.raises(atp_patch.UnsupportedModelError, match="no keys that a mask could weigh"):
+        model(**inputs, labels=labels)
+    fixed = patched(kind, method="fixed").train()
+    fixed(**inputs, labels=labels).loss.backward()
+    last = decoder_layers(fixed)[5]
+    assert all(weight.grad is not None for weight in last.parameters())
+
+
+# -- Costs ----------------------------------------------------------------------------------------
+
+
+@hybrid
+def test_bytes_of_keys_are_those_of_the_cache(kind: Kind) -> None:
+    model, inputs = patched(kind), make(kind, SINGLE).inputs
+    cache = forward(model, inputs, use_cache=True).past_key_values
+    held = sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if hasattr(layer, "keys")
+    )
+    trace = atp_patch.last_trace(model)
+    assert trace.kv_bytes == held
+    assert placed(make(kind, SINGLE)).sum() > trace.layers[6].kept_counts[0]
