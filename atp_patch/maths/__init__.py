@@ -27,7 +27,9 @@ from atp_patch.maths.indexing import (
 from atp_patch.maths.losses import atp_loss, layer_averages, target_loss
 from atp_patch.maths.merging import (
     even_counts,
+    even_targets,
     merge_weights,
+    nearest_target,
     outliers,
     shrunk_grid,
     spread_supplement,
@@ -78,6 +80,7 @@ __all__ = [
     "descending_rank",
     "determinantal_selection",
     "even_counts",
+    "even_targets",
     "gather_heads",
     "gather_tokens",
     "hard_keep",
@@ -90,6 +93,7 @@ __all__ = [
     "max_min_selection",
     "merge_weights",
     "minimum_target",
+    "nearest_target",
     "normalise_scores",
     "outliers",
     "output_columns",

@@ -1,4 +1,4 @@
-"""Choosing and merging tokens of a vision tower (LLaVA-PruMerge §3, algorithm 1).
+"""Choosing and merging tokens by what a vision tower says of them (LLaVA-PruMerge, VisionZip).
 
 Shapes: ``G`` groups (images, tiles or frames), ``n`` tokens of the largest group, ``m`` tokens kept
 of the group that keeps most, ``d`` size of the keys.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from atp_patch.maths.indexing import gather_tokens, pack, top_k_mask
 
@@ -93,6 +94,44 @@ def merge_weights(
     own = torch.where(counted, own / total[..., 0], 1.0)
     weight = weight.scatter(2, index[..., None], own[..., None])
     return index, weight.masked_fill(~used[..., None], 0.0), used & (paid.sum(2) > 0)
+
+
+def even_targets(valid: Tensor, counts: Tensor) -> Tensor:
+    """Every r-th of the valid tokens, in sequence, from the first (VisionZip §3.2).
+
+    Args:
+        valid: (G, n) bool.
+        counts: (G,) int64, how many are taken, at most as many as are valid; r is the number of
+            valid tokens divided by it, rounded down.
+
+    Returns:
+        (G, n) bool.
+    """
+    number = valid.cumsum(1) - 1
+    step = (valid.sum(1) // counts.clamp(min=1)).clamp(min=1)[:, None]
+    return valid & (number % step == 0) & (number // step < counts[:, None])
+
+
+def nearest_target(key: Tensor, target: Tensor, member: Tensor) -> Tensor:
+    """(G, n) int64: the target whose key has the largest cosine with that of each member.
+
+    A target is nearest to itself. Of equally near ones the first is taken. The number is -1 for
+    tokens that are no members, and where there is no target.
+
+    Args:
+        key: (G, n, d).
+        target, member: (G, n) bool; all targets are members.
+    """
+    index, used = pack(target)
+    if index.shape[1] == 0:
+        return torch.full_like(target, -1, dtype=torch.long)
+    unit = normalize(key.float(), dim=-1)
+    likeness = unit @ gather_tokens(unit, index).transpose(1, 2)
+    # Equal keys stay equally near, however their products are rounded.
+    likeness = likeness.mul_(2.0**20).round_().masked_fill_(~used[:, None], -torch.inf)
+    nearest = index.gather(1, likeness.argmax(2))
+    nearest = torch.where(target, torch.arange(target.shape[1], device=target.device), nearest)
+    return torch.where(member & used.any(1, keepdim=True), nearest, -1)
 
 
 def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:

@@ -25,17 +25,17 @@ _BLOCK = 64  # determinantal steps between two updates of the whole matrix
 _EVALUATED = 16  # gains of coverage that one step computes at least
 
 
-def cosine_similarities(features: Tensor, valid: Tensor) -> Tensor:
+def cosine_similarities(features: Tensor, valid: Tensor, *, rounded: bool = True) -> Tensor:
     """(G, n, n) float32: the cosine of each pair of tokens; 0 for padding and features of norm 0.
-
-    The cosines are rounded to multiples of 2**-20, so that tokens that are equal have the
-    similarity 1 and the same similarities to others, however their products were rounded.
 
     Args:
         features, valid: (G, n, D), and (G, n) bool.
+        rounded: round the cosines to multiples of 2**-20, so that tokens that are equal have the
+            similarity 1 and the same similarities to others, however their products were rounded.
     """
     unit = normalize(features.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
-    return (unit @ unit.transpose(1, 2)).mul_(_GRID).round_().div_(_GRID)
+    similarity = unit @ unit.transpose(1, 2)
+    return similarity.mul_(_GRID).round_().div_(_GRID) if rounded else similarity
 
 
 def max_min_selection(similarity: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def determinantal_selection(
 ) -> Tensor:
     """The most probable subset of a determinantal point process, found greedily.
 
-    The kernel is ``diag(quality) similarity diag(quality)`` (CDPruner, Zhang et al., 2025, eq. 7),
+    The kernel is ``diag(quality) similarity diag(quality)`` (CDPruner, Zhang et al., 2025),
     and each step takes the token that makes the determinant of the taken ones largest, by the
     Cholesky update of Chen et al. (2018, algorithm 1). What is left of token ``i`` is
     ``quality_i^2 d_i``, where ``d_i`` is the part of its feature that the taken ones do not span;
@@ -82,7 +82,9 @@ def determinantal_selection(
     The spanned ones, and those of quality 0, are equally good and come last.
 
     Args:
-        similarity: (G, n, n), symmetric and positive semidefinite, 1 on the diagonal (or 0).
+        similarity: (G, n, n), symmetric and positive semidefinite, with 1 on the diagonal, or 0 for
+            a token that is never worth taking. It is best not rounded: what is left of a token is a
+            small difference of large numbers.
         quality: (G, n), not negative.
         valid: (G, n) bool.
         counts: (G,) int64; all valid tokens are taken where it is larger than their number.
@@ -94,7 +96,7 @@ def determinantal_selection(
     rest = similarity.float().clone()  # minus what the taken tokens explain, block by block
     rows = _Rows(rest)
     squared = quality.float().square()
-    left = rest.diagonal(dim1=1, dim2=2).clone()
+    left = rest.diagonal(dim1=1, dim2=2).round()
     gone = torch.zeros_like(left).masked_fill(~valid, -torch.inf)
     block = rest.new_empty(rest.shape[0], min(_BLOCK, steps), rest.shape[1])
     taken: list[Tensor] = []

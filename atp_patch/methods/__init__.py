@@ -15,7 +15,10 @@ from atp_patch.contract import (
 )
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.base import attention_paid, keep_best, minimum_counts
+from atp_patch.methods.cdpruner import CDPruner
+from atp_patch.methods.divprune import DivPrune
 from atp_patch.methods.downsample import Downsample
+from atp_patch.methods.fastervlm import FasterVLM
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.fixed import Fixed
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
@@ -28,15 +31,21 @@ from atp_patch.methods.registry import (
     method_class,
     untrained_methods,
 )
+from atp_patch.methods.scope import SCOPE
 from atp_patch.methods.sparsevlm import SparseVLM
+from atp_patch.methods.visionzip import VisionZip
 from atp_patch.methods.voco import VoCo
 
 __all__ = [
     "ATP",
     "METHODS",
+    "SCOPE",
+    "CDPruner",
+    "DivPrune",
     "DoorMethod",
     "Downsample",
     "FastV",
+    "FasterVLM",
     "Fixed",
     "LayerMethod",
     "Method",
@@ -47,6 +56,7 @@ __all__ = [
     "PruMergePlus",
     "SparseVLM",
     "TowerMethod",
+    "VisionZip",
     "VoCo",
     "attention_paid",
     "available_methods",

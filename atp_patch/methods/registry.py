@@ -19,13 +19,18 @@ from atp_patch.contract.arguments import as_kind, check_fields, kinds_of, shown
 from atp_patch.contract.errors import ConfigError
 from atp_patch.methods.atp import ATP
 from atp_patch.methods.baselines import Random, Uniform
+from atp_patch.methods.cdpruner import CDPruner
 from atp_patch.methods.dart import DART
+from atp_patch.methods.divprune import DivPrune
 from atp_patch.methods.downsample import Downsample
+from atp_patch.methods.fastervlm import FasterVLM
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.fixed import Fixed
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
 from atp_patch.methods.pyramiddrop import PyramidDrop
+from atp_patch.methods.scope import SCOPE
 from atp_patch.methods.sparsevlm import SparseVLM
+from atp_patch.methods.visionzip import VisionZip
 from atp_patch.methods.voco import VoCo
 
 METHODS: tuple[type[Method], ...] = (
@@ -37,6 +42,11 @@ METHODS: tuple[type[Method], ...] = (
     DART,
     PruMerge,
     PruMergePlus,
+    FasterVLM,
+    VisionZip,
+    DivPrune,
+    SCOPE,
+    CDPruner,
     Random,
     Uniform,
     Downsample,

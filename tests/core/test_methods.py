@@ -22,6 +22,7 @@ from tests.helpers.tiny import tiny_model
 LAYERS = [2, 4, 6]
 METHOD_NAMES = ["atp", "fixed", "fastv", "sparsevlm", "pyramiddrop", "dart"]
 METHOD_NAMES += ["prumerge", "prumerge+"]
+METHOD_NAMES += ["fastervlm", "visionzip", "divprune", "scope", "cdpruner"]
 METHOD_NAMES += ["random", "uniform", "downsample", "voco"]
 
 

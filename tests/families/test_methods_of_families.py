@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import atp_patch
 from atp_patch.families import FAMILIES, family_of
-from atp_patch.methods import METHODS, LayerMethod
+from atp_patch.methods import METHODS, DoorMethod, LayerMethod
 from tests.families.hosts import skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
 from tests.families.tables import every_kind
@@ -21,6 +21,7 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
 
+CLASSES = {cls.name: cls for cls in METHODS}
 BEFORE = [cls.name for cls in METHODS if not issubclass(cls, LayerMethod)]
 
 
@@ -30,7 +31,11 @@ def serves(method: str, config: Any) -> bool:
     if method == "voco":
         plain = family.causal and family.outer is None and not family.keeps_state
         return plain and not family.late_layers(config)
-    return family.tower(config) is not None and (method != "downsample" or family.resizable)
+    tower = family.tower(config)
+    if issubclass(CLASSES[method], DoorMethod):
+        reads = bool(CLASSES[method]().tower_blocks)
+        return not reads or (tower is not None and tower.whole)
+    return tower is not None and (method != "downsample" or family.resizable)
 
 
 @pytest.mark.parametrize("method", BEFORE)
@@ -46,7 +51,8 @@ def test_a_method_serves_a_family_or_names_those_it_serves(kind: Kind, method: s
     message = str(caught.value)
     named = {family.name for family in FAMILIES if f" {family.name}" in message}
     assert {"llava", "qwen2_vl"} <= named
-    assert "inside the decoder works here" in message
+    at_door = issubclass(CLASSES[method], DoorMethod)
+    assert ("read no tower work here" if at_door else "inside the decoder works here") in message
     assert snapshot(model) == before
 
 

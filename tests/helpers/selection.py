@@ -6,76 +6,93 @@ anew in every step. Of equal tokens the first is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 _EQUAL = 1e-6  # differences below this are rounding
+Values = Callable[[list[int]], np.ndarray]  # from the tokens taken so far to every token's value
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """The cosine of two features, 0 where one of them is 0."""
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size else 0.0
-
-
-def cosines(features: ArrayLike) -> list[list[float]]:
-    """The cosine of each pair of features."""
+def units(features: ArrayLike) -> np.ndarray:
+    """Features of length 1; those of zeros stay zeros."""
     x = np.asarray(features, dtype=np.float64)
-    return [[cosine(a, b) for b in x] for a in x]
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
 
 
-def first_best(values: Sequence[float]) -> int:
-    """The index of the first value that no other exceeds by more than rounding."""
-    best = max(values)
-    return next(i for i, value in enumerate(values) if value >= best - _EQUAL * max(abs(best), 1))
+def greedily(size: int, count: int, values: Values, rounding: float = _EQUAL) -> list[int]:
+    """Tokens in the order in which a greedy selection takes them.
 
-
-def greedily(size: int, count: int, value: Callable[[int, list[int]], float]) -> list[int]:
-    """Tokens in the order in which a greedy selection takes them."""
+    Args:
+        rounding: differences up to this, or this share of the value, are rounding.
+    """
     taken: list[int] = []
     while len(taken) < min(count, size):
+        now = values(taken)
         left = [i for i in range(size) if i not in taken]
-        taken.append(left[first_best([value(i, taken) for i in left])])
+        best = max(now[i] for i in left)
+        taken.append(next(i for i in left if now[i] >= best - max(rounding, _EQUAL * abs(best))))
     return taken
 
 
 def max_min(features: ArrayLike, count: int) -> list[int]:
     """Farthest nearest neighbour first, then the farthest from those that are taken."""
-    alike = cosines(features)
+    distance = 1 - units(features) @ units(features).T
 
-    def distance(i: int, taken: list[int]) -> float:
-        others = taken or [j for j in range(len(alike)) if j != i]
-        return min((1 - alike[i][j] for j in others), default=0.0)
+    def nearest(taken: list[int]) -> np.ndarray:
+        if taken:
+            return distance[:, taken].min(1)
+        others = [[d for j, d in enumerate(row) if j != i] for i, row in enumerate(distance)]
+        return np.array([min(row, default=0.0) for row in others])
 
-    return greedily(len(alike), count, distance)
+    return greedily(len(distance), count, nearest)
 
 
 def determinantal(features: ArrayLike, quality: ArrayLike, count: int) -> list[int]:
     """Largest quality squared, times the squared distance to the span of the taken features."""
-    x, q = np.asarray(features, dtype=np.float64), np.asarray(quality, dtype=np.float64)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+    x, q = units(features), np.asarray(quality, dtype=np.float64)
 
-    def value(i: int, taken: list[int]) -> float:
+    def value(taken: list[int]) -> np.ndarray:
+        rest = x.T
         if taken:
             basis = x[taken].T
-            rest = x[i] - basis @ np.linalg.lstsq(basis, x[i], rcond=1e-4)[0]
-        else:
-            rest = x[i]
-        left = float(rest @ rest)
-        return float(q[i] ** 2) * left if left > 1e-5 else 0.0
+            rest = rest - basis @ np.linalg.lstsq(basis, rest, rcond=1e-4)[0]
+        left = (rest**2).sum(0)
+        return q**2 * np.where(left > 1e-5, left, 0.0)
 
-    return greedily(len(x), count, value)
+    return greedily(len(x), count, value, rounding=0)
 
 
 def coverage(features: ArrayLike, weight: ArrayLike, count: int) -> list[int]:
     """Largest gain of the summed similarities to the nearest taken token, times the weight."""
-    alike, w = cosines(features), np.asarray(weight, dtype=np.float64)
+    alike, w = units(features) @ units(features).T, np.asarray(weight, dtype=np.float64)
 
-    def covered(taken: list[int]) -> float:
-        return sum(max([0.0, *(one[i] for i in taken)]) for one in alike)
+    def gain(taken: list[int]) -> np.ndarray:
+        covered = np.maximum(alike[:, taken].max(1, initial=0.0), 0.0)
+        with_each = np.maximum(alike, covered[:, None]).sum(0)
+        return w * (with_each - covered.sum())
 
-    return greedily(
-        len(alike), count, lambda i, taken: w[i] * (covered([*taken, i]) - covered(taken))
-    )
+    return greedily(len(alike), count, gain)
+
+
+def highest(score: ArrayLike, count: int) -> list[int]:
+    """The tokens with the highest scores, of equal ones the first."""
+    return np.argsort(-np.asarray(score), kind="stable")[:count].tolist()
+
+
+def zipped(attention: ArrayLike, key: ArrayLike, count: int) -> dict[int, list[int]]:
+    """VisionZip: kept token -> the tokens whose mean it becomes."""
+    key, size = units(key), len(np.asarray(attention))
+    dominant = highest(attention, round(27 / 32 * count))
+    others = [i for i in range(size) if i not in dominant]
+    contextual = count - len(dominant)
+    made = {i: [i] for i in dominant}
+    if contextual:
+        targets = others[:: len(others) // contextual][:contextual]
+        made |= {i: [i] for i in targets}
+        for i in others:
+            if i not in targets:
+                alike = [float(key[i] @ key[target]) for target in targets]
+                made[targets[alike.index(max(alike))]].append(i)
+    return made

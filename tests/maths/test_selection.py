@@ -23,7 +23,7 @@ every = pytest.mark.parametrize("name", SELECTIONS)
 
 def chosen(name: str, features: Tensor, weight: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
     """(G, n) bool as the package chooses."""
-    similarity = cosine_similarities(features, valid)
+    similarity = cosine_similarities(features, valid, rounded=name != "determinantal")
     if name == "max-min":
         return max_min_selection(similarity, valid, counts)
     if name == "determinantal":

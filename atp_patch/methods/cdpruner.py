@@ -1,0 +1,64 @@
+"""CDPruner (Zhang et al., 2025, arXiv 2506.10967): diverse tokens, given the question.
+
+A determinantal point process over the visual tokens, conditioned on the question: its kernel is
+``diag(r) S diag(r)``, with the cosine similarities ``S`` of the projected features and the
+relevance ``r`` of each token to the question, scaled to [0, 1] within each image. The subset is
+found by greedy maximum-a-posteriori inference (Chen et al., 2018).
+
+The relevance is the cosine of a token's feature with the language model's embeddings of the
+question's words, averaged over the words. The words are those behind the first visual token, or all
+where none stands behind it. Where all tokens are equally relevant, or there are no words, diversity
+alone decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from atp_patch.contract import Decision, DoorMethod, DoorView
+from atp_patch.maths import cosine_similarities, determinantal_selection
+from atp_patch.methods.images import Images
+
+
+@dataclass(frozen=True)
+class CDPruner(DoorMethod):
+    """Keep tokens that differ from each other and matter to the question."""
+
+    name: ClassVar[str] = "cdpruner"
+    summary: ClassVar[str] = "features that differ from each other and are like the question"
+
+    def decide(self, view: DoorView) -> Decision:
+        """Add the token that makes the determinant of the kernel largest, image by image."""
+        images, relevance = Images.of(view), relevance_to_words(view)
+        features = images.of_tokens(view.features)
+        similarity = cosine_similarities(features, images.valid, rounded=False)
+        quality = scaled(images.of_tokens(relevance), images.valid)
+        keep = determinantal_selection(similarity, quality, images.valid, images.wanted)
+        return Decision(images.to_tokens(keep), scores={"relevance": relevance})
+
+
+def relevance_to_words(view: DoorView) -> Tensor:
+    """(B, V) float32: the mean cosine of each visual feature with the words of the question."""
+    first = view.layout.position.masked_fill(~view.layout.valid, view.layout.length).amin(
+        1, keepdim=True
+    )
+    words = view.text_valid & (view.text_position > first)
+    words = torch.where(words.any(1, keepdim=True), words, view.text_valid)
+    # The mean of cosines is the product with the mean of unit vectors.
+    question = normalize(view.text.float(), dim=-1).masked_fill(~words[..., None], 0.0).sum(1)
+    question = question / words.sum(1, keepdim=True).clamp(min=1)
+    return (normalize(view.features.float(), dim=-1) @ question[..., None])[..., 0]
+
+
+def scaled(scores: Tensor, valid: Tensor) -> Tensor:
+    """(G, n): scores scaled to [0, 1] within each row; 1 where all are equal."""
+    least = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    most = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    spread = most - least
+    equal = spread <= 1e-6 * most.abs().clamp(min=1)
+    return torch.where(equal, 1.0, (scores - least) / spread).masked_fill(~valid, 0.0)

@@ -1,0 +1,206 @@
+"""The package's door methods against plain statements, on what the plain models compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from atp_patch.builtin import load_builtin
+from tests.helpers import selection as plain
+from tests.helpers.inputs import Inputs
+from tests.helpers.run import forward, kept_of
+from tests.seam.test_real_features import LAST_BLOCK, real
+from tests.seam.vision_cases import CASES, Case, groups, read, rows_in_sequence
+
+BY_NAME = {case.name: case for case in CASES}
+MODELS = ("llava-llama", "qwen2_vl", *LAST_BLOCK)
+SHARES = {"llava": 0.1}  # of 576 tokens; half of those of the others
+models = pytest.mark.parametrize("model", MODELS)
+
+
+@dataclass
+class Picture:
+    """One image or video of one sample, as the plain model sees it."""
+
+    sample: int
+    place: list[int]  # of its tokens in the sequence
+    features: np.ndarray
+    attention: np.ndarray
+    key: np.ndarray
+    relevance: np.ndarray
+
+    @property
+    def units(self) -> np.ndarray:
+        """The features, of length 1."""
+        return plain.units(self.features)
+
+
+@dataclass
+class Seen:
+    """A plain model, a batch, and what it computes before its decoder runs."""
+
+    build: Callable[[], Any]
+    inputs: Inputs
+    pictures: list[Picture]
+    embeds: Tensor
+
+    def share_of(self, sample: int, share: float) -> list[tuple[Picture, int]]:
+        """A sample's pictures, and how many tokens each keeps: its share, largest rests first."""
+        mine = [picture for picture in self.pictures if picture.sample == sample]
+        total = round(share * sum(len(picture.place) for picture in mine))
+        exact = [total * len(p.place) / sum(len(q.place) for q in mine) for p in mine]
+        counts = [int(part) for part in exact]
+        for number in sorted(range(len(mine)), key=lambda i: counts[i] - exact[i]):
+            counts[number] += int(sum(counts) < total)
+        return list(zip(mine, counts, strict=True))
+
+
+@cache
+def seen(name: str) -> Seen:
+    """What one of the models computes for its batch."""
+    if name in LAST_BLOCK:
+        one = real(name, scenes=2)
+        case, model, inputs = one.case, one.plain, one.inputs
+        build: Callable[[], Any] = lambda: load_builtin(name)[0]  # noqa: E731
+    else:
+        case = BY_NAME[name]
+        model, build = case.build(), case.build
+        inputs = case.feed(model, "left")
+    embeds: list[Tensor] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    forward(model, inputs)
+    hook.remove()
+    found = pictures(case, model, inputs, embeds[0])
+    for picture in found:
+        picture.relevance = relevance(picture, found, model, inputs, embeds[0])
+    return Seen(build, inputs, found, embeds[0])
+
+
+def relevance(
+    picture: Picture, every: list[Picture], model: Any, inputs: Inputs, embeds: Tensor
+) -> np.ndarray:
+    """The mean cosine with each word behind the sample's first visual token, from 0 to 1."""
+    ids, attended = (inputs[name][picture.sample] for name in ("input_ids", "attention_mask"))
+    first = min(other.place[0] for other in every if other.sample == picture.sample)
+    config = model.config
+    visual = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
+    words = [
+        place
+        for place, (number, real) in enumerate(zip(ids.tolist(), attended.tolist(), strict=True))
+        if real and place > first and number not in visual
+    ]
+    text = plain.units(embeds[picture.sample, words].double().numpy())
+    means = np.array([np.mean([one @ word for word in text]) for one in picture.units])
+    return (means - means.min()) / (means.max() - means.min())
+
+
+def pictures(case: Case, model: Any, inputs: Inputs, embeds: Tensor) -> list[Picture]:
+    """Frames that follow each other without a gap are one video."""
+    found: list[Picture] = []
+    traced = rows_in_sequence(model, case.projector, inputs)
+    for one, where in zip(read(case, model, inputs), traced, strict=True):
+        for group, rows in zip(*groups(case, one), strict=True):
+            at = [torch.nonzero(where == row)[0].tolist() for row in rows]
+            order = np.argsort([place for _, place in at])
+            sample, place = at[0][0], sorted(place for _, place in at)
+            features = embeds[sample, place].double().numpy()
+            attention, key = group.attention[order], group.key[order]
+            made = Picture(sample, place, features, attention, key, np.empty(0))
+            last = found[-1] if found else None
+            if last and last.sample == sample and last.place[-1] + 1 == place[0]:
+                found[-1] = Picture(
+                    sample,
+                    last.place + place,
+                    np.concatenate([last.features, features]),
+                    np.concatenate([last.attention, made.attention]),
+                    np.concatenate([last.key, made.key]),
+                    last.relevance,
+                )
+            else:
+                found.append(made)
+    return found
+
+
+CHOICES: dict[str, Callable[[Picture, int], list[int]]] = {
+    "fastervlm": lambda picture, count: plain.highest(picture.attention, count),
+    "divprune": lambda picture, count: plain.max_min(picture.features, count),
+    "scope": lambda picture, count: plain.coverage(picture.features, picture.attention, count),
+    "cdpruner": lambda picture, count: plain.determinantal(
+        picture.features, picture.relevance, count
+    ),
+    "visionzip": lambda picture, count: [*plain.zipped(picture.attention, picture.key, count)],
+}
+
+
+@models
+@pytest.mark.parametrize("method", CHOICES)
+def test_what_enters_is_what_the_paper_says(model: str, method: str) -> None:
+    given, share = seen(model), SHARES.get(model, 0.5)
+    patched = atp_patch.patch_model(given.build(), method=method, keep=share)
+    forward(patched, given.inputs)
+    (kept,) = kept_of(patched).values()
+    for sample in range(len(kept)):
+        for picture, count in given.share_of(sample, share):
+            expected = sorted(CHOICES[method](picture, count))
+            assert 0 < count < len(picture.place)
+            assert kept[sample, picture.place].nonzero().flatten().tolist() == expected
+
+
+@models
+def test_visionzip_merges_the_others_into_its_targets(model: str) -> None:
+    given, share = seen(model), SHARES.get(model, 0.5)
+    patched = atp_patch.patch_model(given.build(), method="visionzip", keep=share)
+    entered: list[Tensor] = []
+    patched.get_decoder().layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    forward(patched, given.inputs)
+    kept = kept_of(patched)[0]
+    merges = 0
+    for sample in range(len(kept)):
+        expected = given.embeds[sample].double().clone()
+        for picture, count in given.share_of(sample, share):
+            made = plain.zipped(picture.attention, picture.key, count)
+            for number, members in made.items():
+                mean = picture.features[members].mean(0)
+                expected[picture.place[number]] = torch.from_numpy(mean)
+                merges += len(members) > 1
+        wanted = expected[kept[sample]]
+        torch.testing.assert_close(
+            entered[0][sample, : len(wanted)].double(), wanted, rtol=1e-5, atol=1e-5
+        )
+    assert merges > 2
+
+
+def test_scope_without_attention_is_coverage_alone() -> None:
+    given = seen("qwen2_vl")
+    patched = atp_patch.patch_model(given.build(), method="scope", alpha=0.0, keep=0.5)
+    forward(patched, given.inputs)
+    for sample in range(2):
+        for picture, count in given.share_of(sample, 0.5):
+            alone = plain.coverage(picture.features, np.ones(len(picture.place)), count)
+            kept = kept_of(patched)[0][sample, picture.place]
+            assert kept.nonzero().flatten().tolist() == sorted(alone)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("scope", {"alpha": -1.0}, "alpha=-1.0 must be at least 0"),
+        ("visionzip", {"dominant_share": 1.5}, "must be from 0 to 1"),
+    ],
+)
+def test_wrong_options_are_named(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(atp_patch.ConfigError, match=message):
+        atp_patch.patch_model(BY_NAME["qwen2_vl"].build(), method=method, **options)
