@@ -13,7 +13,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "mllama": (_CROSS, "llava_next has LLaMA decoders with images in the sequence"),
     "idefics": (_CROSS, "idefics3 is its successor"),
     "gemma3n": (_SHARED, "gemma4 is its successor"),
-    "llama4": ("its rotary tables are complex numbers", "llava_next has LLaMA decoders"),
     "florence2": (_ENCODER, "paligemma answers the same kinds of prompts"),
     "pix2struct": (_ENCODER, "paligemma answers the same kinds of prompts"),
     "udop": (_ENCODER, "paligemma answers the same kinds of prompts"),

@@ -39,6 +39,10 @@ def _idefics3_side(config: Any) -> int:
     return _patches(config) // int(config.scale_factor)
 
 
+def _llama4_side(config: Any) -> int:
+    return round(_patches(config) * config.vision_config.pixel_shuffle_ratio)
+
+
 def _gemma3_side(config: Any) -> int:
     return math.isqrt(config.mm_tokens_per_image)
 
@@ -128,6 +132,7 @@ GEMMA3 = Family(
     causal=False,
     visual_tokens=lambda config: int(config.mm_tokens_per_image),
 )
+LLAMA4 = Family(name="llama4", model_types=("llama4",), grids=_squares(_llama4_side))
 OVIS2 = Family(name="ovis2", model_types=("ovis2",), grids=_squares(_ovis2_side))
 FAST_VLM = Family(name="fast_vlm", model_types=("fast_vlm",), grids=_fast_vlm_grids)
 AYA_VISION = Family(

@@ -17,6 +17,7 @@ from tests.families import (
     gemma4,
     hybrids,
     latents,
+    llama4,
     molmo2,
     more_mrope,
     more_square,
@@ -33,7 +34,7 @@ ORDINARY: tuple[Kind, ...] = tuple(
 )
 LATER: tuple[Kind, ...] = tuple(
     kind
-    for table in (more_square, more_mrope, sized, latents, gemma4, hybrids)
+    for table in (more_square, more_mrope, sized, latents, gemma4, hybrids, llama4)
     for kind in table.KINDS
 )
 

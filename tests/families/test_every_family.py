@@ -162,8 +162,8 @@ def test_a_batch_is_its_samples_alone(kind: Kind, padding: str) -> None:
 @every_kind
 def test_beams_of_a_batch_are_its_samples_beams(kind: Kind) -> None:
     """Beams repeat the samples, and so the grids, before anything is chosen."""
-    if kind.name == "qwen3_vl-flat":
-        pytest.skip("transformers cannot repeat a sample where deepstack has no layers")
+    if kind.name in ("qwen3_vl-flat", "llama4"):
+        pytest.skip("transformers cannot repeat this model's samples, the plain one's either")
     model = patched(kind)
     samples = MIXED[:2] if REPEATS_SAMPLES else ALIKE
     together = generate(model, make(kind, samples).inputs, 4, num_beams=2)

@@ -49,12 +49,14 @@ def masked(
     reference.set_attn_implementation(backend)
     config = reference.config.get_text_config()
     window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
     types = getattr(config, "layer_types", None)
     hooks = []
     for number, layer in enumerate(decoder_layers(reference)):
         passed = [step for step in kept if step <= number]
         chosen = kept[max(passed)] if passed else real
         slides = types is None or types[number] == "sliding_attention"
+        parts = _chunks(real, chunk) if types and types[number] == "chunked_attention" else None
 
         def mask_keys(
             _: nn.Module,
@@ -62,12 +64,16 @@ def masked(
             kwargs: dict[str, Any],
             chosen: Tensor = chosen,
             near: int | None = window if slides else None,
+            parts: Tensor | None = parts,
             blocks: Tensor | None = None if blocks_slide and not slides else blocks,
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             batch, length = args[0].shape[:2]
             visible = _fitted(chosen, batch, length) & _fitted(real, batch, length)
             both = None if blocks is None else _fitted(blocks, batch, length, value=-1)
-            mask = additive_mask(visible, near, args[0].dtype, both, over=window_over_blocks)
+            apart = None if parts is None else _fitted(parts, batch, length, value=-1)
+            mask = additive_mask(
+                visible, near, args[0].dtype, both, over=window_over_blocks, parts=apart
+            )
             return args, {**kwargs, "attention_mask": mask}
 
         hooks.append(layer.register_forward_pre_hook(mask_keys, with_kwargs=True))
@@ -83,11 +89,13 @@ def additive_mask(
     blocks: Tensor | None = None,
     *,
     over: bool = False,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """(B, 1, L, L), 0 where a query may see a key and hugely negative elsewhere.
 
     Every token sees itself, so that no row is empty. Tokens of one block (numbers >= 0) see each
-    other both ways; ``over``: the window bounds that too.
+    other both ways; ``over``: the window bounds that too. A token sees nothing outside of its own
+    part (B, L).
     """
     place = torch.arange(visible.shape[1])
     distance = place[:, None] - place[None, :]
@@ -100,8 +108,16 @@ def additive_mask(
         if over and window is not None:
             same = same & (distance < window)
         near = near | same
+    if parts is not None:
+        near = near & (parts[:, None, :, None] == parts[:, None, None, :])
     seen = near & visible[:, None, None, :] | (distance == 0)
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _chunks(real: Tensor, size: int) -> Tensor:
+    """(B, L) int64: the chunk of each position, counted from the first token behind padding."""
+    first = real.long().argmax(1, keepdim=True)
+    return torch.div(torch.arange(real.shape[1]) - first, size, rounding_mode="floor")
 
 
 def masked_logits(

@@ -60,7 +60,8 @@ def is_llava(model: PreTrainedModel) -> bool:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of any family."""
-    layers = model.get_decoder().layers
+    decoder = model.get_decoder()
+    layers = decoder.layers if hasattr(decoder, "layers") else decoder.model.layers
     assert isinstance(layers, nn.ModuleList)
     return layers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.methods.base import keep_best
-from tests.families import anyres, mrope, square, towers
+from tests.families import anyres, gemma4, llama4, mrope, square, towers
 from tests.families.kinds import MIXED, Kind, make
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
@@ -19,7 +19,9 @@ from tests.helpers.compare import assert_close, assert_same_choice
 from tests.helpers.inputs import batch, real_mask, visual_mask
 from tests.helpers.run import forward, generate, kept_of, words
 
-KINDS = (*square.KINDS, *anyres.KINDS, *towers.KINDS, *mrope.KINDS)
+KINDS = tuple(
+    kind for table in (square, anyres, towers, mrope, gemma4, llama4) for kind in table.KINDS
+)
 LAYER = 3
 
 
@@ -53,11 +55,13 @@ def test_turned_back_they_are_the_projections(kind: Kind) -> None:
     layer = max(LAYER, kind.layers[0])
     model, seen = kind.build(), []
     atp_patch.patch_model(model, [layer], Spy((seen,)), keep=0.5)
-    found = projections(model.get_decoder().layers[layer - 1].self_attn)
+    attention = tiny.decoder_layers(model)[layer - 1].self_attn
+    found = projections(attention)
     forward(model, make(kind, MIXED).inputs)
     for turned, raw in zip(seen[0], found, strict=True):
         if raw.ndim == 3:
             raw = raw.unflatten(-1, (-1, turned.shape[-1]))
+        raw = getattr(attention, "qk_norm", lambda states: states)(raw)
         raw = raw if raw.shape[1] == turned.shape[1] != raw.shape[2] else raw.transpose(1, 2)
         assert_close(turned, raw)
 

@@ -16,6 +16,7 @@ from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.host.cache import adopt, capacity, stored_positions
 from atp_patch.seam.host.masks import causal_mask, gather_columns, is_flash, prefill_mask
+from atp_patch.seam.host.temperature import query_factor
 
 #: Keywords of a decoder layer that hold a row for each of its tokens, (B, L, *).
 PER_TOKEN = ("per_layer_input",)
@@ -72,7 +73,13 @@ class HostPass:
         tables = kwargs.get("position_embeddings")
         if tables is not None:
             kwargs["position_embeddings"] = survivors.once(
-                id(tables), tables, lambda: tuple(gather(table) for table in tables)
+                id(tables),
+                tables,
+                lambda: (
+                    gather(tables)  # of complex numbers
+                    if isinstance(tables, Tensor)
+                    else tuple(gather(table) for table in tables)
+                ),
             )
         for name in PER_TOKEN:
             if kwargs.get(name) is not None:
@@ -99,6 +106,16 @@ class HostPass:
         if cache is not None and self.key_layers[layer] == layer:
             keys, valid = self._key_positions(layer, survivors)
             adopt(cache, layer).prune(keys, valid, self.total)
+
+    def query_factor(self, attention: Any, survivors: Survivors, cache: Any) -> Tensor | None:
+        """(B, n): what the queries of a layer's survivors are multiplied by; None for nothing.
+
+        Args:
+            attention: the layer's attention.
+            survivors: the tokens that the layer runs on.
+            cache: the layer's cache, which has been narrowed, or None.
+        """
+        return query_factor(attention, survivors.index + self.past, cache, self.total)
 
     def narrow_columns(self, layer: int, survivors: Survivors, kwargs: dict[str, Any]) -> None:
         """Narrow the mask of a layer to the keys that it attends to, in place.

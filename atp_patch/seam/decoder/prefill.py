@@ -26,6 +26,7 @@ from atp_patch.seam.decoder.views import view_before
 from atp_patch.seam.decoder.visual_tokens import Learned, TokenState
 from atp_patch.seam.host.prompt import TextRows
 from atp_patch.seam.host.recorder import ATTEND, Recorder, Recording
+from atp_patch.seam.host.temperature import QUERY_FACTOR
 
 
 class LayerPolicy(Protocol):
@@ -133,8 +134,13 @@ class Prefill:
         attend = self.tokens.attention_in(layer, hidden.device)
         if attend is not None:
             kwargs[ATTEND] = attend
+        sink = None
         if self._is_scored(layer):
             sink = partial(self.recordings.__setitem__, layer)
+        factor = self._query_factor(layer, getattr(module, "self_attn", None), kwargs)
+        if factor is not None:
+            kwargs[QUERY_FACTOR] = factor.to(hidden.device)
+        if sink is not None or factor is not None:
             tables = kwargs.get("position_embeddings")
             self.recorder.expect(module.self_attn, sink, rotary=tables)
         return (hidden,)
@@ -285,6 +291,12 @@ class Prefill:
         elif host.cache is not None and host.past:
             decode = Decode(host.cache, host.flash, host.key_layers)
             decode.narrow_kwargs(layer, hidden.shape[1], kwargs)
+
+    def _query_factor(self, layer: int, attention: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        survivors = self.tokens.entering(layer)
+        if survivors is None:
+            return None
+        return self.host.query_factor(attention, survivors, kwargs.get("past_key_values"))
 
     def _cut(self, output: Any, num_layers: int) -> Any:
         """The output of the last tokens alone, with zeros at pruned places."""

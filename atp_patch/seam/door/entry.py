@@ -242,8 +242,14 @@ def filled_window(parts: Parts, tokens: int) -> int | None:
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
-    """The window of a layer in tokens, or None where it attends to everything before."""
+    """The window of a layer in tokens, or None where it attends to everything before.
+
+    A layer that attends within chunks sees no more than a chunk.
+    """
     types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] == "chunked_attention":
+        chunk: int | None = config.attention_chunk_size
+        return chunk
     if types is not None and types[layer] != "sliding_attention":
         return None
     if types is None and not getattr(config, "use_sliding_window", True):

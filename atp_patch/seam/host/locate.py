@@ -147,6 +147,10 @@ def _mlp_sizes(config: Any) -> tuple[int, ...]:
     if getattr(config, "enable_moe_block", False):  # experts beside the dense MLP
         beside = config.top_k_experts * config.moe_intermediate_size
         return (option("intermediate_size") + beside,) * len(layers)
+    listed = getattr(config, "moe_layers", None)
+    if listed is not None and hasattr(config, "interleave_moe_layer_step"):  # with a shared expert
+        sparse = (config.num_experts_per_tok + 1) * config.intermediate_size
+        return tuple(sparse if k in listed else config.intermediate_size_mlp for k in layers)
     dense = option("intermediate_size_mlp", "intermediate_size")
     visited = option("num_experts_per_tok", "moe_topk", "moe_k")
     if not visited:

@@ -10,6 +10,7 @@ again. The decoder's own config, from which masks are made, is never changed.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.seam.host.passes import PerThread
+from atp_patch.seam.host.temperature import QUERY_FACTOR
 
 ATTENTION_NAME = "atp_patch_record"
 ATTEND = "atp_patch_attend"
@@ -36,7 +38,8 @@ class Recording:
         mask: the host's mask, or None.
         scaling: the factor of the logits.
         module: the attention.
-        rotary: the tables (cos, sin) that the attention's layer was given, or None.
+        rotary: the tables (cos, sin), or one of complex numbers, that the attention's layer was
+            given, or None.
         softcap: the bound of the logits (Gemma 2), or None.
         sinks: (H,) float, a logit of each head that counts in the sums of its softmax and for no
             token (gpt-oss), or None.
@@ -47,7 +50,7 @@ class Recording:
     mask: Tensor | None
     scaling: float
     module: Any = None
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: tuple[Tensor, Tensor] | Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -60,7 +63,11 @@ class Recording:
             for name in ("query", "key", "mask", "sinks")
             if (value := getattr(self, name)) is not None
         }
-        tables: Any = self.rotary and tuple(table.to(device) for table in self.rotary)
+        tables: Any = self.rotary
+        if isinstance(tables, Tensor):
+            tables = tables.to(device)
+        elif tables is not None:
+            tables = tuple(table.to(device) for table in tables)
         return replace(self, **moved, rotary=tables)
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
@@ -73,17 +80,29 @@ class Recording:
             UnsupportedModelError: where the host has no such function.
         """
         home = sys.modules[type(self.module).__module__]
-        rotate = getattr(home, "apply_rotary_pos_emb", None)
+        complex_tables = isinstance(self.rotary, Tensor)
+        name = "apply_rotary_emb" if complex_tables else "apply_rotary_pos_emb"
+        rotate = getattr(home, name, None)
         if rotate is None or self.rotary is None:
             raise UnsupportedModelError(
                 f"the rotary embedding of {type(self.module).__name__} cannot be undone; "
                 'score after it (in fastv: rope="after").'
             )
-        cos, sin = self.rotary
         own = self.key[:, :, -self.query.shape[2] :]
+        if not getattr(self.module, "use_rope", True):  # this layer rotates nothing
+            return self.query, own
         # Scaled tables (of long contexts) scale once in the host's call and once in this one.
+        if isinstance(self.rotary, Tensor):
+            scale = float(self.rotary.flatten()[0].abs() ** 2)
+            rows = (self.query.transpose(1, 2), own.transpose(1, 2))
+            query, key = (turned.transpose(1, 2) for turned in rotate(*rows, self.rotary.conj()))
+            return query / scale, key / scale
+        cos, sin = self.rotary
         scale = float(cos.flatten()[0].float() ** 2 + sin.flatten()[0].float() ** 2)
-        query, key = rotate(self.query, own, cos, -sin)
+        if next(iter(inspect.signature(rotate).parameters)) == "x":  # it turns one at a time
+            query, key = (rotate(one, cos, -sin) for one in (self.query, own))
+        else:
+            query, key = rotate(self.query, own, cos, -sin)
         return query / scale, key / scale
 
 
@@ -102,7 +121,7 @@ class _Expected:
     Attributes:
         view: the attention's config.
         sink: the function that is given the recording, or None where none is wanted.
-        rotary: the tables (cos, sin) that the attention's layer was given.
+        rotary: the rotary tables that the attention's layer was given.
         every: True where all calls of the attention function are recorded until the module returns,
             because some vision towers attend image by image.
     """
@@ -151,7 +170,7 @@ class Recorder:
         Args:
             attention: the module.
             sink: the function that is given the recording, or None.
-            rotary: the tables (cos, sin) that the attention's layer was given.
+            rotary: the rotary tables that the attention's layer was given.
             every: record all calls until :meth:`forget`, which is called when the module returns.
         """
         self._thread.call = _Expected(attention.config, sink, rotary, every)
@@ -261,8 +280,12 @@ def _attend(
     """Our attention function: record the call where it is expected, then attend.
 
     It attends with the function in the keyword ``ATTEND`` where there is one, else as the host.
+    Queries are multiplied by ``QUERY_FACTOR`` where that is given.
     """
     recorder: Recorder = module.config._atp_recorder
+    factor = kwargs.pop(QUERY_FACTOR, None)
+    if factor is not None:
+        query = (query * factor[:, None, :, None]).to(query.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = recorder.take()
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
