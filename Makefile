@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-matrix test-slow mutation results lint types format clean
+.PHONY: demo test test-fast test-matrix test-slow eval-env test-eval mutation results lint types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -53,6 +53,22 @@ results: $(VENV)/.installed-train $(VENV)/.installed-eval
 	PYTHON=$(BIN)/python results/train.sh
 	PYTHON=$(BIN)/python results/run.sh together bench
 
+# lmms-eval and what it needs, in an environment of its own.
+EVAL := .venv-eval
+eval-env: $(EVAL)/.installed
+$(EVAL)/.installed: constraints.txt .ci/install-torch $(METADATA)
+	$(PYTHON) -m venv $(EVAL)
+	.ci/install-torch $(EVAL)/bin/python constraints.txt
+	$(EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[lmms-eval]" \
+		pytest pytest-timeout
+	@# A torchvision built for CUDA cannot be imported beside a CPU build of torch; it is not needed.
+	$(EVAL)/bin/python -c "import torchvision" 2>/dev/null \
+		|| $(EVAL)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+test-eval: $(EVAL)/.installed
+	$(EVAL)/bin/python -m pytest -m lmms_eval tests/integrations
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -65,7 +81,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .matrix build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL) .matrix build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: constraints.txt .ci/install-torch
 	$(PYTHON) -m venv $(VENV)

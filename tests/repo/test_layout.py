@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": _PATCHED | {"seam/host"},
     "bench": _PATCHED | {"evaluation"},
     "convert": _PATCHED,
+    "integrations": _PATCHED,
     "commands": _PATCHED | {"training", "evaluation", "bench", "convert"},
     "__init__": _PATCHED,
     "demo": {"commands"},

@@ -1,0 +1,192 @@
+"""Patched models in the real lmms-eval, on questions about generated scenes.
+
+`make test-eval` installs lmms-eval into an environment of its own and runs these tests there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.lmms_eval
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-env")
+
+from atp_patch.contract.errors import ConfigError  # noqa: E402
+from atp_patch.evaluation.command import main as evaluate  # noqa: E402
+from atp_patch.integrations.lmms_eval import SimpleTasks, generation, manifest  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TASKS, QUESTIONS = ("exist", "count"), 8
+ATP = "pretrained=builtin,method=atp,target_tokens=144"
+PLAIN = "pretrained=builtin,method=plain"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of tasks for the harness."""
+    path = ROOT / "examples" / "lmms_eval_tasks.py"
+    spec = importlib.util.spec_from_file_location("lmms_eval_tasks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("tasks")
+    module.write(folder, QUESTIONS, "test")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """By method and task, the scores of our own evaluation of the same questions."""
+    out = tmp_path_factory.mktemp("evaluation")
+    asked = ["--tasks", ",".join(TASKS), "--questions", str(QUESTIONS), "--seeds", "1"]
+    assert (
+        evaluate([*asked, "--methods", "atp", "--budgets", "0.25", "--no-plots", "--out", str(out)])
+        == 0
+    )
+    found = {}
+    for file in (out / "runs").glob("*.jsonl"):
+        first, *chunks = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        scores = {task: [] for task in TASKS}
+        for chunk in chunks:
+            for task in TASKS:
+                scores[task] += chunk["tasks"][task]["scores"]
+        found[first["identity"]["setting"]["method"]] = scores
+    return found
+
+
+def run(tasks, out, arguments, *options, names=TASKS, processes=1):
+    """Run the harness; return its results, and by task its samples in order."""
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+    ]
+    start = [sys.executable, "-m"] if processes == 1 else launch
+    subprocess.run(
+        [
+            *start,
+            "lmms_eval",
+            "--include_path",
+            str(tasks),
+            "--model",
+            "atp_patch",
+            "--tasks",
+            ",".join(f"atp_patch_{name}" for name in names),
+            "--model_args",
+            arguments,
+            "--output_path",
+            str(out),
+            "--log_samples",
+            *options,
+        ],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=tasks,
+        timeout=280,
+    )
+    (file,) = out.rglob("*results.json")
+    samples = {}
+    for name in names:
+        (lines,) = out.rglob(f"*samples_atp_patch_{name}.jsonl")
+        rows = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
+        samples[name] = sorted(rows, key=lambda row: row["doc_id"])
+    return json.loads(file.read_text(encoding="utf-8")), samples
+
+
+def scores(samples):
+    return {name: [row["exact"] for row in rows] for name, rows in samples.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "batch", "processes"),
+    [(PLAIN, "unpruned", "8", 1), (ATP, "atp", "1", 1), (ATP, "atp", "8", 1), (ATP, "atp", "8", 2)],
+)
+def test_scores_are_those_of_our_own_evaluation(
+    tasks, expected, tmp_path, arguments, method, batch, processes
+):
+    results, samples = run(tasks, tmp_path, arguments, "--batch_size", batch, processes=processes)
+    assert scores(samples) == expected[method]
+    throughput = results["throughput"]
+    if method == "unpruned":
+        assert "avg_visual_tokens" not in throughput
+        return
+    assert throughput["avg_visual_tokens"] == 576
+    assert throughput["avg_visual_tokens_over_layers"] == pytest.approx(144, abs=1)
+    assert throughput["avg_kv_megabytes"] < throughput["avg_kv_megabytes_plain"] / 3
+    counts = samples["exist"][0]["token_counts"][0]
+    assert counts["visual_tokens"] == 576
+    assert counts["average_visual_tokens"] == pytest.approx(144, abs=1)
+
+
+def test_limit_and_a_second_run_from_the_cache_of_answers(tasks, expected, tmp_path):
+    cache = ("--use_cache", str(tmp_path / "cache"), "--limit", "3", "--batch_size", "2")
+    _, first = run(tasks, tmp_path / "first", ATP, *cache)
+    assert scores(first) == {name: rows[:3] for name, rows in expected["atp"].items()}
+    results, second = run(tasks, tmp_path / "second", ATP, *cache)
+    assert scores(second) == scores(first)
+    assert results["throughput"]["total_gen_tokens"] == 0  # every answer came from the cache
+
+
+def test_multiple_choice_compares_probabilities(tasks, expected, tmp_path):
+    results, samples = run(
+        tasks, tmp_path, ATP, "--batch_size", "4", "--force_simple", names=("choice",)
+    )
+    right = [row["acc"] for row in samples["choice"]]
+    assert right == expected["atp"]["exist"]  # a right greedy answer is the likelier of the two
+    assert results["throughput"]["avg_visual_tokens"] == 576
+
+
+def test_the_harness_finds_the_model_by_its_entry_point():
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    registry = ModelRegistryV2()
+    registry.load_entrypoint_manifests()
+    for simple in (False, True):
+        found = registry.get_model_class("atp_patch", force_simple=simple)
+        assert found.is_simple is simple
+    assert manifest().model_id == "atp_patch"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"do_sample": False}),
+        ({"temperature": 0, "top_p": 0.9}, {"do_sample": False}),
+        ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}),
+        ({"num_beams": 3, "image_aspect_ratio": "pad"}, {"do_sample": False, "num_beams": 3}),
+    ],
+)
+def test_generation_arguments_are_those_of_the_task(given, expected):
+    how = generation({**given, "max_new_tokens": 7, "until": ["\n\n"]})
+    assert (how.max_new_tokens, how.stop) == (7, ("\n\n",))
+    assert {k: v for k, v in how.options.items() if v is not None} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": "auto"}, "batch_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"method": "plain", "keep": 0.5}, "leave out keep"),
+        ({"weights": "atp25", "method": "atp"}, "leave out method"),
+        ({"layers": "4+x"}, "layers"),
+    ],
+)
+def test_wrong_model_arguments_are_refused_before_the_model_loads(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        SimpleTasks("builtin", **arguments)
