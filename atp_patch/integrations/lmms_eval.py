@@ -42,6 +42,7 @@ from atp_patch.tools.trained import load_trained
 
 PLAIN = "plain"
 _LISTS = {"layers": int, "keep": float}
+_HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 # Arguments that tasks write for models of the harness itself, which `generate` does not know.
 _NOT_FOR_GENERATE = ("until", "image_aspect_ratio", "max_gen_toks")
 
@@ -101,7 +102,9 @@ class SimpleTasks(lmms):
         Args:
             pretrained: a folder, a Hub id, or the name of a built-in model.
             method: a method, two joined by "/", or "plain" for the unpatched model.
-            weights: a training's folder, or the folder or Hub id of an adapter.
+            weights: a training's folder, or the folder or Hub id of an adapter. ``revision``,
+                ``token``, ``subfolder``, ``cache_dir`` and ``local_files_only`` may stand beside
+                it, as in ``load_trained``.
             batch_size: how many requests are answered at a time.
             device: where the model goes; by default each process takes its own GPU, or the CPU.
             dtype: float32, bfloat16 or float16.
@@ -129,7 +132,7 @@ class SimpleTasks(lmms):
 
         model, processor = _load(pretrained, self.device, dtype, prune)
         if weights is not None:
-            load_trained(model, weights)
+            load_trained(model, weights, **patch)
         else:
             prune(model)
         media = {"num_frames": num_frames, "fps": fps}
@@ -287,11 +290,15 @@ def _patch_arguments(
     method: str | None, weights: str | None, patch: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The arguments of ``patch_model``; None for the plain model."""
-    if method == PLAIN or weights is not None:
-        given = [*patch, *(["method"] if weights is not None and method is not None else [])]
+    if weights is not None:
+        given = [name for name in patch if name not in _HUB] + ["method"] * (method is not None)
         if given:
-            reason = "weights sets it" if weights is not None else "the model stays unpatched"
-            raise ConfigError(f"--model_args: leave out {given[0]}, because {reason}.")
+            raise ConfigError(f"--model_args: leave out {given[0]}, because weights sets it.")
+        return None
+    if method == PLAIN:
+        if patch:
+            name = next(iter(patch))
+            raise ConfigError(f"--model_args: leave out {name}: method={PLAIN} prunes nothing.")
         return None
     arguments = {name: _listed(name, value) for name, value in patch.items()}
     if method is not None:
