@@ -14,9 +14,17 @@ from atp_patch.families.latents import IDEFICS2
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.molmo2 import MOLMO2
 from atp_patch.families.pixtral import MISTRAL3
-from atp_patch.families.qwen2_vl import GLM4V, PADDLEOCR_VL, QWEN2_VL, QWEN3_5, QWEN3_VL
+from atp_patch.families.qwen2_vl import (
+    COSMOS3_EDGE,
+    ERNIE4_5_VL,
+    GLM4V,
+    PADDLEOCR_VL,
+    QWEN2_VL,
+    QWEN3_5,
+    QWEN3_VL,
+)
 from atp_patch.families.refused import REFUSED
-from atp_patch.families.sizes import EXAONE4_5, LIGHTON_OCR
+from atp_patch.families.sizes import EXAONE4_5, HUNYUAN_VL, LIGHTON_OCR, VIDEO_LLAMA_3
 from atp_patch.families.square import (
     AYA_VISION,
     DEEPSEEK_VL,
@@ -41,7 +49,11 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_5,
     GLM4V,
     PADDLEOCR_VL,
+    ERNIE4_5_VL,
+    COSMOS3_EDGE,
     EXAONE4_5,
+    VIDEO_LLAMA_3,
+    HUNYUAN_VL,
     INTERNVL,
     PALIGEMMA,
     GEMMA3,

@@ -54,6 +54,8 @@ class Family:
         resizable: True where the tower takes pictures of any size.
         keeps_state: True where some decoder layers keep a recurrent or convolution state in place
             of keys, as the text config's ``layer_types`` say.
+        told_kinds: True where the call tells the decoder of each token whether it is text or of a
+            picture, so that no token can be added.
         outer: how a model of another package holds its language model; None for models of
             transformers.
     """
@@ -70,6 +72,7 @@ class Family:
     tower: Callable[[Any], Tower | None] = _no_tower
     resizable: bool = False
     keeps_state: bool = False
+    told_kinds: bool = False
     outer: Outer | None = None
 
     @property
@@ -82,11 +85,11 @@ class Family:
         """Whether learned tokens can stand behind images, in at least some models of the family.
 
         They cannot where images or prefixes attend both ways, where visual features are added
-        inside the decoder, where a state tells later tokens of an image, or where another package
-        feeds the decoder.
+        inside the decoder, where a state tells later tokens of an image, where the call tells of
+        each token what it is, or where another package feeds the decoder.
         """
-        plain = self.causal and self.outer is None and not self.keeps_state
-        return plain and self.late_layers is _none
+        free = self.causal and not self.told_kinds and not self.keeps_state
+        return free and self.outer is None and self.late_layers is _none
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""

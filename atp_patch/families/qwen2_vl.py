@@ -1,11 +1,12 @@
-"""Qwen-VL, Qwen 3.5, GLM-4V and GLM-4.6V: dynamic grids, read off the multimodal position ids.
+"""Qwen-VL, Qwen 3.5, GLM, PaddleOCR-VL, ERNIE 4.5 VL and Cosmos 3 Edge: dynamic grids, read off the
+multimodal position ids.
 
 The decoder gets (t, h, w) position ids for every token. Within one image or video they *are* the
 grid, so it needs no ``image_grid_thw`` (which ``generate`` keeps to itself). Where a caller gives
 other position ids, which the plain model takes as they are, the grids are those of
 ``image_grid_thw`` and ``video_grid_thw``, in the order of the placeholders. Where time stamps stand
-between the frames of a video (Qwen3-VL, GLM), each frame is a grid of its own; GLM gives frames the
-id of images.
+between the frames of a video (Qwen3-VL, GLM, Cosmos), each frame is a grid of its own; GLM gives
+frames the id of images.
 """
 
 from __future__ import annotations
@@ -96,6 +97,19 @@ QWEN3_5 = Family(
     tower=packed_tower,
     resizable=True,
     keeps_state=True,
+)
+COSMOS3_EDGE = Family(
+    name="cosmos3_edge",
+    model_types=("cosmos3_edge",),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+)
+ERNIE4_5_VL = Family(
+    name="ernie4_5_vl",
+    model_types=("ernie4_5_vl_moe",),
+    grids=_grids,
+    token_ids=("image_token_id", "video_token_id"),
+    told_kinds=True,
 )
 GLM4V = Family(
     name="glm4v",

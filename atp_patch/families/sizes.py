@@ -30,21 +30,19 @@ def by_grid_thw(query: GridQuery) -> Grids:
         )
     config: Any = query.config
     side = int(config.vision_config.spatial_merge_size)
-    films = {name: films_of(query, name, lambda _: side) for name in (IMAGES, VIDEOS)}
+    joined = int(getattr(config.vision_config, "temporal_merge_size", 1))  # frames that make one
+    films = {
+        IMAGES: deque((t, h // side, w // side) for t, h, w in rows_of(query, IMAGES)),
+        VIDEOS: deque((t // joined, h // side, w // side) for t, h, w in rows_of(query, VIDEOS)),
+    }
     return in_order(query, films, partial(_kind, query), whole)
 
 
-def films_of(query: GridQuery, name: str, side: Callable[[int], int]) -> Films:
-    """The pictures or videos of an argument that counts in patches, in tokens.
-
-    Args:
-        query: what is known of the call.
-        name: the name of the argument.
-        side: from the number of a picture to the patches along a side that become one token.
-    """
+def rows_of(query: GridQuery, name: str) -> list[list[int]]:
+    """The frames, rows and columns of patches that an argument tells; empty if it did not come."""
     given = query.grid_thw.get(name)
-    rows = [] if given is None else given.tolist()
-    return deque((t, h // side(number), w // side(number)) for number, (t, h, w) in enumerate(rows))
+    rows: list[list[int]] = [] if given is None else given.tolist()
+    return rows
 
 
 def in_order(
@@ -139,10 +137,68 @@ def _pixels(query: GridQuery) -> Grids:
     return in_order(query, films, lambda _, span: PIXELS, whole)
 
 
+def _merged_each(query: GridQuery) -> Grids:
+    """VideoLLaMA 3's grids: of each picture it is told how many patches become one token.
+
+    Each frame of a video is a run of its own. Frames from which the processor dropped tokens that
+    hardly changed are no grids any more; what is left of one is a single row.
+    """
+    config: Any = query.config
+    films: dict[str, Films] = {}
+    for name, merged in ((IMAGES, "image_merge_sizes"), (VIDEOS, "video_merge_sizes")):
+        rows = rows_of(query, name)
+        if rows and merged not in query.sizes_given:
+            raise InputError(f"{name} came without {merged}; pass both to the call.")
+        sides = query.sizes_given[merged].tolist() if rows else []
+        each = [(t, h // side, w // side) for (t, h, w), side in zip(rows, sides, strict=True)]
+        films[name] = deque((1, h, w) for t, h, w in each for _ in range(t))
+
+    def place(span: Span, name: str, left: Films) -> list[VisualGrid]:
+        if name == IMAGES:
+            return whole(span, name, left)
+        _, height, width = left.popleft() if left else (0, 0, 0)
+        if span.length > height * width:
+            raise mismatch(span, name)
+        if span.length == height * width:
+            return [VisualGrid(span.start, 1, height, width)]
+        return [VisualGrid(span.start, 1, 1, span.length)]
+
+    video = config.video_token_id
+    return in_order(
+        query, films, lambda _, span: VIDEOS if span.token_id == video else IMAGES, place
+    )
+
+
+def _between_marks(query: GridQuery) -> Grids:
+    """HunyuanOCR's grids: a newline ends each row, and the processor may put marks around them all.
+
+    Newlines and marks have the id of the image.
+    """
+    config: Any = query.config
+    side = int(config.vision_config.spatial_merge_size)
+    films = {IMAGES: deque((1, h // side, w // side) for _, h, w in rows_of(query, IMAGES))}
+
+    def place(span: Span, name: str, left: Films) -> list[VisualGrid]:
+        _, height, width = left.popleft() if left else (0, 0, 0)
+        marks, odd = divmod(span.length - height * (width + 1), 2)
+        if not height or odd or marks not in (0, 1):
+            raise mismatch(span, name)
+        return [VisualGrid(span.start + marks, 1, height, width, row_stride=width + 1)]
+
+    return in_order(query, films, lambda _, span: IMAGES, place)
+
+
 LIGHTON_OCR = Family(name="lighton_ocr", model_types=("lighton_ocr",), grids=_pixels)
 EXAONE4_5 = Family(
     name="exaone4_5",
-    model_types=("exaone4_5",),
+    model_types=("exaone4_5", "hyperclovax_vision_v2"),
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
 )
+VIDEO_LLAMA_3 = Family(
+    name="video_llama_3",
+    model_types=("video_llama_3",),
+    grids=_merged_each,
+    token_ids=("image_token_id", "video_token_id"),
+)
+HUNYUAN_VL = Family(name="hunyuan_vl", model_types=("hunyuan_vl",), grids=_between_marks)

@@ -150,6 +150,8 @@ def check_family(family: Family, config: Any) -> None:
         why = "the state of some layers tells later tokens of an image, whatever they attend to"
     elif family.late_layers(config):
         why = "it adds visual features inside its decoder"
+    elif family.told_kinds:
+        why = "its calls tell of each token of the prompt whether it is text or of a picture"
     if why is not None:
         able = ", ".join(f.name for f in FAMILIES if f.takes_voco)
         raise UnsupportedModelError(

@@ -1,4 +1,5 @@
-"""Pictures whose sizes the call tells, with positions that count tokens: LightOnOCR, EXAONE 4.5.
+"""Pictures whose sizes the call tells: LightOnOCR, EXAONE 4.5, HyperCLOVA X, VideoLLaMA 3,
+HunyuanOCR.
 
 An early version of transformers may lack some of them.
 """
@@ -7,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 
-from tests.families.kinds import TEXT, Drawn, Paint, installed
+from tests.families.kinds import TEXT, TOWER, VIDEO, Drawn, Paint, installed
 from tests.families.mrope import VISION, _collate, _one_run
 from tests.families.towers import _padded_to_largest, _pixtral_tower
 from tests.helpers import tiny
@@ -63,9 +66,130 @@ def _without_types(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
     return made
 
 
+# -- HyperCLOVA X SEED: the same tower, with a projector of its own --------------------------------
+
+
+def _hyperclovax() -> Any:
+    return transformers.HyperCLOVAXVisionV2Config(
+        vision_config={"model_type": "qwen2_5_vl_vision", **_windowed_tower()},
+        text_config=transformers.HyperCLOVAXConfig(**TEXT),
+        image_token_id=tiny.IMAGE,
+        video_token_id=tiny.VIDEO,
+    )
+
+
+# -- VideoLLaMA 3: patches merged or not, frames apart, tokens of later frames dropped -------------
+
+LEFT = (24, 24, 7)  # tokens of each frame after the processor's compression
+
+
+def _video_llama_3() -> Any:
+    return transformers.VideoLlama3Config(
+        vision_config={**TOWER, "patch_size": 4},
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=tiny.IMAGE,
+        video_token_id=tiny.VIDEO,
+    )
+
+
+def _merged_or_not(config: Any, which: int, paint: Paint, count: int) -> Drawn:
+    """Images are not merged; four patches of a video make one token."""
+    rows, columns = SIZES[which % 2]
+    merge = 2 if which == VIDEO else 1
+    frames = [paint(rows * merge * 4, columns * merge * 4) for _ in LEFT[: 3 if merge > 1 else 1]]
+    cut = [_cells(frame, merge) for frame in frames]
+    thw = torch.tensor([[len(frames), rows * merge, columns * merge]])
+    drawn = Drawn()
+    if which != VIDEO:
+        drawn.square(tiny.IMAGE, 0, rows, columns)
+        drawn.tensors = {"pixel_values": torch.cat(cut), "image_grid_thw": thw}
+        drawn.tensors["image_merge_sizes"] = torch.tensor([merge])
+        return drawn
+    for frame, left in enumerate(LEFT):
+        drawn.mark(tiny.FIRST_WORD + frame)
+        if left == rows * columns:
+            drawn.square(tiny.VIDEO, frame, rows, columns)
+        else:
+            drawn.square(tiny.VIDEO, frame, 1, left)
+    drawn.tensors = {"pixel_values_videos": torch.cat(cut), "video_grid_thw": thw}
+    drawn.tensors["video_merge_sizes"] = torch.tensor([merge])
+    stays = [torch.arange(rows * columns) >= rows * columns - left for left in LEFT]
+    drawn.tensors["video_compression_mask"] = torch.cat(stays)
+    return drawn
+
+
+def _cells(frame: Tensor, merge: int) -> Tensor:
+    """(patches, values): a frame cut into cells of ``merge`` x ``merge`` patches, cell by cell."""
+    size = 4
+    rows = frame.unfold(1, size, size).unfold(2, size, size)  # 3, rows, columns, P, P
+    _, r, c, _, _ = rows.shape
+    cells = rows.reshape(3, r // merge, merge, c // merge, merge, size, size)
+    return cells.permute(1, 3, 2, 4, 0, 5, 6).reshape(r * c, -1)
+
+
+def _all_tensors(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
+    every = [picture.tensors for row in pictures for picture in row]
+    names = dict.fromkeys(name for tensors in every for name in tensors)
+    return {
+        name: torch.cat([tensors[name] for tensors in every if name in tensors]) for name in names
+    }
+
+
+# -- HunyuanOCR: a newline ends each row, marks stand before and behind; all have the image's id ---
+
+
+def _hunyuan_vl() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 2, 2, 2]}
+    vision = {
+        **TOWER,
+        "patch_size": 4,
+        "max_image_size": 64,
+        "out_hidden_size": tiny.HIDDEN,
+        "text_hidden_size": tiny.HIDDEN,
+    }
+    return transformers.HunYuanVLConfig(
+        vision_config=vision,
+        text_config={**TEXT, "rope_parameters": rope},
+        image_token_id=tiny.IMAGE,
+        image_start_token_id=tiny.VISION_START,
+        image_end_token_id=tiny.VISION_END,
+    )
+
+
+def _newlines_and_marks(config: Any, which: int, paint: Paint, count: int) -> Drawn:
+    rows, columns = SIZES[which]
+    picture = paint(rows * 8, columns * 8)
+    patches = picture.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    drawn = Drawn()
+    drawn.mark(tiny.VISION_START, tiny.IMAGE)
+    for row in range(rows):
+        for column in range(columns):
+            drawn.put(tiny.IMAGE, 0, 0, row, column)
+        drawn.mark(tiny.IMAGE)
+    drawn.mark(tiny.IMAGE, tiny.VISION_END)
+    thw = torch.tensor([[1, 2 * rows, 2 * columns]])
+    drawn.tensors = {"pixel_values": patches.flatten(1), "image_grid_thw": thw}
+    return drawn
+
+
 KINDS = installed(
     {
         "LightOnOcr": ("lighton_ocr", _lighton_ocr, _no_breaks, _padded_to_largest, {}),
+        "HyperCLOVAXVisionV2": (
+            "hyperclovax_vision_v2",
+            _hyperclovax,
+            _one_run,
+            _without_types,
+            {"videos": True},
+        ),
+        "VideoLlama3": (
+            "video_llama_3",
+            _video_llama_3,
+            _merged_or_not,
+            _all_tensors,
+            {"videos": True},
+        ),
+        "HunYuanVL": ("hunyuan_vl", _hunyuan_vl, _newlines_and_marks, _collate, {}),
         "Exaone4_5_": ("exaone4_5", _exaone4_5, _one_run, _without_types, {"videos": True}),
     }
 )

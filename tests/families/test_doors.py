@@ -13,7 +13,7 @@ import torch
 
 import atp_patch
 from atp_patch.families import FAMILIES, family_of
-from tests.families.hosts import skip_where_the_cache_matters
+from tests.families.hosts import skip_where_samples_share_places, skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
 from tests.families.tables import every_kind, with_videos
 from tests.families.test_every_family import placed
@@ -57,6 +57,7 @@ def test_keeping_all_is_plain_bit_for_bit(kind: Kind) -> None:
 
 @every_kind
 def test_batches_caches_and_unpatching(kind: Kind) -> None:
+    skip_where_samples_share_places(kind.build())
     model = patched(kind)
     inputs = make(kind, MIXED).inputs
     together, kept = forward(model, inputs).logits, kept_of(model)[0]

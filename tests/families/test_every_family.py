@@ -11,7 +11,11 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.seam import locate
-from tests.families.hosts import REPEATS_SAMPLES, skip_where_the_cache_matters
+from tests.families.hosts import (
+    REPEATS_SAMPLES,
+    skip_where_samples_share_places,
+    skip_where_the_cache_matters,
+)
 from tests.families.kinds import (
     ALIKE,
     MIXED,
@@ -99,6 +103,7 @@ def test_gathered_is_masked_with_videos(kind: Kind) -> None:
     """And a batch of videos is its samples, with a cache or without."""
     model, batch = patched(kind), make(kind, kind.video_samples)
     check_masked(kind, model, kind.build(), batch)
+    skip_where_the_cache_matters(kind.build(), batch.inputs)
     answers = generate(model, batch.inputs, 3)
     assert torch.equal(generate(model, batch.inputs, 3, use_cache=False), answers)
     for answer, one in zip(answers, kind.video_samples, strict=True):
@@ -141,6 +146,7 @@ def test_the_cache_changes_no_answer(kind: Kind) -> None:
 @paddings
 @every_kind
 def test_a_batch_is_its_samples_alone(kind: Kind, padding: str) -> None:
+    skip_where_samples_share_places(kind.build())
     model = patched(kind)
     inputs = make(kind, MIXED, padding).inputs
     together, kept = forward(model, inputs).logits, kept_of(model)
@@ -164,6 +170,7 @@ def test_beams_of_a_batch_are_its_samples_beams(kind: Kind) -> None:
     """Beams repeat the samples, and so the grids, before anything is chosen."""
     if kind.name in ("qwen3_vl-flat", "llama4"):
         pytest.skip("transformers cannot repeat this model's samples, the plain one's either")
+    skip_where_samples_share_places(kind.build())
     model = patched(kind)
     samples = MIXED[:2] if REPEATS_SAMPLES else ALIKE
     together = generate(model, make(kind, samples).inputs, 4, num_beams=2)

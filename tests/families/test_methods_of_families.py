@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import atp_patch
 from atp_patch.families import FAMILIES, family_of
 from atp_patch.methods import METHODS, DoorMethod, LayerMethod
-from tests.families.hosts import skip_where_the_cache_matters
+from tests.families.hosts import skip_where_samples_share_places, skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
 from tests.families.tables import every_kind
 from tests.families.test_every_family import check_masked
@@ -29,8 +29,8 @@ def serves(method: str, config: Any) -> bool:
     """What the families' data say of one model."""
     family = family_of(config)
     if method == "voco":
-        plain = family.causal and family.outer is None and not family.keeps_state
-        return plain and not family.late_layers(config)
+        inside = family.late_layers(config) or family.told_kinds or family.keeps_state
+        return family.causal and family.outer is None and not inside
     tower = family.tower(config)
     if issubclass(CLASSES[method], DoorMethod):
         reads = bool(CLASSES[method]().tower_blocks)
@@ -80,6 +80,7 @@ def test_sparsevlm_is_masked(kind: Kind) -> None:
 def test_batches_caches_and_unpatching(kind: Kind, method: str) -> None:
     if method == "voco" and not serves(method, kind.build().config):
         return  # refused, see above
+    skip_where_samples_share_places(kind.build())
     model = patched(kind, method)
     inputs = make(kind, MIXED).inputs
     together, kept = forward(model, inputs).logits, kept_of(model)
