@@ -82,7 +82,7 @@ class DecoderShape:
         hidden_size: hidden size of the decoder.
         mlp_sizes: inner size of each layer's MLP; in a mixture of experts that of all experts that
             a token visits.
-        num_heads: number of query heads.
+        num_heads: number of query heads of each layer.
         num_kv_heads: number of key/value heads of each layer; 0 for a layer that reuses the keys
             and values of an earlier one, and for a layer that keeps a state in their place.
         head_dims: size of a head of each layer.
@@ -96,7 +96,7 @@ class DecoderShape:
     num_layers: int
     hidden_size: int
     mlp_sizes: tuple[int, ...]
-    num_heads: int
+    num_heads: tuple[int, ...]
     num_kv_heads: tuple[int, ...]
     head_dims: tuple[int, ...]
     vocab_size: int

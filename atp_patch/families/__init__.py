@@ -37,6 +37,7 @@ from atp_patch.families.square import (
     OVIS2,
     PALIGEMMA,
     PERCEPTION_LM,
+    STEP3P7,
 )
 from atp_patch.families.vila import VILA
 
@@ -68,6 +69,7 @@ FAMILIES: tuple[Family, ...] = (
     AYA_VISION,
     GOT_OCR2,
     DEEPSEEK_VL,
+    STEP3P7,
     IDEFICS2,
     MOLMO2,
     VILA,

@@ -7,6 +7,10 @@ _SHARED = "its later decoder layers reuse the keys of earlier ones, which have a
 _QUERIES = "its Q-Former already reduces an image to a few dozen query tokens"
 _ENCODER = "it is an encoder-decoder"
 _HYBRID = "some of its decoder layers are no attention, but linear attention or convolution"
+_INDEXED = "its attention chooses keys by an index, which caches keys of its own"
+_CONVOLVED = "its attention runs short convolutions over neighbouring keys, and these would change"
+_WORDS = "its images are words of its vocabulary, which it draws too, and no features"
+_NO_TEXT = "it answers with the actions of a robot and writes no text"
 
 #: ``config.model_type`` -> (reason, alternative)
 REFUSED: dict[str, tuple[str, str]] = {
@@ -21,6 +25,38 @@ REFUSED: dict[str, tuple[str, str]] = {
     "blip-2": (_QUERIES, "llava keeps a grid of visual tokens"),
     "instructblip": (_QUERIES, "llava keeps a grid of visual tokens"),
     "instructblipvideo": (_QUERIES, "video_llava keeps a grid of visual tokens"),
+    "blip": (_CROSS, "llava keeps a grid of visual tokens"),
+    "evolla": (_CROSS, "llava takes pictures; its own are proteins"),
+    "kosmos-2": (_QUERIES, "paligemma finds places in pictures too"),
+    "kosmos-2.5": (
+        "it is told by a mask of its own, and by no id, which tokens are visual",
+        "got_ocr2 reads documents too",
+    ),
+    "git": ("its decoder is built of BERT's layers", "llava keeps a grid of visual tokens"),
+    "pp_formulanet": (_ENCODER, "got_ocr2 reads formulas too"),
+    "chameleon": (_WORDS, "janus reads features of a picture and draws words"),
+    "emu3": (_WORDS, "janus reads features of a picture and draws words"),
+    "pi0": (_NO_TEXT, "paligemma is the model inside it"),
+    "diffusion_gemma": (
+        "its answers are blocks of diffusion, by a decoder that reads another model's keys",
+        "gemma4 writes word by word",
+    ),
+    "mistral4": ("it is a language model without images", "mistral3 takes images"),
+    "deepseek_ocr2": (
+        "its encoder already reduces a page to a few hundred queries in reading order",
+        "deepseek_vl keeps a grid of visual tokens",
+    ),
+    "unlimited_ocr": (
+        "its layers attend within windows that spare the picture, by a cache of its own",
+        "deepseek_vl keeps a grid of visual tokens",
+    ),
+    "mistral_large4": (_INDEXED, "mistral3 can be pruned"),
+    "glm5_next": (_INDEXED, "glm4v_moe can be pruned"),
+    "dots3_note": (_INDEXED, "glm4v_moe can be pruned"),
+    "minimax_m3_vl": (_INDEXED, "glm4v_moe can be pruned"),
+    "inkling_mm_model": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
+    "inkling2": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
+    "nemotron_h_omni": (_HYBRID, "internvl has tiles of the same kind"),
     "qwen4_exp": (_HYBRID, "qwen3_vl can be pruned"),
     "minicpmv4_6": (_HYBRID, "internvl has tiles of the same kind"),
     "minicpmv4_7": (_HYBRID, "internvl has tiles of the same kind"),

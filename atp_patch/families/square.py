@@ -60,6 +60,14 @@ def _got_ocr2_side(config: Any) -> int:
     return _patches(config) // 4
 
 
+def _step3p7_grids(query: GridQuery) -> Grids:
+    """A run is one crop or the whole picture, which are squares of different sizes."""
+    return [
+        [grid for span in spans for grid in square_grids([span], math.isqrt(span.length))]
+        for spans in query.spans
+    ]
+
+
 def _fast_vlm_side(config: Any, span: Span) -> int:
     """The side of the images in a run of FastVLM's placeholders.
 
@@ -127,7 +135,7 @@ PALIGEMMA = Family(
 )
 GEMMA3 = Family(
     name="gemma3",
-    model_types=("gemma3",),
+    model_types=("gemma3", "shieldgemma2"),
     grids=_squares(_gemma3_side),
     causal=False,
     visual_tokens=lambda config: int(config.mm_tokens_per_image),
@@ -147,6 +155,7 @@ DEEPSEEK_VL = Family(
     grids=_squares(_patches),
     visual_tokens=lambda config: _patches(config) ** 2,
 )
+STEP3P7 = Family(name="step3p7", model_types=("step3p7",), grids=_step3p7_grids)
 PERCEPTION_LM = Family(
     name="perception_lm",
     model_types=("perception_lm",),

@@ -89,7 +89,7 @@ def prefill_flops(
     *,
     hidden_size: int,
     mlp_sizes: Sequence[int],
-    num_heads: int,
+    num_heads: int | Sequence[int],
     num_kv_heads: int | Sequence[int],
     head_dim: int | Sequence[int],
     vocab_size: int,
@@ -104,23 +104,22 @@ def prefill_flops(
         hidden_size: the size of the hidden states.
         mlp_sizes: the inner size of each layer's MLP. In a mixture of experts it is that of all
             experts together that one token visits, and the router is left out.
-        num_heads: query heads.
-        num_kv_heads, head_dim: key/value heads and the size of one head, in all layers or in each.
-            A layer without key/value heads attends to those of an earlier one.
+        num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the size of one head,
+            in all layers or in each. A layer without key/value heads attends to those of an earlier
+            one.
         vocab_size: how many logits the head computes for one token.
         logits_rows: how many tokens the head runs on.
         states: the layers that keep a state in place of keys.
         mixer_weights: for each layer, as of :func:`layer_flops`; empty where they follow from the
             heads.
     """
-    sizes = _of_layers(len(tokens_per_layer), num_kv_heads, head_dim)
+    sizes = _of_layers(len(tokens_per_layer), num_heads, num_kv_heads, head_dim)
     layers = sum(
         layer_flops(
             n,
             n,
             hidden_size,
             mlp_size,
-            num_heads,
             *size,
             mixer_weights=mixer_weights[layer] if mixer_weights else None,
             attends=layer not in states,
@@ -151,11 +150,7 @@ def kv_bytes(
     return 2 * sum(n * heads * size for n, (heads, size) in held) * bytes_per_element
 
 
-def _of_layers(
-    count: int, num_kv_heads: int | Sequence[int], head_dim: int | Sequence[int]
-) -> list[tuple[int, int]]:
-    """The number of key/value heads, and the size of a head, of each of ``count`` layers."""
-    heads, sizes = (
-        [value] * count if isinstance(value, int) else value for value in (num_kv_heads, head_dim)
-    )
-    return list(zip(heads, sizes, strict=True))
+def _of_layers(count: int, *sizes: int | Sequence[int]) -> list[tuple[int, ...]]:
+    """The sizes of each of ``count`` layers, where each is given for all layers or for each."""
+    each = [[size] * count if isinstance(size, int) else size for size in sizes]
+    return list(zip(*each, strict=True))

@@ -1,5 +1,5 @@
 """More families whose images or tiles are squares: Aya Vision, Command A Vision, GOT-OCR 2,
-DeepSeek-VL, Janus, Qianfan-OCR.
+DeepSeek-VL, Janus, Qianfan-OCR, Step 3.7.
 
 An early version of transformers may lack some of them.
 """
@@ -13,7 +13,7 @@ import transformers
 from transformers import Cohere2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from tests.families.kinds import TEXT, TOWER, Drawn, Paint, installed, stacked
-from tests.families.square import SIDE, _internvl_picture, _shrunk, _tiles
+from tests.families.square import SIDE, _internvl_picture, _plain_norms, _shrunk, _tiles
 from tests.helpers import tiny
 
 TILE = 48
@@ -196,6 +196,67 @@ def _both(pictures: list[list[Drawn]], inputs: Any) -> Any:
     return {key: value for name in names for key, value in stacked(name)(pictures, inputs).items()}
 
 
+# -- Step 3.7: small crops between marks, then the whole, which is larger --------------------------
+
+
+def _step3p7() -> Any:
+    """Layers of full attention and sliding ones, which have heads of their own number."""
+    rope = {
+        kind: {"rope_type": "default", "rope_theta": theta}
+        for kind, theta in (("full_attention", 10000.0), ("sliding_attention", 1000.0))
+    }
+    text = {
+        **TEXT,
+        "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 2,
+        "sliding_window": tiny.WINDOW,
+        "num_sliding_attention_heads": 2 * tiny.HEADS,
+        "rope_parameters": rope,
+        "moe_layers_enum": "4,5,6,7",
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "share_expert_dim": 48,
+    }
+    vision = {
+        "hidden_size": 32,
+        "mlp_ratio": 1.5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 2 * TILE,
+        "patch_size": 4,
+    }
+    return transformers.Step3p7Config(
+        vision_config=vision, text_config=text, image_token_id=tiny.IMAGE
+    )
+
+
+def _small_and_large(config: Any, which: int, paint: Paint, count: int) -> Drawn:
+    """The whole picture; before it, where it is wide, its two halves in fewer pixels."""
+    wide = paint(64, 64 * (1 + which))
+    drawn = Drawn(tensors={"pixel_values": _shrunk(wide, 2 * TILE)})
+    if which:
+        drawn.tensors["pixel_values_local"] = _tiles(wide, 64)
+        for crop in range(2):
+            drawn.mark(OPEN)
+            drawn.square(tiny.IMAGE, crop, 4, 4)
+            drawn.mark(CLOSE)
+    drawn.mark(OPEN)
+    drawn.square(tiny.IMAGE, 2 * which, SIDE, SIDE)
+    drawn.mark(CLOSE)
+    return drawn
+
+
+def _counted(pictures: list[list[Drawn]], inputs: Any) -> Any:
+    every = [one.tensors for row in pictures for one in row]
+    made = {
+        name: torch.cat([one[name] for one in every if name in one])
+        for name in ("pixel_values", "pixel_values_local")
+        if any(name in one for one in every)
+    }
+    counts = [len(one.get("pixel_values_local", ())) for one in every]
+    return {**made, "num_local_patches": counts} if every else {}
+
+
 PIXELS = stacked("pixel_values")
 KINDS = installed(
     {
@@ -211,6 +272,13 @@ KINDS = installed(
             {"placed": False},
         ),
         "Janus": ("janus", _janus, _one_square, PIXELS, {}),
+        "Step3p7": (
+            "step3p7",
+            _step3p7,
+            _small_and_large,
+            _counted,
+            {"placed": False, "adjust": _plain_norms},
+        ),
         "QianfanOCR": ("qianfan_ocr", _qianfan_ocr, _internvl_picture, PIXELS, {}),
     }
 )

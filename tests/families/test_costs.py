@@ -52,6 +52,15 @@ def test_none_is_left_out() -> None:
             [12] * 6,
         ),
         ({"intermediate_size": [10] * 6}, [10] * 6),
+        (  # Step 3.7: each layer says what it is
+            {
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 3,
+                "share_expert_dim": 5,
+                "mlp_layer_types": ["dense", "sparse", "sparse"] * 2,
+            },
+            [10, 11, 11] * 2,
+        ),
     ],
 )
 def test_sizes_of_mixtures_are_as_their_configurations_say(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +18,9 @@ from atp_patch.seam.host.cache import adopt, capacity, stored_positions
 from atp_patch.seam.host.masks import causal_mask, gather_columns, is_flash, prefill_mask
 from atp_patch.seam.host.temperature import query_factor
 
-#: Keywords of a decoder layer that hold a row for each of its tokens, (B, L, *).
-PER_TOKEN = ("per_layer_input",)
-
-#: Arguments of layers that say of what kind each token is, (B, L): by them ERNIE 4.5 VL sends a
-#: token to the experts of text or of pictures.
-TOKEN_KINDS = ("moe_mm_token_type_ids",)
+#: Keywords of a decoder layer that hold a row or a value for each of its tokens, (B, L, *): the
+#: inputs that Gemma 4 gives each layer, and the kinds by which ERNIE 4.5 VL chooses experts.
+PER_TOKEN = ("per_layer_input", "moe_mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -97,10 +93,6 @@ class HostPass:
                 if self.flash
                 else survivors.once(id(positions), positions, lambda: gather(positions, 2))
             )
-        for name in TOKEN_KINDS:
-            kinds = kwargs.get(name)
-            if kinds is not None:
-                kwargs[name] = survivors.once(id(kinds), kinds, partial(gather, kinds, 2))
         mask = kwargs.get("attention_mask")
         if layer not in self.attending:
             kwargs["attention_mask"] = self._state_mask(survivors)

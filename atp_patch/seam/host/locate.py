@@ -86,18 +86,25 @@ def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape
         config: the text config.
         layers: the decoder's layers; without them all are taken to attend.
     """
-    heads, count = config.num_attention_heads, config.num_hidden_layers
+    count = config.num_hidden_layers
     configs, layers = _layer_configs(config), tuple(layers)
     states = tuple(number for number, layer in enumerate(layers) if not attends(layer))
     own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
-    kv_heads = [getattr(layer, "num_key_value_heads", None) or heads for layer in configs]
-    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // heads for layer in configs]
+    heads = [int(layer.num_attention_heads) for layer in configs]
+    kv_heads = [
+        getattr(layer, "num_key_value_heads", None) or n
+        for layer, n in zip(configs, heads, strict=True)
+    ]
+    sizes = [
+        getattr(layer, "head_dim", None) or config.hidden_size // n
+        for layer, n in zip(configs, heads, strict=True)
+    ]
     held = (layer < own and layer not in states for layer in range(count))
     return DecoderShape(
         num_layers=count,
         hidden_size=config.hidden_size,
         mlp_sizes=_mlp_sizes(config),
-        num_heads=heads,
+        num_heads=tuple(heads),
         num_kv_heads=tuple(n if here else 0 for n, here in zip(kv_heads, held, strict=True)),
         head_dims=tuple(sizes),
         vocab_size=config.vocab_size,
@@ -157,7 +164,11 @@ def _mlp_sizes(config: Any) -> tuple[int, ...]:
         return (_adjusted(config, option("intermediate_size")),) * len(layers)
     size = option("moe_intermediate_size", "intermediate_size")
     shared = option("n_shared_experts", "moe_num_shared_experts")
-    sparse = (visited + shared) * size + option("shared_expert_intermediate_size")
+    sparse = (visited + shared) * size
+    sparse += option("shared_expert_intermediate_size", "share_expert_dim")
+    types = getattr(config, "mlp_layer_types", None)
+    if types is not None:
+        return tuple(dense if kind == "dense" else sparse for kind in types)
     first = option("first_k_dense_replace", "moe_layer_start_index")
     step = option("decoder_sparse_step", "moe_layer_interval") or 1
     alone = getattr(config, "mlp_only_layers", None) or ()
