@@ -120,11 +120,13 @@ def prefill_flops(
             n,
             hidden_size,
             mlp_size,
-            *size,
+            heads,
+            kv_heads,
+            size,
             mixer_weights=mixer_weights[layer] if mixer_weights else None,
             attends=layer not in states,
         )
-        for layer, (n, mlp_size, size) in enumerate(
+        for layer, (n, mlp_size, (heads, kv_heads, size)) in enumerate(
             zip(tokens_per_layer, mlp_sizes, sizes, strict=True)
         )
     )
