@@ -12,7 +12,14 @@ from atp_patch.contract.method import (
 )
 from atp_patch.contract.method_learning import LearnedThresholds, LearningStep, ModuleSpec
 from atp_patch.contract.model import DecoderShape, GridQuery, Outer
-from atp_patch.contract.tower import Merge, Quota, TokenGroups, Tower, TowerTokens
+from atp_patch.contract.tower import (
+    Merge,
+    Quota,
+    TextEncoder,
+    TokenGroups,
+    Tower,
+    TowerTokens,
+)
 from atp_patch.contract.view import Attention, DoorView, TokenView, View
 
 __all__ = [
@@ -35,6 +42,7 @@ __all__ = [
     "Quota",
     "Recycled",
     "Span",
+    "TextEncoder",
     "TokenGroups",
     "TokenView",
     "Tower",

@@ -20,7 +20,7 @@ from atp_patch.contract.arguments import check_fields
 from atp_patch.contract.decision import Decision
 from atp_patch.contract.errors import ConfigError
 from atp_patch.contract.method_learning import LearningStep, ModuleSpec
-from atp_patch.contract.tower import Merge, TokenGroups
+from atp_patch.contract.tower import Merge, TextEncoder, TokenGroups
 from atp_patch.contract.view import DoorView, View
 
 
@@ -193,6 +193,14 @@ class DoorMethod(Method):
         mean over all tokens of the tower, its class token included.
         """
         return "class"
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """The CLIP model that compares the picture with the question, by default none.
+
+        With one, ``tower_blocks`` is (-1,), and the cosines are in ``view.relevance``.
+        """
+        return None
 
     @abstractmethod
     def decide(self, view: DoorView) -> Decision:

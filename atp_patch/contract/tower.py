@@ -78,11 +78,27 @@ class TowerTokens:
         key: (B, V, d) float32, all heads' keys of each token; the mean over a token's patches.
         class_token: (B, V, Dt) float32, the block's output at the class token of each token's
             image, tile or frame; None if the tower has none.
+        states: (B, V, Dt) float32, the block's output at each token, where the method names a
+            :class:`TextEncoder`; None otherwise.
     """
 
     attention: Tensor
     key: Tensor
     class_token: Tensor | None
+    states: Tensor | None = None
+
+
+class TextEncoder(NamedTuple):
+    """The CLIP model whose text encoder tells what of a picture a question is about.
+
+    Attributes:
+        clip: path or Hub id of a CLIP model whose vision tower is that of the patched model.
+        tokenizer: path or Hub id of the patched model's own tokenizer, which turns the ids of a
+            prompt into words; None for the checkpoint that the model was loaded from.
+    """
+
+    clip: str
+    tokenizer: str | None
 
 
 class Quota(NamedTuple):

@@ -95,6 +95,10 @@ class DoorView(TokenView):
         text_valid: (B, T) bool, False in padding slots of ``text``.
         text_position: (B, T) int64, positions of the text tokens in the sequence, comparable with
             ``layout.position``.
+        text_ids: (B, T) int64, the ids of the text tokens; None if the prompt was given as
+            embeddings alone.
+        relevance: (B, V) float32, the cosine of each visual token with the question in the space of
+            the CLIP model that the method names as its ``text_encoder``; None without one.
         tower: for each number in the method's ``tower_blocks``, the attention of that block of the
             vision tower.
     """
@@ -103,7 +107,16 @@ class DoorView(TokenView):
     text: Tensor
     text_valid: Tensor
     text_position: Tensor
+    text_ids: Tensor | None = None
+    relevance: Tensor | None = None
     tower: Mapping[float, TowerTokens] = field(default_factory=dict)
+
+    @property
+    def question(self) -> Tensor:
+        """(B, T) bool: the text behind the first visual token, or all of it if none is there."""
+        first = self.layout.position.masked_fill(~self.layout.valid, self.layout.length)
+        behind = self.text_valid & (self.text_position > first.amin(1, keepdim=True))
+        return torch.where(behind.any(1, keepdim=True), behind, self.text_valid)
 
 
 @dataclass(frozen=True, kw_only=True)

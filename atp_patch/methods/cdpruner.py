@@ -5,10 +5,13 @@ A determinantal point process over the visual tokens, conditioned on the questio
 relevance ``r`` of each token to the question, scaled to [0, 1] within each image. The subset is
 found by greedy maximum-a-posteriori inference (Chen et al., 2018).
 
-The relevance is the cosine of a token's feature with the language model's embeddings of the
-question's words, averaged over the words. The words are those behind the first visual token, or all
-where none stands behind it. Where all tokens are equally relevant, or there are no words, diversity
-alone decides.
+By default the relevance is the cosine of a token's feature with the language model's embeddings of
+the question's words, averaged over the words. With ``clip`` it is that of the vision tower's token
+with the whole question in CLIP's shared space, as in the paper for LLaVA, with the sign turned: the
+patches that show what a text names are less like it in CLIP's space than the others are, and the
+authors' program turns the sign too. Taken as the question is the text behind the first visual
+token, or all text where none stands behind it. Where all tokens are equally relevant, or there is
+no text, diversity alone decides.
 """
 
 from __future__ import annotations
@@ -20,21 +23,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from atp_patch.contract import Decision, DoorMethod, DoorView
+from atp_patch.contract import Decision, DoorMethod, DoorView, TextEncoder
+from atp_patch.contract.errors import ConfigError
 from atp_patch.maths import cosine_similarities, determinantal_selection
 from atp_patch.methods.images import Images
 
 
 @dataclass(frozen=True)
 class CDPruner(DoorMethod):
-    """Keep tokens that differ from each other and matter to the question."""
+    """Keep tokens that differ from each other and matter to the question.
+
+    Attributes:
+        clip: path or Hub id of the CLIP model whose vision tower the patched model has. Its text
+            encoder then tells what is relevant; by default the language model's embeddings do.
+        tokenizer: with ``clip``, path or Hub id of the patched model's tokenizer; by default that
+            of the checkpoint that the model was loaded from.
+    """
 
     name: ClassVar[str] = "cdpruner"
     summary: ClassVar[str] = "features that differ from each other and are like the question"
 
+    clip: str | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer is not None and self.clip is None:
+            raise ConfigError("tokenizer= reads the question for CLIP; give clip= too.")
+
+    @property
+    def tower_blocks(self) -> tuple[int, ...]:
+        """The block whose output the model uses, if CLIP says what is relevant."""
+        return () if self.clip is None else (-1,)
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """The CLIP model, or None where the language model's embeddings serve."""
+        return None if self.clip is None else TextEncoder(self.clip, self.tokenizer)
+
     def decide(self, view: DoorView) -> Decision:
         """Add the token that makes the determinant of the kernel largest, image by image."""
-        images, relevance = Images.of(view), relevance_to_words(view)
+        images = Images.of(view)
+        relevance = relevance_to_words(view) if view.relevance is None else -view.relevance
         features = images.of_tokens(view.features)
         similarity = cosine_similarities(features, images.valid, rounded=False)
         quality = scaled(images.of_tokens(relevance), images.valid)
@@ -44,11 +74,7 @@ class CDPruner(DoorMethod):
 
 def relevance_to_words(view: DoorView) -> Tensor:
     """(B, V) float32: the mean cosine of each visual feature with the words of the question."""
-    first = view.layout.position.masked_fill(~view.layout.valid, view.layout.length).amin(
-        1, keepdim=True
-    )
-    words = view.text_valid & (view.text_position > first)
-    words = torch.where(words.any(1, keepdim=True), words, view.text_valid)
+    words = view.question
     # The mean of cosines is the product with the mean of unit vectors.
     question = normalize(view.text.float(), dim=-1).masked_fill(~words[..., None], 0.0).sum(1)
     question = question / words.sum(1, keepdim=True).clamp(min=1)

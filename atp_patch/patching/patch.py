@@ -202,6 +202,8 @@ class Patch:
         """Return the checked decision of the door method."""
         door = self.plan.methods.door
         assert door is not None
+        if self.plan.clip is not None:
+            view = replace(view, relevance=self.plan.clip.of(view))
         return check_decision(door.decide(view), view, door.name)
 
     def check_module_trains(self) -> None:

@@ -23,6 +23,7 @@ from atp_patch.families import FAMILIES, Family, family_of
 from atp_patch.methods import MethodSet, make_methods
 from atp_patch.patching.adapter_files import AdapterSource
 from atp_patch.patching.adapter_loading import load_adapter
+from atp_patch.patching.clip import ClipRelevance
 from atp_patch.patching.config import BaseModel, PruningConfig, Stage
 from atp_patch.patching.voco import check_alone, check_family, voco_module
 from atp_patch.seam import Parts, check_uncompiled, decoder_shape, locate
@@ -41,6 +42,7 @@ class Plan:
             inside the decoder reads, each with the layer that is heard for it: itself, or the last
             one before it that attends.
         vision: the vision tower that a method prunes or reads, or None.
+        clip: tells a door method what the question is about, or None if it does not ask.
         learned_module: the module that the method learns, or None.
         rope_2d_forced: whether ``rope_2d`` is allowed although no layer of the decoder learns.
     """
@@ -51,6 +53,7 @@ class Plan:
     methods: MethodSet
     attention_layers: Mapping[int, Mapping[int, int]]
     vision: Tower | None
+    clip: ClipRelevance | None
     learned_module: nn.Module | None
     rope_2d_forced: bool
 
@@ -133,12 +136,14 @@ def make_plan(
     total = kind.visual_tokens(config_of_model)
     if total is not None and before is None and follows_budget(layer, config):
         config.counts(total)  # a budget that no image can meet is an error now, not later
-    vision = learned_module = None
+    vision = clip = learned_module = None
     if methods.voco is not None:
         check_family(kind, config_of_model)
         learned_module = voco_module(methods.voco, parts, tensors)
     if methods.door is not None:
         vision = tower_read_by(kind, config_of_model, methods.door)
+        if methods.door.text_encoder is not None:
+            clip = ClipRelevance.load(methods.door.text_encoder, parts, vision)
     if methods.vision is not None:
         vision = tower_for(methods.vision, kind, config_of_model, config)
     if layer is not None:
@@ -155,6 +160,7 @@ def make_plan(
             {} if layer is None else _attention_layers(layer, config.layers, parts.attending)
         ),
         vision=vision,
+        clip=clip,
         learned_module=learned_module,
         rope_2d_forced=rope_2d_forced,
     )

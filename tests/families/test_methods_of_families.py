@@ -56,6 +56,25 @@ def test_a_method_serves_a_family_or_names_those_it_serves(kind: Kind, method: s
     assert snapshot(model) == before
 
 
+SELECTING = ({"method": "divprune"}, {"method": "cdpruner"}, {"method": "scope", "alpha": 0.0})
+
+
+@every_kind
+def test_selections_by_features_take_turns_on_every_family(kind: Kind) -> None:
+    """A batch keeps what its samples keep alone."""
+    chosen = SELECTING[sum(map(ord, kind.name)) % len(SELECTING)]
+    model = atp_patch.patch_model(kind.build(), keep=0.4, **chosen)
+    inputs = make(kind, MIXED).inputs
+    forward(model, inputs)
+    (kept,) = kept_of(model).values()
+    trace = atp_patch.last_trace(model)
+    assert trace.layers[0].kept_counts == tuple(round(0.4 * n) for n in trace.layout.totals)
+    for b, one in enumerate(MIXED):
+        if trace.layout.totals[b]:
+            forward(model, make(kind, (one,)).inputs)
+            assert torch.equal(kept[b, real_mask(inputs)[b]], kept_of(model)[0][0])
+
+
 @pytest.mark.parametrize(("method", "why"), [("voco", "only its caller"), ("prumerge", "llama")])
 def test_decoders_that_no_family_knows_are_refused(method: str, why: str) -> None:
     config = tiny.tiny_model("llava-llama").config.get_text_config()

@@ -183,6 +183,20 @@ def test_visionzip_merges_the_others_into_its_targets(model: str) -> None:
     assert merges > 2
 
 
+@pytest.mark.parametrize("method", CHOICES)
+def test_in_front_of_atp_as_alone(method: str) -> None:
+    """The first share of ``keep`` says how many enter, and ``atp`` goes on from there."""
+    given = seen("qwen2_vl")
+    alone = atp_patch.patch_model(given.build(), method=method, keep=0.5)
+    pair = atp_patch.patch_model(given.build(), method=[method, "atp"], layers=[2, 4], keep=0.5)
+    for model in (alone, pair):
+        forward(model, given.inputs)
+    kept = kept_of(pair)
+    assert torch.equal(kept[0], kept_of(alone)[0])
+    counts = [layer.kept_counts for layer in atp_patch.last_trace(pair).layers.values()]
+    assert counts[1:] == [tuple(round(n / 2) for n in before) for before in counts[:-1]]
+
+
 def test_scope_without_attention_is_coverage_alone() -> None:
     given = seen("qwen2_vl")
     patched = atp_patch.patch_model(given.build(), method="scope", alpha=0.0, keep=0.5)

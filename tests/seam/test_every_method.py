@@ -27,7 +27,7 @@ CASES = [*atp_patch.available_methods(), *LEARNED, *(" + ".join(pair) for pair i
 BUDGETED = [name for name, cls in KINDS.items() if not issubclass(cls, VoCo)]
 # Methods that differ from others of their kind in nothing but their choice take turns: each of them
 # runs on one family, and on the other one where slow tests run.
-TURNS = {"pyramiddrop", "dart"}
+TURNS = {"pyramiddrop", "dart", "fastervlm", "visionzip", "divprune", "scope", "cdpruner"}
 
 
 def rows(cases: Sequence[str]) -> list[Any]:

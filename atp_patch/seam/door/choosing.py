@@ -56,6 +56,7 @@ def choose(
     if counts == layout.totals:
         return None
     position, valid = pack(prompt.attended & prompt.scored & ~prompt.visual)
+    ids = None if prompt.ids is None else prompt.ids.gather(1, position).to(embeds.device)
     position, valid = position.to(embeds.device), valid.to(embeds.device)
     tokens = VisualTokens.all_of(layout)
     # Scores are compared with each other, so autocast must not round them.
@@ -72,6 +73,8 @@ def choose(
             text=gather_tokens(embeds, position).masked_fill(~valid[..., None], 0),
             text_valid=valid,
             text_position=position,
+            text_ids=ids,
+            relevance=None,
             tower=tower(),
         )
         decision = policy.decide_at_door(view)

@@ -31,11 +31,13 @@ class _TowerCall:
         videos: True where it read videos.
         groups: block -> its tokens in groups, with the attention that they got.
         classes: block -> (G, Dt) the class token of each group; empty without class tokens.
+        states: block -> (G, n, Dt) the output at each token; empty where it is not asked for.
     """
 
     videos: bool
     groups: Mapping[int, TokenGroups]
     classes: Mapping[int, Tensor]
+    states: Mapping[int, Tensor]
 
 
 class _TowerCalls(PerThread):
@@ -46,6 +48,7 @@ class _TowerCalls(PerThread):
             of patches.
         recorded: block -> the attention that was recorded in the call that is under way.
         classes: block -> (G, Dt) the class tokens of the call that is under way.
+        states: block -> (G, n, Dt) its output at each token, as far as the method asks for it.
         calls: the calls that have ended.
     """
 
@@ -53,6 +56,7 @@ class _TowerCalls(PerThread):
         self.grids: list[tuple[int, int, int]] = []
         self.recorded: dict[int, list[Recording]] = {}
         self.classes: dict[int, Tensor] = {}
+        self.states: dict[int, Tensor] = {}
         self.calls: list[_TowerCall] = []
 
 
@@ -87,6 +91,7 @@ class ReadingHooks:
         depth = min(len(blocks_of(module, tower)) for module in self._towers())
         self.blocks = {number: _block(number, tower, depth) for number in method.tower_blocks}
         self.every_query = method.tower_queries == "all"
+        self.keeps_states = method.text_encoder is not None
 
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
@@ -112,7 +117,7 @@ class ReadingHooks:
     def forget(self) -> None:
         """Forget the running thread's last pass, because a new one begins."""
         here = self._here
-        here.recorded, here.classes, here.calls = {}, {}, []
+        here.recorded, here.classes, here.states, here.calls = {}, {}, {}, []
 
     def _towers(self) -> list[nn.Module]:
         return [self.base.get_submodule(name) for name in self.tower.modules]
@@ -141,6 +146,8 @@ class ReadingHooks:
         if number in self._here.recorded:
             states = output[0] if isinstance(output, tuple) else output
             self._here.classes[number] = states[:, 0].detach()
+            if self.keeps_states:
+                self._here.states[number] = states[:, 1:].detach()
 
     def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> None:
         here = self._here
@@ -159,8 +166,8 @@ class ReadingHooks:
             )[0]
             for number, recorded in here.recorded.items()
         }
-        here.calls.append(_TowerCall(self.videos(), groups, here.classes))
-        here.recorded, here.classes = {}, {}
+        here.calls.append(_TowerCall(self.videos(), groups, here.classes, here.states))
+        here.recorded, here.classes, here.states = {}, {}, {}
 
     # -- places -----------------------------------------------------------------------------------
 
@@ -210,8 +217,8 @@ class _Group:
 
     Attributes:
         size: its rows and columns of tokens.
-        table: (height * width, channels) float32 in reading order: attention, key and class token
-            side by side.
+        table: (height * width, channels) float32 in reading order: attention, key, class token and
+            state side by side.
     """
 
     size: tuple[int, int]
@@ -220,13 +227,15 @@ class _Group:
 
 def _groups(call: _TowerCall, block: int) -> Iterator[_Group]:
     """The groups of one call of the tower, as one block made them."""
-    made, classes = call.groups[block], call.classes.get(block)
+    made, classes, states = call.groups[block], call.classes.get(block), call.states.get(block)
     for number, size in enumerate(zip(made.heights, made.widths, strict=True)):
         valid = made.valid[number]
         place = (made.row[number] * size[1] + made.column[number])[valid]
         parts = [made.attention[number][valid][:, None], made.key[number][valid]]
         if classes is not None:
             parts.append(classes[number].float().to(place.device).expand(len(place), -1))
+        if states is not None:
+            parts.append(states[number].float().to(place.device))
         table = torch.cat(parts, dim=1)
         yield _Group(size, torch.empty_like(table).index_copy_(0, place, table))
 
@@ -269,5 +278,12 @@ def _placed(
         rows.append(torch.cat(parts))
     table = pad_sequence(rows, batch_first=True).to(layout.position.device)
     size = calls[0].groups[block].key.shape[-1]
-    attention, key, classes = table.tensor_split((1, 1 + size), dim=-1)
-    return TowerTokens(attention[..., 0], key, classes if classes.shape[-1] else None)
+    classes, states = (getattr(calls[0], name).get(block) for name in ("classes", "states"))
+    first = 1 + size + (0 if classes is None else classes.shape[-1])
+    attention, key, class_token, state = table.tensor_split((1, 1 + size, first), dim=-1)
+    return TowerTokens(
+        attention[..., 0],
+        key,
+        None if classes is None else class_token,
+        None if states is None else state,
+    )
