@@ -1,4 +1,4 @@
-"""The tasks about generated documents: pages, tables, charts and maps.
+"""The tasks about generated documents: pages, tables, charts, maps and icons.
 
 They need a model that reads ordinary words. The groups are the kinds of documents, and the tasks
 are called ``kind/task``, such as ``page/title``.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from atp_patch.builtin import SPLITS
+from atp_patch.builtin.documents import KINDS
 from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.contract.errors import ConfigError
@@ -60,9 +61,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--tasks",
         type=comma_separated(str),
-        default=["page", "table", "chart", "map"],
+        default=list(KINDS),
         metavar="T[,U..]",
-        help="tasks or groups about documents (default: page,table,chart,map)",
+        help=f"tasks or groups about documents (default: {','.join(KINDS)})",
     )
     add("--questions", type=int, default=50, metavar="N", help="of each task (default: 50)")
     add("--seeds", type=int, default=1, metavar="N", help="draws of what is random (default: 1)")

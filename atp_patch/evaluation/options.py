@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         default=["builtin"],
         metavar="T[,U..]",
         help="tasks, groups (builtin, dense, slanted, offgrid, shades; for models that read page, "
-        "table, chart, map), or all that need no reading (default: builtin)",
+        "table, chart, map, icons), or all that need no reading (default: builtin)",
     )
     add("--questions", type=int, default=100, metavar="N", help="of each task (default: 100)")
     add("--seeds", type=int, default=3, metavar="N", help="draws of what is random (default: 3)")

@@ -10,10 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from atp_patch.builtin import SPLITS
-from atp_patch.builtin.documents import KINDS, SIDES_PX, Document, make_document
+from atp_patch.builtin.documents import KINDS, SIDES_PX, Box, Document, make_document
 from atp_patch.builtin.documents.canvas import Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, Font, font
-from atp_patch.builtin.documents.words import COLUMNS, NAMES, ORDINALS, PLACES, SERIES, WORDS
+from atp_patch.builtin.documents.icons import icons
+from atp_patch.builtin.documents.words import COLUMNS, ICONS, NAMES, ORDINALS, PLACES, SERIES, WORDS
 
 
 def clean(kind: str, index: int) -> Document:
@@ -98,7 +99,7 @@ def test_documents_are_the_same_on_every_machine() -> None:
         document = make_document(kind, "test", 1)
         digest.update(document.image.tobytes())
         digest.update(repr([(q.text, q.answer) for q in document.questions]).encode())
-    assert digest.hexdigest()[:16] == "8511bb51b18d6305"
+    assert digest.hexdigest()[:16] == "c838af5cc3c012fc"
 
 
 def test_pages_say_what_their_questions_say() -> None:
@@ -174,6 +175,40 @@ def test_charts_and_maps_show_the_names_they_speak_of() -> None:
                         for b in question.evidence
                     ]
                     assert any(_holds(box, word) for box in boxes), (kind, index, question)
+
+
+def test_sheets_show_the_icons_they_speak_of() -> None:
+    for index in range(6):
+        document = clean("icons", index)
+        pixels = np.asarray(document.image)
+        for question in document.questions:
+            shown = [_icon_at(pixels, box) for box in question.evidence]
+            named = [w for w in ICONS if re.search(rf"\b{w}\b", question.text)]
+            if question.task == "count":
+                assert shown == named * int(question.answer)
+            elif question.task == "there":
+                assert (named == shown) if question.answer == "yes" else (named[0] not in shown)
+            elif question.task == "right_of":
+                assert shown == [*named, question.answer]
+                left, right = question.evidence
+                assert left.right < right.left
+            else:
+                answer = question.answer.split()
+                assert shown[-len(answer) :] == answer
+                rank = ORDINALS.index(question.text.split()[-2])
+                assert len(shown) == rank + len(answer)
+
+
+def _icon_at(pixels: NDArray[np.uint8], box: Box) -> str:
+    """The icon whose own colours are in the box, wherever it is opaque."""
+    part = pixels[box.top : box.bottom, box.left : box.right].astype(int)
+    fits = []
+    for name, picture in icons(box.right - box.left).items():
+        opaque = picture[..., 3] == 255
+        if np.abs(part - picture[..., :3])[opaque].max() <= 1:
+            fits.append(name)
+    (name,) = fits
+    return name
 
 
 def _holds(part: NDArray[np.uint8], word: str) -> bool:

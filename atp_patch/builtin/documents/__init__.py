@@ -1,4 +1,4 @@
-"""Generated pages, tables, charts and maps, with questions whose evidence is known.
+"""Generated pages, tables, charts, maps and icons, with questions whose evidence is known.
 
     from atp_patch.builtin.documents import make_document
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from atp_patch.builtin.documents import charts, maps, pages, tables
+from atp_patch.builtin.documents import charts, icons, maps, pages, tables
 from atp_patch.builtin.documents.asked import DocumentQuestion
 from atp_patch.builtin.documents.canvas import Box, Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SHIFTED_FONTS
@@ -53,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "table": Kind(tables.TASKS, tables.draw, tables.ask),
     "chart": Kind(charts.TASKS, charts.draw, charts.ask),
     "map": Kind(maps.TASKS, maps.draw, maps.ask),
+    "icons": Kind(icons.TASKS, icons.draw, icons.ask),
 }
 
 
@@ -85,7 +86,7 @@ def make_document(
     """Make the document number ``index`` of a kind and split, the same on every machine.
 
     Args:
-        kind: "page", "table", "chart" or "map".
+        kind: "page", "table", "chart", "map" or "icons".
         split: "train", "development" or "test".
         size_px: (width, height); by default both are drawn from ``SIDES_PX``.
         noise: standard deviation of the pixel noise, 0 to 255.
@@ -94,17 +95,45 @@ def make_document(
     Raises:
         ValueError: if the kind or the split is unknown, or the index is negative.
     """
-    if kind not in KINDS:
-        raise ValueError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}.")
-    made, number = KINDS[kind], list(KINDS).index(kind)
-    chance, grain, asking = (scene_rng(split, index, _STREAM + 10 * number + k) for k in range(3))
-    width, height = (SIDES_PX[int(k)] for k in chance.integers(len(SIDES_PX), size=2))
-    if size_px is not None:
-        width, height = size_px
-    canvas, said = made.draw(chance, width, height, fonts)
+    number = _number(kind)
+    grain, asking = (scene_rng(split, index, _STREAM + 10 * number + k) for k in (1, 2))
+    made = KINDS[kind]
+    canvas, said = draw_document(kind, split, index, size_px=size_px, fonts=fonts)
     asked = (made.ask(said, asking, task) for task in made.tasks)
     questions = tuple(question for question in asked if question is not None)
     return Document(kind, split, index, canvas.image(grain, noise), questions)
+
+
+def draw_document(
+    kind: str,
+    split: str,
+    index: int,
+    *,
+    size_px: tuple[int, int] | None = None,
+    fonts: tuple[str, ...] = FONTS,
+) -> tuple[Canvas, Any]:
+    """Draw the document of :func:`make_document`, without noise.
+
+    Args:
+        kind, split, index, size_px, fonts: as in :func:`make_document`.
+
+    Returns:
+        the drawing, and its contents, about which ``KINDS[kind].ask`` asks.
+
+    Raises:
+        ValueError: if the kind or the split is unknown, or the index is negative.
+    """
+    chance = scene_rng(split, index, _STREAM + 10 * _number(kind))
+    width, height = (SIDES_PX[int(k)] for k in chance.integers(len(SIDES_PX), size=2))
+    if size_px is not None:
+        width, height = size_px
+    return KINDS[kind].draw(chance, width, height, fonts)
+
+
+def _number(kind: str) -> int:
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}.")
+    return list(KINDS).index(kind)
 
 
 __all__ = [
@@ -115,5 +144,6 @@ __all__ = [
     "Box",
     "Document",
     "DocumentQuestion",
+    "draw_document",
     "make_document",
 ]

@@ -59,11 +59,13 @@ class Canvas:
     Attributes:
         width_px, height_px: size of the picture.
         writings: the texts on it, in the order in which they were written.
+        icons: the names of the icons on it with their boxes.
     """
 
     def __init__(self, width_px: int, height_px: int, paper: Colour) -> None:
         self.width_px, self.height_px = width_px, height_px
         self.writings: list[Writing] = []
+        self.icons: list[tuple[str, Box]] = []
         self._pixels: NDArray[np.float32] = np.empty((height_px, width_px, 3), dtype=np.float32)
         self._pixels[:] = paper
 
@@ -81,6 +83,22 @@ class Canvas:
         under = self._pixels[top : box.bottom, left : box.right]
         under += mask * (np.array(ink, dtype=np.float32) - under)
         self.writings.append(Writing(text, left + font.edges_px(text), top, box.bottom))
+        return box
+
+    def icon(self, name: str, picture: NDArray[np.uint8], left: int, top: int) -> Box:
+        """Draw an RGBA picture with its upper left corner at (left, top).
+
+        Raises:
+            ValueError: if the picture would leave the canvas.
+        """
+        height, width = picture.shape[:2]
+        box = Box(left, top, left + width, top + height)
+        if left < 0 or top < 0 or box.right > self.width_px or box.bottom > self.height_px:
+            raise ValueError(f"the icon {name!r} at {(left, top)} leaves the picture.")
+        under = self._pixels[top : box.bottom, left : box.right]
+        opacity = picture[..., 3:].astype(np.float32) / 255
+        under += opacity * (picture[..., :3].astype(np.float32) - under)
+        self.icons.append((name, box))
         return box
 
     def fill(self, box: Box, colour: Colour) -> Box:

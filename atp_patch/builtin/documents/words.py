@@ -43,6 +43,11 @@ _PLACES = """
 Abo Bern Cork Dole Ely Fano Graz Hof Ivry Jena Kiel Lund Metz Nice Oslo Pisa Quito Riga Sion
 Turin Ulm Vigo Wels York Zug
 """
+_ICONS = """
+apple ball banana bee bell bicycle bird book bus cactus car carrot cat clock crown dog drum fish
+flower frog guitar hat house key lamp lemon moon mushroom pig pizza rocket shoe snail star tree
+turtle
+"""
 _ORDINALS = """
 first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth
 fourteenth fifteenth sixteenth
@@ -62,6 +67,9 @@ COLUMNS: tuple[str, ...] = ("age", "cost", "goals", "height", "price", "score", 
 
 SERIES: tuple[str, ...] = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct")
 """Labels of bars and points in charts."""
+
+ICONS: tuple[str, ...] = tuple(_ICONS.split())
+"""Names of icons."""
 
 ORDINALS: tuple[str, ...] = tuple(_ORDINALS.split())
 """Ordinal numbers for words and lines."""
