@@ -201,6 +201,9 @@ def _what_it_does(pruning: PruningConfig, learned: bool) -> str:
         budget = f"keep={list(pruning.keep)}"
     elif pruning.target_tokens is not None:
         budget = f"{pruning.target_tokens:g} visual tokens on average over all decoder layers"
+    elif pruning.target_share is not None:
+        share = f"{100 * pruning.target_share:g} %"
+        budget = f"{share} of the visual tokens on average over all decoder layers"
     elif before is not None and pruning.method is None and before.options.get("share"):
         budget = f"a share of {before.options['share']:g} of the visual tokens"
     elif (

@@ -35,6 +35,7 @@ def patch_model(
     *,
     keep: float | Sequence[float] | None = None,
     target_tokens: float | None = None,
+    target_share: float | None = None,
     weights: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -62,9 +63,9 @@ def patch_model(
             all pruning layers, or one for each. For a method on the vision tower it is the share
             of the tokens of each image, tile or frame; for a door method the share of the sample's
             visual tokens that enter the decoder.
-        target_tokens: the number of visual tokens of a sample, averaged over all decoder layers. If
-            neither budget is given, it is a quarter of the sample's visual tokens, or the number
-            that the method itself decides.
+        target_tokens: the number of visual tokens of a sample, averaged over all decoder layers.
+        target_share: the same as a share of the sample's visual tokens, for pictures of several
+            sizes. If no budget is given, it is a quarter, or what the method itself decides.
         weights: a folder or Hub id of a saved adapter, which sets all other arguments but the next
             five, and these are as ``from_pretrained`` of transformers takes them.
         revision: a branch, a tag or a commit of the Hub repository in ``weights``.
@@ -120,6 +121,7 @@ def patch_model(
         method=method,
         keep=keep,
         target_tokens=target_tokens,
+        target_share=target_share,
         weights=None if weights is None else AdapterSource.of(weights, **hub),
         family=family,
         min_tokens=min_tokens,

@@ -14,6 +14,7 @@ from atp_patch.maths import average_tokens, keep_counts, minimum_target, target_
 
 CONFIG_VERSION = 1
 DEFAULT_SHARE = 0.25
+_BUDGETS = ("keep", "target_tokens", "target_share")
 _PAPER_TOKENS = 576
 
 
@@ -62,6 +63,7 @@ class PruningConfig:
         keep: for each pruning layer, the share of the remaining visual tokens that it keeps, or
             None. If only ``before`` prunes, this is its one share.
         target_tokens: the number of visual tokens averaged over all decoder layers, or None.
+        target_share: the same as a share of the sample's visual tokens, or None.
         min_tokens: number of visual tokens that every sample keeps at least.
         min_tokens_per_image: number of visual tokens that every image keeps at least.
         options: values of the method's fields by name.
@@ -75,6 +77,7 @@ class PruningConfig:
     base: BaseModel
     keep: tuple[float, ...] | None = None
     target_tokens: float | None = None
+    target_share: float | None = None
     min_tokens: int = 1
     min_tokens_per_image: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -90,8 +93,11 @@ class PruningConfig:
             raise ConfigError(
                 "layers and options belong to a method that prunes inside the decoder."
             )
-        if self.keep is not None and self.target_tokens is not None:
-            raise ConfigError("keep and target_tokens both set the budget; give one of them.")
+        budgets = [name for name in _BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ConfigError(
+                f"{budgets[0]} and {budgets[1]} both set the budget; give one of them."
+            )
         if self.keep is not None:
             if len(self.keep) != max(len(self.layers), 1):
                 raise ConfigError(
@@ -106,6 +112,8 @@ class PruningConfig:
             raise BudgetError(
                 f"target_tokens={self.target_tokens} must be above 0 and at most {MOST_TOKENS}."
             )
+        if self.target_share is not None and not 0 < self.target_share <= 1:
+            raise BudgetError(f"target_share={self.target_share} must be above 0 and at most 1.")
         if self.prune_marks and (self.rope_2d or self.before is not None):
             raise ConfigError(
                 "prune_marks goes with methods that prune inside the decoder, without rope_2d: "
@@ -138,8 +146,13 @@ class PruningConfig:
 
     @property
     def has_budget(self) -> bool:
-        """Whether ``keep`` or ``target_tokens`` was given."""
-        return self.keep is not None or self.target_tokens is not None
+        """Whether ``keep``, ``target_tokens`` or ``target_share`` was given."""
+        return any(getattr(self, name) is not None for name in _BUDGETS)
+
+    @property
+    def average_share(self) -> float:
+        """The share of the visual tokens, averaged over all layers, where no number was given."""
+        return DEFAULT_SHARE if self.target_share is None else self.target_share
 
     def counts(self, total: int, images: int = 1, whole: int | None = None) -> tuple[int, ...]:
         """Return the number of visual tokens left after each pruning layer.
@@ -147,11 +160,11 @@ class PruningConfig:
         Args:
             total: number of visual tokens that enter the decoder.
             images: number of images that they belong to.
-            whole: number of visual tokens of which the default budget is a share, if it is not
-                ``total``.
+            whole: number of visual tokens of which ``target_share`` or the default budget is a
+                share, if it is not ``total``.
 
         Raises:
-            BudgetError: if ``target_tokens`` is below what the layers before the first pruning
+            BudgetError: if the budget is below what the layers before the first pruning
                 layer alone cost.
         """
         if total == 0:
@@ -164,21 +177,21 @@ class PruningConfig:
         num_layers = self.base.num_layers
         target = self.target_tokens
         if target is None:
-            target = DEFAULT_SHARE * (total if whole is None else whole)
+            target = self.average_share * (total if whole is None else whole)
         minimum = max(minimum, 1)
         lowest = minimum_target(total, self.layers, num_layers, minimum)
-        if self.before is not None and self.target_tokens is None:
+        if self.before is not None and not self.has_budget:
             target = max(target, lowest)  # the budget was not given by the user
         if target < lowest:
-            asked = (
-                f"target_tokens={target:g}"
-                if self.target_tokens is not None
-                else f"the default budget, a quarter of the visual tokens ({target:g})"
-            )
+            asked = f"the default budget, a quarter of the visual tokens ({target:g})"
+            if self.target_share is not None:
+                asked = f"target_share={self.target_share:g} ({target:g} visual tokens)"
+            elif self.target_tokens is not None:
+                asked = f"target_tokens={target:g}"
             raise BudgetError(
                 f"{asked} is below the least possible average of {lowest:.1f}: {self.layers[0]} of "
                 f"{num_layers} layers run on all {total} visual tokens before the first pruning. "
-                f"Give target_tokens of at least that, keep=, or an earlier first layer."
+                f"Give a larger budget, keep=, or an earlier first layer."
             )
         return target_counts(total, self.layers, num_layers, target, minimum=minimum)
 
@@ -191,7 +204,7 @@ class PruningConfig:
         if self.target_tokens is not None:
             return self.target_tokens
         if self.keep is None:
-            return DEFAULT_SHARE * total
+            return self.average_share * total
         counts = [total * prod(self.keep[: step + 1]) for step in range(len(self.keep))]
         return average_tokens(total, counts, self.layers, self.base.num_layers)
 
@@ -200,14 +213,14 @@ class PruningConfig:
 
         Args:
             total: number of visual tokens of an image, or None if it is not known. Then
-                ``target_tokens`` cannot be expressed in shares, and those of the default budget, a
-                quarter, are returned.
+                ``target_tokens`` cannot be expressed in shares, and those of a quarter are
+                returned.
         """
         visual_tokens = _PAPER_TOKENS if total is None else total
         if self.keep is not None:
             return tuple(count / visual_tokens for count in keep_counts(visual_tokens, self.keep))
         given = None if total is None else self.target_tokens
-        target = DEFAULT_SHARE * visual_tokens if given is None else given
+        target = self.average_share * visual_tokens if given is None else given
         num_layers = self.base.num_layers
         target = max(target, minimum_target(visual_tokens, self.layers, num_layers))
         counts = target_counts(visual_tokens, self.layers, num_layers, target)
@@ -240,6 +253,7 @@ class PruningConfig:
             data.pop("made_with", None)  # what an adapter adds about the model it was made for
             for younger in ("rope_2d", "prune_marks"):  # the first adapters do not have these
                 data.setdefault(younger, False)
+            data.setdefault("target_share", None)
             data = entries("", data, cls)
             data["base"] = BaseModel(**entries("base", data["base"], BaseModel))
             if data["before"] is not None:

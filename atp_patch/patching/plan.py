@@ -66,6 +66,7 @@ def make_plan(
     method: str | Method | Sequence[str | Method] | None,
     keep: float | Sequence[float] | None,
     target_tokens: float | None,
+    target_share: float | None,
     weights: AdapterSource | None,
     family: str | Family | None,
     min_tokens: int,
@@ -97,7 +98,7 @@ def make_plan(
             raise ConfigError(f'rope_2d={shown(rope_2d)} is not True, False or "force".')
         rope_2d = as_kind("rope_2d", rope_2d, "bool")
     if weights is not None:
-        given = (layers, method, keep, target_tokens)
+        given = (layers, method, keep, target_tokens, target_share)
         further = min_tokens != 1 or min_tokens_per_image or rope_2d or prune_marks or options
         if further or any(argument is not None for argument in given):
             raise ConfigError(
@@ -113,7 +114,8 @@ def make_plan(
         if layers is None and layer is not None:
             layers = _default_layers(kind, parts, layer.depths)
         chosen = _pruning_layers(layers, layer)
-        if keep is None and target_tokens is None and layer is not None:
+        budgets = (keep, target_tokens, target_share)
+        if layer is not None and all(budget is None for budget in budgets):
             keep = layer.default_keep
         config = PruningConfig(
             method=None if layer is None else layer.name,
@@ -121,6 +123,7 @@ def make_plan(
             base=base,
             keep=as_shares(keep, chosen),
             target_tokens=target_tokens,
+            target_share=target_share,
             min_tokens=min_tokens,
             min_tokens_per_image=min_tokens_per_image,
             options={} if layer is None else layer.options(),

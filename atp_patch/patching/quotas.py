@@ -21,7 +21,8 @@ def quotas(
 ) -> tuple[Quota, ...]:
     """Return how many tokens each group keeps on the vision tower.
 
-    A group keeps the share ``keep`` of its tokens, or its part of its sample's ``target_tokens``.
+    A group keeps the share ``keep`` or ``target_share`` of its tokens, or its part of its sample's
+    ``target_tokens``.
 
     Args:
         config: the configuration with the budget.
@@ -33,8 +34,8 @@ def quotas(
     Raises:
         InputError: if the groups match the placeholders of no kind.
     """
-    if config.keep is not None:
-        (share,) = config.keep
+    share = config.target_share if config.keep is None else config.keep[0]
+    if share is not None:
         minimums = [min(group_minimum(config), n) for n in tokens]
         shares = [round(share * n) for n in tokens]
         return tuple(Quota(max(pair), pair[1]) for pair in zip(shares, minimums, strict=True))
@@ -73,7 +74,7 @@ def door_counts(
     alone = config.method is None
     follows = not alone and share is None and method.needs_budget
     if follows or (alone and config.has_budget and method.takes_budget):
-        share = None if config.keep is None else config.keep[0]
+        share = config.target_share if config.keep is None else config.keep[0]
         target = config.target_tokens
     if share is None and target is None and method.needs_budget:
         share = DEFAULT_SHARE

@@ -165,6 +165,7 @@ def check_alone(config: PruningConfig) -> None:
     left_out: dict[str, Any] = {
         "keep": None,
         "target_tokens": None,
+        "target_share": None,
         "min_tokens": 1,
         "min_tokens_per_image": 0,
         "rope_2d": False,

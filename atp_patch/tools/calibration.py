@@ -99,7 +99,9 @@ def calibrate(
             module.load_state_dict(start)
         raise
     if target_tokens is not None:
-        patch.config = replace(patch.config, keep=None, target_tokens=float(target_tokens))
+        patch.config = replace(
+            patch.config, keep=None, target_share=None, target_tokens=float(target_tokens)
+        )
     return Calibration(float(target), first.average, seen.average, shifts, seen.samples)
 
 
