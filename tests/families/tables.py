@@ -29,9 +29,8 @@ from tests.families import (
 )
 from tests.families.kinds import Kind
 
-ORDINARY: tuple[Kind, ...] = tuple(
-    kind for table in (square, anyres, towers, mrope, newer, molmo2) for kind in table.KINDS
-)
+_ORDINARY = (square, anyres, towers, mrope, newer, molmo2)
+ORDINARY: tuple[Kind, ...] = tuple(kind for table in _ORDINARY for kind in table.KINDS)
 LATER: tuple[Kind, ...] = tuple(
     kind
     for table in (more_square, more_mrope, sized, latents, gemma4, hybrids, llama4)
@@ -46,6 +45,8 @@ def rows(ordinary: Iterable[Kind], later: Iterable[Kind]) -> Any:
 
 
 every_kind = rows(ORDINARY, LATER)
+_FIRST = tuple(table.KINDS[0] for table in _ORDINARY)
+one_of_each_table = rows(_FIRST, (kind for kind in (*ORDINARY, *LATER) if kind not in _FIRST))
 with_videos = rows(
     (kind for kind in ORDINARY if kind.videos), (kind for kind in LATER if kind.videos)
 )

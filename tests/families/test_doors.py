@@ -61,16 +61,17 @@ def test_batches_caches_and_unpatching(kind: Kind) -> None:
     model = patched(kind)
     inputs = make(kind, MIXED).inputs
     together, kept = forward(model, inputs).logits, kept_of(model)[0]
-    answers = generate(model, inputs, 3)
+    answers = generate(model, inputs, 2)
     real = real_mask(inputs)
     for b, one in enumerate(MIXED):
         alone = make(kind, (one,)).inputs
         assert_close(
             together[b, real[b]][None], forward(model, alone).logits, kept[b, real[b]][None]
         )
-        assert torch.equal(generate(model, alone, 3)[0, -3:], answers[b, -3:])
+    alone = make(kind, MIXED[:1]).inputs
+    assert torch.equal(generate(model, alone, 2)[0, -2:], answers[0, -2:])
     skip_where_the_cache_matters(kind.build(), inputs)
-    assert torch.equal(generate(model, inputs, 3, use_cache=False), answers)
+    assert torch.equal(generate(model, inputs, 2, use_cache=False), answers)
     plain = kind.build()
     expected, before = forward(plain, inputs).logits, snapshot(plain)
     atp_patch.patch_model(plain, method=Asked())

@@ -82,7 +82,7 @@ def test_keeping_all_is_plain_bit_for_bit(kind: Kind) -> None:
     inputs = make(kind, MIXED).inputs
     assert torch.equal(forward(model, inputs).logits, forward(plain, inputs).logits)
     wanted = {"return_dict_in_generate": True, "output_logits": True}
-    expected, actual = (generate(one, inputs, 4, **wanted) for one in (plain, model))
+    expected, actual = (generate(one, inputs, 2, **wanted) for one in (plain, model))
     assert torch.equal(actual.sequences, expected.sequences)
     assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
 
@@ -104,10 +104,10 @@ def test_gathered_is_masked_with_videos(kind: Kind) -> None:
     model, batch = patched(kind), make(kind, kind.video_samples)
     check_masked(kind, model, kind.build(), batch)
     skip_where_the_cache_matters(kind.build(), batch.inputs)
-    answers = generate(model, batch.inputs, 3)
-    assert torch.equal(generate(model, batch.inputs, 3, use_cache=False), answers)
+    answers = generate(model, batch.inputs, 2)
+    assert torch.equal(generate(model, batch.inputs, 2, use_cache=False), answers)
     for answer, one in zip(answers, kind.video_samples, strict=True):
-        assert torch.equal(generate(model, make(kind, [one]).inputs, 3)[0, -3:], answer[-3:])
+        assert torch.equal(generate(model, make(kind, [one]).inputs, 2)[0, -2:], answer[-2:])
 
 
 @pytest.mark.slow
@@ -135,11 +135,11 @@ def test_the_cache_changes_no_answer(kind: Kind) -> None:
     inputs = make(kind, MIXED).inputs
     wanted = {"return_dict_in_generate": True, "output_logits": True}
     skip_where_the_cache_matters(kind.build(), inputs)
-    cached = generate(model, inputs, **wanted)
-    uncached = generate(model, inputs, use_cache=False, **wanted)
+    cached = generate(model, inputs, 3, **wanted)
+    uncached = generate(model, inputs, 3, use_cache=False, **wanted)
     assert torch.equal(cached.sequences, uncached.sequences)
     assert_close(torch.stack(cached.logits), torch.stack(uncached.logits))
-    plain = generate(kind.build(), inputs, **wanted)
+    plain = generate(kind.build(), inputs, 3, **wanted)
     assert not torch.equal(torch.stack(plain.logits), torch.stack(cached.logits))
 
 
@@ -150,7 +150,7 @@ def test_a_batch_is_its_samples_alone(kind: Kind, padding: str) -> None:
     model = patched(kind)
     inputs = make(kind, MIXED, padding).inputs
     together, kept = forward(model, inputs).logits, kept_of(model)
-    answers = generate(model, inputs, 4) if padding == "left" else None
+    answers = generate(model, inputs, 2) if padding == "left" else None
     for b, one in enumerate(MIXED):
         real = real_mask(inputs)[b]
         single = make(kind, [one])
@@ -162,7 +162,7 @@ def test_a_batch_is_its_samples_alone(kind: Kind, padding: str) -> None:
         survivors = kept[max(kept)][b, real][None]
         assert_close(together[b, real][None], alone, survivors)
         if answers is not None:
-            assert torch.equal(answers[b, -4:], generate(model, single.inputs, 4)[0, -4:])
+            assert torch.equal(answers[b, -2:], generate(model, single.inputs, 2)[0, -2:])
 
 
 @every_kind
@@ -173,10 +173,10 @@ def test_beams_of_a_batch_are_its_samples_beams(kind: Kind) -> None:
     skip_where_samples_share_places(kind.build())
     model = patched(kind)
     samples = MIXED[:2] if REPEATS_SAMPLES else ALIKE
-    together = generate(model, make(kind, samples).inputs, 4, num_beams=2)
+    together = generate(model, make(kind, samples).inputs, 3, num_beams=2)
     for answer, one in zip(together, samples, strict=True):
-        alone = generate(model, make(kind, [one]).inputs, 4, num_beams=2)
-        assert torch.equal(answer[-4:], alone[0, -4:])
+        alone = generate(model, make(kind, [one]).inputs, 3, num_beams=2)
+        assert torch.equal(answer[-3:], alone[0, -3:])
 
 
 @every_kind

@@ -14,12 +14,16 @@ from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.doors import Asked, TowerReader
 from tests.helpers.inputs import batch
+from tests.helpers.pairing import pairs
 from tests.helpers.run import BEFORE, INSIDE, forward, generate
 
 DOORS = {"at the door": Asked(), "reads the tower": TowerReader()}
-families = pytest.mark.parametrize("kind", tiny.FAMILIES)
-broken = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-every_method = pytest.mark.parametrize("method", [*INSIDE, *BEFORE, *DOORS])
+BROKEN = [torch.nan, torch.inf, -torch.inf]
+EVERY = [*INSIDE, *BEFORE, *DOORS]
+PLACES = {
+    "one token": ((slice(5, 6), slice(None)), "^1 of "),
+    "one channel": ((slice(0, 24), slice(7, 8)), r"position \d+ of sample 0"),
+}
 MESSAGE = "visual tokens have features that are NaN or infinite"
 
 
@@ -46,9 +50,7 @@ def spoil(model: Any, value: float, where: tuple[slice, slice]) -> Any:
     return projector.register_forward_hook(hook)
 
 
-@every_method
-@families
-@broken
+@pairs(kind=tiny.FAMILIES, method=EVERY, value=BROKEN)
 def test_a_broken_picture_is_named(kind: str, method: str, value: float) -> None:
     model = patched(kind, method)
     inputs = batch(model, prompts.SINGLE)
@@ -61,20 +63,9 @@ def test_a_broken_picture_is_named(kind: str, method: str, value: float) -> None
     assert forward(model, {**inputs, "pixel_values": good}).logits.isfinite().all()
 
 
-@every_method
-@families
-@broken
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ((slice(5, 6), slice(None)), "^1 of "),
-        ((slice(0, 24), slice(7, 8)), r"position \d+ of sample 0"),
-    ],
-    ids=["one token", "one channel"],
-)
-def test_broken_features_are_named(
-    kind: str, method: str, value: float, where: tuple[slice, slice], message: str
-) -> None:
+@pairs(kind=tiny.FAMILIES, method=EVERY, value=BROKEN, place=["one token", "one channel"])
+def test_broken_features_are_named(kind: str, method: str, value: float, place: str) -> None:
+    where, message = PLACES[place]
     model = patched(kind, method)
     inputs = batch(model, prompts.MIXED[:1])
     handle = spoil(model, value, where)

@@ -16,14 +16,13 @@ from tests.helpers import tiny
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Image, Words, batch, extended, prompt, real_mask
 from tests.helpers.oracle import Kept, masked_logits
+from tests.helpers.pairing import pairs
 from tests.helpers.run import Session, forward, kept_of, patched, positioned, words
 
 EVERY = [*tiny.ALL_KINDS, tiny.WINDOWED]
 WITH_WINDOW = [*tiny.FAMILIES, tiny.WINDOWED]
-every_kind = pytest.mark.parametrize("kind", EVERY)
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
 with_window = pytest.mark.parametrize("kind", WITH_WINDOW)
-backends = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 paddings = pytest.mark.parametrize("padding", ["left", "right"])
 
 
@@ -40,9 +39,7 @@ def talk(session: Session, *lengths: int, seed: int = 0) -> list[Tensor]:
     return [session.feed(words(people, n, seed + at)) for at, n in enumerate(lengths)]
 
 
-@paddings
-@backends
-@every_kind
+@pairs(kind=EVERY, attention=["sdpa", "eager"], padding=["left", "right"])
 def test_decoding_by_hand_is_masked(kind: str, attention: str, padding: str) -> None:
     """Single steps and messages of several tokens, on ragged batches padded on either side."""
     model = patched(kind, attention)

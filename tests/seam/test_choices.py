@@ -13,10 +13,11 @@ from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice
 from tests.helpers.inputs import batch, real_mask, visual_mask
 from tests.helpers.oracle import atp_scores, attention_maps, fastv_choice
+from tests.helpers.pairing import pairs
 from tests.helpers.run import FASTV, LAYERS, METHODS, SHARES, forward, kept_of, patched
 
-backends = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-paddings = pytest.mark.parametrize("padding", ["left", "right"])
+BACKENDS = ["sdpa", "eager"]
+PADDINGS = ["left", "right"]
 
 # Eq. 4 as printed: probabilities over all keys.
 PRINTED = {name: {**METHODS[name], "cross_over": "all"} for name in ("atp", "fixed")}
@@ -32,9 +33,7 @@ def budgets(totals: list[int], shares: tuple[float, ...] = SHARES) -> list[list[
     return counts
 
 
-@paddings
-@backends
-@pytest.mark.parametrize("kind", tiny.ALL_KINDS)
+@pairs(kind=tiny.ALL_KINDS, attention=BACKENDS, padding=PADDINGS)
 def test_fastv_keeps_what_the_last_token_attends_to(
     kind: str, attention: str, padding: str
 ) -> None:
@@ -62,10 +61,7 @@ def test_the_fastv_oracle_can_fail() -> None:
     assert not torch.equal(right, fastv_choice(plain, longer, [3], [[12]])[3][:, :-1])
 
 
-@pytest.mark.parametrize("method", ["atp", "fixed"])
-@paddings
-@backends
-@pytest.mark.parametrize("kind", tiny.ALL_KINDS)
+@pairs(kind=tiny.ALL_KINDS, attention=BACKENDS, padding=PADDINGS, method=["atp", "fixed"])
 def test_atp_scores_are_the_attention_maps(
     kind: str, attention: str, padding: str, method: str
 ) -> None:
@@ -157,9 +153,7 @@ def test_a_layers_choice_never_comes_back(kind: str) -> None:
         assert not (kept[6] & ~kept[4]).any(), method
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 1.0])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pairs(kind=tiny.FAMILIES, method=METHODS, share=[0.5, 0.7, 0.9, 1.0])
 def test_a_target_is_the_average_over_layers(kind: str, method: str, share: float) -> None:
     """Within 2 % or one token, on images of any size."""
     options = {name: value for name, value in METHODS[method].items() if name != "keep"}

@@ -23,10 +23,10 @@ from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice, hooks, shape_of
 from tests.helpers.inputs import batch, real_mask, visual_mask
 from tests.helpers.oracle import masked_logits
+from tests.helpers.pairing import pairs
 from tests.helpers.run import FASTV, METHODS, Session, forward, generate, kept_of, patched, words
 
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
-backends = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
@@ -50,9 +50,7 @@ def count_hooks(model: PreTrainedModel) -> int:
     return sum(len(ids) for kinds in hooks(model).values() for ids in kinds.values())
 
 
-@pytest.mark.parametrize("method", ["fastv", "atp"])
-@pytest.mark.parametrize("way", WAYS)
-@families
+@pairs(kind=tiny.FAMILIES, way=WAYS, method=["fastv", "atp"])
 def test_a_copy_is_patched_and_its_own(kind: str, way: str, method: str) -> None:
     """Before and after the first forward pass; neither copy feels what is done to the other."""
     plain, model = tiny.tiny_model(kind), patched(kind, **METHODS[method])
@@ -128,9 +126,7 @@ def test_double_precision_after_patching(kind: str, method: str) -> None:
     assert_close(logits, reference, kept[6], 1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@backends
-@families
+@pairs(kind=tiny.FAMILIES, attention=["sdpa", "eager"], method=METHODS)
 def test_half_precision_after_patching(kind: str, attention: str, method: str) -> None:
     model = patched(kind, attention, **METHODS[method]).to(torch.bfloat16)
     plain = tiny.tiny_model(kind, attention).to(torch.bfloat16)

@@ -16,6 +16,7 @@ from tests.helpers import tiny
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, TowerReader, told
 from tests.helpers.inputs import batch, real_mask, visual_mask
+from tests.helpers.pairing import pairs
 from tests.helpers.run import Session, forward, generate, kept_of, positioned, words
 from tests.seam.test_patching import check_restored, used
 
@@ -33,7 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     **PAIRS,
 }
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
-every = pytest.mark.parametrize("case", [case for case in CASES if case != "chooses"])
+NARROWING = [case for case in CASES if case != "chooses"]
+every = pytest.mark.parametrize("case", NARROWING)
 paddings = pytest.mark.parametrize("padding", ["left", "right"])
 
 
@@ -46,9 +48,7 @@ def merges(case: str) -> bool:
     return case.startswith("merges")
 
 
-@paddings
-@pytest.mark.parametrize("case", CASES)
-@families
+@pairs(kind=tiny.FAMILIES, case=CASES, padding=["left", "right"])
 def test_gathered_is_masked(kind: str, case: str, padding: str) -> None:
     model = made(kind, case)
     inputs = batch(model, prompts.MIXED, padding)
@@ -77,9 +77,7 @@ def test_what_the_trace_counts_is_what_the_cache_holds(kind: str, case: str) -> 
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@every
-@families
+@pairs(kind=tiny.FAMILIES, case=NARROWING, attention=["sdpa", "eager"])
 def test_keeping_all_is_plain(kind: str, case: str, attention: str) -> None:
     plain = tiny.tiny_model(kind, attention)
     inputs = batch(plain, prompts.MIXED)
@@ -115,9 +113,11 @@ def test_the_cache_changes_no_answer(kind: str, case: str) -> None:
         assert torch.equal(generate(model, batch(model, (one,)))[0, -6:], cached[b, -6:])
 
 
-@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
-@every
-@families
+@pairs(
+    kind=tiny.FAMILIES,
+    case=NARROWING,
+    how=[{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}],
+)
 def test_beams_and_samples_of_a_batch(kind: str, case: str, how: dict[str, Any]) -> None:
     model = made(kind, case)
     inputs = batch(model, prompts.MIXED)

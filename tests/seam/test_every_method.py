@@ -135,10 +135,10 @@ def test_the_same_every_time(kind: str, case: str) -> None:
     assert torch.equal(first, forward(made(kind, case), inputs).logits)
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
 @every
-def test_a_batch_is_its_samples(kind: str, case: str, padding: str) -> None:
+def test_a_batch_is_its_samples(kind: str, case: str) -> None:
     model = made(kind, case)
+    padding = "left" if (CASES.index(case) + tiny.FAMILIES.index(kind)) % 2 else "right"
     inputs = batch(model, prompts.MIXED, padding)
     together, kept = forward(model, inputs).logits, kept_of(model)
     survivors, real = kept[max(kept)], real_mask(inputs)
