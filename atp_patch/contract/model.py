@@ -91,6 +91,8 @@ class DecoderShape:
             its size does not depend on the number of tokens.
         mixer_weights: for each layer, number of weights in the matrices of its attention, or of
             what stands in its place; empty if they follow from the sizes of the heads.
+        kv_sizes: for each layer, how many numbers it caches of one token; empty if they follow from
+            the sizes of the heads.
     """
 
     num_layers: int
@@ -102,3 +104,4 @@ class DecoderShape:
     vocab_size: int
     states: tuple[int, ...] = ()
     mixer_weights: tuple[int, ...] = ()
+    kv_sizes: tuple[int, ...] = ()

@@ -24,13 +24,14 @@ from atp_patch.families.qwen2_vl import (
     QWEN3_VL,
 )
 from atp_patch.families.refused import REFUSED
-from atp_patch.families.sizes import EXAONE4_5, HUNYUAN_VL, LIGHTON_OCR, VIDEO_LLAMA_3
+from atp_patch.families.sizes import EXAONE4_5, HUNYUAN_VL, KIMI_K25, LIGHTON_OCR, VIDEO_LLAMA_3
 from atp_patch.families.square import (
     AYA_VISION,
     DEEPSEEK_VL,
     FAST_VLM,
     GEMMA3,
     GOT_OCR2,
+    GRANITE_DOCLING,
     IDEFICS3,
     INTERNVL,
     LLAMA4,
@@ -61,6 +62,8 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA4,
     IDEFICS3,
     LLAMA4,
+    GRANITE_DOCLING,
+    KIMI_K25,
     MISTRAL3,
     LIGHTON_OCR,
     OVIS2,

@@ -73,7 +73,7 @@ def _deepstack_layers(config: Any) -> int:
 
 QWEN2_VL = Family(
     name="qwen2_vl",
-    model_types=("qwen2_vl", "qwen2_5_vl"),
+    model_types=("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     tower=packed_tower,
@@ -81,7 +81,7 @@ QWEN2_VL = Family(
 )
 QWEN3_VL = Family(
     name="qwen3_vl",
-    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    model_types=("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     late_layers=_deepstack_layers,

@@ -10,6 +10,7 @@ _HYBRID = "some of its decoder layers are no attention, but linear attention or 
 _INDEXED = "its attention chooses keys by an index, which caches keys of its own"
 _CONVOLVED = "its attention runs short convolutions over neighbouring keys, and these would change"
 _WORDS = "its images are words of its vocabulary, which it draws too, and no features"
+_TALKS = "it is a thinker, which reads images, beside a talker, which speaks"
 _NO_TEXT = "it answers with the actions of a robot and writes no text"
 
 #: ``config.model_type`` -> (reason, alternative)
@@ -40,6 +41,13 @@ REFUSED: dict[str, tuple[str, str]] = {
     "diffusion_gemma": (
         "its answers are blocks of diffusion, by a decoder that reads another model's keys",
         "gemma4 writes word by word",
+    ),
+    "qwen2_5_omni": (_TALKS, "qwen2_5_omni_thinker can be pruned: patch model.thinker"),
+    "qwen3_omni_moe": (_TALKS, "qwen3_omni_moe_thinker can be pruned: patch model.thinker"),
+    "phi4_multimodal": (
+        "its decoder itself writes features among the embeddings, behind the place where they are "
+        "read here",
+        "llava_next has a view of the whole and tiles too",
     ),
     "mistral4": ("it is a language model without images", "mistral3 takes images"),
     "deepseek_ocr2": (

@@ -188,6 +188,24 @@ def _between_marks(query: GridQuery) -> Grids:
     return in_order(query, films, lambda _, span: IMAGES, place)
 
 
+def _pooled(query: GridQuery) -> Grids:
+    """Kimi K2.5's grids: the frames of one chunk of a video are pooled to one picture."""
+    if not query.grid_thw:
+        raise InputError(
+            f"nothing else tells the grids of this model's images: pass {IMAGES} (and {VIDEOS} for "
+            "videos) of its processor with the call, to generate too."
+        )
+    config: Any = query.config
+    rows, columns = (int(side) for side in config.vision_config.merge_kernel_size)
+    films: dict[str, Films] = {
+        name: deque(
+            (1, height // rows, width // columns) for _, height, width in rows_of(query, name)
+        )
+        for name in (IMAGES, VIDEOS)
+    }
+    return in_order(query, films, partial(_kind, query), whole)
+
+
 LIGHTON_OCR = Family(name="lighton_ocr", model_types=("lighton_ocr",), grids=_pixels)
 EXAONE4_5 = Family(
     name="exaone4_5",
@@ -199,6 +217,12 @@ VIDEO_LLAMA_3 = Family(
     name="video_llama_3",
     model_types=("video_llama_3",),
     grids=_merged_each,
+    token_ids=("image_token_id", "video_token_id"),
+)
+KIMI_K25 = Family(
+    name="kimi_k25",
+    model_types=("kimi_k25",),
+    grids=_pooled,
     token_ids=("image_token_id", "video_token_id"),
 )
 HUNYUAN_VL = Family(name="hunyuan_vl", model_types=("hunyuan_vl",), grids=_between_marks)

@@ -43,6 +43,14 @@ def _llama4_side(config: Any) -> int:
     return round(_patches(config) * config.vision_config.pixel_shuffle_ratio)
 
 
+def _whole_runs(query: GridQuery) -> Grids:
+    """Each run is one tile, on the coarse way through the connector or on the fine one."""
+    return [
+        [grid for span in spans for grid in square_grids([span], math.isqrt(span.length))]
+        for spans in query.spans
+    ]
+
+
 def _gemma3_side(config: Any) -> int:
     return math.isqrt(config.mm_tokens_per_image)
 
@@ -139,6 +147,12 @@ GEMMA3 = Family(
     grids=_squares(_gemma3_side),
     causal=False,
     visual_tokens=lambda config: int(config.mm_tokens_per_image),
+)
+GRANITE_DOCLING = Family(
+    name="granite_docling",
+    model_types=("granite_docling",),
+    grids=_whole_runs,
+    late_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
 )
 LLAMA4 = Family(name="llama4", model_types=("llama4",), grids=_squares(_llama4_side))
 OVIS2 = Family(name="ovis2", model_types=("ovis2",), grids=_squares(_ovis2_side))

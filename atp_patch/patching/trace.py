@@ -248,6 +248,9 @@ class PruningTrace:
 
     def _kv_bytes(self, tokens_per_layer: list[int]) -> int:
         shape = self.shape
+        if shape.kv_sizes:
+            held = zip(tokens_per_layer, shape.kv_sizes, strict=True)
+            return sum(tokens * size for tokens, size in held) * self.bytes_per_element
         return kv_bytes(
             tokens_per_layer, shape.num_kv_heads, shape.head_dims, self.bytes_per_element
         )

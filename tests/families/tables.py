@@ -23,6 +23,7 @@ from tests.families import (
     more_square,
     mrope,
     newer,
+    omni,
     sized,
     square,
     towers,
@@ -33,7 +34,7 @@ _ORDINARY = (square, anyres, towers, mrope, newer, molmo2)
 ORDINARY: tuple[Kind, ...] = tuple(kind for table in _ORDINARY for kind in table.KINDS)
 LATER: tuple[Kind, ...] = tuple(
     kind
-    for table in (more_square, more_mrope, sized, latents, gemma4, hybrids, llama4)
+    for table in (more_square, more_mrope, sized, latents, gemma4, hybrids, llama4, omni)
     for kind in table.KINDS
 )
 

@@ -95,10 +95,9 @@ def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape
         getattr(layer, "num_key_value_heads", None) or n
         for layer, n in zip(configs, heads, strict=True)
     ]
-    sizes = [
-        getattr(layer, "head_dim", None) or config.hidden_size // n
-        for layer, n in zip(configs, heads, strict=True)
-    ]
+    sizes = [_head_dim(layer, n) for layer, n in zip(configs, heads, strict=True)]
+    latent = getattr(config, "kv_lora_rank", None)  # keys and values are cached compressed
+    compressed = (latent + config.qk_rope_head_dim,) * count if latent else ()
     held = (layer < own and layer not in states for layer in range(count))
     return DecoderShape(
         num_layers=count,
@@ -109,8 +108,17 @@ def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape
         head_dims=tuple(sizes),
         vocab_size=config.vocab_size,
         states=states,
-        mixer_weights=tuple(_mixer_weights(layer) for layer in layers) if states else (),
+        mixer_weights=tuple(map(_mixer_weights, layers)) if states or compressed else (),
+        kv_sizes=compressed,
     )
+
+
+def _head_dim(config: Any, heads: int) -> int:
+    """The size of a head; the mean of a key's and a value's where keys and values differ in it."""
+    if getattr(config, "kv_lora_rank", None):
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return int(key + config.v_head_dim) // 2
+    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _mixer_weights(layer: Any) -> int:

@@ -99,11 +99,21 @@ class Recording:
             return query / scale, key / scale
         cos, sin = self.rotary
         scale = float(cos.flatten()[0].float() ** 2 + sin.flatten()[0].float() ** 2)
+        # With latent attention the end of each head alone is rotated. The host may have changed the
+        # order of its numbers too, alike in queries and keys, and that order stays.
+        start = getattr(self.module, "qk_nope_head_dim", 0)
+        ends = (self.query[..., start:], own[..., start:])
         if next(iter(inspect.signature(rotate).parameters)) == "x":  # it turns one at a time
-            query, key = (rotate(one, cos, -sin) for one in (self.query, own))
+            turned = tuple(rotate(end, cos, -sin) for end in ends)
         else:
-            query, key = rotate(self.query, own, cos, -sin)
-        return query / scale, key / scale
+            turned = rotate(*ends, cos, -sin)
+        if start == 0:
+            return turned[0] / scale, turned[1] / scale
+        heads = (self.query[..., :start], own[..., :start])
+        query, key = (
+            torch.cat([head, end / scale], -1) for head, end in zip(heads, turned, strict=True)
+        )
+        return query, key
 
 
 def register() -> None:
