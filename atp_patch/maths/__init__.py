@@ -8,6 +8,7 @@ from atp_patch.maths.budget import (
     starting_thresholds,
     target_counts,
 )
+from atp_patch.maths.duplicates import suppress, without_duplicates
 from atp_patch.maths.flops import (
     kv_bytes,
     layer_flops,
@@ -21,6 +22,7 @@ from atp_patch.maths.indexing import (
     gather_tokens,
     local_index,
     pack,
+    ranked,
     scatter_tokens,
     top_k_mask,
 )
@@ -34,6 +36,7 @@ from atp_patch.maths.merging import (
     shrunk_grid,
     spread_supplement,
 )
+from atp_patch.maths.principal import principal_loadings
 from atp_patch.maths.rope import rotary_frequencies, turn_by_place
 from atp_patch.maths.scores import (
     cross_rows,
@@ -102,7 +105,9 @@ __all__ = [
     "paper_layer_flops",
     "paper_proportions",
     "prefill_flops",
+    "principal_loadings",
     "progressive_order",
+    "ranked",
     "raters",
     "redundant_scores",
     "rotary_frequencies",
@@ -115,6 +120,7 @@ __all__ = [
     "standardise_scores",
     "starting_thresholds",
     "straight_through_mask",
+    "suppress",
     "target_counts",
     "target_loss",
     "to_reference_grid",
@@ -122,4 +128,5 @@ __all__ = [
     "turn_by_place",
     "visible_keys",
     "voco_visible",
+    "without_duplicates",
 ]

@@ -100,3 +100,19 @@ def descending_rank(scores: Tensor, valid: Tensor) -> Tensor:
     order = by_score.gather(1, last)
     places = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     return torch.empty_like(order).scatter(1, order, places)
+
+
+def ranked(valid: Tensor, *keys: Tensor) -> Tensor:
+    """(B, V) int64: the rank of each token, 0 for the best, by several keys.
+
+    Args:
+        valid: (B, V) bool; invalid tokens come last.
+        keys: (B, V) each. A larger first key ranks before a smaller; where the first keys are equal
+            the second one decides, and so on. Tokens that are equal in all are ranked by position.
+    """
+    places = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    order = places
+    for key in (*reversed(keys), valid.to(torch.int8)):
+        by_key = key.gather(1, order).argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, by_key)
+    return torch.empty_like(order).scatter(1, order, places)

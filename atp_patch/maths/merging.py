@@ -6,6 +6,8 @@ of the group that keeps most, ``d`` size of the keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -134,14 +136,17 @@ def nearest_target(key: Tensor, target: Tensor, member: Tensor) -> Tensor:
     return torch.where(member & used.any(1, keepdim=True), nearest, -1)
 
 
-def even_counts(total: int, sizes: list[int], minimum: int = 1) -> list[int]:
+def even_counts(
+    total: int, sizes: list[int], minimum: int = 1, weights: Sequence[float] | None = None
+) -> list[int]:
     """Divide ``total`` in proportion to ``sizes``, into whole numbers that sum to it if they can.
 
     Each share is at least ``minimum`` (or the size, if that is less) and at most the size. The
-    largest remainders are rounded up first.
+    largest remainders are rounded up first. With ``weights`` the shares are in proportion to these.
     """
-    everything = max(sum(sizes), 1)
-    exact = [total * size / everything for size in sizes]
+    weights = sizes if weights is None else weights
+    everything = sum(weights) or 1
+    exact = [total * weight / everything for weight in weights]
     minimums = [min(minimum, size) for size in sizes]
     shares = [
         min(max(int(part), low), size)

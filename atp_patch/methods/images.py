@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atp_patch.contract import DoorView
-from atp_patch.maths import even_counts
+from atp_patch.contract import DoorView, Recycled
+from atp_patch.maths import cluster_weights, even_counts
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,18 @@ class Images:
     def of_tokens(self, values: Tensor) -> Tensor:
         """(B, V, *) values of the view's tokens -> (G, n, *); padding slots hold anything."""
         return values.flatten(0, 1)[self.index]
+
+    def merging(self, joined: Tensor) -> Recycled:
+        """What makes each kept token the mean of the tokens that join it.
+
+        Args:
+            joined: (G, n) int64, for each token the one that it joins, by its number in the image.
+                A kept token joins itself; -1 is for tokens that join none.
+        """
+        column = self.index.gather(1, joined.clamp(min=0)) % self.shape[1]
+        centre = self.to_tokens(torch.where(joined < 0, -1, column), fill=-1)
+        place = torch.arange(self.shape[1], device=centre.device).expand(self.shape)
+        return Recycled(*cluster_weights(place, centre, self.shape[1], mean=True))
 
     def to_tokens(self, values: Tensor, fill: float = 0) -> Tensor:
         """(G, n) values -> (B, V) values of the view's tokens, ``fill`` in its padding slots."""

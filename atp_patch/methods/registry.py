@@ -26,12 +26,16 @@ from atp_patch.methods.downsample import Downsample
 from atp_patch.methods.fastervlm import FasterVLM
 from atp_patch.methods.fastv import FastV
 from atp_patch.methods.fixed import Fixed
+from atp_patch.methods.hiprune import HiPrune
 from atp_patch.methods.prumerge import PruMerge, PruMergePlus
+from atp_patch.methods.prunesid import PruneSID
 from atp_patch.methods.pyramiddrop import PyramidDrop
 from atp_patch.methods.scope import SCOPE
 from atp_patch.methods.sparsevlm import SparseVLM
 from atp_patch.methods.visionzip import VisionZip
+from atp_patch.methods.vispruner import VisPruner
 from atp_patch.methods.voco import VoCo
+from atp_patch.methods.vscan import VScan
 
 METHODS: tuple[type[Method], ...] = (
     ATP,
@@ -47,6 +51,10 @@ METHODS: tuple[type[Method], ...] = (
     DivPrune,
     SCOPE,
     CDPruner,
+    VisPruner,
+    HiPrune,
+    PruneSID,
+    VScan,
     Random,
     Uniform,
     Downsample,

@@ -15,11 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from atp_patch.contract import Decision, DoorMethod, DoorView, Recycled
+from atp_patch.contract import Decision, DoorMethod, DoorView
 from atp_patch.contract.errors import ConfigError
-from atp_patch.maths import cluster_weights, even_targets, nearest_target, top_k_mask
+from atp_patch.maths import even_targets, nearest_target, top_k_mask
 from atp_patch.methods.images import Images
 
 
@@ -59,8 +57,4 @@ class VisionZip(DoorMethod):
         if list(images.counts) == dominant_counts:
             return Decision(keep, scores=scores)
         joined = nearest_target(images.of_tokens(seen.key), target, others)
-        column = images.index.gather(1, joined.clamp(min=0)) % images.shape[1]
-        centre = images.to_tokens(torch.where(joined < 0, -1, column), fill=-1)
-        place = torch.arange(images.shape[1], device=centre.device).expand(images.shape)
-        made = cluster_weights(place, centre, images.shape[1], mean=True)
-        return Decision(keep, scores=scores, recycled=Recycled(*made))
+        return Decision(keep, scores=scores, recycled=images.merging(joined))

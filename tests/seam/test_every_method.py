@@ -28,6 +28,7 @@ BUDGETED = [name for name, cls in KINDS.items() if not issubclass(cls, VoCo)]
 # Methods that differ from others of their kind in nothing but their choice take turns: each of them
 # runs on one family, and on the other one where slow tests run.
 TURNS = {"pyramiddrop", "dart", "fastervlm", "visionzip", "divprune", "scope", "cdpruner"}
+TURNS |= {"vispruner", "hiprune", "prunesid", "vscan"}
 
 
 def rows(cases: Sequence[str]) -> list[Any]:
@@ -97,7 +98,9 @@ def test_keeps_what_it_says(kind: str, case: str) -> None:
     if case == "voco":
         assert left(model, inputs) == [2, 4, 0, 2]
     elif case in KINDS and not issubclass(KINDS[case], PictureMethod):
-        shares = [0.5] * len(asked(case).get("layers", (0,)))
+        kind_of = KINDS[case]()
+        stages = isinstance(kind_of, LayerMethod) and kind_of.stage_before() is not None
+        shares = [0.5] * (len(asked(case).get("layers", (0,))) + stages)
         expected = totals
         for share in shares:
             expected = [round(share * count) for count in expected]

@@ -89,7 +89,9 @@ class ReadingHooks:
         self.recorder, self.videos = recorder, videos
         self._here = _TowerCalls()
         depth = min(len(blocks_of(module, tower)) for module in self._towers())
-        self.blocks = {number: _block(number, tower, depth) for number in method.tower_blocks}
+        self.blocks = {
+            number: numbered_block(number, tower, depth) for number in method.tower_blocks
+        }
         self.every_query = method.tower_queries == "all"
         self.keeps_states = method.text_encoder is not None
 
@@ -190,8 +192,18 @@ def _no_counts(tokens: Sequence[int], placeholders: Sequence[int]) -> None:
     """The budget of a method at the door is not divided among groups."""
 
 
-def _block(number: float, tower: Tower, depth: int) -> int:
-    """The number from the front of the block that a number names."""
+def numbered_block(number: float, tower: Tower, depth: int) -> int:
+    """The number from the front of the block that a door method names.
+
+    Args:
+        number: a member of :attr:`DoorMethod.tower_blocks`.
+        tower: where the tower's parts are.
+        depth: how many blocks the tower has.
+
+    Raises:
+        ConfigError: where the tower has no such block.
+        UnsupportedModelError: where the block attends within windows.
+    """
     if 0 < number < 1:
         able = tower.full_blocks if tower.window else range(tower.block + 1)
         wanted = round(number * depth) - 1
