@@ -242,7 +242,7 @@ def tower_read_by(family: Family, config: Any, method: DoorMethod) -> Tower | No
             f"{method.name} reads the vision tower, whose tokens cannot be followed to their "
             f"places in this {config.model_type} model; families where they can: "
             f"{', '.join(able)}. Methods at the door that read no tower work here: divprune, "
-            "cdpruner, scope with alpha=0."
+            "cdpruner, prunesid, scope with alpha=0."
         )
     return tower
 

@@ -55,7 +55,12 @@ def test_a_method_serves_a_family_or_names_those_it_serves(kind: Kind, method: s
     assert snapshot(model) == before
 
 
-SELECTING = ({"method": "divprune"}, {"method": "cdpruner"}, {"method": "scope", "alpha": 0.0})
+SELECTING: tuple[dict[str, Any], ...] = (
+    {"method": "divprune"},
+    {"method": "cdpruner"},
+    {"method": "prunesid"},
+    {"method": "scope", "alpha": 0.0},
+)
 
 
 @every_kind
