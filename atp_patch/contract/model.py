@@ -32,8 +32,9 @@ class GridQuery:
             order of the prompts: "image_sizes" (images, 2) int64, the height and width in pixels;
             "image_merge_sizes" and "video_merge_sizes" (images,) int64, how many patches along a
             side become one token; "image_position_ids" and "video_position_ids" (images or
-            frames, patches, 2) int64, the column and row of each patch, -1 at padding. An argument
-            that was not given is left out.
+            frames, patches, 2) int64, the column and row of each patch, -1 at padding;
+            "spatial_shapes", "target_sizes" and "target_sizes_videos" (tiles or frames, 2) int64,
+            rows and columns of patches. An argument that was not given is left out.
         repeats: the number of consecutive samples that share their images (beams, returned
             sequences).
     """

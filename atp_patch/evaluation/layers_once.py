@@ -55,7 +55,8 @@ class LayersOnce:
         """Replace the layers before the first pruning by their known results inside this context.
 
         Nothing is replaced where visual tokens are merged before the decoder, or have rotary
-        positions by row and column, because the layers then compute something else.
+        positions by row and column, because the layers then compute something else; nor where some
+        layers keep a state in place of keys, which a result would have to bring back too.
 
         Args:
             model: a patched model.
@@ -63,7 +64,7 @@ class LayersOnce:
         """
         patch = require_patch(model)
         config, recorder = patch.config, patch.seam.recorder
-        alike = config.before is None and not config.rope_2d
+        alike = config.before is None and not config.rope_2d and not patch.parts.keeps_state
         layers = model.get_decoder().layers
         first = config.layers[0] if alike else 0
         replaced = [number for number in range(first) if number not in skipped]

@@ -40,6 +40,7 @@ from atp_patch.families.square import (
     PERCEPTION_LM,
     STEP3P7,
 )
+from atp_patch.families.stateful import LFM2_VL, LFM3_VL, MINICPM_V
 from atp_patch.families.vila import VILA
 
 FAMILIES: tuple[Family, ...] = (
@@ -75,6 +76,9 @@ FAMILIES: tuple[Family, ...] = (
     STEP3P7,
     IDEFICS2,
     MOLMO2,
+    LFM2_VL,
+    LFM3_VL,
+    MINICPM_V,
     VILA,
     INTERNVL_CHAT,
     GENERIC,

@@ -6,7 +6,7 @@ _CROSS = "its images are read by cross-attention and never stand in the decoder'
 _SHARED = "its later decoder layers reuse the keys of earlier ones, which have another length"
 _QUERIES = "its Q-Former already reduces an image to a few dozen query tokens"
 _ENCODER = "it is an encoder-decoder"
-_HYBRID = "some of its decoder layers are no attention, but linear attention or convolution"
+_MIXERS = "its decoder layers are attention, Mamba or an MLP alone, and do not say which by name"
 _INDEXED = "its attention chooses keys by an index, which caches keys of its own"
 _CONVOLVED = "its attention runs short convolutions over neighbouring keys, and these would change"
 _WORDS = "its images are words of its vocabulary, which it draws too, and no features"
@@ -64,11 +64,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "minimax_m3_vl": (_INDEXED, "glm4v_moe can be pruned"),
     "inkling_mm_model": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
     "inkling2": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
-    "nemotron_h_omni": (_HYBRID, "internvl has tiles of the same kind"),
-    "qwen4_exp": (_HYBRID, "qwen3_vl can be pruned"),
-    "minicpmv4_6": (_HYBRID, "internvl has tiles of the same kind"),
-    "minicpmv4_7": (_HYBRID, "internvl has tiles of the same kind"),
-    "minicpm_ocr": (_HYBRID, "internvl has tiles of the same kind"),
-    "lfm2_vl": (_HYBRID, "smolvlm is of similar size"),
-    "lfm3_vl": (_HYBRID, "smolvlm is of similar size"),
+    "nemotron_h_omni": (_MIXERS, "internvl has tiles of the same kind"),
+    "qwen4_exp": (_INDEXED, "qwen3_5 can be pruned"),
 }

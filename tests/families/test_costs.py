@@ -61,6 +61,15 @@ def test_none_is_left_out() -> None:
             },
             [10, 11, 11] * 2,
         ),
+        (  # LFM2 takes two thirds of what its config says, in whole steps
+            {
+                "intermediate_size": 34,
+                "block_auto_adjust_ff_dim": True,
+                "block_ffn_dim_multiplier": 1.0,
+                "block_multiple_of": 8,
+            },
+            [24] * 6,
+        ),
     ],
 )
 def test_sizes_of_mixtures_are_as_their_configurations_say(

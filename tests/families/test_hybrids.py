@@ -8,18 +8,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import atp_patch
+from atp_patch.evaluation.layers_once import LayersOnce
 from tests.families import hybrids
 from tests.families.kinds import MIXED, SINGLE, Kind, Picture, Sample, Words, make, sample
+from tests.families.tables import rows
 from tests.families.test_every_family import check_masked, patched, placed
+from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice
 from tests.helpers.inputs import Inputs, extended, real_mask
 from tests.helpers.oracle import Kept, decoder_layers, unseen_logits
 from tests.helpers.run import forward, generate, kept_of, words
 
-KINDS = [kind for kind in hybrids.KINDS if kind.name != "qwen3_5_moe"]
-hybrid = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+KINDS = [kind for kind in hybrids.KINDS if kind.name in ("qwen3_5", "lfm2_vl")]
+MORE = [kind for kind in hybrids.KINDS if kind not in KINDS]
+hybrid = rows(KINDS, MORE)
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 ALIKE = (
     sample(Words(3), Picture(0), Words(9), seed=1),
@@ -201,12 +206,12 @@ def test_attentions_that_are_asked_for_are_those_of_the_layers_that_attend(kind:
     model.set_attn_implementation("eager")
     out = forward(model, inputs, output_attentions=True, output_hidden_states=True)
     length = inputs["input_ids"].shape[1]
-    assert len(out.attentions) == 3
     assert all(weights.shape[-2:] == (length, length) for weights in out.attentions)
-    kept = kept_of(model)
-    for weights, layer in zip(out.attentions, (None, 4, 6), strict=True):
-        seen = real_mask(inputs) if layer is None else kept[layer]
-        gone = real_mask(inputs) & ~seen
+    kept = {0: real_mask(inputs), **kept_of(model)}
+    layers = enumerate(decoder_layers(model))
+    attending = [number for number, layer in layers if hasattr(layer, "self_attn")]
+    for weights, layer in zip(out.attentions, attending, strict=True):
+        gone = real_mask(inputs) & ~kept[max(step for step in kept if step <= layer)]
         assert not weights[gone.nonzero()[:, 0], :, gone.nonzero()[:, 1]].any()
 
 
@@ -294,8 +299,8 @@ def later_turn(kind: Kind, model: Any, samples: Any, filler: int = 0) -> Tensor:
 
 @hybrid
 def test_a_picture_in_a_later_turn(kind: Kind) -> None:
-    if kind in hybrids.ROTARY_PLACES:
-        pytest.skip("the positions of such a turn are its own test's affair")
+    if not hybrids.counts_tokens(kind) or hybrids.slides(kind):
+        pytest.skip("its positions or its window are another test's affair")
     model, plain = patched(kind), kind.build()
     logits = later_turn(kind, model, SINGLE)
     kept = {
@@ -314,6 +319,8 @@ def test_a_picture_in_a_later_turn(kind: Kind) -> None:
 
 @hybrid
 def test_padding_between_two_turns_is_refused(kind: Kind) -> None:
+    if hybrids.slides(kind):
+        pytest.skip("a later turn that fills the window is refused for that")
     model = patched(kind)
     uneven = (MIXED[0], MIXED[3])
     with pytest.raises(atp_patch.CacheError, match="padding in a later turn"):
@@ -329,6 +336,22 @@ def test_padding_behind_a_prompt_is_refused_where_it_would_stay_in_a_state(kind:
     with pytest.raises(atp_patch.CacheError, match="padding_side = 'left'"):
         generate(model, inputs, 2)
     forward(model, inputs)
+
+
+@hybrid
+def test_guessed_tokens_are_cropped_again(kind: Kind) -> None:
+    """Where transformers itself can take a state back."""
+    model, inputs = patched(kind), make(kind, SINGLE).inputs
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -8:-4]
+    expected = generate(model, inputs, 8)
+    if type(model)._is_stateful:
+        with pytest.raises(ValueError, match="stateful"):
+            generate(kind.build(), inputs, 8, prompt_lookup_num_tokens=3)
+        return
+    kept = kept_of(model)
+    assert torch.equal(generate(model, inputs, 8, prompt_lookup_num_tokens=3), expected)
+    for layer, mask in kept_of(model).items():
+        assert_same_choice(mask[:, : kept[layer].shape[1]], kept[layer])
 
 
 # -- Learning -------------------------------------------------------------------------------------
@@ -359,5 +382,36 @@ def test_bytes_of_keys_are_those_of_the_cache(kind: Kind) -> None:
         layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if hasattr(layer, "keys")
     )
     trace = atp_patch.last_trace(model)
-    assert trace.kv_bytes == held
+    outside = inputs["input_ids"].shape[1] - tiny.WINDOW + 1 if hybrids.slides(kind) else 0
+    assert trace.kv_bytes == held + outside * 2 * tiny.KV_HEADS * tiny.HEAD_DIM * 4
     assert placed(make(kind, SINGLE)).sum() > trace.layers[6].kept_counts[0]
+
+
+@hybrid
+def test_flops_are_those_of_the_matrices_and_of_the_layers_that_attend(kind: Kind) -> None:
+    if kind.name.endswith("_moe"):
+        pytest.skip("routers are left out, see the costs of other mixtures")
+    model, inputs = kind.build(), make(kind, SINGLE).inputs
+    model.set_attn_implementation("eager")
+    atp_patch.patch_model(model, [2], "uniform", keep=1.0)
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        model(**inputs, logits_to_keep=1)
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    counted = 2 * tiny.HIDDEN * tiny.VOCAB  # one row of logits
+    layers = model.get_decoder().layers
+    start = next(name for name in counts if name.endswith(".language_model.layers.0"))[:-1]
+    for number, layer in enumerate(layers):
+        counted += counts[f"{start}{number}"]
+        for state in {"conv", "linear_attn"} & set(dict(layer.named_children())):
+            mixer = f"{start}{number}.{state}"  # without its convolution and its recurrence
+            linear = (f"{mixer}.{n}" for n in dict(getattr(layer, state).named_children()))
+            matrices = sum(counts.get(n, 0) for n in linear if "proj" in n)
+            counted += matrices - counts[mixer]
+    assert atp_patch.last_trace(model).flops_plain == counted
+
+
+@hybrid
+def test_an_evaluation_gives_no_layer_again_that_keeps_a_state(kind: Kind) -> None:
+    model = patched(kind)
+    with LayersOnce().given_again(model, ()):
+        assert not any("forward" in vars(layer) for layer in decoder_layers(model))

@@ -26,6 +26,9 @@ GRIDS = (
     "image_sizes",
     "image_merge_sizes",
     "video_merge_sizes",
+    "spatial_shapes",
+    "target_sizes",
+    "target_sizes_videos",
 )
 
 

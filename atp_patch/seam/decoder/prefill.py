@@ -284,7 +284,7 @@ class Prefill:
         if survivors is not None and self.rows is not None:
             host.narrow_columns(layer, survivors, kwargs)
             return
-        if self.rotary is not None:
+        if self.rotary is not None and layer in self.host.attending:
             kwargs["position_embeddings"] = self.rotary.tables(kwargs.get("position_embeddings"))
         if survivors is not None:
             host.narrow_kwargs(layer, survivors, kwargs)

@@ -22,6 +22,9 @@ PICTURE_SIZES = (
     "video_merge_sizes",
     "image_position_ids",
     "video_position_ids",
+    "spatial_shapes",
+    "target_sizes",
+    "target_sizes_videos",
 )
 
 
