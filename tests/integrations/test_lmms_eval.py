@@ -190,3 +190,19 @@ def test_generation_arguments_are_those_of_the_task(given, expected):
 def test_wrong_model_arguments_are_refused_before_the_model_loads(arguments, message):
     with pytest.raises(ConfigError, match=message):
         SimpleTasks("builtin", **arguments)
+
+
+def test_the_dry_run_of_the_recipes_makes_a_table_and_goes_on(tmp_path):
+    large, env = ROOT / "results" / "large", {**os.environ, "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, str(large / "run.py"), "dry-run", "--methods", "atp"]
+    line += ["--limit", "2", "--out", str(tmp_path)]
+    subprocess.run(line, check=True, env=env, timeout=280)
+    again = subprocess.run(line, check=True, env=env, timeout=60, capture_output=True, text=True)
+    assert again.stdout.count("done before") == 2
+    show = [sys.executable, str(large / "table.py"), "dry-run", "--methods", "atp"]
+    shown = subprocess.run(
+        [*show, "--out", str(tmp_path)], check=True, capture_output=True, text=True, cwd=large
+    )
+    rows = shown.stdout.splitlines()
+    assert rows[2].startswith("| plain | - | - |")
+    assert rows[3].startswith("| atp | 144 | 143.9 |")
