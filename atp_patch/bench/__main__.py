@@ -23,7 +23,7 @@ from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.training import as_data, compare_steps, steps_table
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today
-from atp_patch.families import family_of, scaled_layers
+from atp_patch.families import family_of
 from atp_patch.maths import average_tokens
 from atp_patch.methods import make_methods
 from atp_patch.tools.command_line import execute, machine
@@ -140,7 +140,7 @@ def _special_case(
         case = questions_case(asked, about)
         sys.stdout.write("\n" + questions_table(case))
     else:
-        layers = args.layers or scaled_layers(config.get_text_config().num_hidden_layers)
+        layers = args.layers or preset.pruning_layers(config.get_text_config().num_hidden_layers)
         checkpointing = args.gradient_checkpointing
         steps = compare_steps(
             model, layers, inputs, text, runs=args.runs, gradient_checkpointing=checkpointing
@@ -192,12 +192,12 @@ def _settings(
         given: dict[str, Any] = {"method": spec.stages}
         if methods.layer is not None:
             own = None if spec.layers is None else list(spec.layers)
-            given["layers"] = own or args.layers or scaled_layers(num_layers)
+            given["layers"] = own or args.layers or preset.pruning_layers(num_layers)
         if methods.voco is None:  # its number of tokens is its budget
             budgeted = True
             if args.schedule is not None and spec.layers:
                 # Before its own layers a method keeps as many tokens on average.
-                at = args.layers or scaled_layers(num_layers)
+                at = args.layers or preset.pruning_layers(num_layers)
                 _shares(args.schedule, total, at)
                 given["target_tokens"] = average_tokens(total, args.schedule, at, num_layers)
             elif args.schedule is not None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from atp_patch.contract.errors import ConfigError
+from atp_patch.families import scaled_layers
 
 Size = tuple[int, int]
 """Width and height of an image in pixels."""
@@ -80,6 +81,10 @@ class Preset(ABC):
     @abstractmethod
     def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random images as the model's processor would hand them over."""
+
+    def pruning_layers(self, num_layers: int) -> list[int]:
+        """The pruning layers of a decoder of this depth, where the command names none."""
+        return scaled_layers(num_layers)
 
     def depth(self, scale: float) -> Depth:
         """Numbers of layers at a share of the full depth, at least two of decoder and tower each.
@@ -267,11 +272,111 @@ class QwenPreset(Preset):
         return given | {"mm_token_type_ids": (given["input_ids"] == _PLACEHOLDER).long()}
 
 
+_GEMMA_PATCH, _GEMMA_UNIT = 16, 48
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Gemma4Preset(Preset):
+    """Gemma 4: images of any size, with one visual token for each 48 x 48 pixels.
+
+    The last layers reuse the keys of earlier ones, at any scale. Where fewer layers are built, they
+    are about the same share.
+
+    Attributes:
+        reusing_layers: the number of decoder layers that reuse keys.
+        period: one layer in so many attends to everything, and the others within a window.
+        window: the number of tokens in the window.
+        head_dim, full_head_dim: size of a head of sliding and of full layers.
+        per_layer_size: hidden size of the further inputs of each layer.
+        tower_sizes: hidden size, MLP size and number of heads of the tower.
+    """
+
+    reusing_layers: int
+    period: int
+    window: int = 512
+    head_dim: int = 256
+    full_head_dim: int = 512
+    per_layer_size: int = 256
+    tower_sizes: tuple[int, int, int] = (768, 3072, 12)
+
+    def own_keys(self, num_layers: int) -> int:
+        """The number of first layers that make keys of their own, whole periods of them."""
+        share = num_layers * (self.num_layers - self.reusing_layers) / self.num_layers
+        return min(num_layers, self.period * max(1, round(share / self.period)))
+
+    def pruning_layers(self, num_layers: int) -> list[int]:
+        """The pruning layers, none behind the first layer whose keys are reused."""
+        own = self.own_keys(num_layers)
+        last = num_layers - 1 if own == num_layers else own - 2  # the last sliding layer of its own
+        return sorted({min(layer, last) for layer in scaled_layers(num_layers)})
+
+    def config(self, depth: Depth) -> Any:
+        """The family's configuration in this shape."""
+        hidden, mlp, heads = self.tower_sizes
+        number = range(1, depth.decoder + 1)
+        text = self._text(depth) | {
+            "num_kv_shared_layers": depth.decoder - self.own_keys(depth.decoder),
+            "use_double_wide_mlp": True,
+            "layer_types": [_SLIDING if n % self.period else _FULL for n in number],
+            "sliding_window": self.window,
+            "head_dim": self.head_dim,
+            "global_head_dim": self.full_head_dim,
+            "hidden_size_per_layer_input": self.per_layer_size,
+            "vocab_size_per_layer_input": self.vocab_size,
+            "final_logit_softcapping": 30.0,
+        }
+        vision = {
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": depth.tower,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": hidden // heads,
+        }
+        return transformers.Gemma4Config(
+            text_config=transformers.Gemma4TextConfig(**text),
+            vision_config=transformers.Gemma4VisionConfig(**vision),
+            image_token_id=_PLACEHOLDER,
+            video_token_id=_PLACEHOLDER - 1,
+            audio_token_id=_PLACEHOLDER - 2,
+        )
+
+    def visual_tokens(self, image: Size) -> int:
+        """The number of visual tokens of one image."""
+        if any(side % _GEMMA_UNIT for side in image):
+            raise ConfigError(
+                f"--image {image[0]}x{image[1]}: give multiples of {_GEMMA_UNIT} pixels."
+            )
+        return math.prod(side // _GEMMA_UNIT for side in image)
+
+    def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images as the model's processor would hand them over."""
+        columns, rows = (side // _GEMMA_PATCH for side in image)
+        shape = (batch_size, rows * columns, 3 * _GEMMA_PATCH**2)
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        places = torch.stack([column.flatten(), row.flatten()], -1)
+        return {
+            "pixel_values": torch.rand(shape, generator=generator),
+            "image_position_ids": places.repeat(batch_size, 1, 1),
+        }
+
+    def inputs(
+        self, image: Size, batch_size: int, prompt_tokens: int, seed: int
+    ) -> dict[str, Tensor]:
+        """Random inputs as of any model, with the token types that tell images from text."""
+        given = super().inputs(image, batch_size, prompt_tokens, seed)
+        return given | {"mm_token_type_ids": (given["input_ids"] == _PLACEHOLDER).long()}
+
+
 PRESETS: dict[str, Preset] = {
     "llava-1.5-7b": LlavaPreset(4096, 11008, 32, 32, 32, 32064, (336, 336), 24),
     "llava-1.5-13b": LlavaPreset(5120, 13824, 40, 40, 40, 32064, (336, 336), 24),
     "qwen2-vl-7b": QwenPreset(3584, 18944, 28, 28, 4, 152064, (896, 672), 32),
     "internvl-8b": InternVLPreset(3584, 18944, 28, 28, 4, 151674, (896, 896), 24, side=448),
+    "gemma4-e2b": Gemma4Preset(
+        1536, 6144, 35, 8, 1, 262144, (960, 672), 16, reusing_layers=20, period=5
+    ),
     # This small shape is for trying the command out.
     "tiny": LlavaPreset(256, 688, 8, 4, 4, 1000, (336, 336), 2, tower_sizes=(64, 64, 1)),
 }

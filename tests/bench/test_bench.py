@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import atp_patch
 from atp_patch.bench.__main__ import main
@@ -47,6 +48,22 @@ SMALL: dict[str, tuple[Preset, tuple[int, int], int]] = {
         3 * 256,
     ),
 }
+if hasattr(transformers, "Gemma4Config"):  # not in early versions
+    SMALL["gemma4"] = (
+        replace(
+            PRESETS["gemma4-e2b"],
+            **NARROW,
+            num_heads=2,
+            head_dim=16,
+            full_head_dim=32,
+            per_layer_size=8,
+            tower_sizes=(32, 32, 2),
+            reusing_layers=1,
+            period=3,
+        ),
+        (288, 192),
+        6 * 4,
+    )
 
 
 def run(tmp_path: Path, *options: str) -> dict[str, object]:
@@ -202,8 +219,11 @@ def test_full_presets_have_the_published_sizes() -> None:
         "llava-1.5-13b": (40, 5120, 576),
         "qwen2-vl-7b": (28, 3584, 32 * 24),
         "internvl-8b": (28, 3584, 5 * 256),
+        "gemma4-e2b": (35, 1536, 20 * 14),
     }
     for name, (layers, hidden, tokens) in wanted.items():
+        if name.startswith("gemma4") and not hasattr(transformers, "Gemma4Config"):
+            continue
         preset = PRESETS[name]
         config = preset.config(preset.depth(1.0)).get_text_config()
         assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
