@@ -9,15 +9,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-matrix test-slow eval-env test-eval mutation results lint types format clean
+.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval mutation results lint types format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m atp_patch.demo $(IMAGE) "$(QUESTION)"
 
-# One thread each: as many processes as there are cores share the files of tests.
-test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# The check of types needs one core for a minute; the tests begin beside it.
+test: lint
+	$(MAKE) -j2 types tests
+
+# One thread each: as many processes as there are cores share the tests.
+tests: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The exactness core, for daily work: two families, every method, what patching leaves, the mathematics.
 FAST := tests/maths tests/repo/test_layout.py tests/core/test_config.py tests/core/test_contract.py \

@@ -15,7 +15,10 @@ import pytest
 
 def pairs(**values: Iterable[Any]) -> Any:
     """Parametrize a test by these values of its parameters, paired as :func:`paired` says."""
-    return pytest.mark.parametrize(tuple(values), paired(*map(list, values.values())))
+    rows = paired(*map(list, values.values()))
+    return pytest.mark.parametrize(
+        tuple(values), rows, ids=lambda value: getattr(value, "name", None)
+    )
 
 
 def paired(*values: list[Any]) -> list[tuple[Any, ...]]:
@@ -32,3 +35,8 @@ def paired(*values: list[Any]) -> list[tuple[Any, ...]]:
         chosen.append(row)
         missing -= found
     return [tuple(v[i] for v, i in zip(values, row, strict=True)) for row in sorted(chosen)]
+
+
+def _name(value: Any) -> str | None:
+    """The name of a value that has one; pytest finds one for others."""
+    return getattr(value, "name", None)

@@ -11,11 +11,13 @@ from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice
 from tests.helpers.inputs import Inputs, batch, real_mask, visual_mask
 from tests.helpers.oracle import masked_logits
+from tests.helpers.pairing import pairs
 from tests.helpers.run import FASTV, METHODS, Session, forward, generate, kept_of, patched, words
 
 EVERY = (*tiny.ALL_KINDS, tiny.WINDOWED)
 backends = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 paddings = pytest.mark.parametrize("padding", ["left", "right"])
+every_way = pairs(kind=EVERY, attention=["sdpa", "eager"], padding=["left", "right"])
 
 
 def check_masked(model: object, plain: object, inputs: Inputs) -> None:
@@ -30,9 +32,7 @@ def check_masked(model: object, plain: object, inputs: Inputs) -> None:
     assert_close(logits, masked_logits(plain, inputs, kept), survivors)
 
 
-@paddings
-@backends
-@pytest.mark.parametrize("kind", EVERY)
+@every_way
 def test_keeping_all_is_plain_bit_for_bit(kind: str, attention: str, padding: str) -> None:
     plain = tiny.tiny_model(kind, attention)
     model = patched(kind, attention, **{**FASTV, "keep": 1.0})
@@ -47,9 +47,7 @@ def test_keeping_all_is_plain_bit_for_bit(kind: str, attention: str, padding: st
     assert torch.equal(kept_of(model)[6], real_mask(inputs))
 
 
-@backends
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pairs(kind=tiny.FAMILIES, method=METHODS, attention=["sdpa", "eager"])
 def test_keeping_all_is_plain_with_every_method(kind: str, method: str, attention: str) -> None:
     plain = tiny.tiny_model(kind, attention)
     model = patched(kind, attention, **{**METHODS[method], "keep": 1.0})
@@ -69,17 +67,13 @@ def test_keeping_all_generates_plain(kind: str, attention: str) -> None:
     assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
-@paddings
-@backends
-@pytest.mark.parametrize("kind", EVERY)
+@every_way
 def test_gathered_is_masked(kind: str, attention: str, padding: str) -> None:
     plain, model = tiny.tiny_model(kind, attention), patched(kind, attention)
     check_masked(model, plain, batch(plain, prompts.MIXED, padding))
 
 
-@backends
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pairs(kind=tiny.FAMILIES, method=METHODS, attention=["sdpa", "eager"])
 def test_gathered_is_masked_with_every_method(kind: str, method: str, attention: str) -> None:
     plain, model = tiny.tiny_model(kind, attention), patched(kind, attention, **METHODS[method])
     check_masked(model, plain, batch(plain, prompts.RAGGED))
@@ -124,9 +118,7 @@ def test_padding_beyond_need_changes_nothing() -> None:
             check_masked(model, plain, batch(plain, prompts.RAGGED, padding, pad_by=9))
 
 
-@paddings
-@backends
-@pytest.mark.parametrize("kind", EVERY)
+@every_way
 def test_a_batch_is_its_samples_alone(kind: str, attention: str, padding: str) -> None:
     check_batch(kind, attention, padding, METHODS["fastv"])
 

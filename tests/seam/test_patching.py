@@ -22,6 +22,7 @@ from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, hooks, shape_of, snapshot
 from tests.helpers.inputs import batch
+from tests.helpers.pairing import pairs
 from tests.helpers.run import FASTV, METHODS, Session, forward, generate, kept_of, patched, words
 
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
@@ -53,9 +54,7 @@ def used(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
-@backends
-@families
+@pairs(kind=tiny.FAMILIES, attention=["sdpa", "eager"], method=METHODS)
 def test_unpatching_leaves_nothing(kind: str, attention: str, method: str) -> None:
     model = used(tiny.tiny_model(kind, attention))
     fresh, before = copy.deepcopy(model), snapshot(model)
@@ -224,9 +223,7 @@ LATER: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("later", LATER)
-@pytest.mark.parametrize("earlier", EARLIER)
-@families
+@pairs(kind=tiny.FAMILIES, earlier=EARLIER, later=LATER)
 def test_a_failed_installation_changes_nothing(kind: str, earlier: str, later: str) -> None:
     """Whichever step fails; the old patch works on, and its trace is there."""
     model = used(tiny.tiny_model(kind))

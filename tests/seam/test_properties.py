@@ -31,7 +31,7 @@ def prompts_of(pieces: st.SearchStrategy) -> st.SearchStrategy[list[Prompt]]:
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

@@ -13,6 +13,7 @@ import atp_patch
 from tests.families.kinds import VIDEOS, make
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
+from tests.helpers.pairing import pairs
 from tests.helpers.run import Session, forward, generate, kept_of, words
 from tests.seam.vision_cases import CASES, KINDS, NEIGHBOURS, SMALL, Case, expected
 
@@ -28,9 +29,7 @@ def patched(case: Case, method: str = "prumerge+", **options: Any) -> Any:
     )
 
 
-@both
-@every_case
-@pytest.mark.parametrize("share", [None, 0.3])
+@pairs(case=CASES, method=["prumerge", "prumerge+"], share=[None, 0.3])
 def test_the_decoder_gets_what_the_algorithm_says(
     case: Case, method: str, share: float | None
 ) -> None:

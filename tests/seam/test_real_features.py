@@ -13,6 +13,7 @@ import atp_patch
 from atp_patch.builtin import load_builtin, make_scene, prompt
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Inputs
+from tests.helpers.pairing import pairs
 from tests.helpers.run import forward, kept_of
 from tests.seam.vision_cases import CASES, NEIGHBOURS, Case, expected, merged_features
 
@@ -60,9 +61,7 @@ def features_of(model: Any, case: Case, inputs: Inputs) -> Tensor:
     return features
 
 
-@real_models
-@pytest.mark.parametrize("method", ["prumerge", "prumerge+"])
-@pytest.mark.parametrize("share", [None, 0.25])
+@pairs(name=LAST_BLOCK, method=["prumerge", "prumerge+"], share=[None, 0.25])
 def test_merged_features_are_those_of_the_algorithm(
     name: str, method: str, share: float | None
 ) -> None:

@@ -15,6 +15,7 @@ from tests.helpers import tiny
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import batch, visual_mask
 from tests.helpers.oracle import masked_logits
+from tests.helpers.pairing import pairs
 from tests.helpers.run import LAYERS, Session, forward, generate, kept_of, patched, words
 from tests.helpers.sparse import sparse_choice, with_edits
 from tests.seam.test_choices import budgets
@@ -29,9 +30,7 @@ def sparse(kind: str, attention: str = "sdpa", **options: Any) -> Any:
     return patched(kind, attention, method="sparsevlm", layers=LAYERS, **options)
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", tiny.ALL_KINDS)
+@pairs(kind=tiny.ALL_KINDS, attention=["sdpa", "eager"], padding=["left", "right"])
 def test_a_budget_is_the_plain_algorithm(kind: str, attention: str, padding: str) -> None:
     check_plain_algorithm(kind, attention, padding, "sum")
 

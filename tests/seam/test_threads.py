@@ -23,6 +23,7 @@ from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.doors import TowerReader
 from tests.helpers.inputs import batch
+from tests.helpers.pairing import pairs
 from tests.helpers.run import FASTV, patched
 from tests.helpers.voco import voco_model
 
@@ -263,22 +264,19 @@ def _held(model: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("broken", [None, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize(
-    "options",
-    [
-        FASTV,
-        {"method": ["prumerge+", "atp"], "layers": [2, 4], "target_tokens": 9},
-        {"method": "downsample", "keep": 0.25},
-        {"method": "voco", "num_tokens": 2},
-    ],
-    ids=["fastv", "pair", "downsample", "voco"],
-)
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fastv": FASTV,
+    "pair": {"method": ["prumerge+", "atp"], "layers": [2, 4], "target_tokens": 9},
+    "downsample": {"method": "downsample", "keep": 0.25},
+    "voco": {"method": "voco", "num_tokens": 2},
+}
+
+
+@pairs(kind=tiny.FAMILIES, options=OPTIONS, broken=[None, ValueError, KeyboardInterrupt])
 def test_nothing_of_a_pass_lives_on_the_model(
-    kind: str, options: dict[str, Any], broken: type[BaseException] | None
+    kind: str, options: str, broken: type[BaseException] | None
 ) -> None:
-    model = patched(kind, **options)
+    model = patched(kind, **OPTIONS[options])
     inputs = batch(model, prompts.MIXED)
     with torch.no_grad():
         model(**inputs)  # transformers installs hooks of its own in the first pass
