@@ -33,8 +33,8 @@ class VoCo(Method):
     Attributes:
         num_tokens: number of VoCo tokens of each segment, ``V``. A segment is a run of visual
             tokens without text between them: an image with all its tiles, or a video. If a model
-                puts text
-            tokens inside an image, it is a tile (Idefics 3, SmolVLM) or a row (Mistral 3, Pixtral).
+            puts text tokens inside an image, a segment is a tile (Idefics 3, SmolVLM) or a row
+            (Mistral 3, Pixtral).
         segment_frames: number of frames of a video in a segment; None means all of them.
     """
 
