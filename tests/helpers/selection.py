@@ -81,18 +81,24 @@ def highest(score: ArrayLike, count: int) -> list[int]:
     return np.argsort(-np.asarray(score), kind="stable")[:count].tolist()
 
 
+def joins(others: list[int], key: ArrayLike, count: int) -> dict[int, list[int]]:
+    """VisionZip's contextual tokens: target -> itself and the others that are most like it."""
+    if not count:
+        return {}
+    unit = units(key)
+    targets = others[:: len(others) // count][:count]
+    made = {target: [target] for target in targets}
+    for i in others:
+        if i not in targets:
+            alike = [float(unit[i] @ unit[target]) for target in targets]
+            made[targets[next(j for j, a in enumerate(alike) if a >= max(alike) - _EQUAL)]].append(
+                i
+            )
+    return made
+
+
 def zipped(attention: ArrayLike, key: ArrayLike, count: int) -> dict[int, list[int]]:
     """VisionZip: kept token -> the tokens whose mean it becomes."""
-    key, size = units(key), len(np.asarray(attention))
     dominant = highest(attention, round(27 / 32 * count))
-    others = [i for i in range(size) if i not in dominant]
-    contextual = count - len(dominant)
-    made = {i: [i] for i in dominant}
-    if contextual:
-        targets = others[:: len(others) // contextual][:contextual]
-        made |= {i: [i] for i in targets}
-        for i in others:
-            if i not in targets:
-                alike = [float(key[i] @ key[target]) for target in targets]
-                made[targets[alike.index(max(alike))]].append(i)
-    return made
+    others = [i for i in range(len(np.asarray(attention))) if i not in dominant]
+    return {i: [i] for i in dominant} | joins(others, key, count - len(dominant))

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from atp_patch.maths import (
     even_counts,
+    even_targets,
     merge_weights,
+    nearest_target,
     outliers,
     progressive_order,
     shrunk_grid,
     spread_supplement,
 )
 from tests.helpers.merging import Group, chosen, fence, merged, sampled
+from tests.helpers.selection import joins
 
 GRIDS = st.tuples(st.integers(1, 6), st.integers(1, 6))
 fixed = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -155,3 +158,37 @@ def test_a_shrunk_grid_has_its_least(
     assert 1 <= columns <= width
     assert rows * columns >= min(least, height * width)
     assert not square or rows == columns
+
+
+@fixed
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["random", "all equal", "one spike", "few distinct"]),
+)
+def test_targets_and_who_joins_them_group_by_group(
+    sizes: list[int], share: float, seed: int, kind: str
+) -> None:
+    """VisionZip's contextual tokens, of all tokens of each group."""
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randn(len(sizes), max(sizes), 4, generator=generator)
+    if kind == "all equal":
+        key[:] = torch.tensor([3.0, 0.0, 4.0, 0.0])
+    elif kind == "one spike":
+        key[:] = torch.tensor([0.0, 2.0, 0.0, 0.0])
+        key[:, 0] = torch.tensor([9.0, 0.0, 0.0, 0.0])
+    elif kind == "few distinct":
+        key = torch.eye(4)[torch.randint(2, key.shape[:2], generator=generator)]
+    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    counts = [round(share * size) for size in sizes]
+    target = even_targets(valid, torch.tensor(counts))
+    joined = nearest_target(key, target, valid)
+    assert target.sum(1).tolist() == counts
+    for g, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        assert (joined[g, size:] == -1).all()
+        made: dict[int, list[int]] = {}
+        for token, place in enumerate(joined[g, :size].tolist()):
+            made.setdefault(place, []).append(token)
+        expected = joins(list(range(size)), key[g, :size], count) or {-1: list(range(size))}
+        assert made == {place: sorted(tokens) for place, tokens in expected.items()}
