@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 import atp_patch
-from atp_patch.builtin import load_builtin
 from tests.helpers import selection as plain
 from tests.helpers.inputs import Inputs
 from tests.helpers.run import forward, kept_of
@@ -23,7 +23,7 @@ from tests.seam.vision_cases import CASES, Case, groups, read, rows_in_sequence
 BY_NAME = {case.name: case for case in CASES}
 MODELS = ("llava-llama", "qwen2_vl", *LAST_BLOCK)
 SHARES = {"llava": 0.1}  # of 576 tokens; half of those of the others
-models = pytest.mark.parametrize("model", MODELS)
+models = pytest.mark.parametrize("name", MODELS)
 
 
 @dataclass
@@ -47,10 +47,18 @@ class Picture:
 class Seen:
     """A plain model, a batch, and what it computes before its decoder runs."""
 
-    build: Callable[[], Any]
+    model: Any
     inputs: Inputs
     pictures: list[Picture]
     embeds: Tensor
+
+    @contextmanager
+    def patched(self, method: Any, **options: Any) -> Iterator[Any]:
+        """The same model, patched for a while."""
+        try:
+            yield atp_patch.patch_model(self.model, method=method, **options)
+        finally:
+            atp_patch.unpatch_model(self.model)
 
     def share_of(self, sample: int, share: float) -> list[tuple[Picture, int]]:
         """A sample's pictures, and how many tokens each keeps: its share, largest rests first."""
@@ -67,12 +75,11 @@ class Seen:
 def seen(name: str) -> Seen:
     """What one of the models computes for its batch."""
     if name in LAST_BLOCK:
-        one = real(name, scenes=2)
+        one = real(name, scenes=1 if name == "llava" else 2)
         case, model, inputs = one.case, one.plain, one.inputs
-        build: Callable[[], Any] = lambda: load_builtin(name)[0]  # noqa: E731
     else:
         case = BY_NAME[name]
-        model, build = case.build(), case.build
+        model = case.build()
         inputs = case.feed(model, "left")
     embeds: list[Tensor] = []
     hook = model.get_decoder().register_forward_pre_hook(
@@ -83,7 +90,7 @@ def seen(name: str) -> Seen:
     found = pictures(case, model, inputs, embeds[0])
     for picture in found:
         picture.relevance = relevance(picture, found, model, inputs, embeds[0])
-    return Seen(build, inputs, found, embeds[0])
+    return Seen(model, inputs, found, embeds[0])
 
 
 def relevance(
@@ -131,6 +138,12 @@ def pictures(case: Case, model: Any, inputs: Inputs, embeds: Tensor) -> list[Pic
     return found
 
 
+def choice(model: Any, given: Seen) -> Tensor:
+    """(B, L) bool: what enters the decoder of the patched model."""
+    forward(model, given.inputs)
+    return kept_of(model)[0]
+
+
 CHOICES: dict[str, Callable[[Picture, int], list[int]]] = {
     "fastervlm": lambda picture, count: plain.highest(picture.attention, count),
     "divprune": lambda picture, count: plain.max_min(picture.features, count),
@@ -144,11 +157,10 @@ CHOICES: dict[str, Callable[[Picture, int], list[int]]] = {
 
 @models
 @pytest.mark.parametrize("method", CHOICES)
-def test_what_enters_is_what_the_paper_says(model: str, method: str) -> None:
-    given, share = seen(model), SHARES.get(model, 0.5)
-    patched = atp_patch.patch_model(given.build(), method=method, keep=share)
-    forward(patched, given.inputs)
-    (kept,) = kept_of(patched).values()
+def test_what_enters_is_what_the_paper_says(name: str, method: str) -> None:
+    given, share = seen(name), SHARES.get(name, 0.5)
+    with given.patched(method, keep=share) as model:
+        kept = choice(model, given)
     for sample in range(len(kept)):
         for picture, count in given.share_of(sample, share):
             expected = sorted(CHOICES[method](picture, count))
@@ -157,16 +169,17 @@ def test_what_enters_is_what_the_paper_says(model: str, method: str) -> None:
 
 
 @models
-def test_visionzip_merges_the_others_into_its_targets(model: str) -> None:
-    given, share = seen(model), SHARES.get(model, 0.5)
-    patched = atp_patch.patch_model(given.build(), method="visionzip", keep=share)
+def test_visionzip_merges_the_others_into_its_targets(name: str) -> None:
+    given, share = seen(name), SHARES.get(name, 0.5)
     entered: list[Tensor] = []
-    patched.get_decoder().layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    forward(patched, given.inputs)
-    kept = kept_of(patched)[0]
+    first = given.model.get_decoder().layers[0]
+    with given.patched("visionzip", keep=share) as model:
+        hook = first.register_forward_pre_hook(
+            lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        kept = choice(model, given)
+        hook.remove()
     merges = 0
     for sample in range(len(kept)):
         expected = given.embeds[sample].double().clone()
@@ -187,25 +200,24 @@ def test_visionzip_merges_the_others_into_its_targets(model: str) -> None:
 def test_in_front_of_atp_as_alone(method: str) -> None:
     """The first share of ``keep`` says how many enter, and ``atp`` goes on from there."""
     given = seen("qwen2_vl")
-    alone = atp_patch.patch_model(given.build(), method=method, keep=0.5)
-    pair = atp_patch.patch_model(given.build(), method=[method, "atp"], layers=[2, 4], keep=0.5)
-    for model in (alone, pair):
-        forward(model, given.inputs)
-    kept = kept_of(pair)
-    assert torch.equal(kept[0], kept_of(alone)[0])
-    counts = [layer.kept_counts for layer in atp_patch.last_trace(pair).layers.values()]
+    with given.patched(method, keep=0.5) as model:
+        alone = choice(model, given)
+    with given.patched([method, "atp"], layers=[2, 4], keep=0.5) as model:
+        assert torch.equal(choice(model, given), alone)
+        layers = atp_patch.last_trace(model).layers.values()
+        counts = [layer.kept_counts for layer in layers]
     assert counts[1:] == [tuple(round(n / 2) for n in before) for before in counts[:-1]]
 
 
 def test_scope_without_attention_is_coverage_alone() -> None:
     given = seen("qwen2_vl")
-    patched = atp_patch.patch_model(given.build(), method="scope", alpha=0.0, keep=0.5)
-    forward(patched, given.inputs)
+    with given.patched("scope", alpha=0.0, keep=0.5) as model:
+        kept = choice(model, given)
     for sample in range(2):
         for picture, count in given.share_of(sample, 0.5):
             alone = plain.coverage(picture.features, np.ones(len(picture.place)), count)
-            kept = kept_of(patched)[0][sample, picture.place]
-            assert kept.nonzero().flatten().tolist() == sorted(alone)
+            stays = kept[sample, picture.place]
+            assert stays.nonzero().flatten().tolist() == sorted(alone)
 
 
 @pytest.mark.parametrize(
