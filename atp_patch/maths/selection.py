@@ -22,7 +22,8 @@ from torch.nn.functional import normalize, threshold
 _GRID = 2.0**20  # cosines are multiples of 1 / _GRID, so that equal tokens stay equal
 _SPANNED = 1e-5  # a token with less than this share of itself left lies within what was taken
 _BLOCK = 64  # determinantal steps between two updates of the whole matrix
-_EVALUATED = 16  # gains of coverage that one step computes at least
+_EVALUATED = 16  # gains of coverage that are computed at a time, so that they stay in the cache
+_ALL_COMPUTED = 256  # of so few tokens, all gains are computed in each step on a CPU too
 
 
 def cosine_similarities(features: Tensor, valid: Tensor, *, rounded: bool = True) -> Tensor:
@@ -108,8 +109,8 @@ def determinantal_selection(
         column = pick[:, None]
         explained = rows.of(pick)
         if at:
-            own = block[:, :at].gather(2, column[:, None].expand(-1, at, 1))
-            explained = (explained[:, None] - own.transpose(1, 2) @ block[:, :at])[:, 0]
+            own = block[:, :at].gather(2, column[:, None].expand(-1, at, 1)).transpose(1, 2)
+            explained = torch.baddbmm(explained[:, None], own, block[:, :at], alpha=-1)[:, 0]
         # What is spanned explains nothing further: 1 / sqrt(infinity) is 0.
         scale = threshold(left.gather(1, column), _SPANNED, torch.inf).rsqrt_()
         explained = torch.mul(explained, scale, out=block[:, at])
@@ -127,8 +128,9 @@ def coverage_selection(similarity: Tensor, weight: Tensor, valid: Tensor, counts
     weight.
 
     A gain never grows while tokens are taken. So the last gain that was computed of a token bounds
-    its present one from above, and only the gains of tokens with large bounds are computed anew,
-    until the largest of all is a present one.
+    its present one from above, and on a CPU, where there are many tokens, only the gains of tokens
+    with large bounds are computed anew, until the largest of all is a present one. Elsewhere all
+    gains are computed in every step, in few operations and without waiting for the device.
 
     Args:
         similarity: (G, n, n), symmetric.
@@ -140,27 +142,48 @@ def coverage_selection(similarity: Tensor, weight: Tensor, valid: Tensor, counts
         (G, n) bool with exactly ``min(counts, valid tokens)`` True entries in each row.
     """
     rows, size = _Rows(similarity), valid.shape[1]
+    spare = similarity.device.type == "cpu" and size > _ALL_COMPUTED
     bound = torch.full_like(weight, torch.inf, dtype=torch.float32)
     bound = bound.masked_fill(~valid, -torch.inf)
     covered = torch.zeros_like(bound).masked_fill(~valid, torch.inf)  # padding gains nothing
     taken: list[Tensor] = []
     for step in range(_steps(counts, valid)):
-        present = bound <= 0  # it cannot fall further
-        width = min(max(_EVALUATED, size // (step + 1)), size)
-        while True:
-            pick = bound.argmax(1)
-            if bool(present.gather(1, pick[:, None]).all()):
-                break
-            index = bound.masked_fill(present, -torch.inf).topk(width, dim=1).indices
-            gain = torch.cat([rows.gain(part, covered) for part in index.split(_EVALUATED, 1)], 1)
-            gain = gain * weight.gather(1, index)
-            bound.scatter_(1, index, torch.minimum(gain, bound.gather(1, index)))
-            present.scatter_(1, index, True)
-            width = min(2 * width, size)
+        if spare:
+            pick = _largest_gain(rows, covered, weight, bound, size // (step + 1))
+        else:
+            gain = (similarity - covered[:, None]).clamp_(min=0).sum(2).mul_(weight)
+            pick = torch.minimum(bound, gain, out=bound).argmax(1)
         covered = torch.maximum(covered, rows.of(pick))
         bound.scatter_(1, pick[:, None], -torch.inf)
         taken.append(pick)
     return _mask(taken, valid, counts)
+
+
+def _largest_gain(
+    rows: _Rows, covered: Tensor, weight: Tensor, bound: Tensor, width: int
+) -> Tensor:
+    """(G,) int64: the token with the largest gain, computing few of them.
+
+    Args:
+        rows: the similarities.
+        covered: (G, n), how well each token is covered already.
+        weight: (G, n).
+        bound: (G, n), a bound of each gain from above, which is lowered in place.
+        width: how many gains to compute at first.
+    """
+    size = bound.shape[1]
+    width = min(max(_EVALUATED, width), size)
+    present = bound <= 0  # it cannot fall further
+    while True:
+        pick = bound.argmax(1)
+        if bool(present.gather(1, pick[:, None]).all()):
+            return pick
+        index = bound.masked_fill(present, -torch.inf).topk(width, dim=1).indices
+        gain = torch.cat([rows.gain(part, covered) for part in index.split(_EVALUATED, 1)], 1)
+        gain = gain * weight.gather(1, index)
+        bound.scatter_(1, index, torch.minimum(gain, bound.gather(1, index)))
+        present.scatter_(1, index, True)
+        width = min(2 * width, size)
 
 
 class _Rows:
@@ -170,15 +193,16 @@ class _Rows:
         """Look at a matrix (G, n, n)."""
         self.flat = matrix.flatten(0, 1)
         number, size = matrix.shape[:2]
-        self.first = size * torch.arange(number, device=matrix.device)
+        self.first = size * torch.arange(number, device=matrix.device) if number > 1 else None
 
     def of(self, pick: Tensor) -> Tensor:
         """(G, n): one row of each sample, for indices (G,)."""
-        return self.flat.index_select(0, pick + self.first)
+        return self.flat.index_select(0, pick if self.first is None else pick + self.first)
 
     def gain(self, index: Tensor, covered: Tensor) -> Tensor:
         """(G, w): how much more than ``covered`` (G, n) the tokens of ``index`` (G, w) cover."""
-        rows = self.flat.index_select(0, (index + self.first[:, None]).flatten())
+        place = index if self.first is None else index + self.first[:, None]
+        rows = self.flat.index_select(0, place.flatten())
         return (rows.unflatten(0, index.shape) - covered[:, None]).clamp_(min=0).sum(2)
 
 

@@ -14,6 +14,7 @@ from atp_patch.maths import (
     coverage_selection,
     determinantal_selection,
     max_min_selection,
+    selection,
 )
 from tests.helpers import selection as plain
 
@@ -88,6 +89,13 @@ def test_degenerate_features_are_chosen_as_stated(name: str, case: str) -> None:
         assert one(name, features, weight, count) == expected(name, features, weight, count)
 
 
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_bounds_of_gains_change_no_choice(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_ALL_COMPUTED", 0)
+    test_degenerate_features_are_chosen_as_stated("coverage", case)
+    test_a_batch_is_its_samples_and_counts_are_met("coverage")
+
+
 @every
 def test_of_equal_tokens_the_first_is_taken(name: str) -> None:
     picture = patches(12, 16, 3)
@@ -144,8 +152,6 @@ def test_each_determinantal_step_makes_the_determinant_largest() -> None:
 
 def test_coverage_computes_few_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds spare most of them: a plain greedy selection computes all in every step."""
-    from atp_patch.maths import selection
-
     computed = 0
     plainly = selection._Rows.gain
 
@@ -155,5 +161,8 @@ def test_coverage_computes_few_gains(monkeypatch: pytest.MonkeyPatch) -> None:
         return plainly(rows, index, covered)
 
     monkeypatch.setattr(selection._Rows, "gain", counted)
-    one("coverage", patches(600, 40, 8), torch.ones(600), 150)
-    assert computed < 0.15 * 600 * 150
+    features = patches(600, 40, 8)
+    spared = one("coverage", features, torch.ones(600), 150)
+    assert 0 < computed < 0.15 * 600 * 150
+    monkeypatch.setattr(selection, "_ALL_COMPUTED", 600)
+    assert one("coverage", features, torch.ones(600), 150) == spared
