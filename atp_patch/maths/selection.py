@@ -4,8 +4,8 @@ Each is the greedy algorithm of its paper, one step for each token that is taken
 samples at once. Shapes: ``G`` samples (or images), ``n`` tokens of the largest, ``m`` tokens taken
 of the one that takes most, ``D`` size of the features. With the matrix of similarities given, time
 is ``O(n m)`` for max-min, ``O(n^2 m)`` in blocked matrix products for the determinantal selection,
-and for coverage ``O(n^2 log m)`` in practice on a CPU, ``O(n^2 m)`` elsewhere. All hold a few tables
-of ``n x n`` for each sample.
+and for coverage ``O(n^2 log m)`` in practice on a CPU, ``O(n^2 m)`` elsewhere. Each holds a few
+tables of ``n x n`` for each sample.
 
 Of tokens that are equally good the one of the lowest index is taken. A greedy order does not depend
 on how many tokens are taken, so that samples with different counts share their steps.
