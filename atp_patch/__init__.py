@@ -5,9 +5,9 @@ A public name is loaded when it is first used, so that importing the package cos
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from atp_patch.lazy import lazily
 from atp_patch.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same to Python
@@ -151,18 +151,4 @@ _HOMES = {
     "atp_patch.tools.trained": ("load_trained",),
     "atp_patch.tools.visual_cache": ("VisualCache", "compress"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> object:
-    """A public name from the module that holds it, loaded now (PEP 562)."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
-    globals()[name] = value  # the next access finds it without this function
-    return value
-
-
-def __dir__() -> list[str]:
-    """What is loaded, and the public names that are not yet."""
-    return sorted(globals().keys() | set(__all__))
+__getattr__, __dir__ = lazily(__name__, _HOMES)

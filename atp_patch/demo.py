@@ -8,10 +8,16 @@ stopped.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from atp_patch.commands.demo import main
+from atp_patch.commands.cli import run
+from atp_patch.commands.demo_options import PROG
 
-__all__ = ["main"]
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    return run("demo", sys.argv[1:] if argv is None else argv, PROG)
+
 
 if __name__ == "__main__":
     sys.exit(main())

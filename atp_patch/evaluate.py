@@ -10,10 +10,17 @@ wrong.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from atp_patch.evaluation.command import main
+from atp_patch.commands.cli import run
 
-__all__ = ["main"]
+PROG = "python -m atp_patch.evaluate"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    return run("evaluate", sys.argv[1:] if argv is None else argv, PROG)
+
 
 if __name__ == "__main__":
     sys.exit(main())

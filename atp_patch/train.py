@@ -11,10 +11,17 @@ argument or the data is wrong, 130 where it was stopped.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from atp_patch.training.command import main
+from atp_patch.commands.cli import run
 
-__all__ = ["main"]
+PROG = "python -m atp_patch.train"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    return run("train", sys.argv[1:] if argv is None else argv, PROG)
+
 
 if __name__ == "__main__":
     sys.exit(main())

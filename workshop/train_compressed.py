@@ -28,7 +28,7 @@ from atp_patch.builtin import DYNAMIC, NAMES, TASKS, load_builtin
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.patching.adapter_card import Beside
 from atp_patch.patching.saving import adapter
-from atp_patch.tools.command_line import named_values
+from atp_patch.tools.arguments import named_values
 from atp_patch.tools.parameter_groups import add_lora
 from workshop.batches import Batch, BatchSpec, batches, make_batch
 from workshop.dynamic.batches import SizedSpec, sized_batch

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from atp_patch.bench.comparison_tables import entries, same_lengths, table
 from atp_patch.bench.follow_up import compare_questions, questions_case, questions_table
 from atp_patch.bench.lengths import time_same_lengths
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched
-from atp_patch.bench.options import check_mode, parser
+from atp_patch.bench.options import PROG, STDOUT, check_mode, parser
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.training import as_data, compare_steps, steps_table
@@ -26,17 +28,17 @@ from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of
 from atp_patch.maths import average_tokens
 from atp_patch.methods import make_methods
-from atp_patch.tools.command_line import execute, machine
+from atp_patch.tools.command_line import execute, machine, progress_bar
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, first_line
 from atp_patch.tools.method_spec import read_method_spec
 from atp_patch.version import __version__
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; returns the exit status, as :func:`execute` says."""
     memory = "give a smaller --scale, or smaller numbers for --batch-size."
-    return execute(parser(), _command, argv, memory=memory)
+    return execute(parser(prog), _command, argv, memory=memory)
 
 
 def _command(args: argparse.Namespace) -> None:
@@ -44,7 +46,13 @@ def _command(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ConfigError(f"--{name} {path}: give a file in a folder that is there.")
-    report = run(args)
+    if args.preset not in PRESETS:
+        raise ConfigError(f"--preset {args.preset!r}: give one of {', '.join(sorted(PRESETS))}.")
+    alone = args.json == STDOUT
+    with redirect_stdout(io.StringIO()) if alone else nullcontext():
+        report = run(args)
+    if alone:
+        sys.stdout.write(json.dumps(report, indent=1, default=str) + "\n")
     if args.plot is not None:
         draw(report["cases"], report["model"], args.plot)
 
@@ -72,7 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = args.image or [preset.image]
     depth = preset.depth(args.scale)
     settings = {image: _settings(args, preset, image, depth.decoder) for image in images}
-    dtype = choose_dtype(args.dtype, choose_device(args.device))
+    device = choose_device(args.device)
+    args.device, dtype = str(device), choose_dtype(args.dtype, device)
     try:
         _check_patches(args, preset.build(args.scale, args.attn, "meta", dtype), settings.values())
         torch.manual_seed(args.seed)
@@ -84,13 +93,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "atp_patch": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": machine(torch.device(args.device)),
+        "machine": machine(device),
         "model": f"{args.preset}{scaled}: {describe(model)}, {str(dtype).removeprefix('torch.')}",
         "date": today(),
         "settings": {
             name: value
             for name, value in vars(args).items()
-            if name not in ("json", "plot") and value is not None
+            if name not in ("json", "plot", "quiet") and value is not None
         },
         "cases": [],
     }
@@ -116,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _write(report: dict[str, Any], file: Path | None) -> None:
     """Write the report so far. It is written after each case, as memory may fail in the next."""
-    if file is not None:
+    if file is not None and file != STDOUT:
         write_text(file, json.dumps(report, indent=1) + "\n")
 
 
@@ -156,7 +165,16 @@ def _case(
 ) -> dict[str, Any]:
     batch_size = inputs["input_ids"].shape[0]
     everyone = [Contender(PLAIN, prunes=False), *contenders]
-    found = compare(model, everyone, inputs, runs=args.runs, decode_tokens=args.decode_tokens)
+    passes = args.runs * (2 * len(everyone) - 1) + len(everyone)
+    with progress_bar("passes", passes) as advance:
+        found = compare(
+            model,
+            everyone,
+            inputs,
+            runs=args.runs,
+            decode_tokens=args.decode_tokens,
+            advance=advance,
+        )
     columns = entries(found, batch_size)
     for contender in contenders:
         trace = found[contender.name].trace

@@ -89,6 +89,7 @@ def compare(
     runs: int,
     decode_tokens: int,
     with_overhead: bool = True,
+    advance: Callable[[int], object] = lambda passes: None,
 ) -> dict[str, Measured]:
     """Time contenders in turn.
 
@@ -99,6 +100,7 @@ def compare(
         runs: timed rounds, which follow one round of warm-up.
         decode_tokens: number of tokens decoded after each prefill; 0: none are.
         with_overhead: whether to time scoring, choosing and gathering too, in further runs.
+        advance: is called with the number of passes that have ended since the call before.
 
     Returns:
         what was measured of each contender, by its name.
@@ -121,11 +123,13 @@ def compare(
                 if run:
                     _note(one, passed, steps)
                 del passed  # its cache must not count in the next contender's peak
+                advance(1)
         for contender in (c for c in contenders if c.prunes and with_overhead):
             for _ in range(runs):
                 with contender.applied(), timed_seam(model) as spent:
                     _prefill(model, inputs)
                     found[contender.name].overhead.values_ms.append(spent())
+                advance(1)
     return found
 
 

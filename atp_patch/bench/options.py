@@ -5,94 +5,138 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from atp_patch.bench.presets import PRESETS, Size
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.command_line import OneLineParser, comma_separated, seed
+from atp_patch.tools.arguments import (
+    DTYPES,
+    Parser,
+    add_output,
+    add_seed,
+    comma_separated,
+)
 
+STDOUT = Path("-")  # what --json without a file stands for
+PROG = "python -m atp_patch.bench"
 DESCRIPTION = """Pruned against plain at the shapes of known models, in turns, in one process, with
-random weights.
-
-    python -m atp_patch.bench --preset llava-1.5-7b --scale 0.25 --target-tokens 144
-    python -m atp_patch.bench --methods atp,fastv@2 --schedule 126,88,20 --layers 4,14,24
-    python -m atp_patch.bench --follow-up 1,8,32
-"""
-
-
+random weights."""
 DECODE_TOKENS = 8
+Size = tuple[int, int]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    parse = OneLineParser(
-        prog="python -m atp_patch.bench",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Make the parser of the command line.
+
+    Args:
+        prog: what help and errors call the command.
+    """
+    parse = Parser(
+        prog, DESCRIPTION, "--preset llava-1.5-7b --scale 0.25 --methods atp,fastv@2 --keep 0.5"
     )
-    add = parse.add_argument
-    add("--preset", choices=sorted(PRESETS), default="llava-1.5-7b")
-    add("--scale", type=float, default=1.0, help="share of the layers that are built")
-    add(
+    model = parse.add_argument_group("model").add_argument
+    model(
+        "--preset",
+        default="llava-1.5-7b",
+        metavar="NAME",
+        help="whose shapes (default: llava-1.5-7b); an unknown name is answered with all names",
+    )
+    model(
+        "--scale", type=float, default=1.0, metavar="S", help="share of the layers that are built"
+    )
+    model("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
+    model(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+    )
+    model("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    pruning = parse.add_argument_group("pruning")
+    pruning.add_argument(
         "--methods",
         default="atp",
-        help='comma-separated, with layers as in "atp,fastv@2"; prumerge+/atp prunes twice',
+        metavar="A[,B..]",
+        help='with layers as in "atp,fastv@2"; prumerge+/atp prunes twice (default: atp)',
     )
-    add(
+    pruning.add_argument(
         "--layers",
         type=comma_separated(int),
-        help="pruning layers, e.g. 4,14,24; scaled by default",
+        metavar="I[,J..]",
+        help="prune before these decoder layers (default: 4,14,24 of 32, in proportion)",
     )
-    budget = parse.add_mutually_exclusive_group()
-    budget.add_argument("--keep", type=float, help="share kept at each pruning layer")
-    budget.add_argument("--target-tokens", type=float, help="average visual tokens, e.g. 144")
+    budget = pruning.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--keep", type=float, metavar="P", help="the share that a pruning layer keeps"
+    )
+    budget.add_argument(
+        "--target-tokens",
+        type=float,
+        metavar="N",
+        help="visual tokens averaged over all decoder layers (default: a quarter of the image's)",
+    )
     budget.add_argument(
         "--schedule",
         type=comma_separated(int),
+        metavar="N[,M..]",
         help="visual tokens left at each of --layers, e.g. 126,88,20; methods with layers of their "
         "own keep as many on average",
     )
-    add(
-        "--image", type=comma_separated(size), help="width x height in pixels, e.g. 448x448,896x896"
+    inputs = parse.add_argument_group("inputs").add_argument
+    inputs(
+        "--image",
+        type=comma_separated(size),
+        metavar="WxH[,..]",
+        help="width x height in pixels, e.g. 448x448,896x896",
     )
-    add(
+    inputs(
         "--batch-size",
         type=comma_separated(int),
         default=[1],
-        help="one or more, e.g. 1,2,4,8,16,32",
+        metavar="N[,M..]",
+        help="one or more, e.g. 1,2,4,8,16,32 (default: 1)",
     )
-    add(
+    inputs(
         "--prompt-tokens",
         type=comma_separated(int),
         default=[64],
-        help="text tokens, one or more numbers",
+        metavar="N[,M..]",
+        help="text tokens, one or more numbers (default: 64)",
     )
-    add("--decode-tokens", type=int, default=DECODE_TOKENS)
-    add("--runs", type=int, default=9)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
-    add("--seed", type=seed, default=0)
-    add(
+    measured = parse.add_argument_group("what is measured")
+    measured.add_argument("--runs", type=int, default=9, metavar="N", help="rounds (default: 9)")
+    measured.add_argument(
+        "--decode-tokens",
+        type=int,
+        default=DECODE_TOKENS,
+        metavar="N",
+        help=f"after each prefill (default: {DECODE_TOKENS})",
+    )
+    measured.add_argument(
         "--profile",
         action="store_true",
         help="also time the plain model at the lengths that pruning leaves: where time goes",
     )
-    add(
+    measured.add_argument(
         "--train",
         action="store_true",
         help="time training steps instead: plain, patched, and patched with the heads alone",
     )
-    add(
+    measured.add_argument(
         "--follow-up",
         type=comma_separated(int),
         metavar="V[,W..]",
         help="time a first and a second question about one image instead: plain, and VoCo with so "
         "many tokens, e.g. 1,8,32",
     )
-    add("--gradient-checkpointing", action="store_true", help="with --train")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw speed-up against FLOPs ratio")
+    measured.add_argument("--gradient-checkpointing", action="store_true", help="with --train")
+    add_seed(measured, "weights and inputs")
+    output = add_output(parse, "everything measured", json=False)
+    output.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="print everything measured as JSON on stdout, or write it to FILE beside the tables",
+    )
+    output.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw speed-up against FLOPs ratio"
+    )
     return parse
 
 

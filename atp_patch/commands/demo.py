@@ -19,7 +19,7 @@ from PIL import Image
 
 from atp_patch.bench.measure import Contender, compare
 from atp_patch.builtin import LLAVA, NAMES, load_builtin
-from atp_patch.commands.demo_options import check, parser, patch_settings
+from atp_patch.commands.demo_options import PROG, check, parser, patch_settings, trained
 from atp_patch.commands.demo_report import Report, Times, print_report
 from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.api import disabled, last_trace, patch_model
@@ -34,7 +34,7 @@ from atp_patch.tools.loading import (
     quiet_transformers,
 )
 from atp_patch.tools.pictures import read_image
-from atp_patch.tools.trained import find_trained, merged
+from atp_patch.tools.trained import merged
 from atp_patch.tools.visualize import as_seen, overlay
 
 GREEDY: dict[str, Any] = {
@@ -48,10 +48,10 @@ DECODE_TOKENS = 16
 RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit status of :func:`execute`."""
     return execute(
-        parser(),
+        parser(prog),
         _command,
         argv,
         memory="try --dtype bfloat16, another --device, or a smaller model.",
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    with quiet_transformers(progress=args.model not in (None, *NAMES)):
+    bars = args.model not in (None, *NAMES) and not args.quiet and sys.stderr.isatty()
+    with quiet_transformers(progress=bars):
         check(args)
         console = None if args.json else _console()
         report = run(args)
@@ -79,9 +80,10 @@ def run(args: argparse.Namespace) -> Report:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
+    found = trained(args)
 
     def prune(model: Any) -> None:
-        patch_model(model, **patch_settings(args))
+        patch_model(model, **patch_settings(args, found))
 
     if args.model is None or args.model in NAMES:
         name = NAMES.get(args.model, LLAVA)
@@ -90,18 +92,17 @@ def run(args: argparse.Namespace) -> Report:
         model, processor = load_checkpoint(args.model, device, dtype, check=prune)
         print("Answering and timing ...", file=sys.stderr)
     prune(model)
-    lora = None if args.weights is None else find_trained(args.weights).lora
     inputs = encode(processor, image, args.question, model)
     with disabled(model):
         plain, _ = answer(model, processor, inputs, args.max_new_tokens)
-    with merged(model, lora):
+    with merged(model, None if found is None else found.lora):
         pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
     trace = last_trace(model)
     if args.overlay is not None:
         pictures = as_seen(image, inputs, processor, trace)
         _write(overlay(pictures, trace), args.overlay)
     runs = RUNS if seconds < SLOW_SECONDS else SLOW_RUNS
-    found = compare(
+    times = compare(
         model,
         [Contender("plain", lambda: disabled(model), prunes=False), Contender("pruned")],
         dict(inputs),
@@ -109,8 +110,8 @@ def run(args: argparse.Namespace) -> Report:
         decode_tokens=DECODE_TOKENS,
         with_overhead=False,
     )
-    times = Times.of(found["plain"], found["pruned"], runs, DECODE_TOKENS)
-    return Report.of(args, model, trace, (plain, pruned), times)
+    medians = Times.of(times["plain"], times["pruned"], runs, DECODE_TOKENS)
+    return Report.of(args, model, trace, (plain, pruned), medians)
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:

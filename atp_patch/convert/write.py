@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.convert.plan import Plan
+from atp_patch.tools.command_line import progress_bar
 from atp_patch.tools.loading import first_line
 
 SHARD_BYTES = 2**30
@@ -67,11 +68,13 @@ def _write_weights(plan: Plan, found: Mapping[str, Tensor], folder: Path, limit:
         for i in range(len(shards))
     ]
     tensors = plan.tensors(plan.dtype(found))
-    for names, file in zip(shards, files, strict=True):
-        # A part of a tensor is copied, so that it does not keep the whole one in memory.
-        shard = {name: tensor.clone() for name, tensor in (next(tensors) for _ in names)}
-        assert list(shard) == names
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    with progress_bar("tensors", len(found)) as advance:
+        for names, file in zip(shards, files, strict=True):
+            # A part of a tensor is copied, so that it does not keep the whole one in memory.
+            shard = {name: tensor.clone() for name, tensor in (next(tensors) for _ in names)}
+            assert list(shard) == names
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            advance(len(names))
     if len(shards) > 1:
         where = {name: file for names, file in zip(shards, files, strict=True) for name in names}
         index = {

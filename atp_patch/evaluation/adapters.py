@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.tools.threshold_controls import CONTROLS
-from atp_patch.tools.trained import shipped
+from atp_patch.tools.trained import find_trained, shipped
 
 SHIPPED = "shipped"
 
@@ -55,11 +55,18 @@ def recipes(specs: Sequence[str]) -> list[Recipe]:
                 name=spec if short.count(name) > 1 else name,
                 source=source,
                 control=control,
-                trainings=tuple(str(found.parent) for found in trainings) or (source,),
+                trainings=tuple(str(found.parent) for found in trainings) or (_here(source),),
                 pooled=bool(trainings),
             )
         )
     return made
+
+
+def _here(source: str) -> str:
+    """The source, or the folder of an adapter that is downloaded from the Hub, once for all."""
+    if source in shipped() or Path(source).exists():
+        return source
+    return find_trained(source).adapter
 
 
 def _each(spec: str) -> list[str]:

@@ -19,7 +19,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import documents, scenes  # noqa: F401  (they register their tasks)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
-from atp_patch.evaluation.options import MAX_NEW_TOKENS, check, drop_layers, parser
+from atp_patch.evaluation.options import MAX_NEW_TOKENS, PROG, check, drop_layers, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
@@ -28,19 +28,21 @@ from atp_patch.evaluation.store import RunFile
 from atp_patch.evaluation.summary import Measured, Row, summarize
 from atp_patch.evaluation.tables import markdown
 from atp_patch.evaluation.tasks import Task, choose_tasks
+from atp_patch.methods import untrained_methods
 from atp_patch.patching.api import require_patch
 from atp_patch.patching.plan import default_layers
-from atp_patch.tools.command_line import execute, machine, named_values
+from atp_patch.tools.arguments import named_values
+from atp_patch.tools.command_line import execute, machine
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
 
 RUNS, TABLE = "runs", "table.md"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; returns the exit status, as :func:`execute` says."""
     return execute(
-        parser(),
+        parser(prog),
         _command,
         argv,
         memory="try a smaller --batch-size.",
@@ -54,7 +56,10 @@ def _command(args: argparse.Namespace) -> None:
         if not args.no_plots:
             check_plots()
         rows = evaluate(args) if args.summaries is None else again(args)
-        sys.stdout.write(write(rows, args))
+        text = write(rows, args)
+        if args.json:
+            text = json.dumps([row.to_json() for row in rows], indent=1, ensure_ascii=False) + "\n"
+        sys.stdout.write(text)
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:
@@ -71,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     def settings_for(model: Any, silent: Sequence[int] = ()) -> list[Setting]:
         num_layers = model.config.get_text_config().num_hidden_layers
         return plan(
-            args.methods,
+            args.methods or untrained_methods(),
             args.budgets,
             args.seeds,
             options,

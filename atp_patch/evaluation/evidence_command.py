@@ -10,27 +10,26 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from atp_patch.builtin import SPLITS
 from atp_patch.builtin.documents import KINDS
 from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks)
 from atp_patch.evaluation.evidence import QUANTILES, Need, Recall, needs, recalls, spread
+from atp_patch.evaluation.evidence_options import PROG, parser
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, plan
 from atp_patch.evaluation.tasks import Task, choose_tasks
 from atp_patch.families import family_of
 from atp_patch.methods import untrained_methods
-from atp_patch.tools.command_line import OneLineParser, comma_separated, execute, named_values
+from atp_patch.tools.arguments import named_values
+from atp_patch.tools.command_line import execute
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import (
-    DTYPES,
     choose_device,
     choose_dtype,
     load_checkpoint,
@@ -38,53 +37,9 @@ from atp_patch.tools.loading import (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    parse = OneLineParser(
-        prog="python -m atp_patch.evidence",
-        description="How many visual tokens the questions about generated documents need, and, "
-        "with --model, which share of these each method keeps at each pruning layer.",
-    )
-    add = parse.add_argument
-    add("--model", metavar="FOLDER", help="a folder or Hub id of a model that reads words")
-    add(
-        "--methods",
-        type=comma_separated(str),
-        default=untrained_methods(),
-        metavar="A[,B..]",
-        help="as in python -m atp_patch.evaluate",
-    )
-    add("--budgets", type=comma_separated(float), default=[0.5, 0.25, 0.15], metavar="S[,T..]")
-    add("--layers", type=comma_separated(int), metavar="I[,J..]", help="default: the model's")
-    add("--option", action="append", default=[], metavar="NAME=VALUE")
-    add("--adapters", type=comma_separated(str), default=[], metavar="A[,B..]")
-    add(
-        "--tasks",
-        type=comma_separated(str),
-        default=list(KINDS),
-        metavar="T[,U..]",
-        help=f"tasks or groups about documents (default: {','.join(KINDS)})",
-    )
-    add("--questions", type=int, default=50, metavar="N", help="of each task (default: 50)")
-    add("--seeds", type=int, default=1, metavar="N", help="draws of what is random (default: 1)")
-    add("--split", choices=[s for s in SPLITS if s != "train"], default="development")
-    add(
-        "--token-px",
-        type=int,
-        default=16,
-        metavar="PX",
-        help="side of the square that a visual token shows, for the budgets without a model "
-        "(default: 16)",
-    )
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
-    add("--out", type=Path, metavar="FILE", help="also write each measured value as a JSON line")
-    return parse
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; returns the exit status, as :func:`execute` says."""
-    return execute(parser(), _command, argv, memory="give fewer --questions.")
+    return execute(parser(prog), _command, argv, memory="give fewer --questions.")
 
 
 def _command(args: argparse.Namespace) -> None:
@@ -92,7 +47,7 @@ def _command(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {getattr(args, name)} must be at least 1.")
-    tasks = choose_tasks(args.tasks)
+    tasks = choose_tasks(args.tasks or list(KINDS))
     with quiet_transformers(progress=False):
         found = needs(tasks, args.split, args.questions, args.token_px)
         text, lines = budget_table(found), [_line(need) for need in found]
@@ -105,6 +60,8 @@ def _command(args: argparse.Namespace) -> None:
             write_text(args.out, "".join(lines))
         except OSError as error:
             raise ConfigError(f"--out: {error}; give a file that can be written.") from error
+    if args.json:
+        text = json.dumps([json.loads(line) for line in lines], indent=1) + "\n"
     sys.stdout.write(text)
 
 
@@ -182,7 +139,14 @@ def _measure(args: argparse.Namespace, tasks: Sequence[Task]) -> list[Recall]:
     def settings_for(model: Any) -> list[Setting]:
         layers = model.config.get_text_config().num_hidden_layers
         layers = args.layers or family_of(model.config).default_layers(model.config, layers)
-        found = plan(args.methods, args.budgets, args.seeds, options, layers, args.adapters)
+        found = plan(
+            args.methods or untrained_methods(),
+            args.budgets,
+            args.seeds,
+            options,
+            layers,
+            args.adapters,
+        )
         return [setting for setting in found if not setting.is_reference]
 
     model, processor = load_checkpoint(args.model, device, dtype, check=settings_for)

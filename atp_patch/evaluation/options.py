@@ -8,34 +8,32 @@ from pathlib import Path
 
 from atp_patch.builtin import NAMES, SPLITS
 from atp_patch.contract.errors import ConfigError
-from atp_patch.methods import untrained_methods
-from atp_patch.tools.command_line import OneLineParser, comma_separated
+from atp_patch.tools.arguments import Parser, add_model, add_output, comma_separated
 from atp_patch.tools.files import check_folder
-from atp_patch.tools.loading import DTYPES
 
 PROG = "python -m atp_patch.evaluate"
 
 MAX_NEW_TOKENS = 16
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    parse = OneLineParser(
-        prog=PROG,
-        description="Accuracy of pruned models against visual tokens, every method on the same "
-        "questions. Random and uniform tokens, the unpruned model and the model without its image "
-        "are always among what is measured. A killed run goes on where it was.",
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Make the parser of the command line.
+
+    Args:
+        prog: what help and errors call the command.
+    """
+    parse = Parser(
+        prog,
+        "Accuracy of pruned models against visual tokens, every method on the same questions.\n"
+        "Random and uniform tokens, the unpruned model and the model without its image are\n"
+        "always among what is measured. A killed run goes on where it was.",
+        "--methods atp,fastv --budgets 0.5,0.25 --questions 100 --out results",
     )
-    add = parse.add_argument
-    add(
-        "--model",
-        default=next(iter(NAMES)),
-        help=f"{' (default), '.join(NAMES)}, or a folder or Hub id",
-    )
+    add_model(parse).set_defaults(model=next(iter(NAMES)))
+    add = parse.add_argument_group("what is compared").add_argument
     add(
         "--methods",
         type=comma_separated(str),
-        default=untrained_methods(),
         metavar="A[,B..]",
         help="default: all that need no training; NAME@I+J+K prunes before these layers, NAME:S+T "
         "has these budgets, FIRST/SECOND prunes before the decoder and inside it. Differences are "
@@ -52,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         type=comma_separated(int),
         metavar="I[,J..]",
-        help="default: 4,14,24 of 32, in proportion",
+        help="prune before these decoder layers (default: 4,14,24 of 32, in proportion)",
     )
     add(
         "--drop-from",
@@ -74,12 +72,14 @@ def parser() -> argparse.ArgumentParser:
         type=comma_separated(str),
         default=[],
         metavar="A[,B..]",
-        help="saved adapters, those of the built-in model by name (shipped: all of them), folders "
-        "of trainings (adapter and LoRA), folders of several trainings, which are pooled as seeds "
-        "are, or a folder of such folders; A~mean and A~shuffled are controls, with the mean of "
-        "the learned thresholds or those of another question, at the same average on questions of "
-        "the split train",
+        help="saved adapters, those of the built-in model by name (shipped: all of them), Hub ids "
+        "(USER/REPO or USER/REPO@REVISION), folders of trainings (adapter and LoRA), folders of "
+        "several trainings, which are pooled as seeds are, or a folder of such folders; A~mean and "
+        "A~shuffled are controls, with the mean of the learned thresholds or those of another "
+        "question, at the same average on questions of the split train",
     )
+    add("--seeds", type=int, default=3, metavar="N", help="draws of what is random (default: 3)")
+    add = parse.add_argument_group("questions").add_argument
     add(
         "--tasks",
         type=comma_separated(str),
@@ -89,7 +89,6 @@ def parser() -> argparse.ArgumentParser:
         "table, chart, map, icons), or all that need no reading (default: builtin)",
     )
     add("--questions", type=int, default=100, metavar="N", help="of each task (default: 100)")
-    add("--seeds", type=int, default=3, metavar="N", help="draws of what is random (default: 3)")
     add("--split", choices=[s for s in SPLITS if s != "train"], default="test")
     add(
         "--answers",
@@ -102,20 +101,23 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"where answers are generated (default: {MAX_NEW_TOKENS})",
+        help=f"of an answer, where answers are generated (default: {MAX_NEW_TOKENS})",
     )
     add("--batch-size", type=int, default=16, metavar="N", help="questions a pass (default: 16)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else bfloat16")
-    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")
-    add(
+    output = add_output(parse, "the rows of the table")
+    output.add_argument(
+        "--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results"
+    )
+    output.add_argument(
         "--summaries",
         type=comma_separated(Path),
         metavar="A[,B..]",
         help="ask nothing, and make table and plots of the results in these folders, which are of "
         "one model and the same questions",
     )
-    add("--no-plots", action="store_true", help="write no plots (they need matplotlib)")
+    output.add_argument(
+        "--no-plots", action="store_true", help="write no plots (they need matplotlib)"
+    )
     return parse
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -45,7 +45,11 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Batch], target_tokens: float | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    target_tokens: float | None = None,
+    *,
+    advance: Callable[[int], object] = lambda passes: None,
 ) -> Calibration:
     """Shift learned thresholds, trained or not, so that the data keeps ``target_tokens``.
 
@@ -62,6 +66,8 @@ def calibrate(
             the tokens of the answers do not count, as in training.
         target_tokens: visual tokens averaged over all decoder layers and the data; by default the
             budget that the patch was made with.
+        advance: is called with the number of passes over the data that have ended since the call
+            before, for a progress bar. A round takes one pass for each pruning layer and one more.
 
     Returns:
         A :class:`Calibration`; ``after`` is within 1 % of the target.
@@ -80,6 +86,7 @@ def calibrate(
     try:
         with evaluating(model):
             first = seen = observe(model, data, None)
+            advance(1)
             target = patch.config.goal(first.total) if target_tokens is None else target_tokens
             counts = _scaled(first, patch, target)
             for _ in range(_ROUNDS):
@@ -87,6 +94,7 @@ def calibrate(
                     break
                 for layer, wanted in counts.items():
                     shifts[layer] += meet_count(model, data, module, layer, wanted)
+                    advance(1)
                 seen = observe(model, data, None)
         if abs(seen.average - target) > WITHIN * target:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What all command lines share: parsing, errors of one line, exit statuses, and a progress bar."""
+"""Running a command line: errors of one line, exit statuses, silence, and progress bars."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from atp_patch.contract.errors import ATPError, ConfigError
-from atp_patch.tools.files import parse_json
+from atp_patch.contract.errors import ATPError
+from atp_patch.tools.arguments import check_text, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -34,15 +36,6 @@ _REFUSED = _FULL | {
     errno.EROFS,
 }
 _PROCESSORS = Path("/proc/cpuinfo")
-Value = TypeVar("Value")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with status 2."""
-        self.exit(2, _shown(f"{self.prog}: {message} (see {self.prog} --help)\n"))
 
 
 def machine(device: torch.device) -> str:
@@ -66,6 +59,8 @@ def execute(
 ) -> int:
     """Parse the arguments, do the work, and report an error in one line on stderr.
 
+    With ``--quiet`` nothing else is written to stderr.
+
     Args:
         parser: the parser of the arguments.
         work: is given the parsed arguments.
@@ -87,7 +82,8 @@ def execute(
     try:
         for text in given:
             check_text(text, "an argument")
-        work(args)
+        with _silence(getattr(args, "quiet", False)):
+            work(args)
     except ATPError as error:
         problem = _one_line(error)
     except KeyboardInterrupt:
@@ -99,76 +95,50 @@ def execute(
         problem = found
     else:
         return 0
-    sys.stderr.write(_shown(f"{parser.prog}: {problem}\n"))
+    sys.stderr.write(printable(f"{parser.prog}: {problem}\n"))
     return status
 
 
-def check_text(text: str, name: str) -> None:
-    """Refuse text that no path and no file in UTF-8 can hold.
-
-    Args:
-        name: what the text is, for the error.
-
-    Raises:
-        ConfigError: where it holds NUL or a lone surrogate. Python also reads a byte of a file name
-            as a lone surrogate where the name is not UTF-8.
-    """
-    wrong = re.search("[\\0\ud800-\udfff]", text)
-    if wrong:
-        raise ConfigError(
-            f"{name} holds the character {wrong[0]!a}, which is no text: {text!a}; give another, "
-            "or rename the file."
-        )
-
-
-def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Make the ``type`` of an argument that takes several values.
-
-    Args:
-        kind: the type of each value.
-    """
-
-    def parse(text: str) -> list[Value]:
-        return [kind(part) for part in text.split(",")]
-
-    parse.__name__ = f"comma-separated {kind.__name__} list"  # argparse shows it in errors
-    return parse
-
-
-def seed(text: str) -> int:
-    """The ``type`` of an argument that seeds torch's generators."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an int from 0 to 2**32 - 1")
-    return value
-
-
-def named_values(given: list[str]) -> dict[str, Any]:
-    """Read options such as "name=value" into a mapping. A value is read as JSON, or else as a word.
-
-    Raises:
-        ConfigError: where there is no "=".
-    """
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--option {text}: give NAME=VALUE, for example slope=10.")
-        try:
-            parsed = parse_json(value)
-            options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-        except ValueError:
-            options[name] = value
-    return options
+@contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """Drop what is written to stderr, warnings included, where that is asked for."""
+    if not quiet:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice, also on CPUs, where torch has no exception of its own."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how much of some work is done, on stderr where that is a terminal, else nothing.
+
+    Args:
+        label: what is counted.
+        total: how many there are; None: that is not known.
+        done: how many were done before.
+
+    Yields:
+        a function to be called with the number of further ones that are done.
+    """
+    bar = terminal_bar(label)
+    if bar is None:
+        yield lambda count: None
+        return
+    with bar:
+        task = bar.add_task(label, total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
 
 
 def terminal_bar(label: str) -> Progress | None:
@@ -187,11 +157,6 @@ def terminal_bar(label: str) -> Progress | None:
         return None
     counts = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
     return progress.Progress(label, *counts, console=console)
-
-
-def _shown(text: str) -> str:
-    """The text with escapes in place of what UTF-8 cannot encode, such as some names of files."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _one_line(error: ATPError) -> str:

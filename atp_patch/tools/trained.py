@@ -21,6 +21,7 @@ from atp_patch.patching.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterSource,
+    is_folder,
     read_text,
 )
 from atp_patch.patching.adapter_loading import check_values
@@ -58,7 +59,8 @@ def find_trained(source: str, **hub: Any) -> Trained:
     Args:
         source: a name of :func:`shipped`, the folder of a training (with the folder ``adapter`` in
             it, and ``lora`` where that learned), an adapter's own folder, or the name of a Hub
-            repository, where the adapter lies at the top and its LoRA in the folder ``lora``.
+            repository, where the adapter lies at the top and its LoRA in the folder ``lora``. A
+            revision may follow the name: "user/repository@revision".
         hub: ``revision``, ``token``, ``subfolder``, ``cache_dir`` and ``local_files_only`` as
             :func:`atp_patch.patch_model` takes them.
 
@@ -69,6 +71,9 @@ def find_trained(source: str, **hub: Any) -> Trained:
     """
     if isinstance(source, str) and source in shipped() and not Path(source).exists():
         source = str(_shipped() / source)
+    if isinstance(source, str) and "@" in source and not is_folder(source):
+        source, _, named = source.rpartition("@")  # which no name of a repository holds
+        hub = {**hub, "revision": hub.get("revision") or named}
     where = AdapterSource.of(source, "source", **hub)
     if not where.is_local:
         folder = where.with_files(CONFIG_FILE, WEIGHTS_FILE, *(f"lora/{f}" for f in LORA_FILES))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from atp_patch.builtin import NAMES
 from atp_patch.builtin.silent import silent_layers, without
@@ -22,7 +23,7 @@ from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
 from atp_patch.tools.command_line import execute
-from atp_patch.tools.files import replaced, write_text
+from atp_patch.tools.files import parse_json, replaced, write_text
 from atp_patch.tools.loading import choose_device, quiet_transformers
 from atp_patch.tools.parameter_groups import add_lora, freeze
 from atp_patch.training.card import card
@@ -36,7 +37,7 @@ from atp_patch.training.checkpoints import (
 )
 from atp_patch.training.dataset import SKIPPED, Samples, collate
 from atp_patch.training.encode import Encoder
-from atp_patch.training.options import flags_of, parser
+from atp_patch.training.options import PROG, flags_of, parser
 from atp_patch.training.progress import Progress
 from atp_patch.training.records import Source, check_source
 from atp_patch.training.settings import Settings, read_settings
@@ -45,10 +46,10 @@ from atp_patch.training.trainer import PruningTrainer, arguments
 from atp_patch.training.zero3 import whole_model
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; returns the exit status, as :func:`execute` says."""
     return execute(
-        parser(),
+        parser(prog),
         _command,
         argv,
         memory="give a smaller micro_batch_size.",
@@ -58,7 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(args: argparse.Namespace) -> None:
     with quiet_transformers(progress=False):
-        train(read_settings(args.file, flags_of(args)), resume=args.resume)
+        settings = read_settings(args.file, flags_of(args))
+        saved = train(settings, resume=args.resume)
+    if getattr(args, "json", False) and saved.is_dir():
+        sys.stdout.write(json.dumps(_told(Path(settings.out), saved), indent=2) + "\n")
+
+
+def _told(out: Path, adapter: Path) -> dict[str, Any]:
+    """What ``--json`` prints: where the results are, and the last entry of the log."""
+    state = parse_json((out / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    logged = [entry for entry in state["log_history"] if "next_token" in entry]
+    beside = next((name for name in (LORA, MODEL) if (out / name).is_dir()), None)
+    return {
+        "adapter": str(adapter),
+        "beside": None if beside is None else str(out / beside),
+        "steps": state["global_step"],
+        "last": logged[-1] if logged else {},
+    }
 
 
 def train(settings: Settings, resume: bool = False) -> Path:

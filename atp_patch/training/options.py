@@ -7,39 +7,49 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from atp_patch.tools.command_line import OneLineParser, named_values
-from atp_patch.training.settings import Settings
+from atp_patch.tools.arguments import Parser, add_output, named_values
+from atp_patch.training.settings import GROUPS, Settings
 
 PROG = "python -m atp_patch.train"
-_COMMANDS = ("file", "resume")  # arguments that are no settings
+_COMMANDS = ("file", "resume", "quiet", "json")  # arguments that are no settings
+# What other commands call the same thing; the setting's own name is a flag too.
+_WORDS = {"adapter": "weights", "keep": "keep-checkpoints"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Make the parser of the command line. What it parses has no entry for a flag that was not
     given, so that the flag does not replace a setting from the file.
+
+    Args:
+        prog: what help and errors call the command.
     """
-    parse = OneLineParser(
-        prog=PROG,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train the thresholds of ATP-LLaVA, alone or with the language model.\n"
+    parse = Parser(
+        prog,
+        "Train the thresholds of ATP-LLaVA, alone or with the language model.\n"
         "FILE is YAML with these settings (freeze_lm: false); flags win.",
+        "--out training --steps 300 --target-tokens 144",
+        argument_default=argparse.SUPPRESS,
+        usage=f"{prog} [FILE] [options]",
     )
     parse.add_argument("file", nargs="?", type=Path, default=None, metavar="FILE")
     parse.add_argument(
         "--resume", action="store_true", default=False, help="go on from the newest checkpoint"
     )
     hints = get_type_hints(Settings)
+    groups = {name: parse.add_argument_group(name) for name in GROUPS}
     for entry in fields(Settings):
-        flag = "--" + entry.name.replace("_", "-")
+        group = groups[entry.metadata["group"]]
+        flags = [f"--{entry.name.replace('_', '-')}"]
+        flags[:0] = [f"--{_WORDS[entry.name]}"] if entry.name in _WORDS else []
         text = entry.metadata["help"]
         if entry.name == "options":
-            parse.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
+            group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
         elif hints[entry.name] is bool:
-            parse.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
         else:
             default = "" if entry.default is None or "default" in text else f" ({entry.default})"
-            parse.add_argument(flag, metavar="X", help=text + default)
+            group.add_argument(*flags, dest=entry.name, metavar="X", help=text + default)
+    add_output(parse, "where the results are and what was measured last")
     return parse
 
 

@@ -13,16 +13,18 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from atp_patch.builtin import NAMES
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.command_line import check_text
-from atp_patch.tools.loading import DTYPES
+from atp_patch.tools.arguments import DTYPES, check_text
 
 BUILTIN = "builtin"
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
-def _says(default: Any, text: str) -> Any:
-    """A setting with its default, and the text that ``--help`` shows for it."""
-    return field(default=default, metadata={"help": text})
+GROUPS = ("model", "data", "pruning", "what learns", "optimizer", "files")
+
+
+def _says(group: str, default: Any, text: str) -> Any:
+    """A setting with its default, and the group and text in which ``--help`` shows it."""
+    return field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass(frozen=True)
@@ -33,54 +35,65 @@ class Settings:
         ConfigError: where a value is out of range, or two settings exclude each other.
     """
 
-    model: str = _says(BUILTIN, f"{', '.join(NAMES)}, or a folder or Hub id")
-    data: str = _says(BUILTIN, "builtin, or a .json or .jsonl file in LLaVA's format")
-    images: str | None = _says(None, "folder of the images (default: the data file's)")
+    model: str = _says("model", BUILTIN, f"{', '.join(NAMES)}, or a folder or Hub id")
+    data: str = _says("data", BUILTIN, "builtin, or a .json or .jsonl file in LLaVA's format")
+    images: str | None = _says("data", None, "folder of the images (default: the data file's)")
     samples: int | None = _says(
-        None, "number of samples, from the first on (default: all; builtin: 20000)"
+        "data", None, "number of samples, from the first on (default: all; builtin: 20000)"
     )
-    out: str = _says("training", "folder of checkpoints and of what is learned")
-    layers: tuple[int, ...] | None = _says(None, "default: 4,14,24 of 32, in proportion")
-    target_tokens: float | None = _says(None, "visual tokens to average (default: a quarter)")
+    out: str = _says("files", "training", "folder of checkpoints and of what is learned")
+    layers: tuple[int, ...] | None = _says("pruning", None, "default: 4,14,24 of 32, in proportion")
+    target_tokens: float | None = _says(
+        "pruning", None, "visual tokens to average (default: a quarter)"
+    )
     options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the method atp, NAME=VALUE"}
+        default_factory=dict,
+        metadata={"group": "pruning", "help": "options of the method atp, NAME=VALUE"},
     )
-    adapter: str | None = _says(None, "start from a saved adapter with learned thresholds")
-    freeze_lm: bool = _says(True, "train the threshold heads alone")
-    lora_rank: int = _says(0, "with freeze_lm: LoRA of this rank on the decoder")
-    lora_alpha: float = _says(32.0, "LoRA's scale")
+    adapter: str | None = _says(
+        "pruning", None, "start from an adapter with learned thresholds: its folder or Hub id"
+    )
+    freeze_lm: bool = _says("what learns", True, "train the threshold heads alone")
+    lora_rank: int = _says("what learns", 0, "with freeze_lm: LoRA of this rank on the decoder")
+    lora_alpha: float = _says("what learns", 32.0, "LoRA's scale")
     rope_2d: bool = _says(
-        False, "rotary positions of visual tokens by row and column; the decoder must learn"
+        "pruning",
+        False,
+        "rotary positions of visual tokens by row and column; the decoder must learn",
     )
-    distill: float = _says(0.0, "weight of the KL divergence to the unpruned model")
-    lr: float = _says(2e-5, "learning rate of the model or its LoRA")
-    atp_lr: float = _says(1e-4, "learning rate of the heads")
-    atp_bias_lr: float | None = _says(None, "of the thresholds' own biases (default: atp_lr)")
-    batch_size: int = _says(8, "samples an optimizer step, over all devices")
-    micro_batch_size: int | None = _says(None, "samples a pass and device (default: all)")
-    epochs: float = _says(1.0, "passes over the data")
-    steps: int | None = _says(None, "optimizer steps, in place of epochs")
-    schedule: str = _says("cosine", ", ".join(SCHEDULES))
-    warmup: float = _says(0.03, "share of the steps in which learning rates rise")
-    weight_decay: float = _says(0.0, "of the model, not of the heads")
-    betas: tuple[float, ...] = _says((0.9, 0.999), "of AdamW")
-    clip: float = _says(1.0, "greatest norm of the gradient")
+    distill: float = _says("what learns", 0.0, "weight of the KL divergence to the unpruned model")
+    lr: float = _says("optimizer", 2e-5, "learning rate of the model or its LoRA")
+    atp_lr: float = _says("optimizer", 1e-4, "learning rate of the heads")
+    atp_bias_lr: float | None = _says(
+        "optimizer", None, "of the thresholds' own biases (default: atp_lr)"
+    )
+    batch_size: int = _says("optimizer", 8, "samples an optimizer step, over all devices")
+    micro_batch_size: int | None = _says(
+        "optimizer", None, "samples a pass and device (default: all)"
+    )
+    epochs: float = _says("optimizer", 1.0, "passes over the data")
+    steps: int | None = _says("optimizer", None, "optimizer steps, in place of epochs")
+    schedule: str = _says("optimizer", "cosine", ", ".join(SCHEDULES))
+    warmup: float = _says("optimizer", 0.03, "share of the steps in which learning rates rise")
+    weight_decay: float = _says("optimizer", 0.0, "of the model, not of the heads")
+    betas: tuple[float, ...] = _says("optimizer", (0.9, 0.999), "of AdamW")
+    clip: float = _says("optimizer", 1.0, "greatest norm of the gradient")
     calibrate: int = _says(
-        64, "samples on which the thresholds are set to the target at the end; 0: none"
+        "pruning", 64, "samples on which the thresholds are set to the target at the end; 0: none"
     )
-    max_length: int | None = _says(None, "tokens of a sample; text beyond is cut")
-    max_image_pixels: int = _says(50_000_000, "larger images are bad samples")
-    text_only: bool = _says(False, "take conversations without an image too")
-    skip_bad: bool = _says(False, "leave bad samples out and count them")
-    dtype: str = _says("float32", "float32, or bfloat16 (autocast)")
-    device: str | None = _says(None, "cpu or cuda (default: cuda if there is one)")
-    gradient_checkpointing: bool = _says(False, "less memory, more time")
-    deepspeed: str | None = _says(None, "a DeepSpeed configuration")
-    workers: int = _says(0, "processes that prepare data")
-    seed: int = _says(0, "of the heads' start and the data's order")
-    log_every: int = _says(10, "steps between lines of progress")
-    save_every: int = _says(100, "steps between checkpoints")
-    keep: int = _says(2, "checkpoints kept")
+    max_length: int | None = _says("data", None, "tokens of a sample; text beyond is cut")
+    max_image_pixels: int = _says("data", 50_000_000, "larger images are bad samples")
+    text_only: bool = _says("data", False, "take conversations without an image too")
+    skip_bad: bool = _says("data", False, "leave bad samples out and count them")
+    dtype: str = _says("model", "float32", "float32, or bfloat16 (autocast)")
+    device: str | None = _says("model", None, "cpu or cuda (default: cuda if there is one)")
+    gradient_checkpointing: bool = _says("model", False, "less memory, more time")
+    deepspeed: str | None = _says("model", None, "a DeepSpeed configuration")
+    workers: int = _says("data", 0, "processes that prepare data")
+    seed: int = _says("optimizer", 0, "of the heads' start and the data's order")
+    log_every: int = _says("files", 10, "steps between lines of progress")
+    save_every: int = _says("files", 100, "steps between checkpoints")
+    keep: int = _says("files", 2, "checkpoints kept")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "save_every", "keep", "max_image_pixels"):

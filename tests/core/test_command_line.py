@@ -6,6 +6,7 @@ import errno
 import importlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from atp_patch.commands.cli import COMMANDS
+from atp_patch.commands.cli import COMMANDS, usage
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.command_line import OneLineParser, comma_separated, execute, named_values
+from atp_patch.tools import loading
+from atp_patch.tools.arguments import DTYPES, Parser, add_output, comma_separated, named_values
+from atp_patch.tools.command_line import execute, progress_bar
 from atp_patch.tools.files import check_folder, parse_json, replaced, write_text
+from atp_patch.tools.trained import shipped
 
 # command -> arguments that are well formed, and what to replace so that nothing is done
 ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "demo": (["a.png", "Why?"], "atp_patch.commands.demo.check"),
+    "calibrate": ([], "atp_patch.commands.calibrate.run"),
+    "push": (["training", "ann/adapter"], "atp_patch.commands.push.push_folder"),
     "train": ([], "atp_patch.training.command.train"),
     "evaluate": ([], "atp_patch.evaluation.command.check"),
     "evidence": ([], "atp_patch.evaluation.evidence_command.needs"),
@@ -36,7 +42,7 @@ def outcome(error: BaseException | None, capsys: Any) -> tuple[int, str]:
         if error is not None:
             raise error
 
-    status = execute(OneLineParser("prog"), work, [], memory="buy some.", stopped="stopped; go on.")
+    status = execute(Parser("prog"), work, [], memory="buy some.", stopped="stopped; go on.")
     return status, capsys.readouterr().err
 
 
@@ -81,11 +87,12 @@ def test_what_the_system_refuses_is_one_line(capsys: Any) -> None:
 
 WRITES = """
 import sys, torch
-from atp_patch.tools.command_line import OneLineParser, execute
+from atp_patch.tools.arguments import Parser
+from atp_patch.tools.command_line import execute
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 work = lambda _: torch.save(torch.zeros(100_000), sys.argv[1])
-sys.exit(execute(OneLineParser("prog"), work, [], memory=""))
+sys.exit(execute(Parser("prog"), work, [], memory=""))
 """
 
 
@@ -99,7 +106,7 @@ def test_torch_that_cannot_write_a_file_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "\udcff"])
 def test_arguments_that_are_no_text_are_refused_before_the_work(text: str, capsys: Any) -> None:
-    parser = OneLineParser("prog")
+    parser = Parser("prog")
     parser.add_argument("--out")
     assert execute(parser, pytest.fail, ["--out", text], memory="") == 2
     said = capsys.readouterr().err
@@ -172,14 +179,13 @@ def test_an_error_of_a_worker_process_is_its_message(capsys: Any) -> None:
 def test_every_command_answers_alike(
     name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = importlib.import_module(COMMANDS[name][0]).main
+    main = importlib.import_module(COMMANDS[name].module).main
     given, replaced = ARGUMENTS[name]
-    assert main(["--help"]) == 0
-    capsys.readouterr()
-    assert main([*given, "--no-such-flag"]) == 2
+    assert main([*given, "--no-such-flag"], f"atp-patch {name}") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith(f"python -m atp_patch.{name}: ")
+    assert said.startswith(f"atp-patch {name}: ")
+    prog = importlib.import_module(COMMANDS[name].options).PROG
     for error, status in ((KeyboardInterrupt(), 130), (torch.OutOfMemoryError(), 2)):
 
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
@@ -189,11 +195,95 @@ def test_every_command_answers_alike(
         assert main(given) == status
         said = capsys.readouterr().err
         assert said.count("\n") == 1
-        assert said.startswith(f"python -m atp_patch.{name}: ")
+        assert said.startswith(f"{prog}: ")
+
+
+def help_of(name: str) -> str:
+    parser = importlib.import_module(COMMANDS[name].options).parser(f"atp-patch {name}")
+    text: str = parser.format_help()
+    return text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_grouped_with_an_example_and_exit_statuses(name: str) -> None:
+    text = help_of(name)
+    assert f"example:\n  atp-patch {name} " in text
+    assert "exit status: 0 " in text
+    assert "\noutput:\n  --quiet " in text
+    assert "--json" in text
+    assert f"  {name} " in usage()
+
+
+def test_the_same_option_is_called_the_same() -> None:
+    """Each flag has one kind of value and one explanation, in all commands that have it."""
+    own = {
+        "--methods",
+        "--model",  # whose default differs
+        "--questions",
+        "--seeds",
+        "--split",
+        "--tasks",
+        "--adapters",
+        "--json",  # which says what is printed
+        "--seed",  # what is drawn
+        "--out",  # what is written
+        "--keep",  # one share, or several
+        "--token",
+        "--samples",
+        "--images",
+        "--batch-size",
+        "--max-new-tokens",
+        "--revision",
+    }
+    said: dict[str, dict[str, str]] = {}
+    for name in COMMANDS:
+        if name == "train":  # whose flags are its settings, with their own words for YAML
+            continue
+        parser = importlib.import_module(COMMANDS[name].options).parser()
+        for action in parser._actions:
+            for flag in action.option_strings:
+                said.setdefault(flag, {})[name] = f"{action.metavar} {action.help}"
+    different = {f: by for f, by in said.items() if len(set(by.values())) > 1 and f not in own}
+    assert different == {}
+
+
+def test_old_words_of_training_still_work() -> None:
+    from atp_patch.training.options import flags_of, parser
+
+    old = flags_of(parser().parse_args(["--adapter", "a", "--keep", "1"]))
+    new = flags_of(parser().parse_args(["--weights", "a", "--keep-checkpoints", "1"]))
+    assert old == new == {"adapter": "a", "keep": "1"}
+
+
+def test_quiet_is_silent_but_for_errors(capsys: Any) -> None:
+    def work(_: object) -> None:
+        sys.stderr.write("loading\n")
+        warnings.warn("a warning", stacklevel=1)
+        sys.stdout.write("result\n")
+        raise ConfigError("no such thing.")
+
+    parser = Parser("prog")
+    add_output(parser, "all")
+    assert execute(parser, work, ["--quiet"], memory="") == 2
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("result\n", "prog: no such thing.\n")
+
+
+def test_a_bar_vanishes_where_there_is_no_terminal(capsys: Any) -> None:
+    with progress_bar("tensors", 3) as advance:
+        advance(3)
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", "")
+
+
+def test_names_without_torch_are_those_with_it() -> None:
+    assert set(DTYPES) == set(loading.DTYPES)
+    text = help_of("demo")
+    assert all(name in text for name in shipped())
 
 
 def test_lists_are_named_in_errors(capsys: Any) -> None:
-    parser = OneLineParser("prog")
+    parser = Parser("prog")
     parser.add_argument("--layers", type=comma_separated(int))
     assert parser.parse_args(["--layers", "4,14"]).layers == [4, 14]
     assert execute(parser, print, ["--layers", "4,x"], memory="") == 2

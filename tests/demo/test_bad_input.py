@@ -93,7 +93,7 @@ def test_image(kind: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--device", "cuda:99"], ["--device cuda:99", "give cpu"]),
         (["--dtype", "int4"], ["'int4'", "float32"]),
         (["--weights", "no/such/adapter"], ["no/such/adapter"]),
-        (["--weights", "a" * 300], ["neither a folder nor an adapter", "check the name"]),
+        (["--weights", "a" * 300], ["neither a folder nor the name of a repository", "check it"]),
         (["--target-tokens", "1e30"], ["1e+30", "at most"]),
         (["--colour", "red"], ["--colour", "--help"]),
         (["--seed", "x"], ["--seed", "int"]),

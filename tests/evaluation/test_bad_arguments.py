@@ -53,7 +53,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (["--methods", "fastv", "--option", "atp.score=self"], ["'atp.score'"]),
         (["--option", "score=best"], ["score='best'", "mean, cross, self"]),
         (["--adapters", "heads~median"], ["heads~median", "mean, shuffled"]),
-        (["--adapters", "."], [". has no atp_config.json"]),
+        (["--adapters", "."], [". is no adapter: it has no atp_config.json"]),
         (["--model", "."], ["not a model folder", "config.json"]),
         (["--device", "abacus"], ["--device abacus"]),
         (["--speed"], ["--speed"]),

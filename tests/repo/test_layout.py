@@ -24,7 +24,8 @@ _ENGINE = _PLAIN | {"families", "methods", "seam"}
 _PATCHED = _ENGINE | {"patching", "builtin", "tools", "version"}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
-    "contract": set(),
+    "lazy": set(),
+    "contract": {"lazy"},
     "maths": set(),
     "families": _PLAIN,
     "methods": _PLAIN,
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "seam/voco": _PLAIN | {"seam/host", "seam/decoder", "seam/door"},
     "seam": _PLAIN | {f"seam/{alcove}" for alcove in _SEAM},
     "patching": _ENGINE | {"version"},
-    "builtin": {"contract"},
+    "builtin": {"contract", "lazy"},
     "tools": _ENGINE | {"patching", "builtin"},
     "training": _PATCHED,
     "evaluation": _PATCHED | {"seam/host"},
@@ -44,11 +45,12 @@ ALLOWED: dict[str, set[str]] = {
     "convert": _PATCHED,
     "integrations": _PATCHED,
     "commands": _PATCHED | {"training", "evaluation", "bench", "convert"},
-    "__init__": _PATCHED,
+    "__init__": _PATCHED | {"lazy"},
     "demo": {"commands"},
-    "evaluate": {"evaluation"},
-    "evidence": {"evaluation"},
-    "train": {"training"},
+    "evaluate": {"commands"},
+    "evidence": {"commands"},
+    "train": {"commands"},
+    "__main__": {"commands"},
     "trained": {"tools"},
 }
 WITHOUT_TRANSFORMERS = {"contract", "maths", "families", "methods"}

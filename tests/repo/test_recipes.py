@@ -17,7 +17,7 @@ from atp_patch.evaluation.options import parser as evaluation_parser
 from atp_patch.evaluation.settings import plan
 from atp_patch.families import scaled_layers
 from atp_patch.methods import METHODS
-from atp_patch.tools.command_line import named_values
+from atp_patch.tools.arguments import named_values
 from atp_patch.training.options import flags_of
 from atp_patch.training.options import parser as training_parser
 from atp_patch.training.settings import read_settings
