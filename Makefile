@@ -35,7 +35,7 @@ MATHS_TESTS := tests/maths tests/core/test_methods.py tests/core/test_budget_los
 	tests/core/test_host_masks.py tests/core/test_rope_2d.py tests/families/test_softmax.py
 SEAM_CORE := atp_patch/seam/decoder atp_patch/seam/door atp_patch/seam/host/cache.py \
 	atp_patch/seam/host/masks.py
-SEAM_TESTS := tests/seam/test_every_method.py tests/seam/test_exactness.py \
+SEAM_TESTS := tests/seam/test_every_method.py tests/seam/test_exactness.py tests/seam/test_door.py \
 	tests/seam/test_caches.py tests/seam/test_generation.py
 mutation: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --sources atp_patch/maths \
