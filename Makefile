@@ -31,7 +31,7 @@ test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FAST)
 
 # How many small faults in the source the tests find; docs/testing.md says how it went.
-MATHS_TESTS := tests/maths tests/core/test_methods.py tests/core/test_budget_losses.py \
+MATHS_TESTS := tests/maths tests/core/test_methods.py tests/core/test_choices_at_the_door.py tests/core/test_budget_losses.py \
 	tests/core/test_host_masks.py tests/core/test_rope_2d.py tests/families/test_softmax.py
 SEAM_CORE := atp_patch/seam/decoder atp_patch/seam/door atp_patch/seam/host/cache.py \
 	atp_patch/seam/host/masks.py

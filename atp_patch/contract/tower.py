@@ -106,7 +106,7 @@ class Quota(NamedTuple):
 
     Attributes:
         tokens: number of tokens that the group should keep.
-        least: number of tokens that it must keep at least.
+        minimum: number of tokens that it must keep at least.
     """
 
     tokens: int

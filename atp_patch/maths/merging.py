@@ -174,7 +174,7 @@ def shrunk_grid(
     Args:
         height, width: the larger grid's rows and columns.
         count: how many tokens are wanted.
-        least: how many tokens it has at least, where the larger grid has as many.
+        minimum: how many tokens it has at least, where the larger grid has as many.
         square: keep both sides equal.
     """
     scale = (min(count, height * width) / (height * width)) ** 0.5

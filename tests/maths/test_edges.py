@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from atp_patch.maths import (
     average_tokens,
     density_peaks,
     even_counts,
+    even_targets,
     insert_voco_tokens,
     keep_counts,
     minimum_target,
+    nearest_target,
     pack,
     paper_flops_reduction,
     prefill_flops,
@@ -187,3 +191,66 @@ def test_a_larger_grid_is_averaged_and_not_sampled() -> None:
     )
     assert got.min() > 0.15
     assert got.max() < 0.35
+
+
+def test_even_targets_are_every_rth_valid_token() -> None:
+    torch.manual_seed(0)
+    valid = torch.rand(6, 17) < 0.7
+    valid[5] = False
+    counts = torch.tensor([1, 2, 3, 5, 30, 0])
+    counts = torch.minimum(counts, valid.sum(1))
+    found = even_targets(valid, counts)
+    for row, count, chosen in zip(valid.tolist(), counts.tolist(), found.tolist(), strict=True):
+        places = [place for place, there in enumerate(row) if there]
+        step = len(places) // count if count else 1
+        assert [place for place, there in enumerate(chosen) if there] == places[::step][:count]
+
+
+def test_each_member_goes_to_its_most_similar_target() -> None:
+    torch.manual_seed(0)
+    key = torch.randn(4, 9, 5) * torch.rand(4, 9, 1)
+    key[1, 4] = key[1, 2]  # two targets that are equally near to everything
+    member = torch.rand(4, 9) < 0.8
+    target = member & (torch.rand(4, 9) < 0.5)
+    member[1], target[1] = True, False
+    target[1, [2, 4]] = True
+    target[3] = False  # nothing to go to
+    found = nearest_target(key, target, member)
+    assert found.dtype == torch.int64
+    for g in range(4):
+        for i in range(9):
+            targets = [j for j in range(9) if target[g, j]]
+            if not member[g, i] or not targets:
+                assert found[g, i] == -1
+            elif target[g, i]:
+                assert found[g, i] == i
+            else:
+                cosine = [
+                    float(torch.cosine_similarity(key[g, i], key[g, j], dim=0)) for j in targets
+                ]
+                best = max(cosine)
+                assert found[g, i] == next(
+                    j for j, c in zip(targets, cosine, strict=True) if c > best - 1e-6
+                )
+
+
+def test_without_any_target_no_member_goes_anywhere() -> None:
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    found = nearest_target(torch.randn(2, 3, 4), none, ~none)
+    assert found.tolist() == [[-1] * 3] * 2
+    assert found.dtype == torch.int64
+
+
+def test_layers_with_mixers_of_their_own_count_their_weights() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "mlp_sizes": [16, 16],
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 10,
+    }
+    plain = prefill_flops([5, 5], **sizes)
+    mixed = prefill_flops([5, 5], **sizes, mixer_weights=[256, 1000])
+    of_heads = 4 * 8 * 8  # query, key, value and output of 2 heads of 4
+    assert mixed - plain == 2 * 5 * (256 + 1000 - 2 * of_heads)
