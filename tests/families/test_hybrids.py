@@ -18,12 +18,16 @@ from tests.families.tables import rows
 from tests.families.test_every_family import check_masked, patched, placed
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice
+from tests.helpers.doors import TowerReader
 from tests.helpers.inputs import Inputs, extended, real_mask
 from tests.helpers.oracle import Kept, decoder_layers, unseen_logits
 from tests.helpers.run import forward, generate, kept_of, words
+from tests.seam.vision_cases import FILMS, NEIGHBOURS, QWEN, Case
+from tests.seam.vision_cases import expected as merged_logits
 
 KINDS = [kind for kind in hybrids.KINDS if kind.name in ("qwen3_5", "lfm2_vl")]
 MORE = [kind for kind in hybrids.KINDS if kind not in KINDS]
+TOWERS = [kind for kind in hybrids.KINDS if kind.name.startswith("qwen")]
 hybrid = rows(KINDS, MORE)
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 ALIKE = (
@@ -415,3 +419,44 @@ def test_an_evaluation_gives_no_layer_again_that_keeps_a_state(kind: Kind) -> No
     model = patched(kind)
     with LayersOnce().given_again(model, ()):
         assert not any("forward" in vars(layer) for layer in decoder_layers(model))
+
+
+# -- The vision tower -----------------------------------------------------------------------------
+
+
+def films(kind: Kind) -> Case:
+    """Pictures and a video, of different numbers of tokens a sample."""
+
+    def feed(model: Any, how: str) -> Inputs:
+        padding, _, number = how.partition(" ")
+        return make(kind, [FILMS[int(number)]] if number else FILMS, padding).inputs
+
+    return Case(kind.name, kind.build, feed, len(FILMS), ("visual.blocks.1.attn",), **QWEN)
+
+
+@rows(TOWERS[:1], TOWERS[1:])
+def test_what_the_tower_merges_enters_and_nothing_else(kind: Kind) -> None:
+    case, plain = films(kind), kind.build()
+    model = atp_patch.patch_model(kind.build(), method="prumerge+", keep=0.3, neighbours=NEIGHBOURS)
+    inputs = case.feed(plain, "left")
+    logits, kept = forward(model, inputs).logits, kept_of(model)[0]
+    wanted, reference = merged_logits(case, plain, inputs, True, 0.3)
+    assert torch.equal(kept, wanted)
+    assert (real_mask(inputs) & ~kept).any(), "nothing was pruned: this shows nothing"
+    assert_close(logits, reference, kept)
+    answers = generate(model, inputs, 3)
+    assert torch.equal(generate(model, inputs, 3, use_cache=False), answers)
+
+
+@rows(TOWERS[:1], TOWERS[1:])
+@pytest.mark.parametrize("method", ["downsample", TowerReader()], ids=["picture", "reader"])
+def test_methods_that_shrink_or_read_the_tower(kind: Kind, method: Any) -> None:
+    case = films(kind)
+    model = atp_patch.patch_model(kind.build(), method=method, keep=0.5)
+    inputs = case.feed(model, "left")
+    together, kept = forward(model, inputs).logits, kept_of(model)[0]
+    assert (real_mask(inputs) & ~kept).any(), "nothing was pruned: this shows nothing"
+    real = real_mask(inputs)
+    for b in range(case.count):
+        alone = forward(model, case.alone(model, b)).logits
+        assert_close(together[b, real[b]][None], alone, kept[b, real[b]][None])
