@@ -49,6 +49,7 @@ def _entry(one: Measured, example: PruningTrace, batch_size: int) -> dict[str, A
         "decode_ms": decode,
         "tokens_per_second": None if decode is None else 1000 * batch_size / decode["median"],
         "kv_bytes": one.kv_bytes,
+        "state_bytes": one.state_bytes,
         "peak_bytes": one.peak_bytes,
         "flops": trace.flops_plain if one.trace is None else trace.flops,
         "paper_flops": _paper_flops(trace, read),
@@ -97,6 +98,12 @@ def same_lengths(found: SameLengths) -> dict[str, Any]:
     }
 
 
+def _states(columns: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """The row of recurrent and convolution states, where some layers keep them."""
+    sizes = [column.get("state_bytes", 0) for column in columns.values()]
+    return [("states MB", [f"{size / 1e6:.1f}" for size in sizes])] if any(sizes) else []
+
+
 def table(case: dict[str, Any]) -> str:
     """The table of one case, with a column for each contender."""
     columns = case["contenders"]
@@ -114,6 +121,7 @@ def table(case: dict[str, Any]) -> str:
         ),
         ("decode tokens/s", [_number(c["tokens_per_second"], "{:.1f}") for c in columns.values()]),
         ("KV cache MB", [f"{c['kv_bytes'] / 1e6:.1f}" for c in columns.values()]),
+        *_states(columns),
         ("peak memory GB", [_number(c["peak_bytes"], "{:.2f}", 1e9) for c in columns.values()]),
         ("prefill TFLOPs", [f"{c['flops'] / 1e12:.3f}" for c in columns.values()]),
         ("TFLOPs as in eq. 15", [f"{c['paper_flops'] / 1e12:.3f}" for c in columns.values()]),

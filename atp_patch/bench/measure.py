@@ -67,6 +67,7 @@ class Measured:
         overhead: times of scoring, choosing, merging and gathering in a pruned prefill, from
             further runs.
         kv_bytes: size of the keys and values in the cache after the prefill.
+        state_bytes: size of the recurrent and convolution states in it, of layers without keys.
         peak_bytes: the most memory in use; None where the machine does not tell.
         trace: the trace of the last pruned forward pass.
     """
@@ -77,6 +78,7 @@ class Measured:
     decode: Times = field(default_factory=Times)
     overhead: Times = field(default_factory=Times)
     kv_bytes: int = 0
+    state_bytes: int = 0
     peak_bytes: int | None = None
     trace: PruningTrace | None = None
 
@@ -120,6 +122,7 @@ def compare(
                 peak = peak_bytes(device)
                 one.peak_bytes = peak if peak is None else max(peak, one.peak_bytes or 0)
                 one.kv_bytes = cache_bytes(passed.cache)
+                one.state_bytes = state_bytes(passed.cache)
                 if run:
                     _note(one, passed, steps)
                 del passed  # its cache must not count in the next contender's peak
@@ -210,8 +213,19 @@ def time_prefill(model: nn.Module, inputs: Inputs) -> float:
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Size in bytes of the keys and values that a cache holds."""
-    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
-    return sum(t.numel() * t.element_size() for t in tensors)
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(t.nbytes for layer in held for t in (layer.keys, layer.values))
+
+
+def state_bytes(cache: DynamicCache) -> int:
+    """Size in bytes of the recurrent and convolution states that a cache holds."""
+    kept = (
+        state
+        for layer in cache.layers
+        for name in ("conv_states", "recurrent_states")
+        for state in getattr(layer, name, {}).values()
+    )
+    return sum(state.nbytes for state in kept if state is not None)
 
 
 def _base(model: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers  # which loads a class of its own when it is used
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from atp_patch.contract.errors import ConfigError
-from atp_patch.families import scaled_layers
+from atp_patch.families import family_of, scaled_layers
 
 Size = tuple[int, int]
 """Width and height of an image in pixels."""
@@ -222,11 +222,22 @@ class InternVLPreset(_Tiled):
         return self.tiles(image) * (self.side // self.patch // 2) ** 2
 
 
-_QWEN_PATCH, _QWEN_UNIT = 14, 28
+_QWEN_IDS = {
+    "image_token_id": _PLACEHOLDER,
+    "video_token_id": _PLACEHOLDER - 1,
+    "vision_start_token_id": _PLACEHOLDER - 2,
+    "vision_end_token_id": _PLACEHOLDER - 3,
+}
 
 
 class QwenPreset(Preset):
-    """Qwen2-VL: images of any size, with one visual token for each 28 x 28 pixels."""
+    """Qwen2-VL: images of any size, with one visual token for each 28 x 28 pixels.
+
+    Attributes:
+        patch: width and height of a patch in pixels; a visual token is made of 2 x 2 patches.
+    """
+
+    patch: ClassVar[int] = 14
 
     def config(self, depth: Depth) -> Any:
         """The family's configuration in this shape."""
@@ -239,28 +250,24 @@ class QwenPreset(Preset):
                 "num_heads": 16,
                 "mlp_ratio": 4,
                 "hidden_size": self.hidden_size,
-                "patch_size": _QWEN_PATCH,
+                "patch_size": self.patch,
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
             },
-            image_token_id=_PLACEHOLDER,
-            video_token_id=_PLACEHOLDER - 1,
-            vision_start_token_id=_PLACEHOLDER - 2,
-            vision_end_token_id=_PLACEHOLDER - 3,
+            **_QWEN_IDS,
         )
 
     def visual_tokens(self, image: Size) -> int:
         """The number of visual tokens of one image."""
-        if any(side % _QWEN_UNIT for side in image):
-            raise ConfigError(
-                f"--image {image[0]}x{image[1]}: give multiples of {_QWEN_UNIT} pixels."
-            )
-        return math.prod(side // _QWEN_UNIT for side in image)
+        unit = 2 * self.patch
+        if any(side % unit for side in image):
+            raise ConfigError(f"--image {image[0]}x{image[1]}: give multiples of {unit} pixels.")
+        return math.prod(side // unit for side in image)
 
     def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random images as the model's processor would hand them over."""
-        columns, rows = (side // _QWEN_PATCH for side in image)
-        values = torch.randn(batch_size * rows * columns, 6 * _QWEN_PATCH**2, generator=generator)
+        columns, rows = (side // self.patch for side in image)
+        values = torch.randn(batch_size * rows * columns, 6 * self.patch**2, generator=generator)
         grid = torch.tensor([[1, rows, columns]] * batch_size)
         return {"pixel_values": values, "image_grid_thw": grid}
 
@@ -369,6 +376,96 @@ class Gemma4Preset(Preset):
         return given | {"mm_token_type_ids": (given["input_ids"] == _PLACEHOLDER).long()}
 
 
+class Qwen35Preset(QwenPreset):
+    """Qwen 3.5: images of any size, with one visual token for each 32 x 32 pixels. Three of four
+    layers are linear attention.
+    """
+
+    patch: ClassVar[int] = 16
+
+    def config(self, depth: Depth) -> Any:
+        """The family's configuration in this shape."""
+        rope = {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "mrope_section": [11, 11, 10],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        }
+        return transformers.Qwen3_5Config(
+            text_config=self._text(depth) | {"head_dim": 256, "rope_parameters": rope},
+            vision_config={"depth": depth.tower, "out_hidden_size": self.hidden_size},
+            **_QWEN_IDS,
+        )
+
+    def pruning_layers(self, num_layers: int) -> list[int]:
+        """The pruning layers, each behind one that attends."""
+        return _behind_attention(self, num_layers)
+
+
+@dataclass(frozen=True)
+class Lfm2VlPreset(Preset):
+    """LFM2-VL: tiles of 512 x 512 pixels with 256 visual tokens each. Where there are several, a
+    small view of the whole image is added. Ten of sixteen layers are short convolutions.
+
+    Attributes:
+        tile: width and height of a tile in pixels; a visual token is made of 32 x 32.
+        tower_sizes: hidden size, MLP size and number of heads of the tower.
+    """
+
+    tile: int = 512
+    tower_sizes: tuple[int, int, int] = (1152, 4304, 16)
+
+    def config(self, depth: Depth) -> Any:
+        """The family's configuration in this shape."""
+        hidden, mlp, heads = self.tower_sizes
+        attends = {2, 5, 8, 10, 12, 14}
+        types = ["full_attention" if n in attends else "conv" for n in range(depth.decoder)]
+        return transformers.Lfm2VlConfig(
+            text_config=self._text(depth) | {"model_type": "lfm2", "layer_types": types},
+            vision_config={
+                "model_type": "siglip2_vision_model",
+                "hidden_size": hidden,
+                "intermediate_size": mlp,
+                "num_hidden_layers": depth.tower,
+                "num_attention_heads": heads,
+                "num_patches": 256,
+                "vision_use_head": False,
+            },
+            image_token_id=_PLACEHOLDER,
+        )
+
+    def pruning_layers(self, num_layers: int) -> list[int]:
+        """The pruning layers, each behind one that attends."""
+        return _behind_attention(self, num_layers)
+
+    def _tiles(self, image: Size) -> int:
+        if any(side % self.tile for side in image):
+            raise ConfigError(
+                f"--image {image[0]}x{image[1]}: give multiples of {self.tile} pixels."
+            )
+        number = math.prod(side // self.tile for side in image)
+        return number + (number > 1)
+
+    def visual_tokens(self, image: Size) -> int:
+        """The number of visual tokens of one image."""
+        return self._tiles(image) * (self.tile // 32) ** 2
+
+    def pixels(self, image: Size, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images as the model's processor would hand them over."""
+        tiles, side = batch_size * self._tiles(image), self.tile // 16
+        return {
+            "pixel_values": torch.randn(tiles, side**2, 3 * 16**2, generator=generator),
+            "pixel_attention_mask": torch.ones(tiles, side**2, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[side, side]] * tiles),
+        }
+
+
+def _behind_attention(preset: Preset, num_layers: int) -> list[int]:
+    config = preset.config(Depth(num_layers, preset.tower_layers))
+    return list(family_of(config).default_layers(config, num_layers))
+
+
 PRESETS: dict[str, Preset] = {
     "llava-1.5-7b": LlavaPreset(4096, 11008, 32, 32, 32, 32064, (336, 336), 24),
     "llava-1.5-13b": LlavaPreset(5120, 13824, 40, 40, 40, 32064, (336, 336), 24),
@@ -377,6 +474,8 @@ PRESETS: dict[str, Preset] = {
     "gemma4-e2b": Gemma4Preset(
         1536, 6144, 35, 8, 1, 262144, (960, 672), 16, reusing_layers=20, period=5
     ),
+    "qwen3.5-9b": Qwen35Preset(4096, 12288, 32, 16, 4, 248320, (1024, 768), 27),
+    "lfm2-vl-1.6b": Lfm2VlPreset(2048, 12288, 16, 32, 8, 65536, (1024, 1024), 27),
     # This small shape is for trying the command out.
     "tiny": LlavaPreset(256, 688, 8, 4, 4, 1000, (336, 336), 2, tower_sizes=(64, 64, 1)),
 }

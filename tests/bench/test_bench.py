@@ -14,7 +14,7 @@ import transformers
 import atp_patch
 from atp_patch.bench.__main__ import main
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
-from atp_patch.bench.comparison_tables import entries
+from atp_patch.bench.comparison_tables import entries, table
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched, timed_seam
 from atp_patch.bench.presets import PRESETS, Preset
 from atp_patch.contract.errors import ConfigError
@@ -213,6 +213,63 @@ def test_presets_are_models_that_can_be_pruned(kind: str) -> None:
     assert "get_image_features" not in vars(model.model)
 
 
+STATES: dict[str, tuple[Preset, tuple[int, int], int]] = {
+    "qwen3.5": (
+        replace(PRESETS["qwen3.5-9b"], **{**NARROW, "num_layers": 8}, num_heads=2, num_kv_heads=1),
+        (192, 128),
+        6 * 4,
+    ),
+    "lfm2_vl": (
+        replace(
+            PRESETS["lfm2-vl-1.6b"],
+            **{**NARROW, "num_layers": 8},
+            num_heads=2,
+            num_kv_heads=1,
+            tile=128,
+            tower_sizes=(32, 32, 1),
+        ),
+        (256, 128),
+        3 * 16,
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("qwen3.5", [4]), ("lfm2_vl", [3, 6])])
+def test_states_are_counted_beside_keys(kind: str, layers: list[int]) -> None:
+    preset, image, tokens = STATES[kind]
+    if not hasattr(transformers, {"qwen3.5": "Qwen3_5Config", "lfm2_vl": "Lfm2VlConfig"}[kind]):
+        pytest.skip("this version has not got the model")
+    assert preset.visual_tokens(image) == tokens
+    assert preset.pruning_layers(8) == layers
+    torch.manual_seed(0)
+    model = preset.build(1.0, "sdpa", "cpu", torch.float32)
+    contenders = [
+        Contender(PLAIN, prunes=False),
+        patched(model, "fixed", {"layers": layers, "method": "fixed", "keep": 0.5}),
+    ]
+    inputs = preset.inputs(image, 1, 12, seed=0)
+    found = compare(model, contenders, inputs, runs=1, decode_tokens=1)
+    plain, pruned = found[PLAIN], found["fixed"]
+    assert pruned.trace is not None
+    assert pruned.trace.tokens_per_layer[0, [layers[0] - 1, layers[0]]].tolist() == [
+        tokens,
+        tokens // 2,
+    ]
+    assert pruned.kv_bytes < plain.kv_bytes
+    assert pruned.state_bytes == plain.state_bytes > 0
+    case = {
+        "batch_size": 1,
+        "prompt_tokens": 12,
+        "runs": 1,
+        "image": list(image),
+        "visual_tokens": tokens,
+        "contenders": entries(found, 1),
+    }
+    (row,) = (line for line in table(case).splitlines() if line.startswith("| states MB"))
+    sizes = [f"{plain.state_bytes / 1e6:.1f}"] * 2
+    assert [cell.strip() for cell in row.split("|")[2:4]] == sizes
+
+
 def test_full_presets_have_the_published_sizes() -> None:
     wanted = {
         "llava-1.5-7b": (32, 4096, 576),
@@ -220,13 +277,16 @@ def test_full_presets_have_the_published_sizes() -> None:
         "qwen2-vl-7b": (28, 3584, 32 * 24),
         "internvl-8b": (28, 3584, 5 * 256),
         "gemma4-e2b": (35, 1536, 20 * 14),
+        "qwen3.5-9b": (32, 4096, 32 * 24),
+        "lfm2-vl-1.6b": (16, 2048, 5 * 256),
     }
     for name, (layers, hidden, tokens) in wanted.items():
-        if name.startswith("gemma4") and not hasattr(transformers, "Gemma4Config"):
+        config = {"gemma4": "Gemma4Config", "qwen3.": "Qwen3_5Config", "lfm2-v": "Lfm2VlConfig"}
+        if not hasattr(transformers, config.get(name[:6], "LlavaConfig")):
             continue
         preset = PRESETS[name]
-        config = preset.config(preset.depth(1.0)).get_text_config()
-        assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
+        text = preset.config(preset.depth(1.0)).get_text_config()
+        assert (text.num_hidden_layers, text.hidden_size) == (layers, hidden)
         assert preset.visual_tokens(preset.image) == tokens
     assert PRESETS["llava-1.5-7b"].depth(0.25).decoder == 8
 
