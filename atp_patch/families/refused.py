@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 _CROSS = "its images are read by cross-attention and never stand in the decoder's sequence"
-_SHARED = "its later decoder layers reuse the keys of earlier ones, which have another length"
+_STREAMS = "its decoder carries several streams of hidden states side by side"
+_LATE = "its images enter as zeros, and their features are added before layers up to the middle"
 _QUERIES = "its Q-Former already reduces an image to a few dozen query tokens"
 _ENCODER = "it is an encoder-decoder"
 _MIXERS = "its decoder layers are attention, Mamba or an MLP alone, and do not say which by name"
@@ -17,7 +18,8 @@ _NO_TEXT = "it answers with the actions of a robot and writes no text"
 REFUSED: dict[str, tuple[str, str]] = {
     "mllama": (_CROSS, "llava_next has LLaMA decoders with images in the sequence"),
     "idefics": (_CROSS, "idefics3 is its successor"),
-    "gemma3n": (_SHARED, "gemma4 is its successor"),
+    "gemma3n": (_STREAMS, "gemma4 is its successor"),
+    "granite4_vision": (_LATE, "granite_docling adds its features behind the first layers"),
     "florence2": (_ENCODER, "paligemma answers the same kinds of prompts"),
     "pix2struct": (_ENCODER, "paligemma answers the same kinds of prompts"),
     "udop": (_ENCODER, "paligemma answers the same kinds of prompts"),

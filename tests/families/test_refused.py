@@ -20,7 +20,6 @@ BEING_BUILT = {  # each leaves this list with its family
     "cohere_compass",
     "cosmos3_omni",
     "fuyu",
-    "granite4_vision",
     "muse_glimmer",
     "muse_spark",
 }
