@@ -129,6 +129,24 @@ def test_never_fewer_than_the_minimum(kind: str, case: str) -> None:
                 assert int(kept[number][b, place].sum()) >= 3
 
 
+@pytest.mark.parametrize(
+    ("kind", "door"), rows([name for name, cls in KINDS.items() if cls.where == "door"])
+)
+def test_every_method_at_the_door_goes_before_one_inside(kind: str, door: str) -> None:
+    patch = {"method": [door, "atp"], "layers": (3,), "keep": 0.5}
+    model = atp_patch.patch_model(tiny.tiny_model(kind), **patch)
+    inputs = batch(model, prompts.MIXED)
+    forward(model, inputs)
+    kept, real = kept_of(model)[3], real_mask(inputs)
+    totals = visual_mask(inputs).sum(1).tolist()
+    assert list(atp_patch.last_trace(model).layers[0].kept_counts) == [round(n / 2) for n in totals]
+    assert left(model, inputs) == [round(round(n / 2) / 2) for n in totals]
+    for b, one in enumerate(prompts.MIXED):
+        if totals[b]:
+            forward(model, batch(model, (one,)))
+            assert torch.equal(kept_of(model)[3][0], kept[b, real[b]])
+
+
 @every
 def test_the_same_every_time(kind: str, case: str) -> None:
     model = made(kind, case)
