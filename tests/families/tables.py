@@ -46,7 +46,7 @@ def rows(ordinary: Iterable[Kind], later: Iterable[Kind]) -> Any:
 
 
 every_kind = rows(ORDINARY, LATER)
-_FIRST = tuple(table.KINDS[0] for table in _ORDINARY)
+_FIRST = tuple(kind for table in _ORDINARY for kind in table.KINDS[:1])
 one_of_each_table = rows(_FIRST, (kind for kind in (*ORDINARY, *LATER) if kind not in _FIRST))
 with_videos = rows(
     (kind for kind in ORDINARY if kind.videos), (kind for kind in LATER if kind.videos)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import cache_utils
 
 import atp_patch
 from atp_patch.evaluation.layers_once import LayersOnce
@@ -356,6 +357,16 @@ def test_guessed_tokens_are_cropped_again(kind: Kind) -> None:
     assert torch.equal(generate(model, inputs, 8, prompt_lookup_num_tokens=3), expected)
     for layer, mask in kept_of(model).items():
         assert_same_choice(mask[:, : kept[layer].shape[1]], kept[layer])
+
+
+@hybrid
+def test_a_version_whose_caches_hold_no_states_beside_keys_is_refused(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kind.build()
+    monkeypatch.delattr(cache_utils, "LinearAttentionCacheLayerMixin")
+    with pytest.raises(atp_patch.UnsupportedModelError, match=r"transformers >= 5\.5"):
+        atp_patch.patch_model(model, kind.layers, "fastv", keep=0.5)
 
 
 # -- Learning -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import cache_utils
 
 from atp_patch.contract import DecoderShape, Outer
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
@@ -293,6 +294,11 @@ def _check_layers(name: str, decoder: Any) -> None:
     for idx, layer in enumerate(decoder.layers):
         attention = getattr(layer, "self_attn", None)
         if attention is None and types[idx : idx + 1] and types[idx] in _STATES:
+            if not hasattr(cache_utils, "LinearAttentionCacheLayerMixin"):
+                raise UnsupportedModelError(
+                    f"this version of transformers holds the states of {name} in a cache of its "
+                    "own, which cannot hold a pruned prompt; install transformers >= 5.5."
+                )
             continue
         if attention is None or not hasattr(attention, "config"):
             raise UnsupportedModelError(
