@@ -19,7 +19,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import documents, scenes  # noqa: F401  (they register their tasks)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
-from atp_patch.evaluation.options import MAX_NEW_TOKENS, PROG, check, drop_layers, parser
+from atp_patch.evaluation.options import PROG, check, drop_layers, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
@@ -101,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         )
     if answers == "forced" and args.max_new_tokens is not None:
         raise ConfigError("--max-new-tokens goes with --answers generate; here they are forced.")
-    longest = args.max_new_tokens or MAX_NEW_TOKENS
+    longest = args.max_new_tokens or max(task.new_tokens for task in tasks)
     sized = NAMES.get(args.model) == DYNAMIC
     bench = Bench(model, processor, speaks, answers, args.batch_size, longest, sized)
     settings = settings_for(model, bench.silent)

@@ -13,7 +13,14 @@ from PIL import Image
 from atp_patch.builtin import SPLITS
 from atp_patch.builtin.documents import KINDS, Document, DocumentQuestion, make_document
 from atp_patch.contract.errors import ConfigError
-from atp_patch.evaluation.tasks import Example, Task, register_task
+from atp_patch.evaluation.tasks import (
+    Example,
+    Task,
+    exact_match,
+    loose_match,
+    register_task,
+    words_match,
+)
 
 _DOCUMENTS_TO_TRY = 60  # documents that are looked at for each question that is wanted
 
@@ -54,14 +61,32 @@ def document_examples(kind: str, task: str, split: str, count: int) -> list[Exam
     return found
 
 
+OPEN: tuple[str, ...] = (
+    "page/read_line",
+    "page/read_page",
+    "table/read_row",
+    "table/read_table",
+    "chart/all_values",
+    "icons/name_row",
+    "icons/name_all",
+)
+"""Tasks with answers of several words, whose score is the share of right words in their order."""
+_OPEN_TOKENS = 160
+
+
 for _kind, _made in KINDS.items():
     for _task in _made.tasks:
+        _is_open = f"{_kind}/{_task}" in OPEN
         register_task(
             Task(
                 name=f"{_kind}/{_task}",
                 group=_kind,
                 examples=partial(document_examples, _kind, _task),
                 image=partial(document_image, _kind),
+                score=words_match if _is_open else exact_match,
+                loose=words_match if _is_open else loose_match,
+                exact=not _is_open,
                 reads=True,
+                new_tokens=_OPEN_TOKENS if _is_open else 16,
             )
         )

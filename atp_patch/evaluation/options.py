@@ -13,8 +13,6 @@ from atp_patch.tools.files import check_folder
 
 PROG = "python -m atp_patch.evaluate"
 
-MAX_NEW_TOKENS = 16
-
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Make the parser of the command line.
@@ -101,7 +99,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"of an answer, where answers are generated (default: {MAX_NEW_TOKENS})",
+        help="of an answer, where answers are generated (default: what the tasks need, 16 or "
+        "more)",
     )
     add("--batch-size", type=int, default=16, metavar="N", help="questions a pass (default: 16)")
     output = add_output(parse, "the rows of the table")

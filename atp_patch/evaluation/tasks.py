@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 from PIL import Image
 
@@ -40,6 +41,15 @@ def loose_match(given: str, true: str) -> float:
     return exact_match(*(text.strip().rstrip(".").casefold() for text in (given, true)))
 
 
+def words_match(given: str, true: str) -> float:
+    """Return the share of words that both texts have in the same order, apart from case and commas.
+
+    It is twice the number of matching words, divided by the number of words of both texts.
+    """
+    one, other = (text.casefold().replace(",", " ").rstrip(" .").split() for text in (given, true))
+    return SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
 @dataclass(frozen=True)
 class Task:
     """Questions with true answers, and how an answer is scored.
@@ -58,6 +68,7 @@ class Task:
             results are also grouped, such as the number of objects in it; None: they are not.
         reads: whether the task needs a model that reads ordinary words, which the built-in models
             do not; the name "all" leaves such tasks out.
+        new_tokens: the most tokens that an answer may need.
     """
 
     name: str
@@ -69,6 +80,7 @@ class Task:
     loose: Callable[[str, str], float] = loose_match
     stratum: Callable[[str, int], int] | None = None
     reads: bool = False
+    new_tokens: int = 16
 
 
 _TASKS: dict[str, Task] = {}

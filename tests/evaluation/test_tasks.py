@@ -11,7 +11,7 @@ from atp_patch.builtin.documents import KINDS, make_document
 from atp_patch.builtin.render import outline
 from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 from atp_patch.contract.errors import ConfigError
-from atp_patch.evaluation.documents import document_examples, document_image
+from atp_patch.evaluation.documents import OPEN, document_examples, document_image
 from atp_patch.evaluation.scenes import SETS, scene_examples, scene_image
 from atp_patch.evaluation.shades import LEAST_SHIFT, repaint, shade
 from atp_patch.evaluation.tasks import (
@@ -22,6 +22,7 @@ from atp_patch.evaluation.tasks import (
     loose_match,
     register_task,
     task_groups,
+    words_match,
 )
 
 
@@ -48,6 +49,22 @@ def test_a_taken_name_is_refused(name: str) -> None:
 
     with pytest.raises(ConfigError, match="already"):
         register_task(Task(name, "other", none, none))  # type: ignore[arg-type]
+
+
+def test_words_match_in_their_order() -> None:
+    assert words_match("Ada 45, Ben 12.", "Ada 45 Ben 12") == 1
+    assert words_match("ada ben", "Ada Cora Ben Dan") == pytest.approx(2 * 2 / 6)
+    assert words_match("Ben Ada", "Ada Ben") == pytest.approx(2 * 1 / 4)
+    assert words_match("", "Ada") == 0
+
+
+def test_open_tasks_are_scored_by_words_and_may_be_long() -> None:
+    for task in choose_tasks(list(KINDS)):
+        several = any(" " in e.answer for e in task.examples("development", 3))
+        if task.name in OPEN:
+            assert several or task.name == "table/read_row"
+        assert (task.loose is words_match) == (task.name in OPEN) == (not task.exact)
+        assert (task.new_tokens > 16) == (task.name in OPEN)
 
 
 def test_matches() -> None:

@@ -13,7 +13,7 @@ from atp_patch.builtin.documents.words import SERIES
 from atp_patch.builtin.scenes import pick
 from atp_patch.builtin.vocabulary import OBJECT_COLOURS
 
-TASKS: tuple[str, ...] = ("value", "highest", "trend", "points")
+TASKS: tuple[str, ...] = ("value", "highest", "trend", "points", "all_values")
 _MARGIN_PX = 6
 _LEAST_STEP_PX = 8
 """The least distance between two heights of the axis, so that they can be distinguished."""
@@ -116,4 +116,11 @@ def ask(chart: Chart, rng: np.random.Generator, task: str) -> DocumentQuestion |
         noun = "points" if chart.line else "bars"
         text = pick(rng, (f"How many {noun} are there?", f"Count the {noun}."))
         return DocumentQuestion(task, text, str(len(chart.labels)), tuple(chart.marks))
+    if task == "all_values":
+        answer = ", ".join(
+            f"{label} {value}" for label, value in zip(chart.labels, chart.values, strict=True)
+        )
+        ticks = (chart.ticks[value] for value in dict.fromkeys(chart.values))
+        shown = (*chart.label_boxes, *chart.marks, *ticks)
+        return DocumentQuestion(task, "List all labels with their values.", answer, shown)
     raise ValueError(f"there is no task {task!r} about charts; there are {', '.join(TASKS)}.")

@@ -18,11 +18,13 @@ from atp_patch.builtin.documents.canvas import Box, Canvas
 from atp_patch.builtin.documents.words import ICONS, ORDINALS
 from atp_patch.builtin.scenes import pick
 
-TASKS: tuple[str, ...] = ("count", "there", "right_of", "name_row")
+TASKS: tuple[str, ...] = ("count", "there", "right_of", "name_row", "name_all")
 SIZES_PX: tuple[int, ...] = (28, 40)
 """Width and height of an icon."""
 MOST_IN_ROW = 7
 _MARGIN_PX = 6
+_MOST_NAMED = 40
+"""Largest number of icons of a sheet that are named one after another."""
 _FILE = Path(__file__).with_name("icons.npz")
 
 
@@ -131,6 +133,12 @@ def ask(sheet: Sheet, rng: np.random.Generator, task: str) -> DocumentQuestion |
         text = f"Name the icons of the {ORDINALS[row]} row."
         evidence = [*first_of_rows, *sheet.boxes[row]]
         return DocumentQuestion(task, text, " ".join(sheet.rows[row]), tuple(evidence))
+    if task == "name_all":
+        if len(names) > _MOST_NAMED:
+            return None
+        evidence = [box for boxes in sheet.boxes for box in boxes]
+        answer = ", ".join(" ".join(row) for row in sheet.rows)
+        return DocumentQuestion(task, "Name all icons row by row.", answer, tuple(evidence))
     raise ValueError(f"there is no task {task!r} about icons; there are {', '.join(TASKS)}.")
 
 

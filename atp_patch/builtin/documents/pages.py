@@ -12,8 +12,18 @@ from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, font
 from atp_patch.builtin.documents.words import ORDINALS, WORDS
 from atp_patch.builtin.scenes import pick
 
-TASKS: tuple[str, ...] = ("nth_word", "after", "on_page", "lines", "title", "read_line")
+TASKS: tuple[str, ...] = (
+    "nth_word",
+    "after",
+    "on_page",
+    "lines",
+    "title",
+    "read_line",
+    "read_page",
+)
 MOST_WORDS, LEAST_WORDS = 80, 5
+_MOST_READ = 50
+"""Largest number of words of a page that is read as a whole."""
 _MARGIN_PX = 8
 
 
@@ -111,6 +121,12 @@ def ask(page: Page, rng: np.random.Generator, task: str) -> DocumentQuestion | N
             answer, evidence = "no", (*every_word, *page.title_boxes)
         text = pick(rng, (f'Does "{word}" stand on the page?', f'Is the word "{word}" there?'))
         return DocumentQuestion(task, text, answer, evidence)
+    if task == "read_page":
+        everything = [*page.title, *(word for one in page.lines for word in one)]
+        if len(everything) > _MOST_READ:
+            return None
+        text = pick(rng, ("Read the page.", "What is written on the page?"))
+        return DocumentQuestion(task, text, " ".join(everything), (*page.title_boxes, *every_word))
     if line >= len(ORDINALS):
         return None
     if task == "read_line":

@@ -12,7 +12,9 @@ from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, font
 from atp_patch.builtin.documents.words import COLUMNS, NAMES
 from atp_patch.builtin.scenes import pick
 
-TASKS: tuple[str, ...] = ("cell", "largest", "rows", "read_row")
+TASKS: tuple[str, ...] = ("cell", "largest", "rows", "read_row", "read_table")
+_MOST_READ = 24
+"""Largest number of cells of a table that is read as a whole."""
 _MARGIN_PX = 6
 
 
@@ -94,4 +96,11 @@ def ask(table: Table, rng: np.random.Generator, task: str) -> DocumentQuestion |
         answer = " ".join(str(value) for value in table.values[row])
         evidence = (table.row_boxes[row], *table.boxes[row])
         return DocumentQuestion(task, f"Read the numbers of {name}.", answer, evidence)
+    if task == "read_table":
+        if len(table.rows) * len(table.columns) > _MOST_READ:
+            return None
+        named = zip(table.rows, table.values, strict=True)
+        answer = ", ".join(" ".join((one, *map(str, values))) for one, values in named)
+        evidence = (*table.row_boxes, *(box for boxes in table.boxes for box in boxes))
+        return DocumentQuestion(task, "Read the table row by row.", answer, evidence)
     raise ValueError(f"there is no task {task!r} about tables; there are {', '.join(TASKS)}.")
