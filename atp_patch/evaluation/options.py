@@ -99,8 +99,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="of an answer, where answers are generated (default: what the tasks need, 16 or "
-        "more)",
+        help="of an answer, where answers are generated (default: what the tasks need, 16 or more)",
     )
     add("--batch-size", type=int, default=16, metavar="N", help="questions a pass (default: 16)")
     output = add_output(parse, "the rows of the table")

@@ -40,7 +40,7 @@ from workshop.smol.tower import (
 )
 from workshop.smol.windows import WindowSpec, made_ahead, pieces_of, window_batch
 
-MUON_RATE, ADAM_RATE, WARM_UP = 0.02, 0.002, 100
+MUON_RATE, ADAM_RATE, WARM_UP = 0.006, 0.0006, 100
 _TALLY_STEPS, _SAVE_S = 10, 180.0
 Forward = Callable[[PixtralVisionModel, Tensor, Tensor, Tensor], Tensor]
 
