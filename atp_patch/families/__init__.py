@@ -12,7 +12,7 @@ from atp_patch.families.generic import GENERIC
 from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.latents import IDEFICS2
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
-from atp_patch.families.molmo2 import MOLMO2
+from atp_patch.families.molmo2 import FUYU, MOLMO2
 from atp_patch.families.pixtral import MISTRAL3
 from atp_patch.families.qwen2_vl import (
     COSMOS3_EDGE,
@@ -24,7 +24,14 @@ from atp_patch.families.qwen2_vl import (
     QWEN3_VL,
 )
 from atp_patch.families.refused import REFUSED
-from atp_patch.families.sizes import EXAONE4_5, HUNYUAN_VL, KIMI_K25, LIGHTON_OCR, VIDEO_LLAMA_3
+from atp_patch.families.sizes import (
+    EXAONE4_5,
+    HUNYUAN_VL,
+    KIMI_K25,
+    LIGHTON_OCR,
+    MUSE,
+    VIDEO_LLAMA_3,
+)
 from atp_patch.families.square import (
     AYA_VISION,
     DEEPSEEK_VL,
@@ -55,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     ERNIE4_5_VL,
     COSMOS3_EDGE,
     EXAONE4_5,
+    MUSE,
     VIDEO_LLAMA_3,
     HUNYUAN_VL,
     INTERNVL,
@@ -76,6 +84,7 @@ FAMILIES: tuple[Family, ...] = (
     STEP3P7,
     IDEFICS2,
     MOLMO2,
+    FUYU,
     LFM2_VL,
     LFM3_VL,
     MINICPM_V,

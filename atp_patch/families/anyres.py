@@ -38,6 +38,8 @@ def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
         newlines: the positions of the newline features within the run, in order.
         side: how many tokens lie along a side of one tile.
     """
+    if not newlines and span.length == side**2:
+        return [VisualGrid(span.start, 1, side, side)]  # too flat a picture to have a row
     if not newlines:
         raise InputError(
             f"none of the {span.length} visual tokens from position {span.start} on is the "
@@ -53,6 +55,8 @@ def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
         grids.append(VisualGrid(start, 1, side, side))
         width, height = left[0] - rows, 1
         end = left.pop(0)
+        while not width and left and left[0] == end + 1:  # too thin a picture to have a column
+            end = left.pop(0)
         while width and left and left[0] == end + width + 1:
             end, height = left.pop(0), height + 1
         if width:
@@ -118,4 +122,5 @@ ANYRES = Family(
     newline="image_newline",
     check=_check,
     tower=lambda config: square_tower(config, whole=False),
+    layout="the whole, then the unpadded picture, a newline behind each row; videos as frames",
 )

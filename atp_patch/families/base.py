@@ -58,6 +58,7 @@ class Family:
             picture, so that no token can be added.
         outer: how a model of another package holds its language model; None for models of
             transformers.
+        layout: how its visual tokens lie, in a few words for tables.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Family:
     keeps_state: bool = False
     told_kinds: bool = False
     outer: Outer | None = None
+    layout: str = ""
 
     @property
     def has_tower(self) -> bool:

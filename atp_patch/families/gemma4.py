@@ -58,4 +58,5 @@ GEMMA4 = Family(
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     causal=False,
+    layout="rows x columns of pooled patches; each frame for itself",
 )

@@ -76,4 +76,11 @@ def _grids(query: GridQuery) -> Grids:
     return [_filled(row, sizes) for row, sizes in zip(query.visual, query.sizes, strict=True)]
 
 
-GENERIC = Family(name="generic", model_types=(), grids=_grids, token_ids=(), causal=False)
+GENERIC = Family(
+    name="generic",
+    model_types=(),
+    grids=_grids,
+    token_ids=(),
+    causal=False,
+    layout="as the caller says",
+)

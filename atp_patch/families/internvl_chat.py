@@ -42,4 +42,5 @@ INTERNVL_CHAT = Family(
     token_ids=(),
     check=_check,
     outer=Outer(decoder="language_model", image_token="img_context_token_id", mend=MEND),
+    layout="one square a tile",
 )

@@ -14,4 +14,9 @@ def _grids(query: GridQuery) -> Grids:
     return [[VisualGrid(span.start, 1, 1, span.length) for span in spans] for spans in query.spans]
 
 
-IDEFICS2 = Family(name="idefics2", model_types=("idefics2", "aria"), grids=_grids)
+IDEFICS2 = Family(
+    name="idefics2",
+    model_types=("idefics2", "aria"),
+    grids=_grids,
+    layout="one row of learned queries an image or crop, without places",
+)

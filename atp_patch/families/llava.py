@@ -87,6 +87,7 @@ LLAVA = Family(
     visual_tokens=_visual_tokens,
     tower=square_tower,
     resizable=True,
+    layout="one square an image; with a Pixtral tower its rows",
 )
 VIDEO_LLAVA = Family(
     name="video_llava",
@@ -95,4 +96,5 @@ VIDEO_LLAVA = Family(
     token_ids=("image_token_id", "video_token_id"),
     tower=lambda config: square_tower(config, "image_tower", "video_tower"),
     resizable=True,
+    layout="one square an image or frame; a class token before each frame",
 )

@@ -1,4 +1,4 @@
-"""Molmo 2: a view of the whole and the picture itself, or the frames of a video.
+"""Molmo 2: a view of the whole and the picture itself, or the frames of a video; Fuyu: the picture.
 
 Each row ends in an id of its own, the column id, so that rows which lie one id apart are one grid.
 Where the processor leaves the column ids out, as the released ones do in the view of the whole and
@@ -34,4 +34,16 @@ def _grids(query: GridQuery) -> Grids:
     return [[_grid(rows) for rows in chains(spans)] for spans in query.spans]
 
 
-MOLMO2 = Family(name="molmo2", model_types=("molmo2",), grids=_grids, causal=False)
+FUYU = Family(
+    name="fuyu",
+    model_types=("fuyu",),
+    grids=lambda query: [[stacked(rows) for rows in chains(spans)] for spans in query.spans],
+    layout="rows x columns, ids of text between rows",
+)
+MOLMO2 = Family(
+    name="molmo2",
+    model_types=("molmo2",),
+    grids=_grids,
+    causal=False,
+    layout="the whole, then rows x columns; each frame one square",
+)

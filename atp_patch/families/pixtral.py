@@ -77,4 +77,9 @@ def pixtral_grids(query: GridQuery) -> Grids:
     ]
 
 
-MISTRAL3 = Family(name="mistral3", model_types=("mistral3",), grids=pixtral_grids)
+MISTRAL3 = Family(
+    name="mistral3",
+    model_types=("mistral3",),
+    grids=pixtral_grids,
+    layout="rows x columns, ids of text between rows",
+)

@@ -78,17 +78,30 @@ QWEN2_VL = Family(
     token_ids=("image_token_id", "video_token_id"),
     tower=packed_tower,
     resizable=True,
+    layout="frames x rows x columns",
 )
 QWEN3_VL = Family(
     name="qwen3_vl",
-    model_types=("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"),
+    model_types=(
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_omni_moe_thinker",
+        "cohere_compass",
+        "cosmos3_omni",
+    ),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     late_layers=_deepstack_layers,
     tower=lambda config: None if _deepstack_layers(config) else packed_tower(config),
     resizable=True,
+    layout="rows x columns, each frame for itself",
 )
-PADDLEOCR_VL = Family(name="paddleocr_vl", model_types=("paddleocr_vl",), grids=_grids)
+PADDLEOCR_VL = Family(
+    name="paddleocr_vl",
+    model_types=("paddleocr_vl",),
+    grids=_grids,
+    layout="rows x columns",
+)
 QWEN3_5 = Family(
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_moe"),
@@ -97,12 +110,14 @@ QWEN3_5 = Family(
     tower=packed_tower,
     resizable=True,
     keeps_state=True,
+    layout="rows x columns, each frame for itself",
 )
 COSMOS3_EDGE = Family(
     name="cosmos3_edge",
     model_types=("cosmos3_edge",),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
+    layout="rows x columns, each frame for itself",
 )
 ERNIE4_5_VL = Family(
     name="ernie4_5_vl",
@@ -110,10 +125,12 @@ ERNIE4_5_VL = Family(
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     told_kinds=True,
+    layout="frames x rows x columns",
 )
 GLM4V = Family(
     name="glm4v",
     model_types=("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
+    layout="rows x columns, each frame for itself",
 )

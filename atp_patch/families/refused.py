@@ -30,7 +30,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "instructblipvideo": (_QUERIES, "video_llava keeps a grid of visual tokens"),
     "blip": (_CROSS, "llava keeps a grid of visual tokens"),
     "evolla": (_CROSS, "llava takes pictures; its own are proteins"),
-    "kosmos-2": (_QUERIES, "paligemma finds places in pictures too"),
+    "kosmos-2": (
+        "its resampler already reduces an image to 64 query tokens",
+        "paligemma finds places in pictures too",
+    ),
     "kosmos-2.5": (
         "it is told by a mask of its own, and by no id, which tokens are visual",
         "got_ocr2 reads documents too",

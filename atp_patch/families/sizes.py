@@ -1,6 +1,6 @@
 """Pictures whose grids the call's own arguments tell, in the order of their placeholders.
 
-These are EXAONE 4.5, HyperCLOVA X SEED and VideoLLaMA 3, whose rotary positions count tokens;
+These are EXAONE 4.5, HyperCLOVA X SEED, Muse and VideoLLaMA 3, whose positions count tokens;
 LightOnOCR, whose rows have no marks between them; HunyuanOCR; and Qwen-VL and GLM where the caller
 gives position ids that show no grids.
 """
@@ -29,8 +29,9 @@ def by_grid_thw(query: GridQuery) -> Grids:
             f"{IMAGES} (and {VIDEOS} for videos) of the model's processor with it."
         )
     config: Any = query.config
-    side = int(config.vision_config.spatial_merge_size)
-    joined = int(getattr(config.vision_config, "temporal_merge_size", 1))  # frames that make one
+    vision = config.vision_config
+    side = int(getattr(vision, "spatial_merge_size", None) or vision.merge_size)
+    joined = int(getattr(vision, "temporal_merge_size", 1))  # frames that make one
     films = {
         IMAGES: deque((t, h // side, w // side) for t, h, w in rows_of(query, IMAGES)),
         VIDEOS: deque((t // joined, h // side, w // side) for t, h, w in rows_of(query, VIDEOS)),
@@ -206,23 +207,43 @@ def _pooled(query: GridQuery) -> Grids:
     return in_order(query, films, partial(_kind, query), whole)
 
 
-LIGHTON_OCR = Family(name="lighton_ocr", model_types=("lighton_ocr",), grids=_pixels)
+LIGHTON_OCR = Family(
+    name="lighton_ocr",
+    model_types=("lighton_ocr",),
+    grids=_pixels,
+    layout="rows x columns",
+)
 EXAONE4_5 = Family(
     name="exaone4_5",
     model_types=("exaone4_5", "hyperclovax_vision_v2"),
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
+    layout="frames x rows x columns",
+)
+MUSE = Family(
+    name="muse",
+    model_types=("muse_glimmer", "muse_spark"),
+    grids=by_grid_thw,
+    token_ids=("image_token_id", "video_token_id"),
+    layout="rows x columns, each frame for itself",
 )
 VIDEO_LLAMA_3 = Family(
     name="video_llama_3",
     model_types=("video_llama_3",),
     grids=_merged_each,
     token_ids=("image_token_id", "video_token_id"),
+    layout="rows x columns, each frame for itself; a frame that was thinned out is one row",
+)
+HUNYUAN_VL = Family(
+    name="hunyuan_vl",
+    model_types=("hunyuan_vl",),
+    grids=_between_marks,
+    layout="rows x columns, a newline behind each row",
 )
 KIMI_K25 = Family(
     name="kimi_k25",
     model_types=("kimi_k25",),
     grids=_pooled,
     token_ids=("image_token_id", "video_token_id"),
+    layout="rows x columns, each chunk of frames for itself",
 )
-HUNYUAN_VL = Family(name="hunyuan_vl", model_types=("hunyuan_vl",), grids=_between_marks)

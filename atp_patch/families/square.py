@@ -44,7 +44,11 @@ def _llama4_side(config: Any) -> int:
 
 
 def _whole_runs(query: GridQuery) -> Grids:
-    """Each run is one tile, on the coarse way through the connector or on the fine one."""
+    """Each run is one square of a size of its own.
+
+    Granite Docling's tiles go through the connector on a coarse or a fine way; Step 3.7's crops are
+    smaller than the whole picture.
+    """
     return [
         [grid for span in spans for grid in square_grids([span], math.isqrt(span.length))]
         for spans in query.spans
@@ -66,14 +70,6 @@ def _cohere_side(config: Any) -> int:
 def _got_ocr2_side(config: Any) -> int:
     """Two convolutions of stride 2 follow the vision tower."""
     return _patches(config) // 4
-
-
-def _step3p7_grids(query: GridQuery) -> Grids:
-    """A run is one crop or the whole picture, which are squares of different sizes."""
-    return [
-        [grid for span in spans for grid in square_grids([span], math.isqrt(span.length))]
-        for spans in query.spans
-    ]
 
 
 def _fast_vlm_side(config: Any, span: Span) -> int:
@@ -128,11 +124,13 @@ INTERNVL = Family(
     grids=_squares(_internvl_side),
     tower=shuffled_tower,
     resizable=True,
+    layout="one square a tile",
 )
 IDEFICS3 = Family(
     name="idefics3",
     model_types=("idefics3", "smolvlm"),
     grids=_squares(_idefics3_side),
+    layout="one square a tile",
 )
 PALIGEMMA = Family(
     name="paligemma",
@@ -140,6 +138,7 @@ PALIGEMMA = Family(
     grids=_squares(_patches),
     causal=False,
     visual_tokens=lambda config: _patches(config) ** 2,
+    layout="one square an image",
 )
 GEMMA3 = Family(
     name="gemma3",
@@ -147,32 +146,62 @@ GEMMA3 = Family(
     grids=_squares(_gemma3_side),
     causal=False,
     visual_tokens=lambda config: int(config.mm_tokens_per_image),
+    layout="one square an image",
+)
+OVIS2 = Family(
+    name="ovis2",
+    model_types=("ovis2",),
+    grids=_squares(_ovis2_side),
+    layout="one square a tile",
+)
+FAST_VLM = Family(
+    name="fast_vlm",
+    model_types=("fast_vlm",),
+    grids=_fast_vlm_grids,
+    layout="one square an image",
+)
+LLAMA4 = Family(
+    name="llama4",
+    model_types=("llama4",),
+    grids=_squares(_llama4_side),
+    layout="one square a tile",
 )
 GRANITE_DOCLING = Family(
     name="granite_docling",
     model_types=("granite_docling",),
     grids=_whole_runs,
     late_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
+    layout="one square a tile",
 )
-LLAMA4 = Family(name="llama4", model_types=("llama4",), grids=_squares(_llama4_side))
-OVIS2 = Family(name="ovis2", model_types=("ovis2",), grids=_squares(_ovis2_side))
-FAST_VLM = Family(name="fast_vlm", model_types=("fast_vlm",), grids=_fast_vlm_grids)
 AYA_VISION = Family(
-    name="aya_vision", model_types=("aya_vision", "cohere2_vision"), grids=_squares(_cohere_side)
+    name="aya_vision",
+    model_types=("aya_vision", "cohere2_vision"),
+    grids=_squares(_cohere_side),
+    layout="one square a tile",
 )
 GOT_OCR2 = Family(
-    name="got_ocr2", model_types=("got_ocr2", "pp_chart2table"), grids=_squares(_got_ocr2_side)
+    name="got_ocr2",
+    model_types=("got_ocr2", "pp_chart2table"),
+    grids=_squares(_got_ocr2_side),
+    layout="one square a crop",
 )
 DEEPSEEK_VL = Family(
     name="deepseek_vl",
     model_types=("deepseek_vl", "deepseek_vl_hybrid", "janus"),
     grids=_squares(_patches),
     visual_tokens=lambda config: _patches(config) ** 2,
+    layout="one square an image",
 )
-STEP3P7 = Family(name="step3p7", model_types=("step3p7",), grids=_step3p7_grids)
+STEP3P7 = Family(
+    name="step3p7",
+    model_types=("step3p7",),
+    grids=_whole_runs,
+    layout="one square a crop, a larger one for the whole",
+)
 PERCEPTION_LM = Family(
     name="perception_lm",
     model_types=("perception_lm",),
     grids=_perception_lm_grids,
     token_ids=("image_token_id", "video_token_id"),
+    layout="one square a tile; videos as frames",
 )

@@ -64,13 +64,20 @@ def _missing(names: str) -> InputError:
     )
 
 
-LFM2_VL = Family(name="lfm2_vl", model_types=("lfm2_vl",), grids=_lfm2_grids, keeps_state=True)
+LFM2_VL = Family(
+    name="lfm2_vl",
+    model_types=("lfm2_vl",),
+    grids=_lfm2_grids,
+    keeps_state=True,
+    layout="rows x columns of each tile, then of the whole",
+)
 LFM3_VL = Family(
     name="lfm3_vl",
     model_types=("lfm3_vl",),
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
     keeps_state=True,
+    layout="rows x columns, each frame for itself",
 )
 MINICPM_V = Family(
     name="minicpm_v",
@@ -78,4 +85,5 @@ MINICPM_V = Family(
     grids=_minicpm_grids,
     token_ids=("image_token_id", "video_token_id"),
     keeps_state=True,
+    layout="rows x columns of the whole, then of each slice",
 )

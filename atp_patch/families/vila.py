@@ -87,4 +87,5 @@ VILA = Family(
     visual_tokens=lambda config: _side(config) ** 2,
     check=_check,
     outer=Outer(decoder="llm", embed="_embed", mend=f"give a VILA-1.5 or NVILA object. {CONVERT}"),
+    layout="one square an image",
 )

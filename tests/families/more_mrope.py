@@ -1,5 +1,5 @@
 """More families whose rotary positions carry the places of pictures: PaddleOCR-VL, GLM-OCR, ERNIE,
-Cosmos 3 Edge.
+Cosmos 3, Cohere's North Vision.
 
 An early version of transformers may lack some of them.
 """
@@ -12,7 +12,16 @@ import torch
 import transformers
 
 from tests.families.kinds import TEXT, TOWER, VIDEO, Drawn, Paint, installed
-from tests.families.mrope import ROPE, _collate, _collate_glm, _gentle, _glm, _glm_picture
+from tests.families.mrope import (
+    ROPE,
+    _collate,
+    _collate_glm,
+    _gentle,
+    _glm,
+    _glm_picture,
+    _picture,
+    _qwen3,
+)
 from tests.families.sized import _cells
 from tests.helpers import tiny
 from tests.helpers.inputs import Inputs
@@ -159,6 +168,23 @@ def _each_frame(config: Any, which: int, paint: Paint, count: int) -> Drawn:
     return drawn
 
 
+# -- Cosmos 3 and Cohere's North Vision: Qwen3-VL's parts, with features in later layers -----------
+
+
+def _cosmos_omni() -> Any:
+    return _qwen3(transformers.Cosmos3OmniConfig)
+
+
+def _cohere_compass() -> Any:
+    """Three sliding layers with rotary places, then one of full attention without places."""
+    return _qwen3(
+        transformers.CohereCompassConfig,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        sliding_window=tiny.WINDOW,
+        rope_parameters={"sliding_attention": ROPE, "full_attention": None},
+    )
+
+
 GLM = {"adjust": _gentle, "videos": True, "mixes": False}
 KINDS = installed(
     {
@@ -171,6 +197,8 @@ KINDS = installed(
             {"videos": True},
         ),
         "Cosmos3Edge": ("cosmos3_edge", _cosmos, _each_frame, _collate, {"videos": True}),
+        "Cosmos3Omni": ("cosmos3_omni", _cosmos_omni, _picture, _collate, {"videos": True}),
+        "CohereCompass": ("cohere_compass", _cohere_compass, _picture, _collate, {"videos": True}),
         "GlmOcr": ("glm_ocr", _glm_ocr, _glm_picture, _collate_glm, GLM),
     }
 )

@@ -1,5 +1,5 @@
 """Pictures whose sizes the call tells: LightOnOCR, EXAONE 4.5, HyperCLOVA X, VideoLLaMA 3,
-HunyuanOCR.
+HunyuanOCR, Muse.
 
 An early version of transformers may lack some of them.
 """
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.families.kinds import TEXT, TOWER, VIDEO, Drawn, Paint, installed
 from tests.families.mrope import VISION, _collate, _one_run
+from tests.families.square import _plain_norms
 from tests.families.towers import _padded_to_largest, _pixtral_tower
 from tests.helpers import tiny
 from tests.helpers.inputs import Inputs
@@ -172,6 +174,76 @@ def _newlines_and_marks(config: Any, which: int, paint: Paint, count: int) -> Dr
     return drawn
 
 
+# -- Muse: patches row by row, frames apart; every fourth layer without places ---------------------
+
+
+def _muse(make: Any, more: Any = None, **text: Any) -> Any:
+    layers = (["full_attention"] + ["sliding_attention"] * 3) * 2
+    vision = {
+        **TOWER,
+        "patch_size": 4,
+        "pos_emb_height": 8,
+        "pos_emb_width": 8,
+        "patch_temporal": 1,
+        "merge_size": 2,
+    }
+    return make(
+        text_config={**TEXT, "sliding_window": tiny.WINDOW, "layer_types": layers, **text},
+        vision_config=vision,
+        image_token_id=tiny.IMAGE,
+        video_token_id=tiny.VIDEO,
+        out_hidden_size=128,
+        projector_hidden_size=48,
+        **(more or {}),
+    )
+
+
+AUDIO: dict[str, Any] = {
+    "patch_sizes": [4],
+    "hidden_sizes": [16],
+    "depths": [1],
+    "num_hidden_layers": 1,
+    "out_hidden_size": tiny.HIDDEN,
+}
+
+
+def _muse_spark() -> Any:
+    return _muse(
+        transformers.MuseSparkConfig,
+        {"audio_config": AUDIO},
+        mlp_layer_types=["dense"] * 4 + ["sparse"] * 4,
+        moe_intermediate_size=48,
+        moe_hidden_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
+def _open_residuals(model: PreTrainedModel) -> None:
+    """Gates that keep most of the residual: without it rounding errors grow from layer to layer."""
+    _plain_norms(model)
+    for name, weight in model.named_parameters():
+        if name.endswith("residual_gate.gate"):
+            weight -= 1.3
+
+
+def _frames_apart(config: Any, which: int, paint: Paint, count: int) -> Drawn:
+    rows, columns = SIZES[which % 2]
+    frames = [paint(rows * 8, columns * 8) for _ in range(3 if which == VIDEO else 1)]
+    patches = torch.cat([_cells(frame, 1) for frame in frames])
+    thw = torch.tensor([[len(frames), 2 * rows, 2 * columns]])
+    drawn = Drawn()
+    for frame in range(len(frames)):
+        drawn.mark(tiny.VISION_START)
+        drawn.square(tiny.VIDEO if which == VIDEO else tiny.IMAGE, frame, rows, columns)
+        drawn.mark(tiny.VISION_END)
+    names = ("pixel_values", "image_grid_thw")
+    if which == VIDEO:
+        names = ("pixel_values_videos", "video_grid_thw")
+    drawn.tensors = dict(zip(names, (patches, thw), strict=True))
+    return drawn
+
+
 KINDS = installed(
     {
         "LightOnOcr": ("lighton_ocr", _lighton_ocr, _no_breaks, _padded_to_largest, {}),
@@ -190,6 +262,20 @@ KINDS = installed(
             {"videos": True},
         ),
         "HunYuanVL": ("hunyuan_vl", _hunyuan_vl, _newlines_and_marks, _collate, {}),
+        "MuseGlimmer": (
+            "muse_glimmer",
+            lambda: _muse(transformers.MuseGlimmerConfig),
+            _frames_apart,
+            _all_tensors,
+            {"videos": True, "adjust": _plain_norms},
+        ),
+        "MuseSpark": (
+            "muse_spark",
+            _muse_spark,
+            _frames_apart,
+            _all_tensors,
+            {"videos": True, "adjust": _open_residuals},
+        ),
         "Exaone4_5_": ("exaone4_5", _exaone4_5, _one_run, _without_types, {"videos": True}),
     }
 )

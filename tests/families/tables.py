@@ -14,6 +14,7 @@ import pytest
 
 from tests.families import (
     anyres,
+    fuyu,
     gemma4,
     hybrids,
     latents,
@@ -34,7 +35,17 @@ _ORDINARY = (square, anyres, towers, mrope, newer, molmo2)
 ORDINARY: tuple[Kind, ...] = tuple(kind for table in _ORDINARY for kind in table.KINDS)
 LATER: tuple[Kind, ...] = tuple(
     kind
-    for table in (more_square, more_mrope, sized, latents, gemma4, hybrids, llama4, omni)
+    for table in (
+        more_square,
+        more_mrope,
+        sized,
+        latents,
+        fuyu,
+        gemma4,
+        hybrids,
+        llama4,
+        omni,
+    )
     for kind in table.KINDS
 )
 

@@ -5,15 +5,18 @@ The tests that take each promise by itself run for these rows too, where slow te
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from transformers import PreTrainedConfig
 
 import atp_patch
 from tests.families.hosts import skip_where_samples_share_places, skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
-from tests.families.tables import LATER
+from tests.families.tables import LATER, ORDINARY
 from tests.families.test_every_family import check_grids, check_masked, patched, placed
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, told
@@ -97,3 +100,25 @@ def test_adapters_come_back(kind: Kind, tmp_path: Path) -> None:
     atp_patch.save_pretrained(model, tmp_path)
     again = atp_patch.patch_model(kind.build(), weights=tmp_path)
     assert torch.equal(forward(again, inputs).logits, expected)
+
+
+SAME_CLASS = {  # a type of its own -> the row whose class and parts it has
+    "ShieldGemma2Config": "gemma3",
+    "GlmgaConfig": "glm46v",
+    "PPChart2TableConfig": "got_ocr2",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SAME_CLASS if hasattr(transformers, name)])
+def test_types_that_share_a_class_are_served_as_its_own(name: str) -> None:
+    (kind,) = (kind for kind in (*ORDINARY, *LATER) if kind.name == SAME_CLASS[name])
+
+    def config() -> PreTrainedConfig:
+        given = kind.config().to_dict()
+        del given["model_type"]
+        made: PreTrainedConfig = getattr(transformers, name)(**given)
+        return made
+
+    typed = replace(kind, config=config)
+    assert typed.build().config.model_type != kind.build().config.model_type
+    check_grids(patched(typed, method="uniform"), make(typed, MIXED))
