@@ -51,7 +51,8 @@ def _read(config: Any, family: Family) -> str:
 
 def _merged(config: Any, family: Family) -> str:
     """Which methods in front of the decoder serve the model."""
-    if family.tower(config) is None:
+    tower = family.tower(config)
+    if tower is None or not tower.mergeable:
         return "no"
     return "merging, smaller pictures" if family.resizable else "merging"
 

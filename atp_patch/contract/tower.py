@@ -40,6 +40,8 @@ class Tower:
         square: whether grids must stay square.
         lead: for each module, the number of tokens in front of each grid that have placeholders too
             (class tokens).
+        mergeable: whether methods may merge tokens, too. Where the features of a token are changed
+            or used again behind the projector, methods may only read the tower.
         resized: name of the keyword that tells a tower that pictures have another size; empty if it
             needs none.
     """
@@ -60,6 +62,7 @@ class Tower:
     frames: int = 1
     square: bool = False
     lead: tuple[int, ...] = (0,)
+    mergeable: bool = True
     resized: str = ""
 
 

@@ -51,6 +51,7 @@ class Family:
             serve.
         tower: a function from the config to the vision tower's parts, which pruning before the
             decoder needs, or to None where the tower cannot be pruned.
+        read_only: True where no method may merge the tower's tokens, in any model of the family.
         resizable: True where the tower takes pictures of any size.
         keeps_state: True where some decoder layers keep a recurrent or convolution state in place
             of keys, as the text config's ``layer_types`` say.
@@ -71,6 +72,7 @@ class Family:
     late_layers: Callable[[Any], int] = _none
     check: Callable[[Any], None] = _accept
     tower: Callable[[Any], Tower | None] = _no_tower
+    read_only: bool = False
     resizable: bool = False
     keeps_state: bool = False
     told_kinds: bool = False
@@ -79,7 +81,7 @@ class Family:
 
     @property
     def has_tower(self) -> bool:
-        """Whether at least some models of the family can be pruned in the vision tower."""
+        """Whether the vision tower of at least some models of the family can be read."""
         return self.tower is not _no_tower
 
     @property

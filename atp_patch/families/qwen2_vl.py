@@ -92,7 +92,7 @@ QWEN3_VL = Family(
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     late_layers=_deepstack_layers,
-    tower=lambda config: None if _deepstack_layers(config) else packed_tower(config),
+    tower=lambda config: packed_tower(config, mergeable=not _deepstack_layers(config)),
     resizable=True,
     layout="rows x columns, each frame for itself",
 )

@@ -15,6 +15,7 @@ from typing import Any
 from atp_patch.contract import GridQuery, Span, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
+from atp_patch.families.towers import packed_tower
 
 IMAGES, VIDEOS, PIXELS = "image_grid_thw", "video_grid_thw", "image_sizes"
 Films = deque[tuple[int, int, int]]  # frames, rows and columns of tokens
@@ -213,11 +214,14 @@ LIGHTON_OCR = Family(
     grids=_pixels,
     layout="rows x columns",
 )
+
+
 EXAONE4_5 = Family(
     name="exaone4_5",
     model_types=("exaone4_5", "hyperclovax_vision_v2"),
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
+    tower=lambda config: packed_tower(config) if config.model_type == "exaone4_5" else None,
     layout="frames x rows x columns",
 )
 MUSE = Family(

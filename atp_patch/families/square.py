@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.families.base import Family, Grids, square_grids
-from atp_patch.families.towers import shuffled_tower
+from atp_patch.families.towers import last_block, shuffled_tower, siglip_cells
 
 
 def _number(size: Any) -> int:
@@ -70,6 +70,19 @@ def _cohere_side(config: Any) -> int:
 def _got_ocr2_side(config: Any) -> int:
     """Two convolutions of stride 2 follow the vision tower."""
     return _patches(config) // 4
+
+
+def _aligned_tower(config: Any) -> Tower:
+    """DeepSeek-VL's and Janus's tower; the hybrid's aligner adds features of a second tower."""
+    return Tower(
+        modules=("vision_model",),
+        blocks="encoder.layers",
+        block=last_block(config),
+        projector="aligner",
+        tokenwise=config.model_type != "deepseek_vl_hybrid",
+        patch=_number(config.vision_config.patch_size),
+        square=True,
+    )
 
 
 def _fast_vlm_side(config: Any, span: Span) -> int:
@@ -146,6 +159,10 @@ GEMMA3 = Family(
     grids=_squares(_gemma3_side),
     causal=False,
     visual_tokens=lambda config: int(config.mm_tokens_per_image),
+    tower=lambda config: siglip_cells(
+        config, _patches(config) // _gemma3_side(config), mergeable=False
+    ),
+    read_only=True,
     layout="one square an image",
 )
 OVIS2 = Family(
@@ -177,6 +194,7 @@ AYA_VISION = Family(
     name="aya_vision",
     model_types=("aya_vision", "cohere2_vision"),
     grids=_squares(_cohere_side),
+    tower=lambda config: siglip_cells(config, int(config.downsample_factor)),
     layout="one square a tile",
 )
 GOT_OCR2 = Family(
@@ -190,6 +208,7 @@ DEEPSEEK_VL = Family(
     model_types=("deepseek_vl", "deepseek_vl_hybrid", "janus"),
     grids=_squares(_patches),
     visual_tokens=lambda config: _patches(config) ** 2,
+    tower=_aligned_tower,
     layout="one square an image",
 )
 STEP3P7 = Family(

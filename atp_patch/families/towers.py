@@ -63,13 +63,46 @@ def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None
     )
 
 
+def siglip_cells(config: Any, cell: int, **more: Any) -> Tower | None:
+    """A SigLIP tower whose projector joins cells of patches; None for other towers.
+
+    Args:
+        config: the config of the whole model.
+        cell: how many patches lie along a side of a cell.
+        more: further facts about the tower.
+    """
+    vision = config.vision_config
+    if not str(vision.model_type).startswith("siglip_"):
+        return None
+    chosen = hasattr(config, "vision_feature_layer")
+    facts: dict[str, Any] = {
+        "modules": ("vision_tower",),
+        "blocks": "encoder.layers",
+        "block": feature_block(config, "vision_feature_layer") if chosen else last_block(config),
+        "projector": _PROJECTOR,
+        "tokenwise": False,
+        "cell": cell,
+        "patch": int(vision.patch_size),
+        "square": True,
+    }
+    return Tower(**{**facts, **more})
+
+
+def last_block(config: Any) -> int:
+    """The number of the tower's last block."""
+    return int(config.vision_config.num_hidden_layers) - 1
+
+
 def shuffled_tower(config: Any) -> Tower:
-    """InternVL's tower, which has a class token and joins cells of patches before the projector."""
+    """InternVL's tower, which has a class token and joins cells of patches before the projector.
+
+    Qianfan-OCR's holds its blocks by another name.
+    """
     vision = config.vision_config
     size = vision.patch_size
     return Tower(
         modules=("vision_tower",),
-        blocks="encoder.layer",
+        blocks="layers" if config.model_type == "qianfan_ocr" else "encoder.layer",
         attention="attention",
         block=feature_block(config, "vision_feature_layer"),
         projector=_PROJECTOR,
@@ -81,11 +114,15 @@ def shuffled_tower(config: Any) -> Tower:
     )
 
 
-def packed_tower(config: Any) -> Tower:
+def packed_tower(config: Any, *, mergeable: bool = True) -> Tower:
     """The tower of Qwen2-VL and Qwen2.5-VL, which takes all images in one row.
 
     Its merger joins cells of patches. In a tower with windows the last block without windows
     counts.
+
+    Args:
+        config: the config of the whole model.
+        mergeable: whether methods may merge its tokens.
     """
     vision = config.vision_config
     cell, patch = int(vision.spatial_merge_size), int(vision.patch_size)
@@ -96,6 +133,7 @@ def packed_tower(config: Any) -> Tower:
         attention="attn",
         block=int(vision.depth) - 1 if full is None else max(full),
         projector="visual.merger",
+        mergeable=mergeable,
         tokenwise=False,
         packed=True,
         cell=cell,

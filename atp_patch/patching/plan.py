@@ -259,9 +259,9 @@ def tower_for(
     """
     tower = family.tower(config)
     shrinks = isinstance(method, PictureMethod)
-    if tower is None or (shrinks and not family.resizable):
-        others = [f for f in FAMILIES if f is not family]
-        able = ", ".join(f.name for f in others if f.resizable or (f.has_tower and not shrinks))
+    if tower is None or not tower.mergeable or (shrinks and not family.resizable):
+        others = [f for f in FAMILIES if f is not family and f.has_tower and not f.read_only]
+        able = ", ".join(f.name for f in others if f.resizable or not shrinks)
         raise UnsupportedModelError(
             f"{method.name} prunes before the decoder, which this {config.model_type} model does "
             f"not allow; these families do: {able}. Any method that prunes inside the decoder "

@@ -21,7 +21,7 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, TowerReader, told
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
-from tests.seam.vision_cases import CASES, Case, groups, read, rows_in_sequence
+from tests.seam.vision_cases import CASES, MORE, Case, groups, read, rows_in_sequence
 
 
 def patched(kind: Kind, method: Any = None, **options: Any) -> Any:
@@ -93,7 +93,12 @@ def test_videos(kind: Kind) -> None:
 # -- the tower ------------------------------------------------------------------------------------
 
 READABLE = [case for case in CASES if not case.name.startswith(("llava_next", "llava_onevision"))]
-by_name = pytest.mark.parametrize("case", READABLE, ids=lambda case: case.name)
+by_name = pytest.mark.parametrize("case", [*READABLE, *MORE], ids=lambda case: case.name)
+by_name_or_slow = pytest.mark.parametrize(
+    "case",
+    [*READABLE, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)],
+    ids=lambda case: case.name,
+)
 
 
 @every_kind
@@ -144,7 +149,7 @@ def test_attention_and_keys_of_the_tower_stand_where_the_tokens_do(case: Case) -
     assert torch.equal(seen, view.slot_valid)
 
 
-@by_name
+@by_name_or_slow
 def test_a_method_that_reads_the_tower_is_the_same_in_any_batch_and_with_beams(case: Case) -> None:
     model = atp_patch.patch_model(case.build(), method=TowerReader(), keep=0.5)
     inputs = case.feed(model, "left")

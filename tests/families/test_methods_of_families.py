@@ -34,7 +34,9 @@ def serves(method: str, config: Any) -> bool:
     if issubclass(CLASSES[method], DoorMethod):
         reads = bool(CLASSES[method]().tower_blocks)
         return not reads or (tower is not None and tower.whole)
-    return tower is not None and (method != "downsample" or family.resizable)
+    if tower is None or not tower.mergeable:
+        return False
+    return method != "downsample" or family.resizable
 
 
 @pytest.mark.parametrize("method", BEFORE)

@@ -103,7 +103,8 @@ def attention_of(query: Tensor, key: Tensor, class_token: bool) -> tuple[np.ndar
     query, key = query.double(), key.double()
     lead = int(class_token)
     received = []
-    for q, k in zip(query, key, strict=True):
+    shared = key.repeat_interleave(len(query) // len(key), 0)  # several query heads may share one
+    for q, k in zip(query, shared, strict=True):
         rows = q[:1] if class_token else q
         logits = rows @ k[lead:].T / k.shape[1] ** 0.5
         received.append(logits.softmax(-1).mean(0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from tests.families import anyres, mrope, square, towers
+from tests.families import anyres, more_square, mrope, sized, square, towers
 from tests.families.kinds import VIDEO, Kind, Picture, Sample, Words, make, sample
 from tests.helpers import inputs as made
 from tests.helpers import tiny
@@ -27,7 +27,8 @@ from tests.helpers.merging import (
 )
 from tests.helpers.oracle import masked_logits
 
-KINDS = {kind.name: kind for kind in (*square.KINDS, *anyres.KINDS, *towers.KINDS, *mrope.KINDS)}
+TABLES = (square, anyres, towers, mrope, more_square, sized)
+KINDS = {kind.name: kind for table in TABLES for kind in table.KINDS}
 NEIGHBOURS = 5
 TILED = (
     sample(Words(3), Picture(0), Words(9), seed=1),
@@ -124,6 +125,39 @@ CASES = (
     ),
 )
 
+_CELLS: dict[str, Any] = {
+    "attentions": ("vision_tower.encoder.layers.1.self_attn",),
+    "inputs_merged": False,
+    "class_token": False,
+}
+_ALIGNED: dict[str, Any] = {
+    "attentions": ("vision_model.encoder.layers.1.self_attn",),
+    "projector": "aligner",
+    "class_token": False,
+}
+_FACTS: dict[str, dict[str, Any]] = {
+    "aya_vision": _CELLS,
+    "cohere2_vision": _CELLS,
+    "gemma3": _CELLS,
+    "deepseek_vl": _ALIGNED,
+    "deepseek_vl_hybrid": {**_ALIGNED, "inputs_merged": False},
+    "janus": _ALIGNED,
+    "qwen3_vl": {"attentions": ("visual.blocks.1.attn",), **QWEN},
+    "exaone4_5": {"attentions": ("visual.blocks.1.attn",), **QWEN},
+    "qianfan_ocr": {
+        "attentions": ("vision_tower.layers.1.attention",),
+        "query": "q_norm",
+        "key": "k_norm",
+        "inputs_merged": False,
+    },
+}
+# Towers of later families, which methods at the door read; an early version may lack some.
+MORE = tuple(
+    _family(name, FILMS if name in ("qwen3_vl", "exaone4_5") else TILED, **facts)
+    for name, facts in _FACTS.items()
+    if name in KINDS
+)
+
 
 @dataclass
 class Read:
@@ -175,7 +209,13 @@ def read(case: Case, plain: Any, inputs: Inputs) -> list[Read]:
 def _packed(case: Case, plain: Any, found: dict[str, list[Any]], at: int, grid: Tensor) -> Read:
     vision = plain.config.vision_config
     heads = vision.num_heads
-    query, key, _ = found["q"][at].unflatten(-1, (3, heads, -1)).unbind(1)
+    width = vision.hidden_size if hasattr(vision, "out_hidden_size") else vision.embed_dim
+    made, groups = found["q"][at], getattr(vision, "num_key_value_heads", heads)
+    size = width // heads
+    query, key, _ = (
+        part.unflatten(-1, (-1, size))
+        for part in made.split([heads * size, groups * size, groups * size], -1)
+    )
     cos, sin = (table.unsqueeze(1) for table in found["tables"][at])
 
     def rotated(states: Tensor) -> Tensor:
@@ -209,7 +249,7 @@ def groups(case: Case, one: Read) -> tuple[list[Group], list[list[int]]]:
             rows.append(list(range(start, start + len(places))))
             start += len(places)
         else:
-            size = one.features.shape[1]
+            size = one.features.shape[1:-1].numel()
             extra = int(case.class_token and size == query.shape[1])
             wide, small = (round(n**0.5) for n in (len(attention), size - extra))
             places = [(i // small, i % small) for i in range(small**2)]

@@ -5,6 +5,7 @@ A group is one image, tile or frame, within which the tower attends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def _square(
     every_query: bool,
 ) -> tuple[TokenGroups, Tensor]:
     """The groups of a tower that takes square pictures."""
-    number, rows = shape
+    number, rows = shape[0], math.prod(shape[1:])
     lead = int(about.class_token)
     patches = recording.key.shape[2] - lead
     extra = lead if rows == recording.key.shape[2] else 0

@@ -175,5 +175,5 @@ class MergeHooks:
         here = self._here
         recorded, here.recorded = here.recorded, []
         return tower_groups(
-            self.tower, recorded, here.grids, features.shape[:2], self._counts, self.minimum
+            self.tower, recorded, here.grids, features.shape[:-1], self._counts, self.minimum
         )

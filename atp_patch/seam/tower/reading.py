@@ -161,7 +161,7 @@ class ReadingHooks:
                 self.tower,
                 recorded,
                 here.grids,
-                features.shape[:2],
+                features.shape[:-1],
                 _no_counts,
                 0,
                 every_query=self.every_query,
