@@ -183,4 +183,4 @@ def test_models_without_images_are_refused() -> None:
 def test_supported_families_lists_model_types() -> None:
     listed = atp_patch.supported_families()
     assert listed["llava"] == ("llava", "vipllava")
-    assert listed["qwen2_vl"] == ("qwen2_vl", "qwen2_5_vl")
+    assert listed["qwen2_vl"] == ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
