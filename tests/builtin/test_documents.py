@@ -10,10 +10,18 @@ import pytest
 from numpy.typing import NDArray
 
 from atp_patch.builtin import SPLITS
-from atp_patch.builtin.documents import KINDS, SIDES_PX, Box, Document, make_document
+from atp_patch.builtin.documents import (
+    KINDS,
+    SIDES_PX,
+    Box,
+    Document,
+    draw_document,
+    make_document,
+)
 from atp_patch.builtin.documents.canvas import Canvas
 from atp_patch.builtin.documents.fonts import FONTS, SIZES_PX, Font, font
 from atp_patch.builtin.documents.icons import icons
+from atp_patch.builtin.documents.pages import MOST_WORDS
 from atp_patch.builtin.documents.words import COLUMNS, ICONS, NAMES, ORDINALS, PLACES, SERIES, WORDS
 
 
@@ -135,6 +143,16 @@ def test_pages_say_what_their_questions_say() -> None:
                 assert question.answer == lines[counted[1]][counted[0]]
             checked += 1
     assert checked >= 9
+
+
+def test_the_fullest_page_uses_every_word_once() -> None:
+    """A page of all words whose title takes the last of them."""
+    canvas, page = draw_document("page", "development", 186)
+    words = [word for line in page.lines for word in line]
+    assert page.title
+    assert len(page.title) + len(words) == MOST_WORDS
+    assert len({word.lower() for word in (*page.title, *words)}) == MOST_WORDS
+    assert len(canvas.writings) == MOST_WORDS
 
 
 def test_tables_say_what_their_questions_say() -> None:

@@ -74,6 +74,7 @@ def draw(
             top += large.height_px + step // 2
         else:
             title = []
+    wanted = min(wanted, len(words))  # the title has taken some
     lines: list[list[str]] = []
     boxes: list[list[Box]] = []
     while wanted > 0 and top + written.height_px <= height_px - _MARGIN_PX:
