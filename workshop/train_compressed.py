@@ -215,7 +215,9 @@ def train(asked: argparse.Namespace) -> None:
     if asked.questions:
         sys.stdout.write(table(score(model, processor, asked)) + "\n")
     beside = BESIDE[asked.learn]
-    adapter(model, beside=beside).save_pretrained(asked.out / "adapter")
+    saved = adapter(model, beside=beside)
+    saved.place = str(asked.out / "adapter" if beside is None else asked.out)
+    saved.save_pretrained(asked.out / "adapter")
     atp_patch.unpatch_model(model)
     if beside is not None:
         model.save_pretrained(asked.out / beside)

@@ -19,7 +19,7 @@ from atp_patch.families import family_of
 from atp_patch.patching.api import patch_model, require_patch
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
-from atp_patch.tools.command_line import execute, progress_bar
+from atp_patch.tools.command_line import execute, progress_bar, shows_progress
 from atp_patch.tools.files import check_folder, replaced
 from atp_patch.tools.loading import (
     choose_device,
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    with quiet_transformers(progress=not args.quiet and sys.stderr.isatty()):
+    with quiet_transformers(progress=shows_progress(args)):
         found = run(args)
     if args.json:
         sys.stdout.write(json.dumps({"out": str(args.out), **asdict(found)}, indent=2) + "\n")

@@ -23,7 +23,7 @@ from atp_patch.commands.demo_options import PROG, check, parser, patch_settings,
 from atp_patch.commands.demo_report import Report, Times, print_report
 from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.api import disabled, last_trace, patch_model
-from atp_patch.tools.command_line import execute
+from atp_patch.tools.command_line import execute, shows_progress
 from atp_patch.tools.files import replaced
 from atp_patch.tools.loading import (
     choose_device,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    bars = args.model not in (None, *NAMES) and not args.quiet and sys.stderr.isatty()
+    bars = args.model not in (None, *NAMES) and shows_progress(args)
     with quiet_transformers(progress=bars):
         check(args)
         console = None if args.json else _console()

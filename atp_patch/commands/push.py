@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from atp_patch.commands.push_options import PROG, parser
 from atp_patch.evaluation.card import results_of
-from atp_patch.tools.command_line import execute
+from atp_patch.tools.command_line import execute, shows_progress
 from atp_patch.tools.loading import quiet_transformers
 from atp_patch.tools.publishing import push_folder
 
@@ -31,7 +30,7 @@ def _command(args: argparse.Namespace) -> None:
     if results is None and (args.folder / "results").is_dir():
         results = args.folder / "results"
     measured = None if results is None else results_of(Path(args.folder), Path(results))
-    with quiet_transformers(progress=not args.quiet and sys.stderr.isatty()):
+    with quiet_transformers(progress=shows_progress(args)):
         address = push_folder(
             args.folder,
             args.repository,

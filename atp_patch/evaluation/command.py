@@ -32,7 +32,7 @@ from atp_patch.methods import untrained_methods
 from atp_patch.patching.api import require_patch
 from atp_patch.patching.plan import default_layers
 from atp_patch.tools.arguments import named_values
-from atp_patch.tools.command_line import execute, machine
+from atp_patch.tools.command_line import execute, machine, shows_progress
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint, quiet_transformers
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    with quiet_transformers(progress=False):
+    with quiet_transformers(progress=shows_progress(args)):
         check(args)
         if not args.no_plots:
             check_plots()

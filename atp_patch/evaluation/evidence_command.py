@@ -27,7 +27,7 @@ from atp_patch.evaluation.tasks import Task, choose_tasks
 from atp_patch.families import family_of
 from atp_patch.methods import untrained_methods
 from atp_patch.tools.arguments import named_values
-from atp_patch.tools.command_line import execute
+from atp_patch.tools.command_line import execute, shows_progress
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import (
     choose_device,
@@ -48,7 +48,7 @@ def _command(args: argparse.Namespace) -> None:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {getattr(args, name)} must be at least 1.")
     tasks = choose_tasks(args.tasks or list(KINDS))
-    with quiet_transformers(progress=False):
+    with quiet_transformers(progress=shows_progress(args)):
         found = needs(tasks, args.split, args.questions, args.token_px)
         text, lines = budget_table(found), [_line(need) for need in found]
         if args.model is not None:

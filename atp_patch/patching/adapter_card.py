@@ -53,7 +53,7 @@ def model_card(
         f"Made for {_base(pruning, made_with)}. {_what_it_does(pruning, learned)}",
         "## Load it",
         f"```python\n{_loading(base, beside, place)}\n```",
-        "`pip install atp-patch` installs what this needs. The adapter is a configuration in JSON"
+        "It needs the package `atp-patch`. The adapter is a configuration in JSON"
         + (" and weights as safetensors" if learned else "")
         + "; no code of a repository is run, and no pickle is read.",
         KEEPS,

@@ -120,6 +120,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or "can't allocate memory" in str(error)
 
 
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether progress is shown: stderr is a terminal, and ``--quiet`` was not given."""
+    return sys.stderr.isatty() and not getattr(args, "quiet", False)
+
+
 @contextmanager
 def progress_bar(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show how much of some work is done, on stderr where that is a terminal, else nothing.

@@ -22,7 +22,7 @@ from atp_patch.patching.api import require_patch
 from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
-from atp_patch.tools.command_line import execute
+from atp_patch.tools.command_line import execute, shows_progress
 from atp_patch.tools.files import parse_json, replaced, write_text
 from atp_patch.tools.loading import choose_device, quiet_transformers
 from atp_patch.tools.parameter_groups import add_lora, freeze
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    with quiet_transformers(progress=False):
+    with quiet_transformers(progress=shows_progress(args)):
         settings = read_settings(args.file, flags_of(args))
         saved = train(settings, resume=args.resume)
     if getattr(args, "json", False) and saved.is_dir():
