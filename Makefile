@@ -43,7 +43,7 @@ mutation: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --sources $(SEAM_CORE) \
 		--tests $(SEAM_TESTS) --keyword llava-llama --sample 150 --seed 0
 
-# The families' tests on each of these versions of transformers; writes the table in README.md.
+# The families' tests on each of these versions of transformers; writes the table in docs/versions.md.
 MATRIX ?= 5.4.0 5.13.1 5.23.0
 test-matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.matrix $(MATRIX)

@@ -1,10 +1,11 @@
-"""The families' tests on several versions of transformers, as the table in the README.
+"""The families' tests on several versions of transformers, as the table in docs/versions.md.
 
     python -m tests.matrix 5.4.0 5.13.1 5.23.0
 
 Each version gets a virtual environment of its own under .matrix, with transformers and what that
 version asks for; everything else is seen through from the environment that runs this. The results
-(JUnit XML, kept beside) become the table between the README's markers. Exit status 1: tests failed.
+(JUnit XML, kept beside) become the table between the markers of docs/versions.md. Exit status 1:
+tests failed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".matrix"
+PAGE = ROOT / "docs" / "versions.md"
 START, STOP = "<!-- matrix: make test-matrix writes this -->", "<!-- end of matrix -->"
 
 
@@ -166,7 +168,7 @@ def main() -> int:
     torch, *_ = ask(Path(sys.executable), "import torch; print(torch.__version__.split('+')[0])")
     used = f"Python {python_version()}, torch {torch}"
     about = f"Tests of each family, by version of transformers ({used}):"
-    write(ROOT / "README.md", f"{about}\n\n{table(results, [f.name for f in FAMILIES])}")
+    write(PAGE, f"{about}\n\n{table(results, [f.name for f in FAMILIES])}")
     failed = sum(cell.counts["failed"] for one in results.values() for cell in one.cells.values())
     return int(failed > 0)
 

@@ -90,9 +90,6 @@ def test_the_readme_names_what_there_is() -> None:
     functions = {n for n in atp_patch.__all__ if n[0].islower() and n != "__version__"}
     assert functions <= named
     assert [cell.strip("`") for cell in table("Methods")] == atp_patch.available_methods()
-    assert {c.strip("`") for c in table("Models") if c[0] == "`"} == set(
-        atp_patch.supported_families()
-    )
 
 
 def test_every_public_name_is_there() -> None:
