@@ -249,6 +249,15 @@ def test_beams_are_those_of_the_samples_alone(kind: Kind) -> None:
 
 
 @hybrid
+def test_a_static_cache_answers_alike(kind: Kind) -> None:
+    if hybrids.slides(kind):
+        pytest.skip("static sliding windows are refused")
+    model, inputs = patched(kind), make(kind, MIXED[:2]).inputs
+    expected = generate(model, inputs, 3)
+    assert torch.equal(generate(model, inputs, 3, cache_implementation="static"), expected)
+
+
+@hybrid
 def test_a_conversation_goes_on(kind: Kind) -> None:
     """Several words at a time, on the cache of a ragged batch, and on a copy of it."""
     model, inputs = patched(kind), make(kind, MIXED).inputs
