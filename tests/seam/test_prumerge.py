@@ -15,11 +15,12 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.pairing import pairs
 from tests.helpers.run import Session, forward, generate, kept_of, words
-from tests.seam.vision_cases import CASES, KINDS, NEIGHBOURS, SMALL, Case, expected
+from tests.seam.vision_cases import CASES, KINDS, MORE, NEIGHBOURS, SMALL, Case, expected
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 both = pytest.mark.parametrize("method", ["prumerge", "prumerge+"])
 LLAVA = CASES[0]
+LATER = [case for case in MORE if case.name not in ("gemma3", "qwen3_vl")]  # these are only read
 WHOLE = [case for case in CASES if "next" not in case.name and "onevision" not in case.name]
 
 
@@ -40,6 +41,16 @@ def test_the_decoder_gets_what_the_algorithm_says(
     assert torch.equal(kept, wanted)
     assert (real_mask(inputs) & ~kept).any(), "nothing was pruned: this shows nothing"
     assert_close(logits, reference, kept)
+
+
+@pairs(case=LATER, method=["prumerge", "prumerge+"], share=[None, 0.3])
+def test_later_families_get_what_the_algorithm_says(
+    case: Case, method: str, share: float | None
+) -> None:
+    test_the_decoder_gets_what_the_algorithm_says(case, method, share)
+    plain, model = case.build(), patched(case, keep=1.0)
+    inputs = case.feed(plain, "left")
+    assert torch.equal(forward(model, inputs).logits, forward(plain, inputs).logits)
 
 
 @every_case
