@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import atp_patch
-from tests.families import mrope
+from tests.families import latents, mrope
 from tests.families.kinds import MIXED, SINGLE, TWO, Batch, Kind, make
 from tests.families.tables import ROTARY_PLACES, every_kind, with_rotary_places
 from tests.families.test_every_family import patched, placed
@@ -108,7 +108,10 @@ def test_embeddings_need_the_grids(kind: Kind) -> None:
     forward(model, batch.inputs)
     wanted = layout(model)
     grids = {name: batch.inputs[name] for name in GRIDS if name in batch.inputs}
-    for run in (forward, lambda model, inputs: generate(model, inputs, 2)):
+    runs: list[Any] = [forward]
+    if kind.name != "ernie4_5_vl_moe":  # which the plain model cannot generate from
+        runs.append(lambda model, inputs: generate(model, inputs, 2))
+    for run in runs:
         with pytest.raises(atp_patch.InputError, match="pass image_grid_thw"):
             run(model, given)
         run(model, {**given, **grids})
@@ -215,8 +218,10 @@ def hidden(batch: Batch, where: Tensor) -> Inputs:
 
 @every_kind
 def test_a_mask_hides_whole_images_or_none(kind: Kind) -> None:
-    if kind.name in ROWS_BY_POSITIONS:
+    if kind.name in (*ROWS_BY_POSITIONS, "hunyuan_vl"):
         pytest.skip("the plain model itself needs position ids for what a mask hides")
+    if kind in latents.KINDS:
+        pytest.skip("learned queries have no places, so any of them are an image")
     plain, model = kind.build(), patched(kind)
     batch = make(kind, TWO)
     visual = placeholders(model, batch.inputs)

@@ -41,7 +41,7 @@ def packed(kind: Kind, samples: Any, **options: Any) -> Inputs:
     for name, value in together.items():
         if name in ("input_ids", "attention_mask"):
             continue
-        rows = value.shape[:2] == shape
+        rows = hasattr(value, "shape") and value.shape[:2] == shape
         row[name] = torch.cat([one[name] for one in apart], 1) if rows else value
     return row
 
@@ -129,7 +129,7 @@ def test_padding_may_have_any_position(kind: Kind) -> None:
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
     forward(model, {**inputs, "position_ids": positions})
     expected = generate(patched(kind), inputs, 2)
-    if kind in ROTARY_PLACES:
+    if kind in ROTARY_PLACES or kind.name == "hunyuan_vl":
         return  # other positions, other answers
     got = generate(model, {**inputs, "position_ids": positions}, 2)
     assert torch.equal(got, expected)
