@@ -92,7 +92,7 @@ def test_every_setting_is_measured_at_each_of_its_layers(bench: Bench) -> None:
     tasks = choose_tasks(["map/places", "chart"])
     everything = Setting("random", layers=(1, 4), budget=1.0, seed=0)
     found = list(recalls(bench, [everything, RANDOM], tasks, "development", 1))
-    assert len(found) == 5 * 2 * 2
+    assert len(found) == len(tasks) * 2 * 2
     for one in found:
         if one.setting == everything:
             assert (one.tokens, one.recall) == (1.0, 1.0)

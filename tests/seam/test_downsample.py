@@ -229,7 +229,7 @@ def test_a_fixed_tower_takes_one_size_at_a_time() -> None:
 
 
 def test_models_that_cannot_are_refused_by_name() -> None:
-    able = "llava, video_llava, qwen2_vl, qwen3_vl, internvl"
+    able = "llava, video_llava, qwen2_vl, qwen3_vl, qwen3_5, internvl"
     for name in ("llava_next", "gemma3"):
         with pytest.raises(atp_patch.UnsupportedModelError, match=able):
             atp_patch.patch_model(KINDS[name].build(), method="downsample")

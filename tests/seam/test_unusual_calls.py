@@ -191,6 +191,7 @@ def test_every_layer_of_a_flash_decoder_checks_its_own_window() -> None:
         plain_mask=True,
         sliding_window=lambda layer: 4 if layer else None,
         key_layers=(0, 1),
+        attending=(0, 1),
     )
     survivors: Any = SimpleNamespace(once=lambda key, of, make: None)
     host.narrow_kwargs(0, survivors, {})
