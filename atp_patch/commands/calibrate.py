@@ -101,13 +101,12 @@ def _batches(args: argparse.Namespace, name: str, model: Any, processor: Any) ->
         samples=args.samples,
     )
     placeholders = family_of(model.config).placeholder_ids(model.config)
-    samples = Samples(source_of(settings), Encoder(processor, placeholders, None), skip_bad=False)
-    pad_id = processor.tokenizer.pad_token_id
-    pad_id = processor.tokenizer.eos_token_id if pad_id is None else pad_id
+    encode = Encoder(processor, placeholders, None)
+    samples = Samples(source_of(settings), encode, skip_bad=False)
     batches = []
     for start in range(0, len(samples), args.batch_size):
         chosen = [samples[i] for i in range(start, min(start + args.batch_size, len(samples)))]
-        batch = collate(chosen, pad_id=pad_id)
+        batch = collate(chosen, pad_id=encode.pad_id)
         batches.append({key: value for key, value in batch.items() if key != SKIPPED})
     return batches
 

@@ -25,6 +25,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.api import disabled, last_trace, patch_model
 from atp_patch.tools.command_line import execute, shows_progress
 from atp_patch.tools.files import replaced
+from atp_patch.tools.generation import GREEDY
 from atp_patch.tools.loading import (
     choose_device,
     choose_dtype,
@@ -37,13 +38,6 @@ from atp_patch.tools.pictures import read_image
 from atp_patch.tools.trained import merged
 from atp_patch.tools.visualize import as_seen, overlay
 
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}
 DECODE_TOKENS = 16
 RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
 

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from atp_patch.evaluation.prepare import ENCODED, PICTURE, Batch, Inputs, end_ids
-
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}
+from atp_patch.evaluation.prepare import ENCODED, PICTURE, Batch, Inputs
+from atp_patch.tools.generation import GREEDY, end_ids
 
 
 def forced(model: Any, batch: Batch) -> list[bool]:

@@ -23,8 +23,8 @@ PACKAGE = Path(__file__).parents[1]
 CODE = (
     *("contract/*.py", "maths/*.py", "methods/*.py", "families/*.py", "seam/**/*.py"),
     "patching/*.py",
-    *(f"tools/{n}.py" for n in ("calibration", "loading", "observation", "threshold_controls")),
-    *(f"tools/{n}.py" for n in ("trained", "visual_cache")),
+    *(f"tools/{n}.py" for n in ("calibration", "generation", "loading", "observation")),
+    *(f"tools/{n}.py" for n in ("threshold_controls", "trained", "visual_cache")),
     *(f"builtin/{n}.py" for n in ("scenes", "questions", "render", "glyphs", "silent")),
     *(f"builtin/{n}.py" for n in ("tokens", "vocabulary")),
     *(f"builtin/dynamic/{n}.py" for n in ("processing", "sizes", "tokens")),

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from atp_patch.evaluation.tasks import Example
+from atp_patch.tools.generation import end_ids
 from atp_patch.tools.loading import encode
 
 Inputs = dict[str, Any]
@@ -140,14 +141,6 @@ def collate(
         answers[row, : len(sample.answer)] = torch.tensor(sample.answer, device=ids.device)
         valid[row, : len(sample.answer)] = True
     return Batch(tuple(samples), inputs, answers, valid)
-
-
-def end_ids(model: Any) -> tuple[int, ...]:
-    """The ids at which ``generate`` stops."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = model.config.get_text_config().eos_token_id
-    return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from atp_patch.contract.errors import ConfigError, NotPatchedError
 from atp_patch.patching.api import last_trace
 from atp_patch.patching.trace import PruningTrace
+from atp_patch.tools.generation import end_ids
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -183,7 +184,7 @@ class ChatModel:
             )
         trace = self._took(start, len(chats), before)
         prompts = inputs["attention_mask"].sum(1).tolist()
-        ends = self._ends()
+        ends = end_ids(self.model)
         found = []
         for b, new in enumerate(ids[:, length:].tolist()):
             text = str(tokenizer.decode(new, skip_special_tokens=True))
@@ -262,11 +263,6 @@ class ChatModel:
             return None
         self.usage.add(trace)
         return trace
-
-    def _ends(self) -> set[int]:
-        """The tokens that end an answer."""
-        end = self.model.generation_config.eos_token_id
-        return {end} if isinstance(end, int) else set(end or ())
 
 
 class _Stop(transformers.StoppingCriteria):

@@ -116,9 +116,6 @@ def train(settings: Settings, resume: bool = False) -> Path:
             add_lora(model, settings.lora_rank, settings.lora_alpha, leave_out=silent)
     placeholders = family_of(model.config).placeholder_ids(model.config)
     encode = Encoder(processor, placeholders, settings.max_length)
-    pad_id = processor.tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = processor.tokenizer.eos_token_id
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     progress = Progress()
@@ -127,7 +124,7 @@ def train(settings: Settings, resume: bool = False) -> Path:
         model=model,
         args=args,
         train_dataset=Samples(source, encode, settings.skip_bad),
-        data_collator=partial(collate, pad_id=pad_id),
+        data_collator=partial(collate, pad_id=encode.pad_id),
         callbacks=[progress],
     )
     trainer.remove_callback(ProgressCallback)

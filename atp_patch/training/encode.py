@@ -80,6 +80,13 @@ class Encoder:
         inputs = {**batch, "labels": ids.masked_fill(~answer, IGNORED)}
         return inputs if self.max_length is None else self._cut(inputs, self.max_length)
 
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up the shorter rows of a batch."""
+        tokenizer = self.processor.tokenizer
+        found = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if found is None else found)
+
     def _rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and the range of characters in which each answer stands."""
         eos = self.processor.tokenizer.eos_token

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tests.families.kinds import TEXT, TOWER, Drawn, Paint, installed
+from tests.families.more_mrope import MERGE, PATCH, _row_by_row
 from tests.families.mrope import DEEP, ROPE, VISION, _collate, _one_run
 from tests.families.square import SIDE, _shrunk, _tiles, _tiles_of_samples
 from tests.helpers import tiny
@@ -27,8 +28,6 @@ HEARING: dict[str, Any] = {
     "max_source_positions": 64,
     "output_dim": tiny.HIDDEN,
 }
-SIZES = ((4, 6), (5, 7))  # rows and columns of tokens of Kimi's pictures
-PATCH, MERGE = 4, 2
 
 
 def _ids() -> dict[str, int]:
@@ -107,23 +106,6 @@ def _kimi() -> Any:
         projection_hidden_size=TOWER["hidden_size"],
         **tiny._qwen_ids(),
     )
-
-
-def _row_by_row(config: Any, which: int, paint: Paint, count: int) -> Drawn:
-    rows, columns = SIZES[which]
-    height, width = rows * MERGE, columns * MERGE
-    picture = paint(height * PATCH, width * PATCH)
-    patches = picture.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # 3, rows, columns, P, P
-    drawn = Drawn(
-        tensors={
-            "pixel_values": patches.permute(1, 2, 0, 3, 4).flatten(0, 1),
-            "image_grid_thw": torch.tensor([[1, height, width]]),
-        }
-    )
-    drawn.mark(tiny.VISION_START)
-    drawn.square(tiny.IMAGE, 0, rows, columns)
-    drawn.mark(tiny.VISION_END)
-    return drawn
 
 
 def _untyped(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
