@@ -16,7 +16,7 @@ from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.silent import silent_layers
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.contract.errors import ConfigError
-from atp_patch.evaluation import documents, scenes  # noqa: F401  (they register their tasks)
+from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks and those of scenes)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
 from atp_patch.evaluation.options import PROG, check, drop_layers, parser

@@ -13,6 +13,7 @@ from PIL import Image
 from atp_patch.builtin import SPLITS
 from atp_patch.builtin.documents import KINDS, Document, DocumentQuestion, make_document
 from atp_patch.contract.errors import ConfigError
+from atp_patch.evaluation import scenes  # noqa: F401  (its tasks come first, whoever imports this)
 from atp_patch.evaluation.tasks import (
     Example,
     Task,

@@ -18,7 +18,7 @@ from atp_patch.builtin.documents import KINDS
 from atp_patch.builtin.dynamic.tokens import token_ids
 from atp_patch.builtin.tokens import word_ids
 from atp_patch.contract.errors import ConfigError
-from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks)
+from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks and those of scenes)
 from atp_patch.evaluation.evidence import QUANTILES, Need, Recall, needs, recalls, spread
 from atp_patch.evaluation.evidence_options import PROG, parser
 from atp_patch.evaluation.runner import Bench
