@@ -15,7 +15,7 @@ from typing import Any
 from atp_patch.families import FAMILIES, Family, family_of
 from atp_patch.families.refused import REFUSED
 from tests.families.kinds import Kind
-from tests.families.tables import LATER, ORDINARY
+from tests.families.tables import EVERY
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 MARKS = {  # the name of a table -> what it stands between
@@ -36,7 +36,7 @@ HEAD = (
 @cache
 def _kinds() -> dict[str, list[Kind]]:
     found: dict[str, list[Kind]] = {family.name: [] for family in FAMILIES}
-    for kind in (*ORDINARY, *LATER):
+    for kind in EVERY:
         found[family_of(kind.config()).name].append(kind)
     return found
 

@@ -272,6 +272,7 @@ def test_help_and_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert atp_patch_command(["convert", "--help"]) == 0
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "atp_patch.convert", "llava", "no-such-folder", "out"],

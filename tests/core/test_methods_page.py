@@ -13,7 +13,7 @@ import torch
 
 import atp_patch
 from tests.families.kinds import MIXED, make
-from tests.families.tables import ORDINARY
+from tests.families.tables import EVERY
 from tests.helpers import inputs as made
 from tests.helpers.run import forward
 from tests.helpers.tiny import tiny_model
@@ -92,7 +92,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_door_method_of_another_package_serves_any_family(package: str, family: str) -> None:
-    (kind,) = (kind for kind in ORDINARY if kind.name == family)
+    (kind,) = (kind for kind in EVERY if kind.name == family)
     assert package in atp_patch.available_methods()
     model = atp_patch.patch_model(kind.build(), method=package, keep=0.25)
     assert "asking" in sys.modules

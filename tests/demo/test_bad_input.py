@@ -261,6 +261,7 @@ def test_without_rich(
     assert "atp-patch[demo]" in complaint(capsys, scene, QUESTION)
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "atp_patch.demo", str(tmp_path / "none.png"), QUESTION],

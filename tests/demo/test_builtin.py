@@ -67,7 +67,7 @@ def test_people_are_told_what_the_model_is(
     assert "generated scenes only" in out
 
 
-@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_shipped_scenes_have_true_answers_and_pruning_keeps_most(step: int) -> None:
     """The plain model is right on most questions, and loses little at a quarter of the tokens."""
     assert len({path for path, _, _ in shipped()}) >= 10
@@ -93,6 +93,7 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) <= 25
 
 
+@pytest.mark.slow
 def test_lora_beside_an_adapter_speaks_in_the_pruned_answer_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

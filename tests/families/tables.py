@@ -1,13 +1,13 @@
-"""The families' rows, and the parametrization by which a test runs for each of them.
+"""The families' rows, and the parametrizations by which a test runs for each of them.
 
-Rows of ``ORDINARY`` run in every test. Rows of ``LATER`` run in :mod:`tests.families.test_core`,
+Rows of ``IN_FULL`` run in every test. Rows of ``IN_BRIEF`` run in :mod:`tests.families.test_core`,
 which holds each of them to the core of the same promises, and in every other test when slow tests
 are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -31,37 +31,56 @@ from tests.families import (
 )
 from tests.families.kinds import Kind
 
-_ORDINARY = (square, anyres, towers, mrope, newer, molmo2)
-ORDINARY: tuple[Kind, ...] = tuple(kind for table in _ORDINARY for kind in table.KINDS)
-LATER: tuple[Kind, ...] = tuple(
-    kind
-    for table in (
-        more_square,
-        more_mrope,
-        sized,
-        latents,
-        fuyu,
-        gemma4,
-        hybrids,
-        llama4,
-        omni,
-    )
-    for kind in table.KINDS
+_TABLES = (square, anyres, towers, mrope, newer, molmo2)
+_BRIEF_TABLES = (
+    more_square,
+    more_mrope,
+    sized,
+    latents,
+    fuyu,
+    gemma4,
+    hybrids,
+    llama4,
+    omni,
 )
-
-
-def rows(ordinary: Iterable[Kind], later: Iterable[Kind]) -> Any:
-    """A parametrization by ``kind``; the later rows are marked slow."""
-    slow = [pytest.param(kind, marks=pytest.mark.slow) for kind in later]
-    return pytest.mark.parametrize("kind", [*ordinary, *slow], ids=lambda kind: kind.name)
-
-
-every_kind = rows(ORDINARY, LATER)
-_FIRST = tuple(kind for table in _ORDINARY for kind in table.KINDS[:1])
-one_of_each_table = rows(_FIRST, (kind for kind in (*ORDINARY, *LATER) if kind not in _FIRST))
-with_videos = rows(
-    (kind for kind in ORDINARY if kind.videos), (kind for kind in LATER if kind.videos)
+# Rows of the first tables that go the ways of another row of their table, with other numbers.
+_LIKE_ANOTHER = {
+    "paligemma2",
+    "smolvlm",
+    "llava_next_video",
+    "vipllava",
+    "llava-pixtral",
+    "qwen3_vl-flat",
+    "qwen3_vl_moe",
+    "qwen2_5_vl",
+    "glm46v",
+    "glm4v_moe",
+    "fast_vlm",
+}
+EVERY: tuple[Kind, ...] = tuple(
+    kind for table in (*_TABLES, *_BRIEF_TABLES) for kind in table.KINDS
 )
-_LATER_ROTARY = (*more_mrope.KINDS, *hybrids.ROTARY_PLACES)
-with_rotary_places = rows(mrope.KINDS, _LATER_ROTARY)
-ROTARY_PLACES = (*mrope.KINDS, *_LATER_ROTARY)
+IN_FULL: tuple[Kind, ...] = tuple(
+    kind for table in _TABLES for kind in table.KINDS if kind.name not in _LIKE_ANOTHER
+)
+IN_BRIEF: tuple[Kind, ...] = tuple(kind for kind in EVERY if kind not in IN_FULL)
+
+
+def rows(kinds: Iterable[Kind], often: Collection[Kind] = IN_FULL) -> Any:
+    """A parametrization by ``kind``; the rows that are not among ``often`` are marked slow."""
+    found = [
+        kind if kind in often else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds
+    ]
+    return pytest.mark.parametrize("kind", found, ids=lambda kind: kind.name)
+
+
+every_kind = rows(EVERY)
+brief_kind = rows(IN_BRIEF, IN_BRIEF)
+_FIRST = tuple(kind for table in _TABLES for kind in table.KINDS[:1])
+one_of_each_table = rows(EVERY, _FIRST)
+_BRIEF_FIRST = tuple(kind for table in _BRIEF_TABLES for kind in table.KINDS[:1])
+one_of_each_brief_table = rows(IN_BRIEF, _BRIEF_FIRST)
+with_videos = rows(kind for kind in EVERY if kind.videos)
+brief_with_videos = rows((kind for kind in IN_BRIEF if kind.videos), _BRIEF_FIRST)
+ROTARY_PLACES = (*mrope.KINDS, *more_mrope.KINDS, *hybrids.ROTARY_PLACES)
+with_rotary_places = rows(ROTARY_PLACES)

@@ -1,4 +1,4 @@
-"""The core of what every family promises, for the later rows of the table, in few passes.
+"""The core of what every family promises, in few passes, for the rows that are held to it briefly.
 
 The tests that take each promise by itself run for these rows too, where slow tests are asked for.
 """
@@ -16,17 +16,20 @@ from transformers import PreTrainedConfig
 import atp_patch
 from tests.families.hosts import skip_where_samples_share_places, skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
-from tests.families.tables import LATER, ORDINARY
+from tests.families.tables import (
+    EVERY,
+    brief_kind,
+    brief_with_videos,
+    one_of_each_brief_table,
+)
 from tests.families.test_every_family import check_grids, check_masked, patched, placed
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, told
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
 
-later_kind = pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.name)
 
-
-@later_kind
+@brief_kind
 def test_plain_masked_alone_and_unpatched(kind: Kind) -> None:
     plain, batch = kind.build(), make(kind, MIXED)
     inputs, real = batch.inputs, real_mask(batch.inputs)
@@ -50,7 +53,7 @@ def test_plain_masked_alone_and_unpatched(kind: Kind) -> None:
         assert_close(together[b, real[b]][None], alone, survivors[b, real[b]][None])
 
 
-@later_kind
+@one_of_each_brief_table
 def test_generation(kind: Kind) -> None:
     """The cache changes no answer, and keeping all none of the plain model's."""
     plain, model, inputs = kind.build(), patched(kind), make(kind, MIXED).inputs
@@ -65,7 +68,7 @@ def test_generation(kind: Kind) -> None:
     assert_close(cached, uncached)
 
 
-@later_kind
+@one_of_each_brief_table
 def test_a_door_method(kind: Kind) -> None:
     batch = make(kind, MIXED)
     model = atp_patch.patch_model(kind.build(), method=Asked(), keep=0.5)
@@ -83,16 +86,14 @@ def test_a_door_method(kind: Kind) -> None:
     assert_close(logits, expected, entered)
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in LATER if kind.videos], ids=lambda kind: kind.name
-)
+@brief_with_videos
 def test_videos(kind: Kind) -> None:
     model, batch = patched(kind), make(kind, kind.video_samples)
     check_masked(kind, model, kind.build(), batch)
     check_grids(model, batch)
 
 
-@later_kind
+@one_of_each_brief_table
 def test_adapters_come_back(kind: Kind, tmp_path: Path) -> None:
     inputs = make(kind, MIXED[:1]).inputs
     model = patched(kind, method="atp")
@@ -111,7 +112,7 @@ SAME_CLASS = {  # a type of its own -> the row whose class and parts it has
 
 @pytest.mark.parametrize("name", [name for name in SAME_CLASS if hasattr(transformers, name)])
 def test_types_that_share_a_class_are_served_as_its_own(name: str) -> None:
-    (kind,) = (kind for kind in (*ORDINARY, *LATER) if kind.name == SAME_CLASS[name])
+    (kind,) = (kind for kind in EVERY if kind.name == SAME_CLASS[name])
 
     def config() -> PreTrainedConfig:
         given = kind.config().to_dict()

@@ -15,7 +15,7 @@ import atp_patch
 from atp_patch.families import FAMILIES, family_of
 from tests.families.hosts import skip_where_samples_share_places, skip_where_the_cache_matters
 from tests.families.kinds import MIXED, Kind, make
-from tests.families.tables import every_kind, with_videos
+from tests.families.tables import every_kind, one_of_each_table, with_videos
 from tests.families.test_every_family import placed
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, TowerReader, told
@@ -55,7 +55,7 @@ def test_keeping_all_is_plain_bit_for_bit(kind: Kind) -> None:
     assert torch.equal(forward(model, inputs).logits, forward(plain, inputs).logits)
 
 
-@every_kind
+@one_of_each_table
 def test_batches_caches_and_unpatching(kind: Kind) -> None:
     skip_where_samples_share_places(kind.build())
     model = patched(kind)

@@ -27,7 +27,7 @@ from tests.families.kinds import (
     make,
     rows_ramp,
 )
-from tests.families.tables import LATER, ORDINARY, every_kind, with_videos
+from tests.families.tables import EVERY, every_kind, with_videos
 from tests.helpers.compare import assert_close, assert_same_choice, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
@@ -272,7 +272,7 @@ def test_adapters_come_back(kind: Kind, tmp_path: Path) -> None:
 
 def test_inputs_are_used_up() -> None:
     """Guard of the tests: every kind is another kind, every prompt has dozens of tokens."""
-    kinds = (*ORDINARY, *LATER)
+    kinds = EVERY
     assert len({kind.name for kind in kinds}) == len(kinds)
     for kind in kinds:
         assert placed(make(kind, SINGLE)).sum() >= 24

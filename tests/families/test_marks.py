@@ -12,7 +12,7 @@ import atp_patch
 from atp_patch.contract import Span, VisualGrid
 from atp_patch.families.marks import with_marks
 from tests.families.kinds import MIXED, Batch, Kind, make
-from tests.families.tables import ORDINARY
+from tests.families.tables import EVERY
 from tests.families.test_every_family import placed
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close
@@ -20,7 +20,7 @@ from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
 
-BY_NAME = {kind.name: kind for kind in ORDINARY}
+BY_NAME = {kind.name: kind for kind in EVERY}
 MARKED = [BY_NAME[name] for name in ("llava_next", "llava_onevision", "video_llava")]
 with_kind = pytest.mark.parametrize("kind", MARKED, ids=lambda kind: kind.name)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import atp_patch
 from tests.families import latents, mrope
 from tests.families.kinds import MIXED, SINGLE, TWO, Batch, Kind, make
-from tests.families.tables import ROTARY_PLACES, every_kind, with_rotary_places
+from tests.families.tables import ROTARY_PLACES, every_kind, one_of_each_table, with_rotary_places
 from tests.families.test_every_family import patched, placed
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Inputs, real_mask
@@ -171,7 +171,7 @@ def test_embeddings_need_a_visual_mask(kind: Kind) -> None:
     assert torch.equal(forward(patched(kind), given).logits, expected)
 
 
-@every_kind
+@one_of_each_table
 def test_generate_knows_embeddings_by_the_ids_beside_them(kind: Kind) -> None:
     plain, model = kind.build(), patched(kind)
     batch = make(kind, TWO)
@@ -188,7 +188,7 @@ def test_generate_knows_embeddings_by_the_ids_beside_them(kind: Kind) -> None:
     assert torch.equal(generate(patched(kind, keep=1.0), given, 2), expected)
 
 
-@every_kind
+@one_of_each_table
 def test_random_embeddings_beside_ids_are_no_puzzle(kind: Kind) -> None:
     """Where ids say what is visual, embeddings may be anything but lack the ends of rows."""
     plain, model = kind.build(), patched(kind)

@@ -100,7 +100,7 @@ def test_sparsevlm_is_masked(kind: Kind) -> None:
     check_masked(kind, patched(kind, "sparsevlm"), kind.build(), make(kind, MIXED))
 
 
-@every_kind
+@one_of_each_table
 def test_batches_caches_and_unpatching_with_voco(kind: Kind) -> None:
     if not serves("voco", kind.build().config):
         return  # refused, see above

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithFlattening
 import atp_patch
 from atp_patch.seam.host.packing import refuse_packed
 from tests.families.kinds import ALIKE, MIXED, SINGLE, Kind, make
-from tests.families.tables import ORDINARY, ROTARY_PLACES, every_kind, with_rotary_places
+from tests.families.tables import EVERY, ROTARY_PLACES, every_kind, with_rotary_places
 from tests.families.test_every_family import patched
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close
@@ -76,7 +76,7 @@ def test_multimodal_positions_that_begin_again_are_refused(kind: Kind) -> None:
 
 @pytest.mark.parametrize("method", [*INSIDE, *BEFORE])
 def test_every_method_refuses_them(method: str) -> None:
-    kind = next(kind for kind in ORDINARY if kind.name == "llava")
+    kind = next(kind for kind in EVERY if kind.name == "llava")
     options: dict[str, Any] = {"layers": [2], "keep": 0.5} if method in INSIDE else {}
     options |= {"keep": 0.5} if method == "downsample" else {}
     model = atp_patch.patch_model(kind.build(), method=method, **options)
@@ -86,7 +86,7 @@ def test_every_method_refuses_them(method: str) -> None:
 
 @pytest.mark.parametrize("how", ["return_flash_attn_kwargs", "return_seq_idx"])
 def test_arguments_that_tell_sequences_apart_are_refused(how: str) -> None:
-    kind = next(kind for kind in ORDINARY if kind.name == "llava")
+    kind = next(kind for kind in EVERY if kind.name == "llava")
     for model in (patched(kind), voco_model("llava-llama")):
         row = packed(kind, ALIKE, return_position_ids=False, **{how: True})
         with pytest.raises(atp_patch.InputError, match=MESSAGE):
@@ -95,7 +95,7 @@ def test_arguments_that_tell_sequences_apart_are_refused(how: str) -> None:
 
 def test_a_row_of_one_sample_is_an_ordinary_prompt() -> None:
     """Its sequence's length is not handed on to layers that run on fewer tokens."""
-    kind = next(kind for kind in ORDINARY if kind.name == "llava")
+    kind = next(kind for kind in EVERY if kind.name == "llava")
     model, seen = patched(kind), []
     forward(model, make(kind, SINGLE).inputs)
     kept = kept_of(model)
@@ -154,7 +154,7 @@ def test_hidden_tokens_begin_nothing() -> None:
 
 def test_a_batch_equals_what_was_packed() -> None:
     """Padded rows are what packing promises: each sample as if it were alone."""
-    kind = next(kind for kind in ORDINARY if kind.name == "llava")
+    kind = next(kind for kind in EVERY if kind.name == "llava")
     model = patched(kind)
     together = forward(model, make(kind, ALIKE, "right").inputs).logits
     kept = kept_of(model)[max(kind.layers)]

@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerFast
 import atp_patch
 from tests.families.anyres import PINPOINTS, _unpadded
 from tests.families.kinds import Batch, Drawn, Kind, Paint, Picture, Place, Words, make, sample
-from tests.families.tables import LATER, ORDINARY
+from tests.families.tables import EVERY
 from tests.families.test_every_family import check_grids, patched
 from tests.helpers import tiny
 
-BY_NAME = {kind.name: kind for kind in (*ORDINARY, *LATER)}
+BY_NAME = {kind.name: kind for kind in EVERY}
 TALL, WIDE, DOT, HUGE, SQUARE = (300, 7), (7, 300), (1, 1), (900, 1300), (64, 64)
 FEW = ((WIDE,), (DOT, TALL), ())
 MANY = ((HUGE,), (TALL, WIDE, DOT), (SQUARE, HUGE), (), (DOT,))

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokeniz
 import atp_patch
 from tests.families.kinds import MIXED as PICTURES
 from tests.families.kinds import make
-from tests.families.tables import ORDINARY
+from tests.families.tables import EVERY
 from tests.helpers import inputs as prompts
 from tests.helpers import selection as plain
 from tests.helpers import tiny
@@ -163,7 +163,7 @@ def test_what_cannot_be_is_named(folders: tuple[str, str], tmp_path: Path) -> No
 
 
 def test_other_towers_are_refused(folders: tuple[str, str]) -> None:
-    (kind,) = (kind for kind in ORDINARY if kind.name == "qwen2_vl")
+    (kind,) = (kind for kind in EVERY if kind.name == "qwen2_vl")
     model = kind.build()
     with pytest.raises(atp_patch.UnsupportedModelError, match="leave clip out"):
         atp_patch.patch_model(model, method="cdpruner", clip=folders[0], tokenizer=folders[1])

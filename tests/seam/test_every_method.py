@@ -25,10 +25,9 @@ PAIRS = (("prumerge+", "atp"), ("prumerge", "fastv"), ("prumerge+", "sparsevlm")
 LEARNED = {"atp, learned": {"thresholds": "learned", "reference_grid": 6}}
 CASES = [*atp_patch.available_methods(), *LEARNED, *(" + ".join(pair) for pair in PAIRS)]
 BUDGETED = [name for name, cls in KINDS.items() if not issubclass(cls, VoCo)]
-# Methods that differ from others of their kind in nothing but their choice take turns: each of them
-# runs on one family, and on the other one where slow tests run.
-TURNS = {"pyramiddrop", "dart", "fastervlm", "visionzip", "divprune", "scope", "cdpruner"}
-TURNS |= {"vispruner", "hiprune", "prunesid", "vscan"}
+# One method of each kind runs on both families. The others take turns: each of them runs on one
+# family, and on the other one where slow tests run.
+ON_BOTH = {"atp, learned", "fastv", "sparsevlm", "divprune", "prumerge+", "downsample", "voco"}
 
 
 def rows(cases: Sequence[str]) -> list[Any]:
@@ -36,8 +35,8 @@ def rows(cases: Sequence[str]) -> list[Any]:
     found = []
     for number, case in enumerate(cases):
         for turn, kind in enumerate(tiny.FAMILIES):
-            both = case not in TURNS or number % len(tiny.FAMILIES) == turn
-            found.append(pytest.param(kind, case, marks=() if both else pytest.mark.slow))
+            often = case in ON_BOTH or number % len(tiny.FAMILIES) == turn
+            found.append(pytest.param(kind, case, marks=() if often else pytest.mark.slow))
     return found
 
 
@@ -173,7 +172,7 @@ def test_a_batch_is_its_samples(kind: str, case: str) -> None:
 def test_the_cache_changes_no_answer(kind: str, case: str) -> None:
     model = made(kind, case)
     inputs = batch(model, prompts.MIXED)
-    assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
+    assert torch.equal(generate(model, inputs, 3), generate(model, inputs, 3, use_cache=False))
 
 
 @pytest.mark.parametrize(("kind", "case"), rows(BUDGETED))

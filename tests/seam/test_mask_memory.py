@@ -33,7 +33,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("method", ["random", "fastv", "atp"])
+@pytest.mark.parametrize("method", ["random", "fastv", pytest.param("atp", marks=pytest.mark.slow)])
 def test_a_long_prompt_needs_no_table_of_its_own_square(method: str) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**{**TEXT, "num_hidden_layers": 2, "max_position_embeddings": 2**15})

@@ -127,13 +127,8 @@ def switching() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "each"),
     [
-        ("in the decoder", CALLS),
-        *((name, FEW) for name in SUBJECTS if name != "in the decoder"),
-        *(
-            pytest.param(name, CALLS, marks=pytest.mark.slow)
-            for name in SUBJECTS
-            if name != "in the decoder"
-        ),
+        *((name, FEW) for name in SUBJECTS),
+        *(pytest.param(name, CALLS, marks=pytest.mark.slow) for name in SUBJECTS),
     ],
 )
 @pytest.mark.usefixtures("switching")

@@ -73,6 +73,7 @@ def test_the_papers_recipe_reads_as_it_stands(folder: Path, tmp_path: Path, data
     assert (adapter.parent / "model" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_on_the_builtin_model(tmp_path: Path) -> None:
     """With its own layers, target and bfloat16: sizes alone are others."""
     argv = [str(ROOT / "examples" / "llava15_665k.yaml"), "--model", "builtin", "--data", "builtin"]

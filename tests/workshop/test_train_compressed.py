@@ -56,7 +56,17 @@ def run(example: Any, out: Path, *flags: str) -> dict[str, torch.Tensor]:
 METHODS = {"voco": ["--option", "num_tokens=2"], "prumerge+": ["--keep", "0.05"]}
 
 
-@pytest.mark.parametrize(("name", "method"), list(zip(NAMES, METHODS, strict=True)))
+SMALL = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "builtin" else name
+        for name in NAMES
+    ],
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@SMALL
 def test_a_stopped_training_goes_on_as_if_it_had_not(
     name: str, method: str, example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +96,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
+@SMALL
 def test_questions_on_the_cache_are_answered_as_in_one_pass(
     name: str, method: str, example: Any
 ) -> None:
