@@ -6,7 +6,7 @@ values costs many times as much, and finds besides only what needs three at once
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -16,9 +16,12 @@ import pytest
 def pairs(**values: Iterable[Any]) -> Any:
     """Parametrize a test by these values of its parameters, paired as :func:`paired` says."""
     rows = paired(*map(list, values.values()))
-    return pytest.mark.parametrize(
-        tuple(values), rows, ids=lambda value: getattr(value, "name", None)
-    )
+    return pytest.mark.parametrize(tuple(values), rows, ids=name_of)
+
+
+def in_turn(values: Iterable[Any], settings: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Rows of each value with one setting, the settings in turn: where neither knows the other."""
+    return [(value, settings[number % len(settings)]) for number, value in enumerate(values)]
 
 
 def paired(*values: list[Any]) -> list[tuple[Any, ...]]:
@@ -37,6 +40,6 @@ def paired(*values: list[Any]) -> list[tuple[Any, ...]]:
     return [tuple(v[i] for v, i in zip(values, row, strict=True)) for row in sorted(chosen)]
 
 
-def _name(value: Any) -> str | None:
+def name_of(value: Any) -> str | None:
     """The name of a value that has one; pytest finds one for others."""
     return getattr(value, "name", None)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import atp_patch
+from atp_patch.seam.host.prompt_reading import _finite
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.doors import Asked, TowerReader
@@ -83,3 +84,13 @@ def test_broken_text_is_the_hosts_affair() -> None:
         model.get_input_embeddings().weight[tiny.FIRST_WORD :] = torch.nan
     text = batch(model, prompts.NO_IMAGE)
     assert forward(model, text).logits.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_embeddings_are_finite(dtype: torch.dtype) -> None:
+    """A sum of large finite numbers is no reason to refuse a prompt; NaN and infinities are."""
+    embeds = torch.full((1, 4, 4096), 1000.0).to(dtype)
+    embeds[0, 1, 7] = torch.nan
+    embeds[0, 2, 7], embeds[0, 2, 9] = torch.inf, -torch.inf
+    embeds[0, 3, 4095] = -torch.inf
+    assert _finite(embeds).tolist() == [[True, False, False, False]]

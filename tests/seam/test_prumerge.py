@@ -13,7 +13,7 @@ import atp_patch
 from tests.families.kinds import VIDEOS, make
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
-from tests.helpers.pairing import pairs
+from tests.helpers.pairing import in_turn, name_of, pairs
 from tests.helpers.run import Session, forward, generate, kept_of, words
 from tests.seam.vision_cases import CASES, KINDS, MORE, NEIGHBOURS, SMALL, Case, expected
 
@@ -43,10 +43,13 @@ def test_the_decoder_gets_what_the_algorithm_says(
     assert_close(logits, reference, kept)
 
 
-@pairs(case=LATER, method=["prumerge", "prumerge+"], share=[None, 0.3])
+@pytest.mark.parametrize(
+    ("case", "setting"), in_turn(LATER, [("prumerge", 0.3), ("prumerge+", None)]), ids=name_of
+)
 def test_later_families_get_what_the_algorithm_says(
-    case: Case, method: str, share: float | None
+    case: Case, setting: tuple[str, float | None]
 ) -> None:
+    method, share = setting
     test_the_decoder_gets_what_the_algorithm_says(case, method, share)
     plain, model = case.build(), patched(case, keep=1.0)
     inputs = case.feed(plain, "left")

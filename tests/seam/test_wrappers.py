@@ -22,6 +22,7 @@ from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import hooks, snapshot
 from tests.helpers.inputs import batch
+from tests.helpers.pairing import in_turn
 from tests.helpers.run import FASTV, forward, generate, kept_of, patched
 from tests.helpers.voco import voco_model
 
@@ -74,10 +75,9 @@ KINDS = ("llava-llama", "qwen2_vl")
 families = pytest.mark.parametrize("kind", KINDS)
 
 
-def in_turn(names: Iterable[str]) -> Any:
+def with_kinds(names: Iterable[str]) -> Any:
     """Each of these names with one kind of model, in turn: no wrapper knows what it holds."""
-    rows = [(KINDS[number % len(KINDS)], name) for number, name in enumerate(names)]
-    return pytest.mark.parametrize(("kind", "name"), rows)
+    return pytest.mark.parametrize(("name", "kind"), in_turn(names, KINDS))
 
 
 def used(kind: str) -> Any:
@@ -95,7 +95,7 @@ def around(name: str, model: Any) -> Any:
 # -- found ----------------------------------------------------------------------------------------
 
 
-@in_turn([*WRAPPERS, *INSIDES])
+@with_kinds([*WRAPPERS, *INSIDES])
 def test_the_patch_is_found(kind: str, name: str) -> None:
     plain, model = tiny.tiny_model(kind), patched(kind)
     inputs = batch(model, prompts.MIXED)
@@ -153,7 +153,7 @@ def test_a_copy_of_a_wrapper_is_found_by_itself(way: str) -> None:
 # -- patched through ------------------------------------------------------------------------------
 
 
-@in_turn(PATCHABLE)
+@with_kinds(PATCHABLE)
 def test_patching_a_wrapper_patches_the_model_inside(kind: str, name: str) -> None:
     model = used(kind)
     other = around(name, model)
@@ -168,7 +168,7 @@ def test_patching_a_wrapper_patches_the_model_inside(kind: str, name: str) -> No
         assert after[part] == value, part
 
 
-@in_turn([*PATCHABLE, *INSIDES])
+@with_kinds([*PATCHABLE, *INSIDES])
 def test_patching_again_from_elsewhere_replaces(kind: str, name: str) -> None:
     model = patched(kind)
     other = around(name, model)

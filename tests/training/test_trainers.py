@@ -59,7 +59,9 @@ def run_alone(name: str, argv: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["loop", "accelerate_loop", "trainer", pytest.param("trl_sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["loop", "accelerate_loop", "trainer", pytest.param("trl_sft", marks=pytest.mark.slow)]
+)
 def test_the_examples_train_an_adapter(
     name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,10 +58,7 @@ METHODS = {"voco": ["--option", "num_tokens=2"], "prumerge+": ["--keep", "0.05"]
 
 SMALL = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "builtin" else name
-        for name in NAMES
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name == "builtin" else name for name in NAMES],
 )
 
 

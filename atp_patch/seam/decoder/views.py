@@ -40,30 +40,43 @@ def view_before(
         more: further fields of the view.
     """
     visual = tokens.visual
+    places = {number: _places(number, tokens, text) for number in {layer - 1, *recordings}}
     return tokens.seen(
         View(
             layer=layer,
             attention={
-                number: _attention(number, heard, tokens, text, host, recording)
+                number: _attention(number, heard, tokens, places[number], host, recording)
                 for number, (heard, recording) in recordings.items()
             },
             hidden=hidden,
             layout=visual.layout,
             token=visual.token,
-            slot=tokens.columns(layer - 1, visual.position),
             slot_valid=visual.valid,
-            text=tokens.columns(layer - 1, text.position),
             text_valid=text.valid,
             text_position=text.position,
-            last=tokens.columns(layer - 1, text.last[:, None])[:, 0],
             sample_key=text.sample_key,
+            **places[layer - 1],
             **more,
         )
     )
 
 
+def _places(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Tensor]:
+    """The fields of a view that say where tokens are among those that a layer runs on."""
+    return {
+        "slot": tokens.columns(layer, tokens.visual.position),
+        "text": tokens.columns(layer, text.position),
+        "last": tokens.columns(layer, text.last[:, None])[:, 0],
+    }
+
+
 def _attention(
-    layer: int, heard: int, tokens: TokenState, text: TextRows, host: HostPass, recording: Recording
+    layer: int,
+    heard: int,
+    tokens: TokenState,
+    places: dict[str, Tensor],
+    host: HostPass,
+    recording: Recording,
 ) -> Attention:
     """The attention of a layer, for the tokens that are left now.
 
@@ -86,10 +99,8 @@ def _attention(
         scaling=recording.scaling,
         softcap=recording.softcap,
         sinks=recording.sinks,
-        slot=tokens.columns(layer, tokens.visual.position),
-        text=tokens.columns(layer, text.position),
-        last=tokens.columns(layer, text.last[:, None])[:, 0],
         unrotated=recording.unrotated,
+        **places,
     )
 
 
