@@ -61,7 +61,7 @@ def view_before(
     )
 
 
-def _places(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Tensor]:
+def _places(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Any]:
     """The fields of a view that say where tokens are among those that a layer runs on."""
     return {
         "slot": tokens.columns(layer, tokens.visual.position),
@@ -74,7 +74,7 @@ def _attention(
     layer: int,
     heard: int,
     tokens: TokenState,
-    places: dict[str, Tensor],
+    places: dict[str, Any],
     host: HostPass,
     recording: Recording,
 ) -> Attention:
