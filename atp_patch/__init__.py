@@ -11,6 +11,7 @@ from atp_patch.lazy import lazily
 from atp_patch.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same to Python
+    from atp_patch import visualize
     from atp_patch.contract import (
         Attention,
         Decision,
@@ -104,6 +105,7 @@ __all__ = [
     "supported_families",
     "threshold_control",
     "unpatch_model",
+    "visualize",
 ]
 
 # module -> the public names that it holds
@@ -151,4 +153,4 @@ _HOMES = {
     "atp_patch.tools.trained": ("load_trained",),
     "atp_patch.tools.visual_cache": ("VisualCache", "compress"),
 }
-__getattr__, __dir__ = lazily(__name__, _HOMES)
+__getattr__, __dir__ = lazily(__name__, _HOMES, modules=("visualize",))

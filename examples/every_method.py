@@ -1,6 +1,7 @@
 """One picture under every method that needs no training: what each leaves in the last layers.
 
-Each title says how many visual tokens the decoder's layers hold on average.
+Each title says how many visual tokens the last layers hold; the line below a picture gives the
+average over all layers.
 
     python examples/every_method.py --out every_method.png
 """
@@ -12,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import atp_patch
+from atp_patch import visualize
 from atp_patch.builtin import load_builtin
 from atp_patch.methods import method_class, untrained_methods
-from atp_patch.tools.visualize import as_seen, overlay
-
-PANEL, TITLE, ACROSS = 168, 24, 5
 
 
-def panel_of(
+def trace_of(
     model: Any, processor: Any, image: Image.Image, name: str, share: float
-) -> Image.Image:
-    """The picture with the patches dimmed that a method drops, under the method's name.
+) -> atp_patch.PruningTrace:
+    """What one method keeps of the picture.
 
     Args:
         share: the visual tokens to keep, averaged over all decoder layers. A method whose paper
@@ -43,16 +42,9 @@ def panel_of(
     try:
         with torch.no_grad():
             model(**inputs)
-        trace = atp_patch.last_trace(model)
-        row = overlay(as_seen(image, inputs, processor, trace), trace, panel=PANEL)
+        return visualize.with_pictures(atp_patch.last_trace(model), image, inputs, processor)
     finally:
         atp_patch.unpatch_model(model)
-    last = row.crop((row.width - PANEL, row.height - PANEL, row.width, row.height))
-    made = Image.new("RGB", (PANEL, PANEL + TITLE), "white")
-    made.paste(last, (0, TITLE))
-    title = f"{name}: {trace.average_tokens:.0f} of {tokens}"
-    ImageDraw.Draw(made).text((2, 5), title, fill="black", font=ImageFont.load_default(14))
-    return made
 
 
 def main() -> None:
@@ -67,12 +59,8 @@ def main() -> None:
     given = parser.parse_args()
     model, processor = load_builtin(given.model)
     image = Image.open(given.image).convert("RGB")
-    panels = [panel_of(model, processor, image, name, given.share) for name in given.methods]
-    width, height = PANEL + 8, PANEL + TITLE + 8
-    rows = -(-len(panels) // ACROSS)
-    sheet = Image.new("RGB", (ACROSS * width, rows * height), "white")
-    for number, panel in enumerate(panels):
-        sheet.paste(panel, (number % ACROSS * width + 4, number // ACROSS * height + 4))
+    traces = {name: trace_of(model, processor, image, name, given.share) for name in given.methods}
+    sheet = visualize.compare(traces, across=5).image(dpi=72)
     sheet.quantize(64).save(given.out, optimize=True)
 
 

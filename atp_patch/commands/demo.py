@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from atp_patch.bench.measure import Contender, compare
 from atp_patch.builtin import LLAVA, NAMES, load_builtin
@@ -36,7 +35,7 @@ from atp_patch.tools.loading import (
 )
 from atp_patch.tools.pictures import read_image
 from atp_patch.tools.trained import merged
-from atp_patch.tools.visualize import as_seen, overlay
+from atp_patch.visualize import Drawing, overlay, with_pictures
 
 DECODE_TOKENS = 16
 RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
@@ -93,8 +92,10 @@ def run(args: argparse.Namespace) -> Report:
         pruned, seconds = answer(model, processor, inputs, args.max_new_tokens)
     trace = last_trace(model)
     if args.overlay is not None:
-        pictures = as_seen(image, inputs, processor, trace)
-        _write(overlay(pictures, trace), args.overlay)
+        shown = with_pictures(
+            trace, image, inputs, processor, question=args.question, answer=pruned
+        )
+        _write(overlay(shown), args.overlay)
     runs = RUNS if seconds < SLOW_SECONDS else SLOW_RUNS
     times = compare(
         model,
@@ -118,10 +119,10 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tupl
     return text, time.perf_counter() - start
 
 
-def _write(picture: Image.Image, path: Path) -> None:
+def _write(drawing: Drawing, path: Path) -> None:
     try:
         with replaced(path) as scratch:
-            picture.save(scratch)
+            drawing.save(scratch)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--overlay {path} cannot be written ({first_line(error)}); give another file."

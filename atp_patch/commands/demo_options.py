@@ -58,7 +58,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add_weights(parse)
     output = add_output(parse, "everything")
     output.add_argument(
-        "--overlay", type=Path, metavar="FILE.png", help="draw the surviving tokens"
+        "--overlay", type=Path, metavar="FILE", help="draw the surviving tokens: .png, .svg, .jpg"
     )
     output.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="of an answer (default: 32)"
@@ -126,13 +126,16 @@ def patch_settings(args: argparse.Namespace, found: Trained | None) -> dict[str,
 def _check_overlay(path: Path, image: Path) -> None:
     from PIL import Image
 
+    from atp_patch.visualize.canvas import require_matplotlib
+
+    require_matplotlib()
     if path.is_dir():
         raise ConfigError(f"--overlay {path} is a folder; give the path of a file to write.")
     if not path.parent.is_dir():
         raise ConfigError(f"--overlay {path}: there is no folder {path.parent}; make it first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--overlay {path} may not be written; give another file.")
-    if path.suffix.lower() not in Image.registered_extensions():
+    if path.suffix.lower() not in {".svg", *Image.registered_extensions()}:
         raise ConfigError(f"--overlay {path}: {path.suffix!r} is no image format; give FILE.png.")
     if path.exists() and image.exists() and path.samefile(image):
         raise ConfigError(f"--overlay {path} would overwrite the image; give another file.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -101,11 +103,20 @@ class LayerTrace:
         }
 
 
+class Illustration(Protocol):
+    """Draws a trace over the pictures of its forward pass; `atp_patch.visualize` makes one."""
+
+    def png(self, trace: PruningTrace) -> bytes:
+        """Return the drawing as a PNG file."""
+
+
 @dataclass(frozen=True, repr=False)
 class PruningTrace:
     """One forward pass with images through a patched model.
 
-    ``print(trace)`` shows what each pruning layer kept and what was saved, as a notebook does.
+    ``print(trace)`` shows what each pruning layer kept and what was saved, as a notebook does. A
+    notebook also shows the tokens that were kept, if :func:`atp_patch.visualize.with_pictures` has
+    told the trace what the model saw.
 
     Attributes:
         layers: for each pruning layer, what happened before it.
@@ -115,6 +126,7 @@ class PruningTrace:
         bytes_per_element: size in bytes of one number in the key/value cache.
         losses: in training, the value of each loss that the method added, before its weight. ATP's
             are "atp" and "target".
+        illustration: what draws the trace over its pictures, or None where they are not known.
     """
 
     layers: dict[int, LayerTrace]
@@ -123,6 +135,7 @@ class PruningTrace:
     text_tokens: tuple[int, ...]
     bytes_per_element: int
     losses: dict[str, float] = field(default_factory=dict)
+    illustration: Illustration | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return (
@@ -135,7 +148,15 @@ class PruningTrace:
         return as_text(repr(self), self._tables)
 
     def _repr_html_(self) -> str:
-        return as_html(repr(self), self._tables)
+        picture = self._repr_png_()
+        if picture is None:
+            return as_html(repr(self), self._tables)
+        source = f"data:image/png;base64,{b64encode(picture).decode('ascii')}"
+        image = f'<img alt="visual tokens that each pruning layer keeps" src="{source}">'
+        return as_html(repr(self), self._tables) + image
+
+    def _repr_png_(self) -> bytes | None:
+        return None if self.illustration is None else self.illustration.png(self)
 
     @property
     def _tables(self) -> tuple[Table, Table]:

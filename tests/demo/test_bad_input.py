@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from atp_patch import supported_families
 from atp_patch.commands import demo
+from atp_patch.visualize import Drawing
 
 QUESTION = "How many red shapes are there?"
 
@@ -238,11 +239,11 @@ def test_overlay_that_fails_when_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(self: Image.Image, file: Path, *args: object, **kwargs: object) -> None:
+    def full(self: Drawing, file: Path) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Drawing, "save", full)
     path = tmp_path / "o.png"
     path.write_bytes(b"an earlier picture")
     status = demo.main([str(scene), QUESTION, "--model", str(checkpoint), "--overlay", str(path)])
@@ -252,6 +253,14 @@ def test_overlay_that_fails_when_written(
     assert "give another file" in err.splitlines()[-1]
     assert path.read_bytes() == b"an earlier picture"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_overlay_without_matplotlib(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = complaint(capsys, scene, QUESTION, "--overlay", tmp_path / "o.png")
+    assert "pip install 'atp-patch[visualize]'" in told
 
 
 def test_without_rich(

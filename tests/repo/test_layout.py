@@ -21,7 +21,7 @@ WORKSHOP = sorted((ROOT / "workshop").rglob("*.py"))
 _SEAM = ("host", "decoder", "learning", "door", "tower", "voco")
 _PLAIN = {"contract", "maths"}
 _ENGINE = _PLAIN | {"families", "methods", "seam"}
-_PATCHED = _ENGINE | {"patching", "builtin", "tools", "version"}
+_PATCHED = _ENGINE | {"patching", "builtin", "tools", "version", "visualize"}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "lazy": set(),
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "seam/voco": _PLAIN | {"seam/host", "seam/decoder", "seam/door"},
     "seam": _PLAIN | {f"seam/{alcove}" for alcove in _SEAM},
     "patching": _ENGINE | {"version"},
+    "visualize": {"contract", "lazy", "patching"},
     "builtin": {"contract", "lazy"},
     "tools": _ENGINE | {"patching", "builtin"},
     "training": _PATCHED,
