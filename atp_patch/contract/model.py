@@ -31,7 +31,8 @@ class GridQuery:
         sizes_given: the other arguments of the call that say how large its pictures are, in the
             order of the prompts: "image_sizes" (images, 2) int64, the height and width in pixels;
             "image_merge_sizes" and "video_merge_sizes" (images,) int64, how many patches along a
-            side become one token; "image_position_ids" and "video_position_ids" (images or
+            side become one token; "image_attention_mask" (images, tiles, h, w), 1 at patches that
+            are no padding; "image_position_ids" and "video_position_ids" (images or
             frames, patches, 2) int64, the column and row of each patch, -1 at padding;
             "spatial_shapes", "target_sizes" and "target_sizes_videos" (tiles or frames, 2) int64,
             rows and columns of patches. An argument that was not given is left out.

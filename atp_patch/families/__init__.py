@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
-from atp_patch.families.anyres import ANYRES
+from atp_patch.families.anyres import ANYRES, GRANITE4_VISION
 from atp_patch.families.base import Family, scaled_layers
 from atp_patch.families.gemma4 import GEMMA4
 from atp_patch.families.generic import GENERIC
@@ -13,6 +13,7 @@ from atp_patch.families.internvl_chat import INTERNVL_CHAT
 from atp_patch.families.latents import IDEFICS2
 from atp_patch.families.llava import LLAVA, VIDEO_LLAVA
 from atp_patch.families.molmo2 import FUYU, MOLMO2
+from atp_patch.families.phi4 import PHI4_MULTIMODAL
 from atp_patch.families.pixtral import MISTRAL3
 from atp_patch.families.qwen2_vl import (
     COSMOS3_EDGE,
@@ -37,6 +38,7 @@ from atp_patch.families.square import (
     DEEPSEEK_VL,
     FAST_VLM,
     GEMMA3,
+    GEMMA3N,
     GOT_OCR2,
     GRANITE_DOCLING,
     IDEFICS3,
@@ -53,6 +55,7 @@ from atp_patch.families.vila import VILA
 FAMILIES: tuple[Family, ...] = (
     LLAVA,
     ANYRES,
+    GRANITE4_VISION,
     VIDEO_LLAVA,
     QWEN2_VL,
     QWEN3_VL,
@@ -68,6 +71,7 @@ FAMILIES: tuple[Family, ...] = (
     INTERNVL,
     PALIGEMMA,
     GEMMA3,
+    GEMMA3N,
     GEMMA4,
     IDEFICS3,
     LLAMA4,
@@ -85,6 +89,7 @@ FAMILIES: tuple[Family, ...] = (
     IDEFICS2,
     MOLMO2,
     FUYU,
+    PHI4_MULTIMODAL,
     LFM2_VL,
     LFM3_VL,
     MINICPM_V,

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision: a whole view, then rows that end in a newline.
+"""LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision, Granite 4 Vision: a whole view, then rows that end
+in a newline.
 
 An image of any resolution is packed as the g x g view of the whole, and behind it the tiles, which
 are put together and cut to the picture, row by row, with a newline feature behind each row. An
@@ -10,6 +11,7 @@ are not pruned unless ``prune_marks`` says so. The places of the newlines are al
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from atp_patch.contract import GridQuery, Span, VisualGrid
@@ -19,8 +21,10 @@ from atp_patch.families.towers import square_tower
 
 
 def _side(config: Any) -> int:
+    """Tokens along a side of one tile; Granite 4 Vision's are a share of its patches."""
     vision = config.vision_config
-    return int(vision.image_size) // int(vision.patch_size)
+    patches = int(vision.image_size) // int(vision.patch_size)
+    return int(patches * Fraction(getattr(config, "downsample_rate", None) or 1))
 
 
 def _refuse(span: Span) -> InputError:
@@ -123,4 +127,13 @@ ANYRES = Family(
     check=_check,
     tower=lambda config: square_tower(config, whole=False),
     layout="the whole, then the unpadded picture, a newline behind each row; videos as frames",
+)
+GRANITE4_VISION = Family(
+    name="granite4_vision",
+    model_types=("granite4_vision",),
+    grids=_grids,
+    newline="image_newline",
+    check=_check,
+    told_kinds=True,
+    layout="the whole, then the unpadded picture, a newline behind each row",
 )

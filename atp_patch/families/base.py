@@ -38,7 +38,8 @@ class Family:
         name: the name by which errors, adapters and tables call the family.
         model_types: the values of ``config.model_type`` that belong to the family.
         grids: a function that says where the grids of each sample's placeholders lie.
-        token_ids: the names of the config's attributes that hold the ids of visual placeholders.
+        token_ids: the names of the config's attributes that hold the ids of visual placeholders;
+            "part.name" is an attribute of a part.
         causal: True where the decoder attends causally everywhere (it has no prefix, and images do
             not attend both ways), so that no mask is needed without padding.
         newline: the name of the parameter, in the model without its head, that ends each row of
@@ -55,8 +56,8 @@ class Family:
         resizable: True where the tower takes pictures of any size.
         keeps_state: True where some decoder layers keep a recurrent or convolution state in place
             of keys, as the text config's ``layer_types`` say.
-        told_kinds: True where the call tells the decoder of each token whether it is text or of a
-            picture, so that no token can be added.
+        told_kinds: True where the decoder is told more of each token than its embedding (whether it
+            is text or of a picture, or an input of each layer), so that no token can be added.
         outer: how a model of another package holds its language model; None for models of
             transformers.
         layout: how its visual tokens lie, in a few words for tables.
@@ -97,7 +98,7 @@ class Family:
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""
-        ids = (getattr(config, name, None) for name in self.token_ids)
+        ids = (_attribute(config, name) for name in self.token_ids)
         return tuple(int(token_id) for token_id in ids if token_id is not None)
 
     def default_layers(
@@ -131,6 +132,13 @@ class Family:
                 f"so no token can go before layer {late}; layers={list(layers)} begins earlier. "
                 f"Begin at {late} or later."
             )
+
+
+def _attribute(config: Any, path: str) -> Any:
+    """An attribute of a config or of a part of it; None where there is none."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def _attending(config: Any) -> list[int]:

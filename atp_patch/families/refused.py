@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 _CROSS = "its images are read by cross-attention and never stand in the decoder's sequence"
-_STREAMS = "its decoder carries several streams of hidden states side by side"
-_LATE = "its images enter as zeros, and their features are added before layers up to the middle"
 _QUERIES = "its Q-Former already reduces an image to a few dozen query tokens"
 _ENCODER = "it is an encoder-decoder"
 _MIXERS = "its decoder layers are attention, Mamba or an MLP alone, and do not say which by name"
@@ -18,8 +16,6 @@ _NO_TEXT = "it answers with the actions of a robot and writes no text"
 REFUSED: dict[str, tuple[str, str]] = {
     "mllama": (_CROSS, "llava_next has LLaMA decoders with images in the sequence"),
     "idefics": (_CROSS, "idefics3 is its successor"),
-    "gemma3n": (_STREAMS, "gemma4 is its successor"),
-    "granite4_vision": (_LATE, "granite_docling adds its features behind the first layers"),
     "florence2": (_ENCODER, "paligemma answers the same kinds of prompts"),
     "pix2struct": (_ENCODER, "paligemma answers the same kinds of prompts"),
     "udop": (_ENCODER, "paligemma answers the same kinds of prompts"),
@@ -49,11 +45,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "qwen2_5_omni": (_TALKS, "qwen2_5_omni_thinker can be pruned: patch model.thinker"),
     "qwen3_omni_moe": (_TALKS, "qwen3_omni_moe_thinker can be pruned: patch model.thinker"),
-    "phi4_multimodal": (
-        "its decoder itself writes features among the embeddings, behind the place where they are "
-        "read here",
-        "llava_next has a view of the whole and tiles too",
-    ),
     "mistral4": ("it is a language model without images", "mistral3 takes images"),
     "deepseek_ocr2": (
         "its encoder already reduces a page to a few hundred queries in reading order",

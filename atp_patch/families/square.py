@@ -165,6 +165,14 @@ GEMMA3 = Family(
     read_only=True,
     layout="one square an image",
 )
+GEMMA3N = Family(
+    name="gemma3n",
+    model_types=("gemma3n",),
+    grids=_squares(lambda config: math.isqrt(config.vision_soft_tokens_per_image)),
+    visual_tokens=lambda config: int(config.vision_soft_tokens_per_image),
+    told_kinds=True,
+    layout="one square an image",
+)
 OVIS2 = Family(
     name="ovis2",
     model_types=("ovis2",),

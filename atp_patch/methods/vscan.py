@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from atp_patch.contract import Decision, DoorMethod, DoorView, View
 from atp_patch.contract.errors import ConfigError
-from atp_patch.maths import descending_rank, nearest_target, ranked, top_k_mask
+from atp_patch.maths import nearest_target, ranked, top_k_mask
 from atp_patch.methods.base import Ranking, attention_paid
 from atp_patch.methods.images import Images
 
@@ -87,9 +87,12 @@ class VScanTower(DoorMethod):
             for table in (layout.frame, layout.row, layout.column)
         )
         window = (frame * sides + row * sides // height) * sides + column * sides // width
-        rank = descending_rank(attention, images.valid)
-        same = (window[:, :, None] == window[:, None]) & images.valid[:, None]
-        return (same & (rank[:, None] < rank[:, :, None])).sum(2)
+        window = window.masked_fill(~images.valid, 0)
+        number = sides**2 * max(grid.frames for grids in layout.grids for grid in grids)
+        tokens = window.new_zeros(len(window), number)
+        tokens.scatter_add_(1, window, images.valid.to(window.dtype))
+        first = tokens.cumsum(1) - tokens  # the rank of each window's best token
+        return ranked(images.valid, -window, attention) - first.gather(1, window)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def check_family(family: Family, config: Any) -> None:
     elif family.late_layers(config):
         why = "it adds visual features inside its decoder"
     elif family.told_kinds:
-        why = "its calls tell of each token of the prompt whether it is text or of a picture"
+        why = "its decoder is told more of each token of the prompt than its embedding"
     if why is not None:
         able = ", ".join(f.name for f in FAMILIES if f.takes_voco)
         raise UnsupportedModelError(

@@ -16,6 +16,7 @@ from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.door.entry import TowerOutputs, prefill_of
 from atp_patch.seam.host.cache import pruned_layer
+from atp_patch.seam.host.embedding import embedded, embeds_itself
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.masks import check_implementation, is_flash
 from atp_patch.seam.host.recorder import ATTEND, Recorder
@@ -113,6 +114,9 @@ class DecoderHooks:
             self.recorder.release(self.parts.layers[number].self_attn)
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self.thread.call
+        if self.thread.enabled and call is not None and call.has_images and embeds_itself(module):
+            kwargs = embedded(module, kwargs)
         made = self.pass_of(kwargs)
         if made is None:
             return None

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 import atp_patch
 from atp_patch.contract import Tower, TowerTokens
 from atp_patch.methods import make_method
+from atp_patch.methods.images import Images
+from atp_patch.methods.vscan import VScanTower
 from atp_patch.seam.tower.reading import numbered_block
 from tests.core.test_choices_at_layers import CASES, changed, columns_of
 from tests.helpers import inputs as made
@@ -322,3 +324,28 @@ def test_whose_attention_counts_in_the_tower(queries: str) -> None:
 def test_blocks_by_their_depth(tower: dict[str, Any], depth: int, named: float, block: int) -> None:
     about = Tower(modules=("visual",), blocks="blocks", projector="merger", **tower)
     assert numbered_block(named, about, depth) == block
+
+
+@pytest.mark.parametrize("source", ["qwen2_vl", "llava"])
+def test_turns_within_windows_are_those_of_all_pairs(source: str) -> None:
+    """Among attention of three values, so that most tokens of a window are equal."""
+    view = door_view(source, 0.25, (0.25, -1))
+    generator = torch.Generator().manual_seed(3)
+    images = Images.of(view)
+    attention = torch.randint(0, 3, images.valid.shape, generator=generator).float()
+    for sides in (1, 4, 7):
+        method = VScanTower(windows=sides)
+        turns = method._turn(attention, images, view)
+        number = 0
+        for sample in pictures(view):
+            for one in sample:
+                height, width = one.size
+                windows = [(f, r * sides // height, c * sides // width) for f, r, c in one.place]
+                paid = attention[number, : len(windows)].tolist()
+                for i, window in enumerate(windows):
+                    before = sum(
+                        window == other and (-paid[j], j) < (-paid[i], i)
+                        for j, other in enumerate(windows)
+                    )
+                    assert int(turns[number, i]) == before
+                number += 1

@@ -18,6 +18,9 @@ NEWEST = Version("5.23")  # from here on nothing is excused
 # Before, `generate` repeated the images of beams one by one, not sample by sample.
 REPEATS_SAMPLES = Version("5.18") <= HOST
 
+# Of these it still does so.
+REPEATED_ONE_BY_ONE = ("granite4_vision", "phi4_multimodal")
+
 # Gemma 3's first masks let an image see itself beyond the window.
 WINDOWS_OVER_IMAGES = not hasattr(modeling_gemma3, "token_type_ids_mask_function")
 

@@ -15,7 +15,9 @@ import pytest
 from tests.families import (
     anyres,
     fuyu,
+    gemma3n,
     gemma4,
+    granite4,
     hybrids,
     latents,
     llama4,
@@ -25,6 +27,7 @@ from tests.families import (
     mrope,
     newer,
     omni,
+    phi4,
     sized,
     square,
     towers,
@@ -38,10 +41,13 @@ _BRIEF_TABLES = (
     sized,
     latents,
     fuyu,
+    gemma3n,
     gemma4,
+    granite4,
     hybrids,
     llama4,
     omni,
+    phi4,
 )
 # Rows of the first tables that go the ways of another row of their table, with other numbers.
 _LIKE_ANOTHER = {

@@ -12,6 +12,7 @@ from torch import Tensor
 import atp_patch
 from atp_patch.seam import locate
 from tests.families.hosts import (
+    REPEATED_ONE_BY_ONE,
     REPEATS_SAMPLES,
     skip_where_samples_share_places,
     skip_where_the_cache_matters,
@@ -32,6 +33,7 @@ from tests.helpers.compare import assert_close, assert_same_choice, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.oracle import masked_logits
 from tests.helpers.run import forward, generate, kept_of
+from tests.helpers.tiny import decoder_layers
 
 FAST = {"method": "fastv", "keep": 0.5}
 
@@ -173,7 +175,8 @@ def test_beams_of_a_batch_are_its_samples_beams(kind: Kind) -> None:
         pytest.skip("transformers cannot repeat this model's samples, the plain one's either")
     skip_where_samples_share_places(kind.build())
     model = patched(kind)
-    samples = MIXED[:2] if REPEATS_SAMPLES else ALIKE
+    by_sample = REPEATS_SAMPLES and kind.name not in REPEATED_ONE_BY_ONE
+    samples = MIXED[:2] if by_sample else ALIKE
     together = generate(model, make(kind, samples).inputs, 3, num_beams=2)
     for answer, one in zip(together, samples, strict=True):
         alone = generate(model, make(kind, [one]).inputs, 3, num_beams=2)
@@ -251,7 +254,7 @@ def check_stripes(features: Tensor, image: Tensor, line: Tensor) -> None:
 def local(model: Any) -> None:
     """Make the vision tower look at each patch alone, wherever it stands."""
     outputs = ("out_proj", "o_proj", "projection_layer", "attn.proj", "attention.dense")
-    decoder = {id(weight) for weight in model.get_decoder().parameters()}
+    decoder = {id(weight) for weight in decoder_layers(model).parameters()}
     for name, weight in model.named_parameters():
         places = ("position_embedding", "positional_embedding", "pos_embed")
         mixes = any(part in name for part in (*outputs, *places))

@@ -92,6 +92,28 @@ def means(table: Tensor, joined: list[dict[int, list[int]]]) -> Tensor:
     return made
 
 
+def _embedded(decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With embeddings in place of ids and pixels, where the decoder (Phi-4's) would make them."""
+    if kwargs.get("inputs_embeds") is not None:
+        return kwargs
+    pictures = {
+        name: kwargs.pop(name)
+        for name in ("image_pixel_values", "image_sizes", "image_attention_mask")
+    }
+    ids = kwargs.pop("input_ids")
+    embeds = decoder.embed_tokens_extend.image_embed(ids, decoder.embed_tokens(ids), **pictures)
+    return {**kwargs, "inputs_embeds": embeds}
+
+
+def _tables(embeds: Tensor, kwargs: dict[str, Any]) -> dict[int, Tensor]:
+    """Layer -> (B, L, D), what Granite 4 Vision adds before it."""
+    tables = {}
+    for layer, features in (kwargs.get("deepstack_features") or {}).items():
+        tables[layer] = torch.zeros_like(embeds)
+        tables[layer][kwargs["vision_mask"][..., 0]] = features
+    return tables
+
+
 def told(
     plain: Any, inputs: Inputs, trace: atp_patch.PruningTrace, *, merges: bool, **options: Any
 ) -> Tensor:
@@ -105,9 +127,17 @@ def told(
     plain = copy.deepcopy(plain)
 
     def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = _embedded(module, kwargs)
         embeds = kwargs["inputs_embeds"]
-        joined = joined_by_hand(embeds, trace.layout, trace.layers[0].kept)
+        added = _tables(embeds, kwargs)
+        seen = embeds + added[min(added)] if added else embeds
+        joined = joined_by_hand(seen, trace.layout, trace.layers[0].kept)
         made = {**kwargs, "inputs_embeds": means(embeds, joined)}
+        if added:  # pictures enter as zeros, and features are added before some layers
+            mask = kwargs["vision_mask"][..., 0]
+            made["deepstack_features"] = {
+                layer: means(table, joined)[mask] for layer, table in added.items()
+            }
         late = kwargs.get("deepstack_visual_embeds")
         if late:  # features that are added behind the first layers
             mask, tables = kwargs["visual_pos_masks"], []

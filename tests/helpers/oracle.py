@@ -67,7 +67,7 @@ def masked(
             parts: Tensor | None = parts,
             blocks: Tensor | None = None if blocks_slide and not slides else blocks,
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            batch, length = args[0].shape[:2]
+            batch, length = args[0].shape[-3:-1]  # in front of them, Gemma 3n has streams
             visible = _fitted(chosen, batch, length) & _fitted(real, batch, length)
             both = None if blocks is None else _fitted(blocks, batch, length, value=-1)
             apart = None if parts is None else _fitted(parts, batch, length, value=-1)

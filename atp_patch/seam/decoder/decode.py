@@ -30,7 +30,7 @@ class Decode:
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
         """Return the layer's arguments, and change its keywords in place."""
-        self.narrow_kwargs(layer, args[0].shape[1], kwargs)
+        self.narrow_kwargs(layer, args[0].shape[-2], kwargs)
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:

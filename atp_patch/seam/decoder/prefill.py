@@ -20,8 +20,10 @@ from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.host_pass import HostPass
+from atp_patch.seam.decoder.late_features import LateFeatures
 from atp_patch.seam.decoder.restoring import restored
 from atp_patch.seam.decoder.rope_2d import RowColumnRotary
+from atp_patch.seam.decoder.streams import by_stream, first_stream
 from atp_patch.seam.decoder.views import view_before
 from atp_patch.seam.decoder.visual_tokens import Learned, TokenState
 from atp_patch.seam.host.prompt import TextRows
@@ -82,6 +84,7 @@ class Prefill:
         prompt_tokens: how many tokens each sample has without padding.
         host: what the host brought to this pass.
         embeds: (B, L, D), what enters the decoder.
+        late: the features that are added before some layers; None where there are none.
         entry: the decision about the visual tokens that enter the decoder; None where all do.
         rotary: the rotary tables by row and column; None where the host's tables are kept.
         known: layer -> the decision of the first pass of a generation without a cache, filled by
@@ -104,6 +107,7 @@ class Prefill:
     entry: Decision | None
     rotary: RowColumnRotary | None
     known: dict[int, Decision] | None
+    late: LateFeatures | None = None
     recordings: dict[int, Recording] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     entered: tuple[int, ...] = field(init=False)
@@ -127,6 +131,8 @@ class Prefill:
     ) -> tuple[Any, ...]:
         """Return the layer's arguments, and change its keywords in place."""
         (hidden,) = args
+        if self.late is not None:
+            hidden = self.late.added(layer, hidden)
         if layer in self.policy.layers:
             self._prune(layer, hidden)
         hidden = self._narrow_hidden(layer, hidden, kwargs)
@@ -197,6 +203,8 @@ class Prefill:
 
     def _carry_out(self, layer: int, decision: Decision) -> None:
         self.tokens.apply(layer, decision)
+        if self.late is not None:
+            self.late.follow(layer, self.tokens)
         if self.known is not None:
             self.known.setdefault(layer, decision)
 
@@ -223,7 +231,7 @@ class Prefill:
                 self.text,
                 self.host,
                 {number: (of, recordings[of]) for number, of in heard.items()},
-                hidden,
+                first_stream(hidden),
                 step=self.policy.layers.index(layer),
                 counts=self._counts(layer),
                 embeds=self.embeds.to(device),
@@ -275,9 +283,13 @@ class Prefill:
                 self.rows = rows
                 slot = survivors.columns(length)[:, -rows:].clamp(min=0)
                 return gather_tokens(whole, slot.to(whole.device))
-        if layer:  # the embeddings at the door have been merged
-            hidden = self.tokens.merged(layer, hidden)
-        return self.tokens.narrow_hidden(layer, hidden)
+
+        def narrowed(states: Tensor) -> Tensor:
+            if layer:  # the embeddings at the door have been merged
+                states = self.tokens.merged(layer, states)
+            return self.tokens.narrow_hidden(layer, states)
+
+        return by_stream(narrowed, hidden)
 
     def _narrow_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         host, survivors = self.host, self.tokens.entering(layer)
@@ -290,7 +302,7 @@ class Prefill:
             host.narrow_kwargs(layer, survivors, kwargs)
         elif host.cache is not None and host.past:
             decode = Decode(host.cache, host.flash, host.key_layers)
-            decode.narrow_kwargs(layer, hidden.shape[1], kwargs)
+            decode.narrow_kwargs(layer, hidden.shape[-2], kwargs)
 
     def _query_factor(self, layer: int, attention: Any, kwargs: dict[str, Any]) -> Tensor | None:
         survivors = self.tokens.entering(layer)

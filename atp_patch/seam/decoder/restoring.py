@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from atp_patch.seam.decoder.streams import by_stream
 from atp_patch.seam.decoder.visual_tokens import TokenState
 
 
@@ -33,7 +34,9 @@ def restored(
 
     def hidden(states: Tensor, layer: int) -> Tensor:
         survivors = tokens.entering(layer)
-        return states if survivors is None else survivors.restore_hidden(states, length)
+        if survivors is None:
+            return states
+        return by_stream(lambda stream: survivors.restore_hidden(stream, length), states)
 
     def attention(weights: Tensor, layer: int) -> Tensor:
         survivors = tokens.entering(layer)

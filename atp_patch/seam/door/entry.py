@@ -13,6 +13,7 @@ from atp_patch.contract import Decision, GridQuery, Layout, TowerTokens, VisualG
 from atp_patch.contract.errors import CacheError, InputError, UnsupportedModelError
 from atp_patch.seam.decoder.gathered_tokens import GatheredTokens
 from atp_patch.seam.decoder.host_pass import HostPass
+from atp_patch.seam.decoder.late_features import LateFeatures
 from atp_patch.seam.decoder.prefill import LayerPolicy, Prefill
 from atp_patch.seam.decoder.rope_2d import RowColumnRotary
 from atp_patch.seam.decoder.visual_tokens import TokenState
@@ -113,6 +114,9 @@ def prefill_of(
         )
     if embeds is None:  # a language model that other code gives embeddings: ids are text
         return None
+    late = LateFeatures.of(kwargs)
+    if late is not None:
+        embeds = late.shown(embeds)
     prompt = read_prompt(call, policy.visual_token_ids, embeds, past)
     if not bool(prompt.visual.any()):
         return None
@@ -124,7 +128,8 @@ def prefill_of(
         )
     dropped = find_tombstones(embeds) if policy.leaves_tombstones else None
     check_features(embeds, prompt, dropped)
-    query = grid_query(parts, call, prompt, kwargs, policy.newline)
+    shown = {**kwargs, "inputs_embeds": embeds}
+    query = grid_query(parts, call, prompt, shown, policy.newline)
     refuse_packed(call.sequences, query.position_ids, prompt.attended)
     grids = find_grids(policy.grids, query, prompt)
     layout = Layout.from_grids(grids, embeds.shape[1], embeds.device)
@@ -165,6 +170,8 @@ def prefill_of(
         keep = layout.valid & ~dropped.gather(1, layout.position)
         entry = Decision(keep, soft=keep.float())
         kwargs["inputs_embeds"] = embeds.masked_fill(dropped[..., None], 0)
+    if late is not None:
+        late.take(kwargs)
     for name in call.sequences:  # They count tokens that may go.
         kwargs.pop(name, None)
     if policy.chooses_at_door and entry is None:
@@ -177,10 +184,11 @@ def prefill_of(
         text=text,
         prompt_tokens=tuple(prompt.token_counts),
         host=host,
-        embeds=kwargs["inputs_embeds"],
+        embeds=kwargs["inputs_embeds"] if late is None else embeds,
         entry=entry,
         rotary=RowColumnRotary(layout) if policy.rope_2d else None,
         known=known,
+        late=late,
     )
     if policy.chooses_at_door:
         narrow_late_features(prefill, kwargs)

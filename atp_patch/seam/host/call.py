@@ -18,6 +18,7 @@ IMAGE_KEYS = (
     "pixel_values",
     "pixel_values_images",
     "pixel_values_videos",
+    "image_pixel_values",
     "mm_encoder_outputs",
 )
 

@@ -11,6 +11,7 @@ from transformers import cache_utils
 
 from atp_patch.contract import DecoderShape, Outer
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+from atp_patch.seam.host.embedding import embeds_itself
 
 
 @dataclass
@@ -216,6 +217,7 @@ def locate(model: Any, outer: Outer | None = None, *, bare: bool = False) -> Par
         )
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     decoder, layers = _decoder(model)
+    bare = bare or embeds_itself(decoder)
     if not isinstance(layers, nn.ModuleList) or (decoder is base and not bare):
         raise UnsupportedModelError(
             f"{name} has no language decoder apart from its vision model: nothing to prune. "

@@ -18,6 +18,7 @@ PICTURE_SIZES = (
     "image_grid_thw",
     "video_grid_thw",
     "image_sizes",
+    "image_attention_mask",
     "image_merge_sizes",
     "video_merge_sizes",
     "image_position_ids",
