@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval mutation results lint types format clean
+.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval mutation results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -84,8 +84,16 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The documentation as a site in site/; a link that leads nowhere, or any other warning, is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The pictures of the README and of docs/how-it-works.md, with times of this machine.
+pictures: $(VENV)/.installed-eval
+	$(BIN)/python examples/pictures.py
+
 clean:
-	rm -rf $(VENV) $(EVAL) .matrix build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: constraints.txt .ci/install-torch
 	$(PYTHON) -m venv $(VENV)

@@ -88,8 +88,8 @@ def patch_model(
         options: fields of the method.
 
     Returns:
-        The same object. A model has one patch: patching a patched model, a wrapper around it, or
-        a part of it that holds its decoder, replaces the first patch. If anything is raised, the
+        The same object. A model has one patch, so patching a patched model, a wrapper around it,
+        or a part of it that holds its decoder, replaces the first patch. If anything is raised, the
         model and its first patch stay unchanged.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The examples of docs/methods.md, "A method of your own", run as they are printed."""
+"""The examples of docs/add_method.md, run as they are printed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from tests.helpers import inputs as made
 from tests.helpers.run import forward
 from tests.helpers.tiny import tiny_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+PAGE = Path(__file__).parents[2] / "docs" / "add_method.md"
 FAMILIES = ("llava", "qwen2_5_vl", "internvl", "gemma3")
 
 
 def blocks() -> dict[str, str]:
     """Name of the class that it defines -> the source of each example."""
-    section = PAGE.read_text(encoding="utf-8").partition("## A method of your own")[2]
-    section = section.partition("\n## ")[0]
-    sources = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    page = PAGE.read_text(encoding="utf-8")
+    sources = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     return {re.findall(r"^class (\w+)", source, re.MULTILINE)[-1]: source for source in sources}
 
 

@@ -1,4 +1,4 @@
-"""A stranger's path: the commands of the pages alone lead to an adapter on the Hub, and a fresh
+"""A stranger's path: the commands of the README alone lead to an adapter on the Hub, and a fresh
 process that loads it gives the same answers.
 """
 
@@ -24,7 +24,7 @@ from tests.helpers.hub import LoopbackHub
 from tests.hub.conftest import TOKEN
 
 ROOT = Path(__file__).parents[2]
-# What is added to a command of the page, so that the test takes seconds: the last flag wins.
+# What is added to a command of the README, so that the test takes seconds: the last flag wins.
 SHORT = ["--steps", "1", "--samples", "4", "--batch-size", "2", "--calibrate", "0"]
 ANSWERS = """
 import json
@@ -42,16 +42,16 @@ print(json.dumps({"logits": logits, "kept": kept}))
 
 
 def commands() -> list[list[str]]:
-    """The command lines of the page's section on sharing, with a user's name."""
-    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    block = re.search(r"## Share an adapter\n\n```sh\n(.*?)```", page, re.DOTALL)
+    """The command lines of the README's section on training and sharing, with a user's name."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## Train, share, load\n\n```sh\n(.*?)```", page, re.DOTALL)
     assert block is not None
     return [shlex.split(line.replace("USER", "ann")) for line in block[1].splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_from_the_page_to_the_hub_and_back(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_from_the_readme_to_the_hub_and_back(hub: LoopbackHub, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,

@@ -76,20 +76,27 @@ def test_the_installed_version_is_the_package_s() -> None:
     assert installed == atp_patch.__version__
 
 
-def table(title: str) -> list[str]:
-    """First cells of the table under a heading of the README."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def table(page: str, title: str) -> list[str]:
+    """First cells of the table under a heading of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.split(f"# {title}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
     return rows[1:]
 
 
-def test_the_readme_names_what_there_is() -> None:
-    named = set(re.findall(r"`(\w+)\(", " ".join(table("In a program"))))
+def test_the_pages_name_what_there_is() -> None:
+    named = set(re.findall(r"`(\w+)\(", " ".join(table("api.md", "Reference"))))
     assert named <= set(atp_patch.__all__)
     functions = {n for n in atp_patch.__all__ if n[0].islower() and callable(getattr(atp_patch, n))}
     assert functions <= named
-    assert [cell.strip("`") for cell in table("Methods")] == atp_patch.available_methods()
+    kept = table("methods.md", "What each keeps")
+    assert [cell.strip("`") for cell in kept] == atp_patch.available_methods()
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: atp_patch\.(\w+)$", page, re.MULTILINE)
+    assert sorted(shown) == sorted(set(atp_patch.__all__) - {"__version__"})
 
 
 def test_every_public_name_is_there() -> None:

@@ -1,0 +1,77 @@
+"""What mkdocs needs to make a site of pages that are also read on a forge.
+
+- Pages link to files outside of ``docs`` (results, examples, the changelog). These files come into
+  the site, and links among all of them are rewritten to where they lie there.
+- Docstrings hold references such as :func:`patch_model`. They become code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = Path(__file__).resolve().parent
+HOME = DOCS / "README.md"
+LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
+ROLE = re.compile(r":\w+:`~?([^`]+)`")
+
+
+def _linked(page: Path) -> set[Path]:
+    """The files of this repository that a page links to or shows."""
+    targets = (found[1] for found in LINK.findall(page.read_text(encoding="utf-8")))
+    return {(page.parent / target).resolve() for target in targets if "://" not in target}
+
+
+def _place(file: Path) -> str:
+    """Where a file of the repository lies among the sources of the site."""
+    if file == ROOT / "README.md":
+        file = HOME  # the site has a first page of its own
+    return file.relative_to(DOCS if file.is_relative_to(DOCS) else ROOT).as_posix()
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what the pages link to outside of ``docs``, and what those files link to in turn."""
+    waiting = {Path(file.abs_src_path or "") for file in files.documentation_pages()}
+    known = {Path(file.abs_src_path or "") for file in files} | {ROOT / "README.md"}
+    while waiting:
+        for file in _linked(waiting.pop()) - known:
+            if not file.is_file() or not file.is_relative_to(ROOT):
+                continue  # mkdocs itself warns of a link that leads nowhere
+            known.add(file)
+            files.append(File.generated(config, _place(file), abs_src_path=str(file)))
+            if file.suffix == ".md":
+                waiting.add(file)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Rewrite links between files of the repository to links between files of the site."""
+    source = Path(page.file.abs_src_path or "")
+    here = Path(page.file.src_uri).parent
+
+    def rewritten(found: re.Match[str]) -> str:
+        if "://" in found[2]:
+            return found[0]
+        target = (source.parent / found[2]).resolve()
+        if not target.is_file() or not target.is_relative_to(ROOT):
+            return found[0]
+        return found[1] + os.path.relpath(_place(target), here) + found[3]
+
+    return LINK.sub(rewritten, markdown)
+
+
+class PlainReferences(griffe.Extension):
+    """Write references in docstrings, such as :func:`patch_model`, as code."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one object."""
+        if obj.docstring is not None:
+            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
