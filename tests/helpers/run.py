@@ -49,7 +49,7 @@ def kept_of(model: PreTrainedModel) -> dict[int, Tensor]:
     return {number: layer.kept.clone() for number, layer in layers.items()}
 
 
-def generate(model: PreTrainedModel, inputs: Inputs, tokens: int = 6, **kwargs: Any) -> Any:
+def generate(model: PreTrainedModel, inputs: Inputs, tokens: int = 4, **kwargs: Any) -> Any:
     """``generate``, greedy unless told otherwise, with the same random numbers in every call."""
     torch.manual_seed(0)
     return model.generate(**inputs, **{"max_new_tokens": tokens, "do_sample": False, **kwargs})
