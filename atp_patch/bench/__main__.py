@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import transformers
 
 from atp_patch.bench.comparison_tables import entries, same_lengths, table
 from atp_patch.bench.follow_up import compare_questions, questions_case, questions_table
+from atp_patch.bench.growth import FEWEST_SIZES, draw_growths, growth_table, growths
 from atp_patch.bench.lengths import time_same_lengths
 from atp_patch.bench.measure import PLAIN, Contender, compare, patched
 from atp_patch.bench.options import PROG, STDOUT, check_mode, parser
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
+from atp_patch.bench.report_page import page
 from atp_patch.bench.training import as_data, compare_steps, steps_table
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today
@@ -34,18 +38,23 @@ from atp_patch.tools.loading import choose_device, choose_dtype, first_line
 from atp_patch.tools.method_spec import read_method_spec
 from atp_patch.version import __version__
 
+_OUTPUTS = {"json", "plot", "growth_plot", "report", "quiet"}
+
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; returns the exit status, as :func:`execute` says."""
     memory = "give a smaller --scale, or smaller numbers for --batch-size."
-    return execute(parser(prog), _command, argv, memory=memory)
+    given = sys.argv[1:] if argv is None else argv
+    work = partial(_command, command=f"{prog} {shlex.join(given)}")
+    return execute(parser(prog), work, given, memory=memory)
 
 
-def _command(args: argparse.Namespace) -> None:
-    for name in ("json", "plot"):
+def _command(args: argparse.Namespace, command: str) -> None:
+    for name in ("json", "plot", "growth_plot", "report"):
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ConfigError(f"--{name} {path}: give a file in a folder that is there.")
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} {path}: give a file in a folder that is there.")
     if args.preset not in PRESETS:
         raise ConfigError(f"--preset {args.preset!r}: give one of {', '.join(sorted(PRESETS))}.")
     alone = args.json == STDOUT
@@ -55,6 +64,10 @@ def _command(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(report, indent=1, default=str) + "\n")
     if args.plot is not None:
         draw(report["cases"], report["model"], args.plot)
+    if args.growth_plot is not None:
+        draw_growths(report["growth"], report["model"], args.growth_plot)
+    if args.report is not None:
+        write_text(args.report, page(report, command))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ATPError: where an argument is wrong.
     """
-    if args.plot is not None:
+    if args.plot is not None or args.growth_plot is not None:
         check_plot()
     check_mode(args)
     for name in ("runs", "batch_size", "prompt_tokens"):
@@ -78,6 +91,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--decode-tokens must be 0 or more and below 2**31.")
     preset = PRESETS[args.preset]
     images = args.image or [preset.image]
+    if args.growth_plot is not None:
+        sizes = {preset.visual_tokens(image) for image in images}
+        if len(sizes) < FEWEST_SIZES:
+            raise ConfigError(
+                f"--growth-plot: give --image {FEWEST_SIZES} sizes or more that have different "
+                f"numbers of visual tokens; there are {len(sizes)}."
+            )
     depth = preset.depth(args.scale)
     settings = {image: _settings(args, preset, image, depth.decoder) for image in images}
     device = choose_device(args.device)
@@ -99,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {
             name: value
             for name, value in vars(args).items()
-            if name not in ("json", "plot", "quiet") and value is not None
+            if name not in _OUTPUTS and value is not None
         },
         "cases": [],
     }
@@ -119,6 +139,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report["cases"].append(case)
         sys.stdout.write("\n" + table(case))
         sys.stdout.flush()
+        _write(report, args.json)
+    if not (args.train or args.follow_up):
+        report["growth"] = growths(report["cases"])
+        for growth in report["growth"]:
+            sys.stdout.write("\n" + growth_table(growth))
         _write(report, args.json)
     return report
 

@@ -162,7 +162,12 @@ def heading(case: dict[str, Any]) -> str:
 
 def listing(case: dict[str, Any], head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The table of one case, with a row for each way to do it, which begins with its name."""
-    lines = [heading(case), "", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
+    return f"{heading(case)}\n\n{markdown(head, rows)}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, whose first column holds names and whose others hold numbers."""
+    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
 
 

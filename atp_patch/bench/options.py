@@ -137,6 +137,18 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     output.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw speed-up against FLOPs ratio"
     )
+    output.add_argument(
+        "--growth-plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw time against tokens; needs three sizes of --image or more",
+    )
+    output.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.md",
+        help="write a page that says from which image, prompt and batch on pruning pays",
+    )
     return parse
 
 
@@ -173,6 +185,8 @@ def check_mode(args: argparse.Namespace) -> None:
         "--layers": args.follow_up and args.layers is not None,
         "--profile": args.profile,
         "--plot": args.plot is not None,
+        "--growth-plot": args.growth_plot is not None,
+        "--report": args.report is not None,
         "--decode-tokens": args.decode_tokens != DECODE_TOKENS,
     }
     for name, given in others.items():
