@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import stat
 import subprocess
 import sys
@@ -52,13 +53,12 @@ def told(
     places["OUT"].mkdir()
     told = {name: str(path) for name, path in places.items()}
     program, *parts = request.param.split()
-    subprocess.run(
-        ["sh", str(ROOT / "results" / program), *parts], check=True, env={**os.environ, **told}
-    )
+    environment = {**os.environ, **told}
+    subprocess.run([str(ROOT / "results" / program), *parts], check=True, env=environment)
     return [json.loads(line) for line in places["LOG"].read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("told", ["run.sh", "run.sh bench", "train.sh"], indirect=True)
+@pytest.mark.parametrize("told", ["run.sh", "run.sh bench", "train.sh", "gpu.sh"], indirect=True)
 def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> None:
     assert len(told) >= 4
     for argv in told:
@@ -83,6 +83,11 @@ def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> N
             check_mode(bench_parser().parse_args(argv[2:]))
         elif argv[:2] == ["-m", "workshop.train_compressed"]:
             train_compressed.parse(argv[2:])
+        elif argv[0] == "-c":
+            assert argv[1] == "import flash_attn"
+        elif argv[0] == "results/prefill_profile.py":
+            profile = runpy.run_path(str(ROOT / argv[0]))
+            profile["parser"]().parse_args(argv[1:])
         else:
             assert (ROOT / "results" / argv[0]).is_file(), argv
 
@@ -98,3 +103,15 @@ def test_a_recipe_has_three_seeds_and_is_trained_once(told: list[list[str]]) -> 
     assert {"frozen15", "lora15", "frozen25", "lora25", "paper20"} <= seeds.keys()
     assert {"compressed/voco8", "compressed-dynamic/voco8"} <= seeds.keys()
     assert all(found == ["0", "1", "2"] for found in seeds.values()), seeds
+
+
+@pytest.mark.slow
+def test_a_profile_tells_the_patch_from_the_model(tmp_path: Path) -> None:
+    profile = runpy.run_path(str(ROOT / "results" / "prefill_profile.py"))
+    out = tmp_path / "profile.json"
+    profile["main"](["tiny", "--device", "cpu", "--scale", "0.5", "--json", str(out)])
+    found = json.loads(out.read_text())
+    assert found["method"] == "atp"
+    assert found["waits"] == []
+    assert 0 < found["patch_share"] < 0.9
+    assert any("topk" in name or "sort" in name for name in found["longest"])
