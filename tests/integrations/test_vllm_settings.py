@@ -1,0 +1,357 @@
+"""The settings of the vLLM plugin and its choices, which need no vLLM.
+
+`make test-vllm` runs the plugin in the real engine.
+"""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import atp_patch
+from atp_patch.contract import TowerTokens
+from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
+from atp_patch.integrations.vllm.baselines import BaselineAtDoor
+from atp_patch.integrations.vllm.choosing import keep_features
+from atp_patch.integrations.vllm.plugin import SERVED, check_engine, check_model, register
+from atp_patch.integrations.vllm.positions import prompt_positions, split_steps, with_steps
+from atp_patch.integrations.vllm.settings import SERVED_METHODS, VARIABLE, Settings
+from atp_patch.methods import METHODS, DivPrune, VisionZip
+from tests.helpers import inputs as prompts
+from tests.helpers.inputs import batch
+from tests.helpers.run import forward
+from tests.helpers.tiny import decoder_layers, tiny_model
+
+WRONG = {
+    "keep=0.5": "names no method",
+    "divprune": "is not one name=value",
+    "method=divprune": "give one of keep",
+    "method=divprune,keep=0.5,tokens_per_image=9": "give one of keep",
+    "method=divprune,keep=0.5,keep=0.5": "is not one name=value",
+    "method=divprune,keep=0": "must be above 0",
+    "method=divprune,keep=much": "give a number",
+    "method=divprune,tokens_per_image=0": "must be at least 1",
+    "method=divprune,tokens_per_image=1.5": "give a whole number",
+    "method=divprune,keep=0.5,alpha=1": "has no option alpha",
+    "method=divprune,keep=0.5,share=0.5": "leave out share",
+    "method=scope,alpha=-1,keep=0.5": "alpha=-1 must be at least 0",
+    "method=nothing,keep=0.5": "unknown method 'nothing'",
+    "method=random,keep=0.5,seed=first": "give a whole number",
+    "method=cdpruner,keep=0.5": "it reads the question",
+    "method=downsample,keep=0.5": "vLLM itself shrinks pictures",
+    "method=voco,keep=0.5": "cannot be served",
+}
+INSIDE = sorted({cls.name for cls in METHODS if cls.where == "layer"} - {"random", "uniform"})
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG.items())
+def test_a_wrong_setting_is_one_line_that_names_the_variable(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Settings.parse(text)
+    message = str(error.value)
+    assert said in message
+    assert message.startswith(VARIABLE)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_method_inside_the_decoder_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} cannot be served .* inside the decoder"):
+        Settings.parse(f"method={name},keep=0.5")
+
+
+def test_a_method_that_decides_the_number_itself_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Adaptive(atp_patch.DoorMethod):
+        name = "test-adaptive"
+        summary = "as many as it likes"
+
+        @property
+        def takes_budget(self) -> bool:
+            return False
+
+        def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
+            return atp_patch.Decision(view.slot_valid)
+
+    with pytest.raises(ConfigError, match="decides itself how many"):
+        Settings.parse(f"method={Adaptive.name},keep=0.5")
+
+
+def test_every_other_method_is_served() -> None:
+    refused = {*INSIDE, "cdpruner", "downsample", "voco"}
+    served = [cls.name for cls in METHODS if cls.name not in refused]
+    made = [Settings.parse(f"method={name},keep=0.5").method for name in served]
+    assert len(made) == len(served) == 11
+    assert served == sorted(SERVED_METHODS.split(", "), key=served.index)
+
+
+def test_options_of_the_method_are_read() -> None:
+    found = Settings.parse(" method = scope , keep = 0.25 , alpha = 0 ")
+    assert found.method == atp_patch.methods.SCOPE(alpha=0)
+    assert not found.reads_tower
+    assert Settings.parse("method=scope,keep=0.25").reads_tower
+    assert Settings.parse("method=prumerge+,keep=0.25").reads_tower
+
+
+@pytest.mark.parametrize(
+    ("budget", "counts"),
+    {
+        "keep=0.25": {1: 1, 2: 1, 9: 2, 576: 144, 577: 144},
+        "keep=1": {1: 1, 576: 576},
+        "tokens_per_image=64": {1: 1, 63: 63, 64: 64, 576: 64},
+    }.items(),
+)
+def test_the_count_follows_from_the_size(budget: str, counts: dict[int, int]) -> None:
+    settings = Settings.parse(f"method=divprune,{budget}")
+    assert {total: settings.count(total) for total in counts} == counts
+
+
+# -- the choice is that of patch_model -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeenDivPrune(DivPrune):
+    """DivPrune that stores what it sees."""
+
+    name = "test-seen-divprune"
+
+    def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
+        VIEWS.append(view)
+        return super().decide(view)
+
+
+@dataclass(frozen=True)
+class SeenVisionZip(VisionZip):
+    """VisionZip that stores what it sees."""
+
+    name = "test-seen-visionzip"
+
+    def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
+        VIEWS.append(view)
+        return super().decide(view)
+
+
+@dataclass(frozen=True)
+class SeenBaseline(BaselineAtDoor):
+    """A baseline that stores what it sees."""
+
+    name = "test-seen-baseline"
+
+    def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
+        VIEWS.append(view)
+        return super().decide(view)
+
+
+VIEWS: list[atp_patch.DoorView] = []
+SAME = {
+    "divprune": (SeenDivPrune(), DivPrune()),
+    "visionzip": (SeenVisionZip(), VisionZip()),
+    "uniform": (SeenBaseline(baseline="uniform"), BaselineAtDoor(baseline="uniform")),
+    "random": (
+        SeenBaseline(baseline="random", settings={"seed": 3}),
+        BaselineAtDoor(baseline="random", settings={"seed": 3}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["llava-llama", "qwen2_vl"])
+@pytest.mark.parametrize("case", SAME)
+def test_choice_and_features_are_those_of_the_door(kind: str, case: str) -> None:
+    seen, method = SAME[case]
+    model = atp_patch.patch_model(tiny_model(kind), method=seen, keep=0.25)
+    entered: list[Tensor] = []
+    decoder_layers(model)[0].register_forward_pre_hook(
+        lambda module, args: entered.append(args[0].clone())
+    )
+    VIEWS.clear()
+    inputs = batch(model, prompts.SAME_SIZE, "left")
+    forward(model, inputs)
+    (view,), (hidden,) = VIEWS, entered
+    kept = atp_patch.last_trace(model).layers[0].kept
+    (grid,) = view.layout.grids[0]
+    sizes = [(grid.height, grid.width)] * 2
+    tower = {
+        number: TowerTokens(tokens.attention, tokens.key, tokens.class_token)
+        for number, tokens in view.tower.items()
+    }
+    found = keep_features(Settings(method, keep=0.25), list(view.features), sizes, tower)
+    for b, one in enumerate(found):
+        places = view.layout.position[b]
+        assert torch.equal(places[one.place], places[kept[b, places]])
+        start = int(places[0])  # text stands before the picture, with padding on the left
+        assert torch.equal(one.features, hidden[b, start : start + len(one.place)])
+    alone = [
+        keep_features(Settings(method, keep=0.25), [one], sizes[:1], _of(tower, b))[0]
+        for b, one in enumerate(view.features)
+    ]
+    for one, other in zip(alone, found, strict=True):
+        assert torch.equal(one.place, other.place)
+
+
+def _of(tower: dict[float, TowerTokens], b: int) -> dict[float, TowerTokens]:
+    return {
+        number: TowerTokens(tokens.attention[b : b + 1], tokens.key[b : b + 1], None)
+        for number, tokens in tower.items()
+    }
+
+
+def test_pictures_of_several_sizes_choose_as_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(4, 6), (6, 8), (4, 6)]
+    features = [torch.randn(h * w, 16, generator=generator) for h, w in sizes]
+    settings = Settings.parse("method=divprune,keep=0.3")
+    together = keep_features(settings, features, sizes)
+    for one, features_of_one, size in zip(together, features, sizes, strict=True):
+        (alone,) = keep_features(settings, [features_of_one], [size])
+        assert torch.equal(one.place, alone.place)
+        assert len(one.place) == settings.count(size[0] * size[1])
+        assert torch.equal(one.features, features_of_one[one.place])
+
+
+def test_a_budget_of_all_tokens_changes_nothing() -> None:
+    features = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    (kept,) = keep_features(Settings.parse("method=visionzip,keep=1"), [features], [(3, 4)])
+    assert torch.equal(kept.features, features)
+    assert kept.place.tolist() == list(range(12))
+
+
+def test_broken_features_are_reported() -> None:
+    features = torch.ones(12, 8)
+    features[3, 2] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinite"):
+        keep_features(Settings.parse("method=divprune,keep=0.5"), [features], [(3, 4)])
+
+
+# -- positions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_travel_with_features(dtype: torch.dtype) -> None:
+    features = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    steps = torch.tensor(
+        [[0, 1, 2], [255, 256, 257], [575, 576, 1023], [65535, 0, 4096], [9, 9, 9]]
+    )
+    found, places = split_steps(with_steps(features, steps))
+    assert torch.equal(found, features)
+    assert torch.equal(places, steps)
+
+
+def test_positions_are_those_of_the_whole_prompt() -> None:
+    """Two pictures of 9 and 4 tokens, of which 2 and 3 stay, in a prompt of 17 tokens."""
+    whole = list(range(17))  # 2 words, picture, 1 word, picture, 1 word
+    text = [*whole[:2], whole[11], whole[16]]
+    positions, following = prompt_positions(9, [(2, 2, 9), (5, 3, 4)])
+    assert positions.shape == (3, 9)
+    for row in positions.tolist():
+        assert [row[0], row[1], row[4], row[8]] == text
+        assert row[2:4] == [2, 2]
+        assert row[5:8] == [12, 12, 12]
+    assert following == 17 - 9
+
+
+# -- the plugin ------------------------------------------------------------------------------------
+
+
+def test_the_entry_point_names_the_function() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    points = dict(
+        line.split(" = ")
+        for line in setup["options.entry_points"]["vllm.general_plugins"].strip().splitlines()
+    )
+    module, _, name = points["atp_patch"].partition(":")
+    assert getattr(importlib.import_module(module), name) is register
+
+
+@pytest.mark.parametrize("text", ["", "method=fastv,keep=0.5"])
+def test_without_a_setting_nothing_is_done_and_a_wrong_one_ends_the_process(text: str) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from atp_patch.integrations.vllm.plugin import register\nregister()",
+        ],
+        env={**os.environ, VARIABLE: text},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (1 if text else 0)
+    assert len(done.stderr.splitlines()) == (1 if text else 0), done.stderr
+    assert ("atp_patch: ATP_PATCH_VLLM: method=fastv cannot be served" in done.stderr) == bool(text)
+
+
+def model_config(name: str = "LlavaForConditionalGeneration", **given: Any) -> Any:
+    facts = {
+        "model_type": "llava",
+        "vision_config": SimpleNamespace(model_type=given.pop("tower", "clip_vision_model")),
+        "vision_feature_select_strategy": given.pop("select", "default"),
+    }
+    if not name.startswith("Llava"):
+        facts["model_type"] = "another"
+    multimodal = SimpleNamespace(enable_mm_embeds=given.pop("embeds", False))
+    return SimpleNamespace(
+        hf_config=SimpleNamespace(**facts), architecture=name, multimodal_config=multimodal
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "said"),
+    [
+        ("divprune", model_config("Idefics3ForConditionalGeneration"), "cannot be pruned in vLLM"),
+        ("visionzip", model_config("Qwen2VLForConditionalGeneration"), "reads the vision tower"),
+        ("divprune", model_config(tower="pixtral"), "no squares"),
+        ("divprune", model_config(select="full"), "class token"),
+        ("divprune", model_config(embeds=True), "--enable-mm-embeds"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_is_refused(method: str, config: Any, said: str) -> None:
+    settings = Settings.parse(f"method={method},keep=0.5")
+    with pytest.raises((ConfigError, UnsupportedModelError), match=said):
+        check_model(config, settings, SERVED.get(config.architecture))
+
+
+def test_a_model_that_can_be_pruned_is_served() -> None:
+    for method in ("divprune", "visionzip", "prumerge+", "random"):
+        settings = Settings.parse(f"method={method},keep=0.5")
+        check_model(model_config(), settings, SERVED["LlavaForConditionalGeneration"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    {
+        "--pipeline-parallel-size": {"pipeline_parallel_size": 2},
+        "--enable-dbo": {"enable_dbo": True},
+        "--tensor-parallel-size": {"tensor_parallel_size": 2},
+        "--speculative-config": {},
+    }.items(),
+)
+def test_engines_in_which_positions_would_be_wrong_are_refused(
+    argument: str, change: dict[str, Any]
+) -> None:
+    parallel = {"pipeline_parallel_size": 1, "enable_dbo": False, "tensor_parallel_size": 1}
+    settings = Settings.parse("method=visionzip,keep=0.5")
+
+    def engine(**changes: Any) -> Any:
+        speculative = (
+            object() if argument == "--speculative-config" and changes != parallel else None
+        )
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**{**parallel, **changes}),
+            speculative_config=speculative,
+        )
+
+    check_engine(engine(**parallel), settings)
+    with pytest.raises(ConfigError, match=argument):
+        check_engine(engine(**change), settings)
