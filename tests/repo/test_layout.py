@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": _PATCHED | {"seam/host"},
     "bench": _PATCHED | {"evaluation"},
     "convert": _PATCHED,
-    "integrations": _PATCHED,
+    "integrations": _PATCHED | {"seam/decoder", "seam/tower"},
     "commands": _PATCHED | {"training", "evaluation", "bench", "convert"},
     "__init__": _PATCHED | {"lazy"},
     "demo": {"commands"},
