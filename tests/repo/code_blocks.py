@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# A fence with this word behind its language holds code that a test checks and does not run.
-MARK = "not-run"
+# A fence with this behind its language holds code that a test checks and does not run. The site
+# would take any other word there for text.
+MARK = "{not-run}"
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,8 +41,9 @@ def pages() -> list[Path]:
 def blocks(page: Path, language: str) -> list[Block]:
     """The blocks of one language on a page, in order."""
     found = _FENCE.findall(page.read_text(encoding="utf-8"))
+    assert {info.strip() for _, info, _ in found} <= {"", MARK}, page
     return [
-        Block(name, MARK not in info.split(), source)
+        Block(name, info.strip() != MARK, source)
         for name, info, source in found
         if name == language
     ]
