@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 import atp_patch
 from tests.families.anyres import PINPOINTS, _unpadded
@@ -76,6 +77,8 @@ class Whole:
             its picture's grids, None for marks.
         text: how a prompt names a picture.
         least: the smallest picture that the processor itself takes.
+        config: makes the tiny model's config, where its pictures must have another size.
+        torchvision: whether the image processor needs torchvision.
     """
 
     kind: str
@@ -83,6 +86,8 @@ class Whole:
     cells: Callable[[Any, Size], Cells]
     text: str = "<image>"
     least: Size = DOT
+    config: Callable[[], Any] | None = None
+    torchvision: bool = False
 
 
 def rows(height: int, width: int, grid: int = 0, marks: int = 0) -> Cells:
@@ -160,6 +165,23 @@ IMAGE = {"<image>": tiny.IMAGE}
 AROUND = {"<open>": 6, "<close>": 7}
 PIXELS = {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 40}  # of pictures cut into cells
 
+
+def crops_and_whole(processor: Any, size: Size) -> Cells:
+    """Step 3.7: the crops, 4 x 4 tokens each, and then the whole picture."""
+    number = crops(processor, size)
+    for crop in range(number):
+        yield from rows(4, 4, crop)
+    yield from rows(6, 6, number)
+
+
+def aria() -> Any:
+    """Aria's processor knows two sizes of pictures, and takes this one where it is not told."""
+    config = BY_NAME["aria"].config()
+    config.vision_config.image_size, config.vision_config.patch_size = 980, 140
+    config.projector_patch_to_query_dict = {49: 30}
+    return config
+
+
 WHOLE = (
     Whole(
         "llava",
@@ -186,6 +208,22 @@ WHOLE = (
             vision_feature_select_strategy="default",
             image_token="<image>",
             num_additional_image_tokens=1,
+        ),
+        whole_and_unpadded,
+    ),
+    Whole(
+        "granite4_vision",
+        lambda: transformers.Granite4VisionProcessor(
+            transformers.LlavaNextImageProcessor(
+                size={"shortest_edge": 48},
+                crop_size={"height": 48, "width": 48},
+                image_grid_pinpoints=PINPOINTS,
+            ),
+            tokenizer(IMAGE, image_token="<image>"),
+            patch_size=4,
+            vision_feature_select_strategy="full",
+            image_token="<image>",
+            downsample_rate="2/4",
         ),
         whole_and_unpadded,
     ),
@@ -283,6 +321,40 @@ WHOLE = (
         least=(8, 8),
     ),
     Whole(
+        "aria",
+        lambda: transformers.AriaProcessor(
+            transformers.AriaImageProcessor(),
+            tokenizer(IMAGE, image_token="<image>"),
+            size_conversion={980: 30},
+        ),
+        lambda processor, size: rows(1, 30),
+        config=aria,
+    ),
+    Whole(
+        "step3p7",
+        lambda: transformers.Step3p7Processor(
+            transformers.Step3p7ImageProcessor(
+                size={"height": 96, "width": 96},
+                patch_size=64,
+                vision_patch_size=4,
+                max_image_size=256,
+            ),
+            tokenizer(
+                {
+                    "<im_patch>": tiny.IMAGE,
+                    "<patch_start>": 3,
+                    "<patch_end>": 4,
+                    "<patch_newline>": 9,
+                    "<im_start>": 6,
+                    "<im_end>": 7,
+                }
+            ),
+        ),
+        crops_and_whole,
+        text="<im_patch>",
+        torchvision=True,
+    ),
+    Whole(
         "lighton_ocr",
         lambda: transformers.LightOnOcrProcessor(
             transformers.PixtralImageProcessor(
@@ -328,6 +400,13 @@ WHOLE = (
 )
 
 
+def row_of(case: Whole | Pixels) -> Kind:
+    """The row of the families' table, with a config that the processor's pictures fit."""
+    kind = BY_NAME[case.kind]
+    config = case.config if isinstance(case, Whole) else None
+    return kind if config is None else replace(kind, config=config)
+
+
 @cache
 def built(case: Whole) -> Any:
     return case.build()
@@ -335,7 +414,7 @@ def built(case: Whole) -> Any:
 
 def processed(case: Whole, samples: Sequence[Sequence[Size]]) -> Batch:
     """What the processor makes of these pictures, and the place of each of its ids."""
-    processor, kind = built(case), BY_NAME[case.kind]
+    processor, kind = built(case), row_of(case)
     sizes = [[max(size, case.least) for size in one] for one in samples]
     texts = [
         "<s> w1 " + " w2 ".join(case.text for _ in one) + " w3" * (3 + 2 * number)
@@ -453,10 +532,17 @@ def by_pixels(case: Pixels, samples: Sequence[Sequence[Size]]) -> Batch:
 
 # -- tests -----------------------------------------------------------------------------------------
 
+
+def _needs(real: Whole | Pixels) -> Any:
+    """The mark of a row whose image processor may not be there."""
+    missing = isinstance(real, Whole) and real.torchvision and not is_torchvision_available()
+    return pytest.mark.skipif(missing, reason="its image processor needs torchvision")
+
+
 every = pytest.mark.parametrize(
     ("kind", "real"),
     [
-        pytest.param(BY_NAME[real.kind], real, id=real.kind)
+        pytest.param(row_of(real), real, id=real.kind, marks=_needs(real))
         for real in (*WHOLE, *ALONE)
         if real.kind in BY_NAME  # absent from early versions of transformers
     ],
