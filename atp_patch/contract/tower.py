@@ -28,7 +28,8 @@ class Tower:
         tokenwise: whether the projector works token by token. Then its inputs are merged, as in the
             paper; otherwise it joins patches, and its outputs are merged.
         class_token: whether the first token of the tower is a class token.
-        packed: whether all images are in one row of patches and the tower is given their grids.
+        packed: whether all images are in one row of patches and the tower is given their grids or
+            sizes.
         cell: number of patches along a side of the square that becomes one token of the decoder.
         window: number of tokens along a side of the windows into which a packed tower sorts its
             tokens; 0 if it does not sort them.
@@ -44,6 +45,10 @@ class Tower:
             or used again behind the projector, methods may only read the tower.
         resized: name of the keyword that tells a tower that pictures have another size; empty if it
             needs none.
+        sizes: name of the keyword that tells a tower the heights and widths of its pictures, whose
+            patches then lie row by row; empty for towers that take squares or are given grids.
+        sizes_step: how many of the units of these sizes a patch is long: its pixels, or 1 where
+            they count patches.
     """
 
     modules: tuple[str, ...]
@@ -64,6 +69,8 @@ class Tower:
     lead: tuple[int, ...] = (0,)
     mergeable: bool = True
     resized: str = ""
+    sizes: str = ""
+    sizes_step: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from atp_patch.contract import GridQuery, Span, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids, equal_images
 from atp_patch.families.pixtral import pixtral_grids
-from atp_patch.families.towers import square_tower
+from atp_patch.families.towers import pixtral_tower, square_tower
 
 MEND = "let the model's own processor expand <image> to placeholders."
 
@@ -85,7 +85,7 @@ LLAVA = Family(
     model_types=("llava", "vipllava"),
     grids=_grids,
     visual_tokens=_visual_tokens,
-    tower=square_tower,
+    tower=lambda config: (pixtral_tower if _is_pixtral(config) else square_tower)(config),
     resizable=True,
     layout="one square an image; with a Pixtral tower its rows",
 )

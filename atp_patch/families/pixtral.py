@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from atp_patch.contract import GridQuery, Span, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
+from atp_patch.families.towers import pixtral_tower
 
 
 def chains(spans: Sequence[Span]) -> list[list[Span]]:
@@ -81,5 +82,7 @@ MISTRAL3 = Family(
     name="mistral3",
     model_types=("mistral3",),
     grids=pixtral_grids,
+    tower=pixtral_tower,
+    read_only=True,
     layout="rows x columns, ids of text between rows",
 )

@@ -15,7 +15,7 @@ from typing import Any
 from atp_patch.contract import GridQuery, Span, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
-from atp_patch.families.towers import packed_tower
+from atp_patch.families.towers import packed_tower, pixtral_tower
 
 IMAGES, VIDEOS, PIXELS = "image_grid_thw", "video_grid_thw", "image_sizes"
 Films = deque[tuple[int, int, int]]  # frames, rows and columns of tokens
@@ -212,6 +212,10 @@ LIGHTON_OCR = Family(
     name="lighton_ocr",
     model_types=("lighton_ocr",),
     grids=_pixels,
+    tower=lambda config: pixtral_tower(
+        config, module="vision_encoder", projector="vision_projection"
+    ),
+    read_only=True,
     layout="rows x columns",
 )
 

@@ -14,6 +14,7 @@ from atp_patch.contract import GridQuery, Span, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.sizes import Films, by_grid_thw, in_order, mismatch, whole
+from atp_patch.families.towers import naflex_tower
 
 SHAPES, SLICES, FRAMES = "spatial_shapes", "target_sizes", "target_sizes_videos"
 
@@ -68,6 +69,8 @@ LFM2_VL = Family(
     name="lfm2_vl",
     model_types=("lfm2_vl",),
     grids=_lfm2_grids,
+    tower=naflex_tower,
+    read_only=True,
     keeps_state=True,
     layout="rows x columns of each tile, then of the whole",
 )

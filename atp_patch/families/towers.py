@@ -88,6 +88,50 @@ def siglip_cells(config: Any, cell: int, **more: Any) -> Tower | None:
     return Tower(**{**facts, **more})
 
 
+def pixtral_tower(config: Any, **names: str) -> Tower:
+    """Pixtral's tower, which takes all pictures in one row and is told their sizes in pixels.
+
+    Methods may read it.
+
+    Args:
+        config: the config of the whole model.
+        names: the names of its module and projector, where they are not LLaVA's.
+    """
+    chosen = hasattr(config, "vision_feature_layer")
+    patch = int(config.vision_config.patch_size)
+    return Tower(
+        modules=(names.get("module", "vision_tower"),),
+        blocks="transformer.layers",
+        attention="attention",
+        block=feature_block(config, "vision_feature_layer") if chosen else last_block(config),
+        projector=names.get("projector", _PROJECTOR),
+        mergeable=False,
+        tokenwise=False,
+        packed=True,
+        cell=int(getattr(config, "spatial_merge_size", 1)),
+        patch=patch,
+        sizes="image_sizes",
+        sizes_step=patch,
+    )
+
+
+def naflex_tower(config: Any) -> Tower | None:
+    """SigLIP 2's tower for pictures of any size (NaFlex), which methods may read; else None."""
+    if config.vision_config.model_type != "siglip2_vision_model":
+        return None
+    return Tower(
+        modules=("vision_tower",),
+        blocks="encoder.layers",
+        block=last_block(config),
+        projector=_PROJECTOR,
+        mergeable=False,
+        tokenwise=False,
+        cell=int(config.downsample_factor),
+        patch=int(config.vision_config.patch_size),
+        sizes="spatial_shapes",
+    )
+
+
 def last_block(config: Any) -> int:
     """The number of the tower's last block."""
     return int(config.vision_config.num_hidden_layers) - 1

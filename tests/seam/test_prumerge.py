@@ -20,7 +20,8 @@ from tests.seam.vision_cases import CASES, KINDS, MORE, NEIGHBOURS, SMALL, Case,
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 both = pytest.mark.parametrize("method", ["prumerge", "prumerge+"])
 LLAVA = CASES[0]
-LATER = [case for case in MORE if case.name not in ("gemma3", "qwen3_vl")]  # these are only read
+ONLY_READ = ("gemma3", "qwen3_vl", "llava-pixtral", "mistral3", "lighton_ocr", "lfm2_vl")
+LATER = [case for case in MORE if case.name not in ONLY_READ]
 WHOLE = [case for case in CASES if "next" not in case.name and "onevision" not in case.name]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from tests.families import anyres, more_square, mrope, sized, square, towers
+from tests.families import anyres, hybrids, more_square, mrope, sized, square, towers
 from tests.families.kinds import VIDEO, Kind, Picture, Sample, Words, make, sample
 from tests.helpers import inputs as made
 from tests.helpers import tiny
@@ -27,7 +27,7 @@ from tests.helpers.merging import (
 )
 from tests.helpers.oracle import masked_logits
 
-TABLES = (square, anyres, towers, mrope, more_square, sized)
+TABLES = (square, anyres, towers, mrope, more_square, sized, hybrids)
 KINDS = {kind.name: kind for table in TABLES for kind in table.KINDS}
 NEIGHBOURS = 5
 TILED = (
@@ -54,6 +54,8 @@ class Case:
         inputs_merged: the projector's inputs are merged, not its outputs.
         beams: whether the plain model can search with beams: transformers trips over the features
             of deepstack where there are none.
+        sizes: the argument that says how high and wide each picture is, where a tower takes
+            pictures of any size and their patches lie row by row.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Case:
     class_token: bool = True
     packed: bool = False
     beams: bool = True
+    sizes: str = ""
 
     def alone(self, model: Any, number: int) -> Inputs:
         """One sample of ``feed``."""
@@ -135,7 +138,22 @@ _ALIGNED: dict[str, Any] = {
     "projector": "aligner",
     "class_token": False,
 }
+_PIXTRAL: dict[str, Any] = {
+    "attentions": ("vision_tower.transformer.layers.1.attention",),
+    "inputs_merged": False,
+    "class_token": False,
+    "packed": True,
+    "sizes": "image_sizes",
+}
 _FACTS: dict[str, dict[str, Any]] = {
+    "llava-pixtral": _PIXTRAL,
+    "mistral3": _PIXTRAL,
+    "lighton_ocr": {
+        **_PIXTRAL,
+        "attentions": ("vision_encoder.transformer.layers.1.attention",),
+        "projector": "vision_projection",
+    },
+    "lfm2_vl": {**_CELLS, "sizes": "spatial_shapes"},
     "aya_vision": _CELLS,
     "cohere2_vision": _CELLS,
     "gemma3": _CELLS,
@@ -185,7 +203,7 @@ def read(case: Case, plain: Any, inputs: Inputs) -> list[Read]:
                 lambda _, args, kwargs: found["tables"].append(kwargs["position_embeddings"]),
                 with_kwargs=True,
             )
-        else:
+        if case.sizes or not case.packed:
             attention.get_submodule(case.key).register_forward_hook(note("k"))
     projector = twin.model.get_submodule(case.projector)
     if case.inputs_merged:
@@ -194,6 +212,8 @@ def read(case: Case, plain: Any, inputs: Inputs) -> list[Read]:
         projector.register_forward_hook(note("features"))
     with torch.no_grad():
         twin(**inputs)
+    if case.sizes:
+        return _row_by_row(case, plain.config, found, inputs[case.sizes])
     if case.packed:
         grids = [inputs[n] for n in ("image_grid_thw", "video_grid_thw") if n in inputs]
         return [_packed(case, plain, found, at, grid) for at, grid in enumerate(grids)]
@@ -203,6 +223,43 @@ def read(case: Case, plain: Any, inputs: Inputs) -> list[Read]:
     ]
     return [
         Read(q, k, features, None) for q, k, features in zip(*split, found["features"], strict=True)
+    ]
+
+
+def _row_by_row(case: Case, config: Any, found: dict[str, list[Any]], sizes: Tensor) -> list[Read]:
+    """Of pictures that all stand in one row, or each in one of its own; patch by patch in order."""
+    vision = config.vision_config
+    cell = getattr(config, "downsample_factor", getattr(config, "spatial_merge_size", 1))
+    step = 1 if case.sizes == "spatial_shapes" else vision.patch_size
+    pictures: list[tuple[Tensor, Tensor, list[tuple[int, int]]]] = []
+    start = 0
+    for number, (height, width) in enumerate((sizes // step).tolist()):
+        high, wide = height // cell, width // cell
+        order = [
+            start + (row * cell + a) * width + column * cell + b
+            for row in range(high)
+            for column in range(wide)
+            for a in range(cell)
+            for b in range(cell)
+        ]
+        one = []
+        for name in "qk":
+            heads = found[name][0][0 if case.packed else number].unflatten(
+                -1, (vision.num_attention_heads, -1)
+            )
+            if case.packed:
+                cos, sin = (table.unsqueeze(1) for table in found["tables"][0])
+                first, second = heads.chunk(2, -1)
+                heads = heads * cos + torch.cat([-second, first], -1) * sin
+            one.append(heads[order].transpose(0, 1))
+        start += height * width if case.packed else 0
+        pictures.append((*one, [(r, c) for r in range(high) for c in range(wide)]))
+    if case.packed:
+        queries, keys, places = (list(part) for part in zip(*pictures, strict=True))
+        return [Read(queries, keys, found["features"][0], places)]
+    return [  # the projector takes one picture after the other
+        Read([query], [key], features, [places])
+        for (query, key, places), features in zip(pictures, found["features"], strict=True)
     ]
 
 

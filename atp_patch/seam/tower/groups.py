@@ -6,7 +6,7 @@ A group is one image, tile or frame, within which the tower attends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ def tower_groups(
     Args:
         about: where the tower's parts are, and what its tokens are like.
         recorded: the attention of one block, in one call or more.
-        grids: the frames, height and width of each picture in patches, where the tower takes rows
-            of patches.
+        grids: the frames, height and width of each picture in patches, where the tower takes
+            pictures of any size.
         shape: the shape of the projector's features without the last dimension.
         counts: the budget.
         minimum: how many tokens each group keeps at least.
@@ -55,7 +55,7 @@ def tower_groups(
     Raises:
         UnsupportedModelError: where the patches cannot be matched with tokens.
     """
-    if about.packed:
+    if about.packed or about.sizes:
         return _packed(about, recorded, grids, counts, minimum)
     return _square(about, recorded[0], shape, counts, minimum, every_query)
 
@@ -111,23 +111,20 @@ def _packed(
     counts: Counter,
     minimum: int,
 ) -> tuple[TokenGroups, Tensor]:
-    """The groups of a tower that takes all pictures as one row of patches."""
+    """The groups of a tower that takes pictures of any size."""
     cell = about.cell
-    query, key = (
-        torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
-    )
     frames = [(h // cell, w // cell) for t, h, w in grids for _ in range(t)]
     tokens = [height * width for height, width in frames]
-    device, longest = query.device, max(tokens)
+    key = recorded[0].key
+    device, longest = key.device, max(tokens)
     shape = (len(frames), longest)
     attention = torch.zeros(shape, device=device)
     keys = torch.zeros(*shape, key.shape[1] * key.shape[3], device=device)
     row, column, place = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(3))
     start = 0
-    for number, (height, width) in enumerate(frames):
-        count = tokens[number]
-        part = slice(start * cell**2, (start + count) * cell**2)
-        one = Recording(query[:, :, part], key[:, :, part], None, recorded[0].scaling)
+    pictures = _row_by_row if about.sizes else _cell_by_cell
+    for number, one in enumerate(pictures(about, recorded, frames)):
+        (height, width), count = frames[number], tokens[number]
         paid, made = _received(one, 0)
         attention[number, :count] = paid[0].unflatten(0, (count, -1)).sum(1)
         keys[number, :count] = made[0].unflatten(0, (count, -1)).mean(1)
@@ -141,6 +138,37 @@ def _packed(
         attention, keys, valid, row, column, heights, widths, counts(tokens, tokens), minimum
     )
     return groups, place
+
+
+def _cell_by_cell(
+    about: Tower, recorded: Sequence[Recording], frames: Sequence[tuple[int, int]]
+) -> Iterator[Recording]:
+    """The attention of each frame, in a tower that takes all in one row, cell by cell."""
+    query, key = (
+        torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
+    )
+    start = 0
+    for height, width in frames:
+        part = slice(start, start := start + height * width * about.cell**2)
+        yield Recording(query[:, :, part], key[:, :, part], None, recorded[0].scaling)
+
+
+def _row_by_row(
+    about: Tower, recorded: Sequence[Recording], frames: Sequence[tuple[int, int]]
+) -> Iterator[Recording]:
+    """The attention of each picture, cell by cell, in a tower whose patches lie row by row.
+
+    All pictures stand in one row, or each stands in one of its own with padding behind it.
+    """
+    (made,), cell = recorded, about.cell
+    start = 0
+    for number, (height, width) in enumerate(frames):
+        row = 0 if about.packed else number
+        place = torch.arange(height * width * cell**2, device=made.key.device)
+        place = place.view(height, cell, width, cell).transpose(1, 2).flatten() + start
+        start += len(place) if about.packed else 0
+        query, key = (table[row : row + 1, :, place] for table in (made.query, made.key))
+        yield Recording(query, key, None, made.scaling)
 
 
 def window_order(height: int, width: int, window: int) -> Tensor:

@@ -44,8 +44,8 @@ class _TowerCalls(PerThread):
     """What the hooks know of the tower's calls in the running thread's pass.
 
     Attributes:
-        grids: the frames, height and width of each picture in patches, where the tower takes rows
-            of patches.
+        grids: the frames, height and width of each picture in patches, where the tower takes
+            pictures of any size.
         recorded: block -> the attention that was recorded in the call that is under way.
         classes: block -> (G, Dt) the class tokens of the call that is under way.
         states: block -> (G, n, Dt) its output at each token, as far as the method asks for it.
@@ -98,7 +98,7 @@ class ReadingHooks:
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
         for tower in self._towers():
-            if self.tower.packed:
+            if self.tower.packed or self.tower.sizes:
                 add(tower.register_forward_pre_hook(self._before_tower, with_kwargs=True))
             for number, block, attention in self._watched(tower):
                 self.recorder.watch(attention)
@@ -133,8 +133,21 @@ class ReadingHooks:
     # -- hooks ------------------------------------------------------------------------------------
 
     def _before_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.tower.sizes:
+            self._here.grids = self._sized(args, kwargs)
+            return
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         self._here.grids = [(t, h, w) for t, h, w in grid.tolist()]
+
+    def _sized(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int, int]]:
+        """The grids of pictures whose sizes the tower is told; without them all are as large as the
+        pixel values.
+        """
+        step, sizes = self.tower.sizes_step, kwargs.get(self.tower.sizes)
+        if sizes is None:
+            pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+            sizes = [pixels.shape[-2:]] * len(pixels)
+        return [(1, int(height) // step, int(width) // step) for height, width in sizes]
 
     def _before_attention(self, number: int, module: nn.Module, args: Any) -> None:
         if self.active():
