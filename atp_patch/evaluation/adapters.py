@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.tools.threshold_controls import CONTROLS
@@ -32,13 +33,15 @@ class Recipe:
     pooled: bool
 
 
-def recipes(specs: Sequence[str]) -> list[Recipe]:
+def recipes(specs: Sequence[str], hub: Mapping[str, Any] | None = None) -> list[Recipe]:
     """Find everything that ``--adapters`` names.
 
     Args:
         specs: each is "A", or "A~mean" or "A~shuffled" for a control. A is "shipped" for all
             adapters that come with the package, an adapter as ``find_trained`` takes it, a folder
             of such adapters (trainings of one recipe), or a folder of such folders.
+        hub: how adapters are read from the Hub, as ``find_trained`` takes it. Its revision is that
+            of the adapters whose names end in none.
 
     Raises:
         ConfigError: for another control, or a folder that holds trainings and folders of them.
@@ -55,18 +58,20 @@ def recipes(specs: Sequence[str]) -> list[Recipe]:
                 name=spec if short.count(name) > 1 else name,
                 source=source,
                 control=control,
-                trainings=tuple(str(found.parent) for found in trainings) or (_here(source),),
+                trainings=tuple(str(found.parent) for found in trainings)
+                or (_here(source, hub or {}),),
                 pooled=bool(trainings),
             )
         )
     return made
 
 
-def _here(source: str) -> str:
+def _here(source: str, hub: Mapping[str, Any]) -> str:
     """The source, or the folder of an adapter that is downloaded from the Hub, once for all."""
     if source in shipped() or Path(source).exists():
         return source
-    return find_trained(source).adapter
+    own = {"revision": None} if "@" in source else {}  # find_trained reads it from the name
+    return find_trained(source, **{**hub, **own}).adapter
 
 
 def _each(spec: str) -> list[str]:

@@ -19,7 +19,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks and those of scenes)
 from atp_patch.evaluation.gathered import SUMMARY, gather
 from atp_patch.evaluation.identity import model_hash, processor_hash, today, versions
-from atp_patch.evaluation.options import PROG, check, drop_layers, parser
+from atp_patch.evaluation.options import PROG, check, drop_layers, hub_of, parser
 from atp_patch.evaluation.plots import check_plots, draw_all
 from atp_patch.evaluation.progress import progress
 from atp_patch.evaluation.runner import Bench, chunks, prepared, run
@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         ATPError: where an argument is wrong.
     """
     tasks = choose_tasks(args.tasks)
-    options = named_values(args.option)
+    options, hub = named_values(args.option), hub_of(args)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
 
@@ -83,6 +83,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
             args.layers or default_layers(model),
             args.adapters,
             drop_layers(args.drop_from, num_layers, silent),
+            hub,
         )
 
     model, processor = _load(args.model, device, dtype, settings_for)

@@ -21,6 +21,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation import documents  # noqa: F401  (registers its tasks and those of scenes)
 from atp_patch.evaluation.evidence import QUANTILES, Need, Recall, needs, recalls, spread
 from atp_patch.evaluation.evidence_options import PROG, parser
+from atp_patch.evaluation.options import hub_of
 from atp_patch.evaluation.runner import Bench
 from atp_patch.evaluation.settings import Setting, plan
 from atp_patch.evaluation.tasks import Task, choose_tasks
@@ -132,7 +133,7 @@ def _line(one: Need | Recall) -> str:
 
 
 def _measure(args: argparse.Namespace, tasks: Sequence[Task]) -> list[Recall]:
-    options = named_values(args.option)
+    options, hub = named_values(args.option), hub_of(args)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
 
@@ -146,6 +147,7 @@ def _measure(args: argparse.Namespace, tasks: Sequence[Task]) -> list[Recall]:
             options,
             layers,
             args.adapters,
+            hub=hub,
         )
         return [setting for setting in found if not setting.is_reference]
 

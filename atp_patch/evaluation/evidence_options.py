@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from atp_patch.builtin import SPLITS
-from atp_patch.tools.arguments import DTYPES, Parser, add_layers, add_output, comma_separated
+from atp_patch.evaluation.options import add_compared
+from atp_patch.tools.arguments import DTYPES, Parser, add_output, comma_separated
 
 PROG = "python -m atp_patch.evidence"
 
@@ -31,35 +32,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
     )
     model.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
-    compared = parse.add_argument_group("what is compared")
-    compared.add_argument(
-        "--methods",
-        type=comma_separated(str),
-        metavar="A[,B..]",
-        help="as in atp-patch evaluate (default: all that need no training)",
-    )
-    compared.add_argument(
-        "--budgets",
-        type=comma_separated(float),
-        default=[0.5, 0.25, 0.15],
-        metavar="S[,T..]",
-        help="visual tokens averaged over all decoder layers, as shares (default: 0.5,0.25,0.15)",
-    )
-    add_layers(compared)
-    compared.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of all methods that have it, or METHOD.NAME=VALUE of one; may be repeated",
-    )
-    compared.add_argument(
-        "--adapters",
-        type=comma_separated(str),
-        default=[],
-        metavar="A[,B..]",
-        help="as in atp-patch evaluate",
-    )
+    compared = add_compared(parse)
     compared.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="draws of what is random (default: 1)"
     )

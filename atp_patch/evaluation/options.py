@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from atp_patch.builtin import NAMES, SPLITS
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.arguments import Parser, add_model, add_output, comma_separated
+from atp_patch.tools.arguments import (
+    HUB,
+    Group,
+    Parser,
+    add_hub,
+    add_layers,
+    add_model,
+    add_output,
+    comma_separated,
+)
 from atp_patch.tools.files import check_folder
 
 PROG = "python -m atp_patch.evaluate"
@@ -28,29 +38,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--methods atp,fastv --budgets 0.5,0.25 --questions 100 --out results",
     )
     add_model(parse).set_defaults(model=next(iter(NAMES)))
-    add = parse.add_argument_group("what is compared").add_argument
-    add(
-        "--methods",
-        type=comma_separated(str),
-        metavar="A[,B..]",
-        help="default: all that need no training; NAME@I+J+K prunes before these layers, NAME:S+T "
-        "has these budgets, FIRST/SECOND prunes before the decoder and inside it. Differences are "
-        "to the first",
-    )
-    add(
-        "--budgets",
-        type=comma_separated(float),
-        default=[0.5, 0.25, 0.15],
-        metavar="S[,T..]",
-        help="visual tokens averaged over all decoder layers, as shares (default: 0.5,0.25,0.15)",
-    )
-    add(
-        "--layers",
-        type=comma_separated(int),
-        metavar="I[,J..]",
-        help="prune before these decoder layers (default: 4,14,24 of 32, in proportion)",
-    )
-    add(
+    compared = add_compared(parse)
+    compared.add_argument(
         "--drop-from",
         type=comma_separated(str),
         default=[],
@@ -58,25 +47,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="also measure the model without any visual token from each of these decoder layers "
         "on; all: from each layer where this makes a difference",
     )
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of all methods that have it, or METHOD.NAME=VALUE of one; may be repeated",
+    compared.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="draws of what is random (default: 3)"
     )
-    add(
-        "--adapters",
-        type=comma_separated(str),
-        default=[],
-        metavar="A[,B..]",
-        help="saved adapters, those of the built-in model by name (shipped: all of them), Hub ids "
-        "(USER/REPO or USER/REPO@REVISION), folders of trainings (adapter and LoRA), folders of "
-        "several trainings, which are pooled as seeds are, or a folder of such folders; A~mean and "
-        "A~shuffled are controls, with the mean of the learned thresholds or those of another "
-        "question, at the same average on questions of the split train",
-    )
-    add("--seeds", type=int, default=3, metavar="N", help="draws of what is random (default: 3)")
     add = parse.add_argument_group("questions").add_argument
     add(
         "--tasks",
@@ -117,6 +90,64 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--no-plots", action="store_true", help="write no plots (they need matplotlib)"
     )
     return parse
+
+
+def add_compared(parse: argparse.ArgumentParser) -> Group:
+    """Add the options about methods, budgets and adapters that are compared.
+
+    Returns:
+        the group of those about methods and budgets.
+    """
+    group = parse.add_argument_group("what is compared")
+    group.add_argument(
+        "--methods",
+        type=comma_separated(str),
+        metavar="A[,B..]",
+        help="default: all that need no training; NAME@I+J+K prunes before these layers, NAME:S+T "
+        "has these budgets, FIRST/SECOND prunes before the decoder and inside it. Differences are "
+        "to the first",
+    )
+    group.add_argument(
+        "--budgets",
+        type=comma_separated(float),
+        default=[0.5, 0.25, 0.15],
+        metavar="S[,T..]",
+        help="visual tokens averaged over all decoder layers, as shares (default: 0.5,0.25,0.15)",
+    )
+    add_layers(group)
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of all methods that have it, or METHOD.NAME=VALUE of one; may be repeated",
+    )
+    adapters = parse.add_argument_group("adapters")
+    adapters.add_argument(
+        "--adapters",
+        type=comma_separated(str),
+        default=[],
+        metavar="A[,B..]",
+        help="saved adapters, those of the built-in model by name (shipped: all of them), Hub ids "
+        "(USER/REPO or USER/REPO@REVISION), folders of trainings (adapter and LoRA), folders of "
+        "several trainings, which are pooled as seeds are, or a folder of such folders; A~mean and "
+        "A~shuffled are controls, with the mean of the learned thresholds or those of another "
+        "question, at the same average on questions of the split train",
+    )
+    add_hub(adapters)
+    return group
+
+
+def hub_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How the adapters that ``--adapters`` names are read from the Hub.
+
+    Raises:
+        ConfigError: where an option says so and there are no adapters.
+    """
+    hub = {name: getattr(args, name) for name in HUB}
+    if not args.adapters and (given := next((name for name in HUB if hub[name]), None)):
+        raise ConfigError(f"--{given.replace('_', '-')} goes with --adapters.")
+    return hub
 
 
 def check(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -140,6 +140,7 @@ def plan(
     layers: Sequence[int],
     adapters: Sequence[str],
     drop_from: Sequence[int] = (),
+    hub: Mapping[str, Any] | None = None,
 ) -> list[Setting]:
     """Make all settings: the references first, then the methods by falling budget. The baselines
     are always among them.
@@ -154,6 +155,7 @@ def plan(
         adapters: what ``--adapters`` names.
         drop_from: decoder layers; for each there is a setting that leaves out all visual tokens
             from it on.
+        hub: how adapters are read from the Hub, as :func:`recipes` takes it.
 
     Raises:
         ConfigError: for an unknown method, or an option that no chosen method has.
@@ -179,7 +181,8 @@ def plan(
             free += drawn_each
         if method.takes_budget:
             limited += [(setting, shares) for setting in drawn_each]
-    settings += [_trained(recipe, one) for recipe in recipes(adapters) for one in recipe.trainings]
+    for recipe in recipes(adapters, hub):
+        settings += [_trained(recipe, one) for one in recipe.trainings]
     settings += free
     for budget in sorted({share for _, shares in limited for share in shares}, reverse=True):
         settings += [replace(s, budget=budget) for s, shares in limited if budget in shares]

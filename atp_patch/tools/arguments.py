@@ -19,6 +19,8 @@ EXIT_STATUS = """\
 exit status: 0 where the work is done; 2 where an argument or the data is wrong, memory does not
 suffice, or a file or the Hub refuses, with one line on stderr; 130 after Ctrl-C; 1 for a bug, with
 its traceback"""
+HUB = ("revision", "token", "cache_dir", "local_files_only")
+"""What :func:`add_hub` adds, as ``patch_model`` and ``load_trained`` call it."""
 _ADAPTERS = Path(__file__).parents[1] / "builtin" / "adapters"
 Value = TypeVar("Value")
 Group = Any  # what add_argument_group returns has no public name
@@ -162,8 +164,7 @@ def add_token(group: Group) -> None:
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ``patch_model`` and ``load_trained`` for an adapter's source."""
-    names = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*HUB, "subfolder")}
 
 
 def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:

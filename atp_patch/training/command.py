@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def _command(args: argparse.Namespace) -> None:
     with quiet_transformers(progress=shows_progress(args)):
         settings = read_settings(args.file, flags_of(args))
-        saved = train(settings, resume=args.resume)
+        saved = train(settings, resume=args.resume, token=getattr(args, "token", None))
     if getattr(args, "json", False) and saved.is_dir():
         sys.stdout.write(json.dumps(_told(Path(settings.out), saved), indent=2) + "\n")
 
@@ -78,11 +78,12 @@ def _told(out: Path, adapter: Path) -> dict[str, Any]:
     }
 
 
-def train(settings: Settings, resume: bool = False) -> Path:
+def train(settings: Settings, resume: bool = False, token: str | None = None) -> Path:
     """Train as the settings say.
 
     Args:
         resume: whether to go on from the newest checkpoint in ``settings.out``.
+        token: the token to read ``settings.adapter`` from the Hub with.
 
     Returns:
         the adapter's folder.
@@ -106,9 +107,9 @@ def train(settings: Settings, resume: bool = False) -> Path:
         )
     set_seed(settings.seed)
     with whole_model(args):
-        model, processor = load(settings)
+        model, processor = load(settings, token)
         set_seed(settings.seed)  # so that the heads start alike, however much loading has drawn
-        patch(model, settings)
+        patch(model, settings, token)
         freeze(model, settings.freeze_lm)
         # Layers that add nothing do not change what is trained, unless they learn too.
         silent = silent_layers(model) if settings.model in NAMES and settings.freeze_lm else ()

@@ -7,11 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from atp_patch.tools.arguments import Parser, add_output, named_values
+from atp_patch.tools.arguments import Parser, add_output, add_token, named_values
 from atp_patch.training.settings import GROUPS, Settings
 
 PROG = "python -m atp_patch.train"
-_COMMANDS = ("file", "resume", "quiet", "json")  # arguments that are no settings
+# Arguments that are no settings. A token is secret, and settings are written into files.
+_COMMANDS = ("file", "resume", "token", "quiet", "json")
 # What other commands call the same thing; the setting's own name is a flag too.
 _WORDS = {"adapter": "weights", "keep": "keep-checkpoints"}
 
@@ -49,6 +50,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         else:
             default = "" if entry.default is None or "default" in text else f" ({entry.default})"
             group.add_argument(*flags, dest=entry.name, metavar="X", help=text + default)
+    add_token(groups["pruning"])
     add_output(parse, "where the results are and what was measured last")
     return parse
 

@@ -53,6 +53,9 @@ class Settings:
     adapter: str | None = _says(
         "pruning", None, "start from an adapter with learned thresholds: its folder or Hub id"
     )
+    revision: str | None = _says(
+        "pruning", None, "a branch, tag or commit of the adapter's Hub repository"
+    )
     freeze_lm: bool = _says("what learns", True, "train the threshold heads alone")
     lora_rank: int = _says("what learns", 0, "with freeze_lm: LoRA of this rank on the decoder")
     lora_alpha: float = _says("what learns", 32.0, "LoRA's scale")
@@ -156,6 +159,8 @@ class Settings:
             if name in self.options:
                 own = "is a setting of its own" if hasattr(self, name) else "is not for a training"
                 raise ConfigError(f"options: {name} {own}; take it out of options.")
+        if self.revision is not None and self.adapter is None:
+            raise ConfigError("revision: it goes with adapter (--weights); give both.")
         if self.adapter is not None and (
             self.layers or self.options or self.target_tokens or self.rope_2d
         ):

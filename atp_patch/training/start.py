@@ -34,26 +34,35 @@ def source_of(settings: Settings) -> Source:
     )
 
 
-def load(settings: Settings) -> tuple[Any, Any]:
+def load(settings: Settings, token: str | None = None) -> tuple[Any, Any]:
     """The model on the CPU with its processor. It is in bfloat16 only where no optimizer needs its
     weights more exactly.
+
+    Args:
+        settings: the settings of the training.
+        token: the token to read an adapter from the Hub with.
     """
     half = settings.dtype == "bfloat16" and (settings.freeze_lm or settings.deepspeed is not None)
     dtype = torch.bfloat16 if half else torch.float32
     if settings.model in NAMES:
         return load_builtin(NAMES[settings.model], dtype=dtype)
-    check = partial(patch, settings=settings)
+    check = partial(patch, settings=settings, token=token)
     return load_checkpoint(settings.model, torch.device("cpu"), dtype, check=check)
 
 
-def patch(model: Any, settings: Settings) -> None:
+def patch(model: Any, settings: Settings, token: str | None = None) -> None:
     """Patch the model with an adapter, or with thresholds that have not learned yet.
+
+    Args:
+        model: the model, with or without its weights.
+        settings: the settings of the training.
+        token: the token to read an adapter from the Hub with.
 
     Raises:
         ConfigError: where the adapter or an option does not go with training.
     """
     if settings.adapter is not None:
-        found = find_trained(settings.adapter)
+        found = find_trained(settings.adapter, revision=settings.revision, token=token)
         if found.lora is not None:
             raise ConfigError(
                 f"adapter: LoRA learned beside {settings.adapter} and would be left out. Add it to "

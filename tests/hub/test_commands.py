@@ -10,10 +10,15 @@ import pytest
 
 import atp_patch
 from atp_patch.commands import push
-from atp_patch.commands.demo_options import parser, trained
+from atp_patch.commands.demo_options import parser
+from atp_patch.commands.pruning_options import trained
+from atp_patch.evaluation import command as evaluate
+from atp_patch.evaluation import options as evaluate_options
+from atp_patch.evaluation.adapters import recipes
 from atp_patch.evaluation.card import results_of
 from atp_patch.evaluation.identity import adapter_hash
 from atp_patch.patching.adapter_card import KEEPS
+from atp_patch.training import command as train
 from tests.helpers.hub import LoopbackHub
 from tests.helpers.tiny import tiny_model
 from tests.hub.conftest import TOKEN
@@ -119,3 +124,54 @@ def test_the_demo_finds_an_adapter_on_the_hub(hub: LoopbackHub, tmp_path: Path) 
     assert hub.requests == []
     with pytest.raises(atp_patch.ConfigError, match="--revision goes with --weights"):
         trained(parser().parse_args(["a.png", "Why?", "--revision", "main"]))
+
+
+def test_an_evaluation_reads_a_revision_with_a_token(hub: LoopbackHub, tmp_path: Path) -> None:
+    first = hub.add(NAME, keeping(0.3), private=True)
+    last = hub.add(NAME, keeping(0.6), private=True)
+    hub_flags = ["--token", TOKEN, "--cache-dir", str(tmp_path / "here")]
+
+    def found(name: str, *more: str) -> float:
+        args = evaluate_options.parser().parse_args(["--adapters", name, *hub_flags, *more])
+        [recipe] = recipes(args.adapters, evaluate_options.hub_of(args))
+        text = (Path(recipe.trainings[0]) / CONFIG).read_text()
+        return float(json.loads(text)["keep"][0])
+
+    assert found(NAME) == 0.6
+    assert found(NAME, "--revision", first) == 0.3
+    assert found(f"{NAME}@{first}") == 0.3
+    assert found(f"{NAME}@{first}", "--revision", last) == 0.3  # a name's own revision stands
+    hub.requests.clear()
+    assert found(NAME, "--local-files-only") == 0.6
+    assert hub.requests == []
+
+
+def test_the_commands_hand_on_what_the_hub_needs(
+    hub: LoopbackHub, tmp_path: Path, capsys: Any
+) -> None:
+    hub.add(NAME, keeping(0.3), private=True)
+    where = ["--out", str(tmp_path / "out")]
+    evaluation = ["--no-plots", "--adapters", NAME, "--token", "hf_nobodys", *where]
+    assert evaluate.main(evaluation) == 2
+    assert "does not know this token" in capsys.readouterr().err
+    training = ["--weights", NAME, "--token", TOKEN, "--revision", "nowhere", *where]
+    assert train.main(training) == 2
+    assert "has no revision 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_training_starts_from_a_revision_and_no_file_names_a_token(
+    hub: LoopbackHub, tmp_path: Path, capsys: Any
+) -> None:
+    first = hub.add(NAME, keeping(0.3), private=True)  # of a model with 8 layers
+    hub.add(NAME, {"README.md": b"No adapter any more."}, private=True)
+    where = ["--out", str(tmp_path / "out"), "--token", TOKEN]
+    assert train.main(["--weights", NAME, *where, "--revision", first]) == 2
+    assert "this model is a llava model of 32 layers" in capsys.readouterr().err
+    assert train.main(["--revision", first, *where]) == 2
+    assert "it goes with adapter" in capsys.readouterr().err
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"token: {TOKEN}\n")
+    assert train.main([str(file)]) == 2
+    assert "there is no setting 'token'" in capsys.readouterr().err
+    assert evaluate.main(["--no-plots", "--revision", first]) == 2
+    assert "--revision goes with --adapters" in capsys.readouterr().err
