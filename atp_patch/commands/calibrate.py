@@ -13,7 +13,7 @@ from typing import Any
 
 from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.commands.calibrate_options import PROG, parser
-from atp_patch.commands.demo_options import trained
+from atp_patch.commands.pruning_options import trained
 from atp_patch.contract.errors import ConfigError
 from atp_patch.families import family_of
 from atp_patch.patching.api import patch_model, require_patch

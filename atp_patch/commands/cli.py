@@ -34,6 +34,13 @@ GROUPS = {
             "atp_patch.commands.demo_options",
         ),
     },
+    "use": {
+        "serve": Command(
+            "serve a patched model over HTTP, as OpenAI's API",
+            "atp_patch.commands.serve",
+            "atp_patch.commands.serve_options",
+        ),
+    },
     "make": {
         "train": Command(
             "train thresholds, alone or with the language model",

@@ -18,8 +18,9 @@ import torch
 
 from atp_patch.bench.measure import Contender, compare
 from atp_patch.builtin import LLAVA, NAMES, load_builtin
-from atp_patch.commands.demo_options import PROG, check, parser, patch_settings, trained
+from atp_patch.commands.demo_options import PROG, check, parser
 from atp_patch.commands.demo_report import Report, Times, print_report
+from atp_patch.commands.pruning_options import patch_settings, trained
 from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.api import disabled, last_trace, patch_model
 from atp_patch.tools.command_line import execute, shows_progress

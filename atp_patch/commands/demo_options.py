@@ -5,23 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from atp_patch.commands.pruning_options import add_pruning, check_pruning
 from atp_patch.contract.errors import ConfigError, InputError, first_line
-from atp_patch.tools.arguments import (
-    Parser,
-    add_layers,
-    add_model,
-    add_output,
-    add_seed,
-    add_target_tokens,
-    add_weights,
-    comma_separated,
-    hub_options,
-)
-
-if TYPE_CHECKING:
-    from atp_patch.tools.trained import Trained
+from atp_patch.tools.arguments import Parser, add_model, add_output, add_weights
 
 PROG = "python -m atp_patch.demo"
 
@@ -40,21 +27,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     parse.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
     parse.add_argument("question", metavar="QUESTION", help="a question about it")
     add_model(parse)
-    pruning = parse.add_argument_group("pruning")
-    pruning.add_argument(
-        "--method",
-        metavar="NAME",
-        help="how to choose tokens (default: atp); docs/methods.md lists the names",
-    )
-    add_layers(pruning)
-    add_target_tokens(pruning)
-    pruning.add_argument(
-        "--keep",
-        type=comma_separated(float),
-        metavar="P[,Q..]",
-        help="instead: the share that a pruning layer keeps, one number or one for each layer",
-    )
-    add_seed(pruning, "what is random, such as --method random")
+    add_pruning(parse)
     add_weights(parse)
     output = add_output(parse, "everything")
     output.add_argument(
@@ -72,55 +45,16 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ATPError: if an argument is wrong; the message names it and the mend.
     """
-    from atp_patch.methods import untrained_methods
-
     if not args.question.strip():
         raise InputError("the question is empty; ask something about the image.")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens} must be at least 1.")
-    if args.method is not None and args.method not in untrained_methods():
-        raise ConfigError(
-            f"--method {args.method!r}: give one of {', '.join(untrained_methods())}; one that has "
-            "to be trained comes with --weights."
-        )
-    if args.keep is not None and args.target_tokens is not None:
-        raise ConfigError("--keep and --target-tokens both set the budget; give one of them.")
+    check_pruning(args)
     if args.overlay is not None:
         try:
             _check_overlay(args.overlay, args.image)
         except OSError as error:
             raise ConfigError(f"--overlay: {first_line(error)}; give another file.") from error
-
-
-def trained(args: argparse.Namespace) -> Trained | None:
-    """Find the adapter that ``--weights`` names, which is downloaded if it is on the Hub.
-
-    Raises:
-        ATPError: if there is none.
-    """
-    from atp_patch.tools.trained import find_trained
-
-    hub = hub_options(args)
-    if args.weights is None and (given := next((n for n, value in hub.items() if value), None)):
-        raise ConfigError(f"--{given.replace('_', '-')} goes with --weights.")
-    return None if args.weights is None else find_trained(args.weights, **hub)
-
-
-def patch_settings(args: argparse.Namespace, found: Trained | None) -> dict[str, Any]:
-    """Return the keyword arguments of ``patch_model``.
-
-    Args:
-        args: the arguments.
-        found: what :func:`trained` has found.
-    """
-    settings = {
-        "layers": args.layers,
-        "method": args.method,
-        "keep": args.keep[0] if args.keep is not None and len(args.keep) == 1 else args.keep,
-        "target_tokens": args.target_tokens,
-        "weights": None if found is None else found.adapter,
-    }
-    return settings | ({"seed": args.seed} if args.method == "random" else {})
 
 
 def _check_overlay(path: Path, image: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,17 +43,40 @@ def read_image(path: Path, max_image_pixels: int | None = None) -> Image.Image:
     """
     # Pillow is given the open file, because by its name it would map an uncompressed picture into
     # memory, and some versions then confuse the stored with the upright width and height.
-    with _explained(path), path.open("rb") as stream, Image.open(stream) as file:
+    with _explained(str(path)):
+        stream = path.open("rb")
+    with stream:
+        return read_stream(stream, str(path), max_image_pixels)
+
+
+def read_stream(
+    stream: IO[bytes],
+    name: str,
+    max_image_pixels: int | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
+    """Read a picture from an open file, as :func:`read_image` does.
+
+    Args:
+        stream: the file, which can be searched.
+        name: what errors call it.
+        max_image_pixels: the most pixels that a picture may have, where there is a limit.
+        formats: Pillow's names of the formats that may be read; all of them by default.
+
+    Raises:
+        InputError: as :func:`read_image`.
+    """
+    with _explained(name), Image.open(stream, formats=formats) as file:
         width, height = file.size
         if max_image_pixels is not None and width * height > max_image_pixels:
             raise InputError(
-                f"{path} is too large: {width} x {height} pixels, more than max_image_pixels="
+                f"{name} is too large: {width} x {height} pixels, more than max_image_pixels="
                 f"{max_image_pixels}; scale it down."
             )
         upright = ImageOps.exif_transpose(file)
         if file.mode not in _DEEP:
             return _opaque(upright).convert("RGB")
-    return Image.fromarray(_as_8_bit(path, file, upright)).convert("RGB")
+    return Image.fromarray(_as_8_bit(name, file, upright)).convert("RGB")
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -64,11 +87,11 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def _as_8_bit(path: Path, file: Image.Image, upright: Image.Image) -> NDArray[np.uint8]:
+def _as_8_bit(name: str, file: Image.Image, upright: Image.Image) -> NDArray[np.uint8]:
     """The deep greyscale picture, scaled to 0-255, (height, width).
 
     Args:
-        path: the path of the file, for errors.
+        name: what errors call the file.
         file: the opened file, whose tags say what its samples mean.
         upright: its picture, in the right orientation.
     """
@@ -77,18 +100,18 @@ def _as_8_bit(path: Path, file: Image.Image, upright: Image.Image) -> NDArray[np
     if file.mode == "I" and file.format == "TIFF" and _tag(tags, SAMPLEFORMAT) == _UNSIGNED:
         samples = samples.view(np.uint32)  # Pillow reads them into signed integers
     if not np.isfinite(samples).all():
-        raise InputError(f"{path} holds NaN or infinity; give finite values from 0 (black) up.")
+        raise InputError(f"{name} holds NaN or infinity; give finite values from 0 (black) up.")
     low, high = float(samples.min()), float(samples.max())
-    white = _white(path, file, tags, samples, high)
+    white = _white(name, file, tags, samples, high)
     if low < (-_HALF_STEP if file.mode == "F" else 0):
         raise InputError(
-            f"{path} holds values from {low:g} to {high:g}, and nothing says how dark a negative "
+            f"{name} holds values from {low:g} to {high:g}, and nothing says how dark a negative "
             "one is; scale them to 0 (black) to 255 (white) and save them with 8 bits."
         )
     shades = np.rint(samples * (255.0 / white)).clip(0, 255)
     if file.mode in ("I", "F") and low < high and shades.min() == shades.max():
         raise InputError(
-            f"{path} would be one even shade: its values run from {low:g} to {high:g}, where white "
+            f"{name} would be one even shade: its values run from {low:g} to {high:g}, where white "
             f"is {white:g}; scale them to 0 (black) to 255 (white) and save them with 8 bits."
         )
     if tags and tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
@@ -98,7 +121,7 @@ def _as_8_bit(path: Path, file: Image.Image, upright: Image.Image) -> NDArray[np
     return shades.astype(np.uint8)
 
 
-def _white(path: Path, file: Image.Image, tags: Any, samples: NDArray[Any], high: float) -> float:
+def _white(name: str, file: Image.Image, tags: Any, samples: NDArray[Any], high: float) -> float:
     """The sample value that is white, by the rules of :func:`read_image`."""
     if file.mode == "F":
         if high <= 1 + _HALF_STEP:
@@ -106,7 +129,7 @@ def _white(path: Path, file: Image.Image, tags: Any, samples: NDArray[Any], high
         if high <= 255 and bool((samples == np.rint(samples)).all()):
             return 255.0
         raise InputError(
-            f"{path} holds floating-point values up to {high:g}, and nothing says which is white; "
+            f"{name} holds floating-point values up to {high:g}, and nothing says which is white; "
             "scale them to 0 (black) to 1 (white)."
         )
     bits, signed = 16, False
@@ -124,20 +147,20 @@ def _tag(tags: Any, name: int) -> int:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (InputError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise InputError(f"there is no image {path}; check the path.") from error
+        raise InputError(f"there is no image {name}; check the path.") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path} is a folder; give the path of an image file.") from error
+        raise InputError(f"{name} is a folder; give the path of an image file.") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path} is not an image that Pillow can read; give a PNG or a JPEG file."
+            f"{name} is not an image that Pillow can read; give a PNG or a JPEG file."
         ) from error
     except Exception as error:  # Pillow's readers raise every kind of error for broken files
         raise InputError(
-            f"{path} cannot be read ({first_line(error)}); give an image file that is whole."
+            f"{name} cannot be read ({first_line(error)}); give an image file that is whole."
         ) from error

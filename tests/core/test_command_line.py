@@ -25,6 +25,7 @@ from atp_patch.tools.trained import shipped
 # command -> arguments that are well formed, and what to replace so that nothing is done
 ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "demo": (["a.png", "Why?"], "atp_patch.commands.demo.check"),
+    "serve": ([], "atp_patch.commands.serve.run"),
     "calibrate": ([], "atp_patch.commands.calibrate.run"),
     "push": (["training", "ann/adapter"], "atp_patch.commands.push.push_folder"),
     "train": ([], "atp_patch.training.command.train"),
@@ -217,13 +218,12 @@ def test_help_is_grouped_with_an_example_and_exit_statuses(name: str) -> None:
 def test_the_same_option_is_called_the_same() -> None:
     """Each flag has one kind of value and one explanation, in all commands that have it."""
     own = {
-        "--methods",
+        "--methods",  # of bench, which takes fewer
         "--model",  # whose default differs
         "--questions",
         "--seeds",
         "--split",
         "--tasks",
-        "--adapters",
         "--json",  # which says what is printed
         "--seed",  # what is drawn
         "--out",  # what is written

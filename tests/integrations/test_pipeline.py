@@ -7,9 +7,19 @@ import transformers
 
 import atp_patch
 from atp_patch.builtin import load_builtin, make_scene
+from atp_patch.tools.trained import find_trained
 
 
-@pytest.mark.parametrize("asked", [{"target_tokens": 144}, {"method": "divprune", "keep": 0.3}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"target_tokens": 144},
+        {"method": "divprune", "keep": 0.3},
+        pytest.param({"method": "downsample", "keep": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"method": "prumerge+", "keep": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"weights": find_trained("voco8").adapter}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_pipeline_answers_in_batches_as_single_calls_do(asked):
     model, processor = load_builtin()
     atp_patch.patch_model(model, **asked)

@@ -23,8 +23,11 @@ from tests.hub.conftest import hub as hub
 from tests.repo.code_blocks import ROOT, blocks, commands, faults, pages
 
 USER = "USER"  # who publishes on the pages
-# Pages whose blocks another test runs, with a model of its own.
-ELSEWHERE = {"add_method.md": "tests/core/test_methods_page.py"}
+# Pages whose blocks another test runs, with a model or a server of its own.
+ELSEWHERE = {
+    "add_method.md": "tests/core/test_methods_page.py",
+    "serve.md": "tests/integrations/test_serve_process.py",
+}
 # How many blocks of a page are only checked, because nothing here could run them.
 NOT_RUN: dict[str, int] = {}
 RUN = [page for page in pages() if any(b.runs for b in blocks(page, "python"))]

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": _PATCHED | {"evaluation"},
     "convert": _PATCHED,
     "integrations": _PATCHED | {"seam/decoder", "seam/tower"},
-    "commands": _PATCHED | {"training", "evaluation", "bench", "convert"},
+    "commands": _PATCHED | {"training", "evaluation", "bench", "convert", "integrations"},
     "__init__": _PATCHED | {"lazy"},
     "demo": {"commands"},
     "evaluate": {"commands"},

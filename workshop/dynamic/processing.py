@@ -26,6 +26,14 @@ LEAST_PX, MOST_PX = 128, 320
 resized. The sides of all others are only rounded to multiples of 16."""
 
 
+# Where an answer begins and ends. Without it, transformers' server would look for Qwen's own marks.
+RESPONSES = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "ASSISTANT:",
+    "fields": {"content": {"close_pattern": "\\s*</s>", "content": "text"}},
+}
+
+
 def build_processor() -> SizedProcessor:
     """Make the processor of the second built-in model."""
     images = Qwen2VLImageProcessorPil(
@@ -42,9 +50,11 @@ def build_processor() -> SizedProcessor:
         "vision_start_token": VISION_START,
         "vision_end_token": VISION_END,
     }
+    tokenizer = build_tokenizer(VISION, named)
+    tokenizer.response_template = RESPONSES
     return SizedProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(VISION, named),
+        tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE.replace(IMAGE, VISION_START + IMAGE_PAD + VISION_END),
     )
 
