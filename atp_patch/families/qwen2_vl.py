@@ -131,6 +131,8 @@ GLM4V = Family(
     name="glm4v",
     model_types=("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     grids=_grids,
+    tower=lambda config: packed_tower(config, mergeable=False),
+    read_only=True,
     token_ids=("image_token_id", "video_token_id"),
     layout="rows x columns, each frame for itself",
 )

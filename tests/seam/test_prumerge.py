@@ -21,6 +21,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 both = pytest.mark.parametrize("method", ["prumerge", "prumerge+"])
 LLAVA = CASES[0]
 ONLY_READ = ("gemma3", "qwen3_vl", "llava-pixtral", "mistral3", "lighton_ocr", "lfm2_vl")
+ONLY_READ += ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
 LATER = [case for case in MORE if case.name not in ONLY_READ]
 WHOLE = [case for case in CASES if "next" not in case.name and "onevision" not in case.name]
 

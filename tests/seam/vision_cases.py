@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from tests.families import anyres, hybrids, more_square, mrope, sized, square, towers
+from tests.families import anyres, hybrids, more_mrope, more_square, mrope, sized, square, towers
 from tests.families.kinds import VIDEO, Kind, Picture, Sample, Words, make, sample
 from tests.helpers import inputs as made
 from tests.helpers import tiny
@@ -27,7 +27,7 @@ from tests.helpers.merging import (
 )
 from tests.helpers.oracle import masked_logits
 
-TABLES = (square, anyres, towers, mrope, more_square, sized, hybrids)
+TABLES = (square, anyres, towers, mrope, more_square, more_mrope, sized, hybrids)
 KINDS = {kind.name: kind for table in TABLES for kind in table.KINDS}
 NEIGHBOURS = 5
 TILED = (
@@ -161,6 +161,10 @@ _FACTS: dict[str, dict[str, Any]] = {
     "deepseek_vl_hybrid": {**_ALIGNED, "inputs_merged": False},
     "janus": _ALIGNED,
     "qwen3_vl": {"attentions": ("visual.blocks.1.attn",), **QWEN},
+    **{
+        name: {"attentions": ("visual.blocks.1.attn",), **QWEN}
+        for name in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
+    },
     "exaone4_5": {"attentions": ("visual.blocks.1.attn",), **QWEN},
     "qianfan_ocr": {
         "attentions": ("vision_tower.layers.1.attention",),
@@ -273,6 +277,9 @@ def _packed(case: Case, plain: Any, found: dict[str, list[Any]], at: int, grid: 
         part.unflatten(-1, (-1, size))
         for part in made.split([heads * size, groups * size, groups * size], -1)
     )
+    attention = plain.model.get_submodule(case.attentions[0])
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query).detach(), attention.k_norm(key).detach()
     cos, sin = (table.unsqueeze(1) for table in found["tables"][at])
 
     def rotated(states: Tensor) -> Tensor:
