@@ -11,6 +11,7 @@ import torch
 
 import atp_patch
 from tests.families.kinds import VIDEOS, make
+from tests.families.test_mends import embedded
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.inputs import real_mask
 from tests.helpers.pairing import in_turn, name_of, pairs
@@ -212,6 +213,19 @@ def test_features_asked_for_by_themselves_are_the_plain_ones() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     with atp_patch.disabled(model):
         assert torch.equal(forward(model, inputs).logits, forward(plain, inputs).logits)
+
+
+@pytest.mark.parametrize("method", ["prumerge+", "downsample"])
+def test_features_in_place_of_pictures_are_refused(method: str) -> None:
+    """The tower does not run, so nothing would be pruned."""
+    plain = LLAVA.build()
+    model = atp_patch.patch_model(LLAVA.build(), method=method, keep=0.5)
+    inputs = LLAVA.feed(plain, "left")
+    given = {**embedded(plain, inputs), "input_ids": inputs["input_ids"]}
+    with pytest.raises(atp_patch.InputError, match="features in place of pictures"):
+        generate(model, given, 2)
+    with atp_patch.disabled(model):
+        assert torch.equal(generate(model, given, 2), generate(plain, given, 2))
 
 
 def test_gradients_reach_the_projector_through_the_kept_tokens() -> None:

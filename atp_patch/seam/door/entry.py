@@ -128,6 +128,13 @@ def prefill_of(
         )
     dropped = find_tombstones(embeds) if policy.leaves_tombstones else None
     check_features(embeds, prompt, dropped)
+    replaced = call.inputs_embeds is not None and not call.has_pictures
+    if replaced and dropped is not None and not bool(dropped.any()):
+        raise InputError(
+            "the patch prunes between the vision tower and the decoder, and this call brought "
+            "features in place of pictures, so that nothing was pruned; give the pictures "
+            "(pixel_values), or patch with a method at the decoder's door or inside the decoder."
+        )
     shown = {**kwargs, "inputs_embeds": embeds}
     query = grid_query(parts, call, prompt, shown, policy.newline)
     refuse_packed(call.sequences, query.position_ids, prompt.attended)

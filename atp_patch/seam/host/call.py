@@ -36,6 +36,7 @@ class Call:
         attention_mask: the attention mask as it was given, or None.
         embedding: the module that embeds ids.
         has_images: True where the pass may hold images.
+        has_pictures: True where the pass was given pictures themselves, for the tower to read.
         padding: (B, L), the attention mask of the prompt that ``generate`` was given, or None. Its
             passes may get another mask.
         num_items: how many supervised tokens the trainer divides the loss by, or None.
@@ -57,6 +58,7 @@ class Call:
     attention_mask: Any = None
     embedding: nn.Module | None = None
     has_images: bool = False
+    has_pictures: bool = False
     padding: Tensor | None = None
     num_items: Any = None
     through: Any = None
@@ -115,9 +117,9 @@ class Call:
         self.attention_mask = given.get("attention_mask")
         self.picture_sizes, self.sequences = sizes_given(given), sequences_given(given)
         self.embedding = base.get_input_embeddings()
-        images = any(_present(given.get(key)) for key in IMAGE_KEYS)
+        self.has_pictures = any(_present(given.get(key)) for key in IMAGE_KEYS)
         prefill = self.inputs_embeds is not None and self.inputs_embeds.shape[1] > 1
-        self.has_images = images or prefill or self.visual_mask is not None
+        self.has_images = self.has_pictures or prefill or self.visual_mask is not None
         return self
 
     def sizes(self, batch: int) -> Any:

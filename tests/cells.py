@@ -1,0 +1,566 @@
+"""Every family with every kind of method in every way to generate: right, or refused by name.
+
+    python -m tests.cells run cells.jsonl                  # all of them; a stopped run goes on
+    python -m tests.cells run cells.jsonl --families llava qwen2_vl --ways greedy beams
+    python -m tests.cells report cells.jsonl --table docs/cells.md --plot docs/cells.png
+
+A cell is a family of the tests' tables, a kind of method and a way to generate. Attention backends,
+paddings and kinds of caches take turns over the cells; ``--turn N`` gives each cell the N-th next
+ones. What a cell shows is one of these:
+
+right           the logits of every step are those of the reference, and the ids follow from them.
+refused         atp_patch raised an error of its own, whose message is kept.
+host refuses    the plain model raises on the same call.
+not judged      the plain model's own cached steps are not those of its whole forward passes, so
+                that the reference does not hold there.
+wrong           other logits or ids than the reference's.
+crashed         an error that is no refusal, of a call that the plain model takes.
+
+The reference of methods inside the decoder and at its door is the plain model at full length whose
+later layers cannot see the pruned tokens (tests/helpers/oracle.py), in one pass over the finished
+sequences. Methods that change the tower's tokens, and VoCo, have no such mask: there it is the
+patched model's own pass without a cache, which the tests of these methods compare with their
+algorithms written out. Assisted generation is compared with plain greedy steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+import atp_patch
+from tests.families.kinds import MIXED, SINGLE, Kind, make
+from tests.families.tables import EVERY
+from tests.families.test_mends import embedded
+from tests.helpers.doors import Asked
+from tests.helpers.inputs import Inputs, extended, real_mask
+from tests.helpers.oracle import masked_logits
+from tests.helpers.run import forward, kept_of, words
+from tests.helpers.tiny import FIRST_WORD
+
+TOKENS = 3
+TOLERANCE = 1e-4
+OUTCOMES = ("right", "refused", "host refuses", "not judged", "wrong", "crashed")
+KINDS = {kind.name: kind for kind in EVERY}
+METHODS: dict[str, dict[str, Any]] = {
+    "layer": {"method": "fastv", "keep": 0.5},
+    "layer, learned": {"method": "atp", "keep": 0.5, "thresholds": "learned", "reference_grid": 6},
+    "door": {"method": Asked(merges=False), "keep": 0.5},
+    "door, then layer": {"method": [Asked(merges=False), "fastv"], "keep": 0.6},
+    "tower": {"method": "prumerge+", "keep": 0.5},
+    "picture": {"method": "downsample", "keep": 0.5},
+    "voco": {"method": "voco", "num_tokens": 2},
+}
+MASKED = ("layer", "layer, learned", "door", "door, then layer")
+SETTINGS = tuple(
+    product(("sdpa", "eager"), ("left", "none"), ("dynamic", "static", "without a cache"))
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is tried.
+
+    Attributes:
+        family: the name of a row of the tests' tables.
+        method: a key of ``METHODS``.
+        way: a key of ``WAYS``.
+        attention: the attention backend that is asked for; some hosts have one only.
+        padding: "left" is a ragged batch, "none" a single prompt.
+        cache: "dynamic", "static" or "without a cache".
+    """
+
+    family: str
+    method: str
+    way: str
+    attention: str
+    padding: str
+    cache: str
+
+
+def cells(turn: int = 0) -> list[Cell]:
+    """All cells of a turn."""
+    found = []
+    for (f, family), (m, method), (w, way) in product(
+        enumerate(KINDS), enumerate(METHODS), enumerate(WAYS)
+    ):
+        attention, padding, cache = SETTINGS[(f + 5 * m + 7 * w + turn) % len(SETTINGS)]
+        if way in ONE_SAMPLE:
+            padding = "none"
+        if way in NEEDS_CACHE:
+            cache = "dynamic"
+        found.append(Cell(family, method, way, attention, padding, cache))
+    return found
+
+
+# -- ways to generate -----------------------------------------------------------------------------
+
+
+@dataclass
+class Said:
+    """What a way to generate gave.
+
+    Attributes:
+        inputs: the prompts.
+        ids: (B, n) the answers, several of each prompt next to each other.
+        logits: (B, n, vocabulary) of each of their steps; None where they are not given.
+        choose: takes the reference's logits of the steps, and gives the numbers to compare with
+            ``logits``; None: the logits themselves.
+        scores: (B,) the beams' own scores of their answers, or None.
+        repeats: how many answers each prompt has.
+    """
+
+    inputs: Inputs
+    ids: Tensor
+    logits: Tensor | None = None
+    choose: Callable[[Tensor], Tensor] | None = None
+    scores: Tensor | None = None
+    repeats: int = 1
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "max_new_tokens": TOKENS,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "suppress_tokens": list(range(FIRST_WORD)),
+        "eos_token_id": None,
+        "use_cache": cell.cache != "without a cache",
+    }
+    if cell.cache == "static":
+        given["cache_implementation"] = "static"
+    return given
+
+
+def _generated(model: Any, inputs: Inputs, options: dict[str, Any]) -> Said:
+    torch.manual_seed(0)
+    out = model.generate(**inputs, **options)
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    scores = out.get("sequences_scores")
+    logits = torch.stack(out.logits, 1) if scores is None and out.logits else None
+    repeats = options.get("num_return_sequences", 1)
+    return Said(inputs, ids, logits, scores=scores, repeats=repeats)
+
+
+def greedy(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    return _generated(model, inputs, _options(cell))
+
+
+def sampling(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    more = {"do_sample": True, "num_return_sequences": 2}
+    return _generated(model, inputs, _options(cell) | more)
+
+
+def beams(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    return _generated(model, inputs, _options(cell) | {"num_beams": 2, "output_scores": True})
+
+
+def several_beams(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    more = {"num_beams": 2, "num_return_sequences": 2, "output_scores": True}
+    return _generated(model, inputs, _options(cell) | more)
+
+
+def prompt_lookup(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    more = {"prompt_lookup_num_tokens": 2}
+    return _generated(model, inputs, _options(cell) | more)
+
+
+def assistant(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    """The model's own plain twin proposes tokens."""
+    more = {"assistant_model": KINDS[cell.family].build()}
+    return _generated(model, inputs, _options(cell) | more)
+
+
+class _Collects(BaseStreamer):
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def put(self, value: Tensor) -> None:
+        self.parts.append(value.reshape(1, -1).cpu())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def streaming(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    streamer = _Collects()
+    said = _generated(model, inputs, _options(cell) | {"streamer": streamer})
+    said.ids = torch.cat(streamer.parts[1:], 1)  # the prompt comes first
+    return said
+
+
+def guidance(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    """Classifier-free guidance against the prompt's last token alone, without a picture."""
+    scale = 1.5
+    options = _options(cell) | {"guidance_scale": scale, "output_scores": True}
+    torch.manual_seed(0)
+    out = model.generate(**inputs, **options)
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    plain = KINDS[cell.family].build()
+    bare = torch.cat([inputs["input_ids"][:, -1:], ids[:, :-1]], 1)
+    with torch.no_grad():
+        without = plain(input_ids=bare, attention_mask=torch.ones_like(bare)).logits.log_softmax(-1)
+
+    def guided(logits: Tensor) -> Tensor:
+        mixed = without + scale * (logits.log_softmax(-1) - without)
+        return mixed[..., FIRST_WORD:]
+
+    return Said(inputs, ids, torch.stack(out.scores, 1)[..., FIRST_WORD:], guided)
+
+
+def embeddings(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    """Embeddings with the pictures' features in them, beside the ids and without pixels."""
+    given = {**embedded(KINDS[cell.family].build(), inputs), "input_ids": inputs["input_ids"]}
+    given |= {name: value for name, value in inputs.items() if _tells_grids(name)}
+    said = _generated(model, given, _options(cell))
+    said.inputs = inputs
+    return said
+
+
+def _tells_grids(name: str) -> bool:
+    return name.endswith(("grid_thw", "sizes", "shapes", "token_type_ids"))
+
+
+def turns(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    """A second question on the cache of the first answer."""
+    torch.manual_seed(0)
+    first = model.generate(**inputs, **_options(cell))
+    answer = first.sequences[:, inputs["input_ids"].shape[1] :]
+    history = extended(inputs, torch.cat([answer, words(len(answer), 4)], 1))
+    asked = {name: history[name] for name in ("input_ids", "attention_mask")}
+    out = model.generate(**asked, past_key_values=first.past_key_values, **_options(cell))
+    ids = out.sequences[:, history["input_ids"].shape[1] :]
+    return Said(history, ids, torch.stack(out.logits, 1))
+
+
+def copied_prefix(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    """Two questions, each on a copy of one cache of the prompt; the second is compared."""
+    torch.manual_seed(0)
+    first = model.generate(**inputs, **_options(cell) | {"max_new_tokens": 1})
+    answer = first.sequences[:, inputs["input_ids"].shape[1] :]
+    for seed in (1, 2):
+        history = extended(inputs, torch.cat([answer, words(len(answer), 3, seed)], 1))
+        asked = {name: history[name] for name in ("input_ids", "attention_mask")}
+        cache = copy.deepcopy(first.past_key_values)
+        out = model.generate(**asked, past_key_values=cache, **_options(cell))
+    ids = out.sequences[:, history["input_ids"].shape[1] :]
+    return Said(history, ids, torch.stack(out.logits, 1))
+
+
+def custom(model: Any, inputs: Inputs, cell: Cell) -> Said:
+    """A decoding loop of the caller's own, handed to ``generate``."""
+
+    def loop(model: Any, input_ids: Tensor, generation_config: Any, **given: Any) -> Tensor:
+        given.pop("logits_processor", None)
+        given.pop("stopping_criteria", None)
+        first = True
+        for _ in range(TOKENS):
+            step = (
+                model.prepare_inputs_for_generation(
+                    input_ids, is_first_iteration=first, next_sequence_length=None, **given
+                )
+                if first
+                else model.prepare_inputs_for_generation(
+                    input_ids, next_sequence_length=1 if given.get("use_cache") else None, **given
+                )
+            )
+            out = model(**step, return_dict=True)
+            logits = out.logits[:, -1].clone()
+            logits[:, :FIRST_WORD] = -torch.inf
+            input_ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], 1)
+            given = model._update_model_kwargs_for_generation(out, given)
+            first = False
+        return input_ids
+
+    torch.manual_seed(0)
+    options = _options(cell)
+    for name in ("return_dict_in_generate", "output_logits"):
+        del options[name]
+    with torch.no_grad():
+        sequences = model.generate(**inputs, **options, custom_generate=loop)
+    return Said(inputs, sequences[:, inputs["input_ids"].shape[1] :])
+
+
+WAYS: dict[str, Callable[[Any, Inputs, Cell], Said]] = {
+    "greedy": greedy,
+    "sampling": sampling,
+    "beams": beams,
+    "several beams": several_beams,
+    "prompt lookup": prompt_lookup,
+    "assistant": assistant,
+    "streaming": streaming,
+    "guidance": guidance,
+    "embeddings": embeddings,
+    "turns": turns,
+    "copied prefix": copied_prefix,
+    "custom loop": custom,
+}
+ONE_SAMPLE = ("prompt lookup", "assistant", "streaming", "guidance")
+NEEDS_CACHE = ("prompt lookup", "assistant", "turns", "copied prefix")
+
+
+# -- references -----------------------------------------------------------------------------------
+
+
+def reference(said: Said, whole: Callable[[Inputs], Tensor]) -> Tensor:
+    """(B, n, vocabulary) logits of the steps, each answer read in one pass over its sequence.
+
+    Args:
+        said: the answers.
+        whole: takes prompts with answers behind them, and gives (prompts, L, vocabulary) logits.
+    """
+    steps = said.ids.shape[1]
+    answers = said.ids.unflatten(0, (-1, said.repeats)).unbind(1)
+    found = [whole(extended(said.inputs, one))[:, -steps - 1 : -1] for one in answers]
+    return torch.stack(found, 1).flatten(0, 1)
+
+
+def judged(said: Said, expected: Tensor) -> str | None:
+    """What is wrong with an answer, or None.
+
+    Args:
+        said: the answer.
+        expected: the reference's logits of its steps.
+    """
+    allowed = expected.clone()
+    allowed[..., :FIRST_WORD] = -torch.inf
+    if said.scores is not None:
+        each = expected.log_softmax(-1).gather(-1, said.ids[..., None])[..., 0]
+        far = (each.sum(1) / said.ids.shape[1] - said.scores).abs().max().item()
+        return f"scores of beams differ by {far:.2g}" if far > TOLERANCE else None
+    if said.logits is not None:
+        wanted = expected if said.choose is None else said.choose(expected)
+        far = (said.logits - wanted).abs().max().item()
+        return None if far <= TOLERANCE else f"logits differ by {far:.2g}"
+    best = allowed.amax(-1) - allowed.gather(-1, said.ids[..., None])[..., 0]
+    return None if float(best.max()) <= TOLERANCE else f"not the best by {float(best.max()):.2g}"
+
+
+def _uncached(model: Any, inputs: Inputs) -> Tensor:
+    """Logits of the patched model's own pass over whole sequences."""
+    return forward(model, inputs, use_cache=False).logits
+
+
+def _masked(kind: Kind, model: Any, plain: Any) -> Callable[[Inputs], Tensor]:
+    kept = kept_of(model)
+
+    def whole(inputs: Inputs) -> Tensor:
+        prompts, length = inputs["input_ids"].shape
+        grown = {}
+        for layer, rows in kept.items():  # beams and several answers share the choice of a prompt
+            one_each = rows[:: len(rows) // prompts]
+            behind = length - rows.shape[1]
+            grown[layer] = torch.nn.functional.pad(one_each, (0, behind), value=True)
+        return masked_logits(plain, inputs, grown, **kind.seen(inputs))
+
+    return whole
+
+
+def _unpruned(kind: Kind, plain: Any) -> Callable[[Inputs], Tensor]:
+    def whole(inputs: Inputs) -> Tensor:
+        return masked_logits(plain, inputs, {0: real_mask(inputs)}, **kind.seen(inputs))
+
+    return whole
+
+
+# -- one cell -------------------------------------------------------------------------------------
+
+
+def tried(cell: Cell) -> tuple[str, str]:
+    """The outcome of a cell, and a word about it."""
+    kind = KINDS[cell.family]
+    inputs = make(kind, MIXED if cell.padding == "left" else SINGLE).inputs
+    try:
+        model = _model(kind, cell)
+        settings = dict(METHODS[cell.method])
+        if "layer" in cell.method:
+            settings["layers"] = kind.layers
+        torch.manual_seed(0)
+        atp_patch.patch_model(model, **settings)
+    except atp_patch.ATPError as error:
+        return "refused", str(error)
+    way = WAYS[cell.way]
+    try:
+        said = way(model, inputs, cell)
+    except atp_patch.ATPError as error:
+        return "refused", str(error)
+    except Exception as error:
+        told = "".join(traceback.format_exception_only(error)).strip()
+        return ("host refuses" if _refuses(kind, way, inputs, cell) else "crashed"), told
+    plain = _model(kind, cell)
+    if cell.method in MASKED:
+        wrong = judged(said, reference(said, _masked(kind, model, plain)))
+    else:
+        wrong = judged(said, reference(said, partial(_uncached, model)))
+    if wrong is None:
+        return "right", ""
+    try:
+        of_plain = way(plain, inputs, cell)
+        holds = judged(of_plain, reference(of_plain, _unpruned(kind, _model(kind, cell))))
+    except Exception as error:
+        return "not judged", f"{wrong}; the plain model: {type(error).__name__}"
+    return ("wrong", wrong) if holds is None else ("not judged", f"{wrong}; plain: {holds}")
+
+
+def _model(kind: Kind, cell: Cell) -> PreTrainedModel:
+    model = kind.build()
+    if kind.attention == "sdpa" and cell.attention != "sdpa":
+        model.set_attn_implementation(cell.attention)
+    return model
+
+
+def _refuses(kind: Kind, way: Any, inputs: Inputs, cell: Cell) -> bool:
+    try:
+        way(_model(kind, cell), inputs, cell)
+    except Exception:
+        return True
+    return False
+
+
+# -- the program ----------------------------------------------------------------------------------
+
+
+def run(out: Path, wanted: Sequence[Cell]) -> Counter[str]:
+    """Try the cells that the file does not hold, and add a line for each."""
+    known = {_key(json.loads(line)) for line in _lines(out)}
+    found: Counter[str] = Counter()
+    with out.open("a", encoding="utf-8") as file:
+        for cell in wanted:
+            if _key(vars(cell)) in known:
+                continue
+            start = time.monotonic()
+            outcome, why = tried(cell)
+            found[outcome] += 1
+            row = {**vars(cell), "outcome": outcome, "why": why[:300]}
+            file.write(json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}) + "\n")
+            file.flush()
+            if outcome in ("wrong", "crashed"):
+                sys.stderr.write(f"{outcome}: {cell}: {why}\n")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in Cell.__annotations__)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Outcomes by way and kind of method, and how refusals begin."""
+    lines = ["| | " + " | ".join(METHODS) + " |", "|---|" + "--:|" * len(METHODS)]
+    for way in WAYS:
+        counts = []
+        for method in METHODS:
+            of_cell = Counter(
+                row["outcome"] for row in rows if (row["way"], row["method"]) == (way, method)
+            )
+            right, all_of = of_cell["right"], sum(of_cell.values())
+            refused = of_cell["refused"] + of_cell["host refuses"]
+            rest = (
+                f", {of_cell['wrong'] + of_cell['crashed']} wrong"
+                if right + refused + of_cell["not judged"] < all_of
+                else ""
+            )
+            counts.append(f"{right} of {all_of}, {refused} refused{rest}")
+        lines.append(f"| {way} | " + " | ".join(counts) + " |")
+    total = Counter(row["outcome"] for row in rows)
+    lines += ["", ", ".join(f"{name}: {total[name]}" for name in OUTCOMES)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A heat map: families by kind of method and way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = ("#3b7dd8", "#c9d7ea", "#e6e6e6", "#f2d16b", "#c0392b", "#6d2077")
+    families = [name for name in KINDS if any(row["family"] == name for row in rows)]
+    columns = [(method, way) for method in METHODS for way in WAYS]
+    grid = torch.full((len(families), len(columns)), float("nan"))
+    for row in rows:
+        if row["family"] in families:
+            place = families.index(row["family"]), columns.index((row["method"], row["way"]))
+            worst = OUTCOMES.index(row["outcome"])
+            grid[place] = worst if grid[place].isnan() else max(worst, int(grid[place]))
+    figure, axes = pyplot.subplots(figsize=(18, 0.22 * len(families) + 2.5))
+    axes.imshow(grid, cmap=ListedColormap(colours), vmin=-0.5, vmax=5.5, aspect="auto")
+    axes.set_yticks(range(len(families)), families, fontsize=7)
+    axes.set_xticks(range(len(columns)), [way for _, way in columns], rotation=90, fontsize=6)
+    for number, method in enumerate(METHODS):
+        axes.text((number + 0.5) * len(WAYS) - 0.5, -1, method, ha="center", fontsize=8)
+        axes.axvline(number * len(WAYS) - 0.5, color="white", linewidth=2)
+    legend = [Patch(color=one, label=name) for one, name in zip(colours, OUTCOMES, strict=True)]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
+    axes.legend(handles=legend, ncols=6, fontsize=8, **below)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run cells, or report them; 1 where one is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cells", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    kinds = parser.add_subparsers(dest="what", required=True)
+    runs = kinds.add_parser("run")
+    runs.add_argument("file", type=Path)
+    runs.add_argument("--families", nargs="+", choices=KINDS, metavar="FAMILY")
+    runs.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    runs.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY")
+    runs.add_argument("--turn", type=int, default=0)
+    report = kinds.add_parser("report")
+    report.add_argument("file", type=Path)
+    report.add_argument("--table", type=Path)
+    report.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv)
+    if args.what == "run":
+        torch.set_num_threads(1)
+        wanted = [
+            cell
+            for cell in cells(args.turn)
+            if all(
+                given is None or value in given
+                for given, value in (
+                    (args.families, cell.family),
+                    (args.methods, cell.method),
+                    (args.ways, cell.way),
+                )
+            )
+        ]
+        found = run(args.file, wanted)
+        sys.stdout.write(", ".join(f"{name}: {found[name]}" for name in OUTCOMES) + "\n")
+        return int(bool(found["wrong"] + found["crashed"]))
+    rows = [json.loads(line) for line in _lines(args.file)]
+    text = table(rows)
+    sys.stdout.write(text)
+    if args.table is not None:
+        args.table.write_text(text, encoding="utf-8")
+    if args.plot is not None:
+        plot(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
