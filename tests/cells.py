@@ -39,6 +39,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -499,12 +500,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     colours = ("#3b7dd8", "#c9d7ea", "#e6e6e6", "#f2d16b", "#c0392b", "#6d2077")
     families = [name for name in KINDS if any(row["family"] == name for row in rows)]
     columns = [(method, way) for method in METHODS for way in WAYS]
-    grid = torch.full((len(families), len(columns)), float("nan"))
+    grid = numpy.full((len(families), len(columns)), numpy.nan)
     for row in rows:
         if row["family"] in families:
             place = families.index(row["family"]), columns.index((row["method"], row["way"]))
             worst = OUTCOMES.index(row["outcome"])
-            grid[place] = worst if grid[place].isnan() else max(worst, int(grid[place]))
+            grid[place] = worst if numpy.isnan(grid[place]) else max(worst, int(grid[place]))
     figure, axes = pyplot.subplots(figsize=(18, 0.22 * len(families) + 2.5))
     axes.imshow(grid, cmap=ListedColormap(colours), vmin=-0.5, vmax=5.5, aspect="auto")
     axes.set_yticks(range(len(families)), families, fontsize=7)
