@@ -104,6 +104,11 @@ def supported_families() -> dict[str, tuple[str, ...]]:
     return {family.name: family.model_types for family in FAMILIES}
 
 
+def family_named(name: str) -> Family:
+    """The package's own family of this name."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
 def family_of(config: Any, name: str | Family | None = None) -> Family:
     """The family of a loaded model's config.
 

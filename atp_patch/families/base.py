@@ -96,6 +96,16 @@ class Family:
         free = self.causal and not self.told_kinds and not self.keeps_state
         return free and self.outer is None and self.late_layers is _none
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy one of the package's own families as its name, for its rules may be
+        lambdas; a family of the caller's own is pickled as any dataclass.
+        """
+        from atp_patch import families  # it imports this file
+
+        if any(self is family for family in families.FAMILIES):
+            return families.family_named, (self.name,)
+        return super().__reduce_ex__(protocol)
+
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
         """The ids of visual placeholders in ``input_ids``."""
         ids = (_attribute(config, name) for name in self.token_ids)

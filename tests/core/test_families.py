@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, L
 
 import atp_patch
 from atp_patch.contract import GridQuery, Layout, Span, VisualGrid
-from atp_patch.families import family_of
+from atp_patch.families import FAMILIES, Family, family_of
 from tests.helpers import inputs as made
 from tests.helpers import tiny
 from tests.helpers.tiny import tiny_model
@@ -184,3 +187,19 @@ def test_supported_families_lists_model_types() -> None:
     listed = atp_patch.supported_families()
     assert listed["llava"] == ("llava", "vipllava")
     assert listed["qwen2_vl"] == ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_families_are_pickled_as_their_names(family: Family) -> None:
+    """So that a patched model of any family can be saved whole and handed to other processes."""
+    assert pickle.loads(pickle.dumps(family)) is family
+    assert copy.deepcopy(family) is family
+
+
+def _no_tower(config: Any) -> None:
+    return None
+
+
+def test_a_family_of_ones_own_is_pickled_as_it_is() -> None:
+    own = replace(FAMILIES[0], name="own", model_types=("own",), tower=_no_tower)
+    assert pickle.loads(pickle.dumps(own)) == own
