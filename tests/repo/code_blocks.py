@@ -49,6 +49,12 @@ def blocks(page: Path, language: str) -> list[Block]:
     ]
 
 
+def inline(page: Path) -> list[str]:
+    """The pieces of code within a page's sentences and tables."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
 def commands(page: Path) -> list[str]:
     """The command lines of a page's shell blocks, without comments; continued lines are joined."""
     sources = [block.source for block in blocks(page, "sh")]

@@ -20,7 +20,7 @@ from atp_patch.commands.cli import COMMANDS
 from tests.helpers.copies import Template
 from tests.helpers.hub import LoopbackHub
 from tests.hub.conftest import hub as hub
-from tests.repo.code_blocks import ROOT, blocks, commands, faults, pages
+from tests.repo.code_blocks import ROOT, blocks, commands, faults, inline, pages
 
 USER = "USER"  # who publishes on the pages
 # Pages whose blocks another test runs, with a model or a server of its own.
@@ -30,6 +30,9 @@ ELSEWHERE = {
 }
 # How many blocks of a page are only checked, because nothing here could run them.
 NOT_RUN: dict[str, int] = {}
+# Options of lmms-eval's own command line.
+HARNESS = {"--model_args", "--limit", "--use_cache", "--log_samples", "--force_simple"}
+FILES = re.compile(r"(?:atp_patch|docs|examples|results|tests|workshop)/[\w./+-]+")
 RUN = [page for page in pages() if any(b.runs for b in blocks(page, "python"))]
 
 
@@ -149,3 +152,22 @@ def test_command_lines_are_taken(page: Path) -> None:
             check_command(line)
         except SystemExit:
             pytest.fail(f"{page.name}: {line}")
+
+
+def options() -> set[str]:
+    """The options of all our commands."""
+    parsers = [import_module(command.options).parser("atp-patch") for command in COMMANDS.values()]
+    return {name for parser in parsers for a in parser._actions for name in a.option_strings}
+
+
+def test_what_sentences_name_is_there() -> None:
+    known = options() | HARNESS
+    for page in pages():
+        for code in inline(page):
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+                assert option in known, f"{page.name}: {option}"
+            if FILES.fullmatch(code):
+                assert (ROOT / code).exists(), f"{page.name}: {code}"
+            if name := re.match(r"atp_patch\.(\w+)\b(?!/)", code):
+                there = hasattr(atp_patch, name[1]) or (ROOT / "atp_patch" / name[1]).exists()
+                assert there or (ROOT / f"atp_patch/{name[1]}.py").is_file(), f"{page.name}: {code}"
