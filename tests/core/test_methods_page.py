@@ -1,10 +1,12 @@
-"""The examples of docs/add_method.md, run as they are printed."""
+"""The examples of docs/add_method.md, run as printed, and the options in docs/methods.md."""
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import atp_patch
+from atp_patch.methods import METHODS, method_class
 from tests.families.kinds import MIXED, make
 from tests.families.tables import EVERY
 from tests.helpers import inputs as made
@@ -69,6 +72,22 @@ def test_it_keeps_what_it_says(name: str, kept: dict[int, int], tmp_path: Path) 
 
 def test_every_example_has_its_row() -> None:
     assert set(blocks()) == {"Asked", "Seen", "Remembers", "Bright", "Shrunk"}
+
+
+def test_the_options_and_their_defaults_are_those_of_the_classes() -> None:
+    page = (PAGE.parent / "methods.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Options\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| (`.+?) \|", section, re.MULTILINE)
+    assert len(rows) > 15
+    for names, given in rows:
+        for name in re.findall(r"`([^`]+)`", names):
+            defaults = {field.name: field.default for field in fields(method_class(name))}
+            for option, default in re.findall(r"`(\w+)` \(`([^`]+)`\)", given):
+                assert defaults[option] == ast.literal_eval(default), f"{name}: {option}"
+    told = set(re.findall(r"`(\w+)`", section))
+    # The rest of atp's are for training, and stand in the docstring of its class.
+    of_all = {f.name for kind in METHODS if kind.name != "atp" for f in fields(kind)}
+    assert of_all <= told
 
 
 @pytest.fixture
