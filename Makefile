@@ -43,6 +43,19 @@ mutation: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --sources $(SEAM_CORE) \
 		--tests $(SEAM_TESTS) --keyword llava-llama --sample 150 --seed 0
 
+# Generated calls beyond those of the ordinary tests: `make fuzz CASES=100000 SEED=1`.
+CASES ?= 5000
+SEED  ?= 0
+fuzz: $(VENV)/.installed-dev
+	ATP_PATCH_CASES=$(CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 --hypothesis-seed=$(SEED) \
+		--hypothesis-show-statistics tests/families/test_any_call.py --timeout 0
+
+# Every family with every kind of method in every way to generate; goes on where it was stopped.
+CELLS ?= cells.jsonl
+cells: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cells run $(CELLS)
+	$(BIN)/python -m tests.cells report $(CELLS) --table docs/cells.md --plot docs/cells.png
+
 # The families' tests on each of these versions of transformers; writes the table in docs/versions.md.
 MATRIX ?= 5.4.0 5.13.1 5.23.0
 test-matrix: $(VENV)/.installed-dev
