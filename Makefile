@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval serve-env test-vllm mutation results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval serve-env test-vllm mutation fuzz cells results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
