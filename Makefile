@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval serve-env test-vllm mutation fuzz cells results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval serve-env test-vllm web-env test-web mutation fuzz cells results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -105,6 +105,20 @@ $(SERVE)/.installed: $(VLLM_PINS) .ci/install-torch $(METADATA)
 test-vllm: $(SERVE)/.installed
 	$(SERVE)/bin/python -m pytest -m vllm tests/integrations
 
+# The web page, its tests, and Debian's Chromium. Gradio takes no Pillow from 13 on.
+WEB := .venv-web
+web-env: $(WEB)/.installed
+$(WEB)/.installed: constraints.txt .ci/install-torch .ci/install-chromium $(METADATA)
+	$(PYTHON) -m venv $(WEB)
+	.ci/install-torch $(WEB)/bin/python constraints.txt
+	sed 's/^pillow==.*/pillow<13/' constraints.txt > $(WEB)/constraints.txt
+	$(WEB)/bin/python -m pip install --quiet --constraint $(WEB)/constraints.txt --editable ".[web-tests]"
+	@touch $@
+
+test-web: $(WEB)/.installed
+	.ci/install-chromium
+	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest -m web tests/web
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -125,7 +139,7 @@ pictures: $(VENV)/.installed-eval
 	$(BIN)/python examples/pictures.py
 
 clean:
-	rm -rf $(VENV) $(EVAL) $(SERVE) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL) $(SERVE) $(WEB) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: constraints.txt .ci/install-torch
 	$(PYTHON) -m venv $(VENV)

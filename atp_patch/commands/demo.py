@@ -1,6 +1,7 @@
 """The demo: ask a model about an image, plain and pruned, and show what was saved.
 
     python -m atp_patch.demo IMAGE "QUESTION" [options]
+    python -m atp_patch.demo --web [options]
 
 The exit status is 0, or 2 with one line on stderr if the input is wrong, or 130 if it was stopped.
 """
@@ -56,6 +57,9 @@ def _command(args: argparse.Namespace) -> None:
     bars = args.model not in (None, *NAMES) and shows_progress(args)
     with quiet_transformers(progress=bars):
         check(args)
+        if args.web:
+            show_page(args)
+            return
         console = None if args.json else _console()
         report = run(args)
     if console is None:
@@ -108,6 +112,33 @@ def run(args: argparse.Namespace) -> Report:
     )
     medians = Times.of(times["plain"], times["pruned"], runs, DECODE_TOKENS)
     return Report.of(args, model, trace, (plain, pruned), medians)
+
+
+def show_page(args: argparse.Namespace) -> None:
+    """Load the model and show the web page until Ctrl-C.
+
+    Raises:
+        ATPError: if an argument is wrong.
+    """
+    from atp_patch.web.engine import Engine, Pruning
+    from atp_patch.web.page import SHARE, serve
+
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    start = Pruning(args.method or "atp", SHARE, tuple(args.layers or ()))
+
+    def prune(model: Any) -> None:
+        patch_model(model, **start.settings)
+
+    builtin = NAMES.get(args.model or next(iter(NAMES)))
+    if builtin is not None:
+        model, processor = load_builtin(builtin, dtype=dtype, device=device)
+    else:
+        model, processor = load_checkpoint(args.model, device, dtype, check=prune)
+    prune(model)  # a wrong argument is an error now, and not on the page
+    engine = Engine(model, processor, args.model or "builtin", args.max_new_tokens)
+    serve(engine, builtin, start, args.port)
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:

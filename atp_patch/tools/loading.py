@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,34 @@ def load_checkpoint(
 
 
 def encode(
-    processor: Any, image: Image.Image, question: str, model: Any
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    model: Any,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> transformers.BatchFeature:
     """The model's inputs for one question on one image.
+
+    Args:
+        processor: the model's processor.
+        image: the image.
+        question: the question.
+        model: the model, for its device and dtype.
+        earlier: earlier questions about the image and their answers.
 
     Raises:
         InputError: where the processor refuses the image.
     """
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    chat: list[dict[str, Any]] = []
+    for asked, answered in [*earlier, (question, None)]:
+        chat.append({"role": "user", "content": [{"type": "text", "text": asked}]})
+        if answered is not None:
+            answer = [{"type": "text", "text": answered}]
+            chat.append({"role": "assistant", "content": answer})
+    chat[0]["content"].insert(0, {"type": "image", "image": image})
     try:
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            chat,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
