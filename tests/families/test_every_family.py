@@ -255,9 +255,10 @@ def local(model: Any) -> None:
     """Make the vision tower look at each patch alone, wherever it stands."""
     outputs = ("out_proj", "o_proj", "projection_layer", "attn.proj", "attention.dense")
     decoder = {id(weight) for weight in decoder_layers(model).parameters()}
-    for name, weight in model.named_parameters():
-        places = ("position_embedding", "positional_embedding", "pos_embed")
-        mixes = any(part in name for part in (*outputs, *places))
+    places = ("position_embedding", "positional_embedding", "pos_embed")
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        mixes = any(part in name for part in outputs) and "projector" not in name
+        mixes = mixes or (any(part in name for part in places) and weight.is_floating_point())
         reads_cells = "head" in name or "pooling" in name
         if mixes and id(weight) not in decoder and not reads_cells:
             weight.data.zero_()
