@@ -51,6 +51,7 @@ class Run:
         errors: what went wrong, one for each request that was not answered.
         different: how many answers were not those given alone.
         memory_mib: the server's resident memory, every few seconds.
+        cpu_seconds: the time that the server's process computed.
     """
 
     seconds: float = 0.0
@@ -59,6 +60,7 @@ class Run:
     errors: list[str] = field(default_factory=list)
     different: int = 0
     memory_mib: list[float] = field(default_factory=list)
+    cpu_seconds: float | None = None
 
 
 def main() -> None:
@@ -80,10 +82,10 @@ def main() -> None:
         f"{args.clients} clients for {args.seconds:g} s, {args.questions} questions, {machine()}\n"
     )
     print(
-        "| server | answers | a second | first text, ms (95 %) | whole answer, ms (95 %) | errors "
-        "| other answers | memory, MiB: first, last, most |"
+        "| server | answers | a second | CPU ms an answer | first text, ms (95 %) "
+        "| whole answer, ms (95 %) | errors | other answers | memory, MiB: first, last, most |"
     )
-    print("|---" * 8 + "|")
+    print("|---" * 9 + "|")
     for options in args.serve:
         with started(options) as (server, told):
             found = asyncio.run(load(args, asked, told["url"], told["model"], server.pid))
@@ -164,10 +166,19 @@ async def load(
                 found.different += text != alone[number]
             found.seconds = time.perf_counter() - start
 
+        computed = None if pid is None else cpu_seconds(pid)
         watching = asyncio.create_task(watch(pid, found.memory_mib))
         await asyncio.gather(*(ask_on() for _ in range(args.clients)))
         watching.cancel()
+        if computed is not None:
+            found.cpu_seconds = cpu_seconds(pid) - computed
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """The time that a process has computed since it began, on all cores together."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def watch(pid: int | None, memory_mib: list[float]) -> None:
@@ -180,15 +191,16 @@ async def watch(pid: int | None, memory_mib: list[float]) -> None:
 
 def row(name: str, run: Run) -> str:
     """Write a row of the table."""
-    memory = "-"
+    memory, answers = "-", len(run.whole_ms)
     if run.memory_mib:
         memory = ", ".join(
             f"{mib:.0f}" for mib in (run.memory_mib[0], run.memory_mib[-1], max(run.memory_mib))
         )
     cells = [
         name,
-        str(len(run.whole_ms)),
-        f"{len(run.whole_ms) / run.seconds:.2f}",
+        str(answers),
+        f"{answers / run.seconds:.2f}" if answers else "-",
+        "-" if run.cpu_seconds is None else f"{1000 * run.cpu_seconds / max(answers, 1):.0f}",
         times(run.first_ms),
         times(run.whole_ms),
         str(len(run.errors)) + (f" ({run.errors[0]})" if run.errors else ""),

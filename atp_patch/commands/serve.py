@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         from atp_patch.integrations.serving import build_app
     except ImportError as error:
         raise ConfigError(
-            f"serving needs transformers 5.23 or newer and its server ({first_line(error)}): pip "
+            f"serving needs transformers 5.19 or newer and its server ({first_line(error)}): pip "
             "install 'atp-patch[serve]'."
         ) from error
     torch.manual_seed(args.seed)

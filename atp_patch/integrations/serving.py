@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from http.client import HTTPException as BrokenAnswer
+from inspect import signature
 from io import BytesIO
 from typing import Any
 from urllib.request import urlopen
@@ -22,8 +23,6 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.systemone import SystemOneHandler
-from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from atp_patch.contract.errors import (
@@ -34,12 +33,17 @@ from atp_patch.contract.errors import (
 )
 from atp_patch.tools.pictures import read_stream
 
-MAX_IMAGE_PIXELS = 50_000_000
+# The others are for other kinds of models, read files of the server, or unload the model.
+# `load_model` is what the command `transformers chat` asks first.
+_SERVED = (
+    *("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models"),
+    *("/load_model", "/health"),
+)
 # Other formats may start programs (EPS), or hold many pictures of which one is read.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _ADDRESSES = ("http://", "https://", "data:")
 _FETCH_SECONDS, _FETCH_BYTES = 20.0, 100_000_000
-_PICTURES, _FILES = ("image_url", "input_image"), ("video_url", "audio_url")
+_PICTURES, _OTHERS = ("image_url", "input_image"), ("video_url", "audio_url")
 
 
 class OneModel(ModelManager):
@@ -83,7 +87,7 @@ class OneModel(ModelManager):
 class _OwnPictures:
     """Reads the pictures of a request before the handler of transformers behind it sees them."""
 
-    max_image_pixels = MAX_IMAGE_PIXELS
+    max_image_pixels: int
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Answer a request; where its data is wrong, with status 400 and an error as OpenAI's."""
@@ -103,9 +107,7 @@ class _Responses(_OwnPictures, ResponseHandler):
     """OpenAI's newer responses."""
 
 
-def build_app(
-    name: str, model: Any, processor: Any, *, max_image_pixels: int = MAX_IMAGE_PIXELS
-) -> FastAPI:
+def build_app(name: str, model: Any, processor: Any, *, max_image_pixels: int) -> FastAPI:
     """Make the application that serves one model, for any ASGI server.
 
     Args:
@@ -137,23 +139,28 @@ def build_app(
         )
     chats, responses = _Chats(manager, state), _Responses(manager, state)
     chats.max_image_pixels = responses.max_image_pixels = max_image_pixels
-    return build_server(
+    # Nothing handles what is not served; which handlers there are differs between versions.
+    unused = {"transcription_handler", "systemone_handler"} & signature(
+        build_server
+    ).parameters.keys()
+    app = build_server(
         manager,
         chats,
         completion_handler=CompletionHandler(manager, state),
         response_handler=responses,
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
+        **dict.fromkeys(unused),
     )
+    app.router.routes = [route for route in app.router.routes if route.path in _SERVED]
+    return app
 
 
 def with_pictures(body: Mapping[str, Any], max_image_pixels: int) -> dict[str, Any]:
     """Return the body of a request with each picture in the place of its address.
 
     Raises:
-        InputError: for a picture that is broken or too large, and for an address of a picture, a
-            video or a sound that is a file of the server.
+        InputError: for a picture that is broken or too large, and for what would be read from a
+            file of the server.
     """
     own = {key: body[key] for key in ("messages", "input") if key in body}
     return {**body, **{key: _read(part, max_image_pixels) for key, part in own.items()}}
@@ -169,9 +176,13 @@ def _read(part: Any, limit: int) -> Any:
         source = part.get("image_url")
         url = source.get("url") if isinstance(source, dict) else source
         return {**part, "image_url": {"url": read_picture(url, limit)}}
-    if kind in _FILES:
+    if kind in _OTHERS:
         source = part.get(kind)
         _check_address(source.get("url") if isinstance(source, dict) else source)
+    if kind == "input_audio":
+        source = part.get(kind)
+        if not (isinstance(source, dict) and source.get("format")):
+            raise InputError("a sound has no format; give {'data': ..., 'format': 'wav'}.")
     return {**part, "content": _read(part["content"], limit)} if "content" in part else part
 
 

@@ -133,6 +133,23 @@ def test_scores_are_those_of_our_own_evaluation(
     assert counts["average_visual_tokens"] == pytest.approx(144, abs=1)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "method=downsample,keep=0.3",  # the picture
+        "method=prumerge+,keep=0.3",  # the tower
+        "method=divprune,keep=0.3",  # the door
+        "method=divprune/fastv,keep=0.3",  # the door, then a layer
+        "weights=voco8",
+    ],
+)
+def test_every_kind_of_method_answers(tasks, tmp_path, asked):
+    arguments = f"pretrained=builtin,{asked}"
+    results, samples = run(tasks, tmp_path, arguments, "--limit", "2", names=("exist",))
+    assert results["throughput"]["avg_visual_tokens_over_layers"] < 0.35 * 576
+    assert {row["filtered_resps"] for row in samples["exist"]} <= {"yes", "no"}
+
+
 def test_limit_and_a_second_run_from_the_cache_of_answers(tasks, expected, tmp_path):
     cache = ("--use_cache", str(tmp_path / "cache"), "--limit", "3", "--batch_size", "2")
     _, first = run(tasks, tmp_path / "first", ATP, *cache)

@@ -17,6 +17,7 @@ from atp_patch.tools.trained import find_trained
         {"method": "divprune", "keep": 0.3},
         pytest.param({"method": "downsample", "keep": 0.3}, marks=pytest.mark.slow),
         pytest.param({"method": "prumerge+", "keep": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"method": ["divprune", "atp"], "target_tokens": 100}, marks=pytest.mark.slow),
         pytest.param({"weights": find_trained("voco8").adapter}, marks=pytest.mark.slow),
     ],
 )

@@ -111,21 +111,27 @@ def test_many_clients_get_the_answers_of_single_calls() -> None:
         assert process.wait(30) == 130
 
 
-def test_the_page_shows_what_its_client_gets(
+def test_the_page_shows_what_its_code_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = ROOT / "docs" / "serve.md"
-    source, shown = blocks(page, "python")[0].source, blocks(page, "text")[1].source
+    asking, piping = (block.source for block in blocks(page, "python"))
+    _, asked, piped = (block.source for block in blocks(page, "text"))
     monkeypatch.chdir(ROOT)
     with server("--target-tokens", "144") as (_, told):
         address = "http://127.0.0.1:8000/v1"
-        assert address in source
-        exec(compile(source.replace(address, told["url"]), page.name, "exec"), {})
-    assert capsys.readouterr().out == shown
+        assert address in asking
+        exec(compile(asking.replace(address, told["url"]), page.name, "exec"), {})
+    assert capsys.readouterr().out == asked
+    exec(compile(piping, page.name, "exec"), {})
+    assert capsys.readouterr().out == piped
 
 
 def test_a_client_that_is_killed_harms_nobody() -> None:
-    """It asks for the longest answer, and goes without a word while that is made."""
+    """It asks for a long answer, and goes without a word while that is made.
+
+    An answer that is streamed would take minutes, so the others' wait shows that it is given up.
+    """
     asked = scenes(DYNAMIC)
     model, processor = load_builtin(DYNAMIC)
     patch_model(model, method="divprune", keep=0.3)
@@ -137,7 +143,8 @@ def test_a_client_that_is_killed_harms_nobody() -> None:
         for stream in (True, False):
             for number in range(4):
                 long = {"model": told["model"], "messages": messages(asked[number])}
-                long |= {"stream": stream, "logit_bias": {"2": -100.0}, "max_tokens": 1000}
+                long |= {"stream": stream, "logit_bias": {"2": -100.0}}
+                long["max_tokens"] = 100_000 if stream else 500
                 data = json.dumps(long).encode()
                 with socket.create_connection((where.hostname, where.port)) as line:
                     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.hostname}\r\n"

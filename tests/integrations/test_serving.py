@@ -16,7 +16,8 @@ from PIL import Image
 from atp_patch import UnsupportedModelError, last_trace, patch_model
 from atp_patch.builtin import DYNAMIC, load_builtin, make_scene
 from atp_patch.builtin.models import as_shown
-from atp_patch.commands import serve
+from atp_patch.commands import serve, serve_options
+from atp_patch.commands.pruning_options import patch_settings
 from atp_patch.integrations.chat import ChatModel, Generation
 from atp_patch.tools.trained import find_trained
 
@@ -129,7 +130,7 @@ def test_every_kind_of_method_is_served(kind: str) -> None:
 
     model, processor = load_builtin()
     patch_model(model, **KINDS[kind])
-    with TestClient(build_app(NAME, model, processor)) as client:
+    with TestClient(build_app(NAME, model, processor, max_image_pixels=LIMIT)) as client:
         for number in range(3):
             one = make_scene("development", number)
             asked = body(data_url(one.image), one.questions[0].text)
@@ -159,9 +160,14 @@ def test_a_wrong_picture_is_an_error_to_its_client_alone(served: Any, client: An
         asked = body("data:,", "Why?")
         asked["messages"][0]["content"][0]["image_url"] = part
         assert client.post("/v1/chat/completions", json=asked).status_code == 400
-    video = {"type": "video_url", "video_url": {"url": "/etc/hostname"}}
-    asked["messages"][0]["content"] = [video]
-    assert "Files of the server" in client.post("/v1/chat/completions", json=asked).text
+    for kind, source in (
+        ("video_url", {"url": "/etc/hostname"}),
+        ("audio_url", {"url": "/etc/hostname"}),
+        ("input_audio", "/etc/hostname"),
+        ("input_audio", {"data": "/etc/hostname"}),
+    ):
+        asked["messages"][0]["content"] = [{"type": kind, kind: source}]
+        assert client.post("/v1/chat/completions", json=asked).status_code == 400
     one = scene(0)
     asked = body(data_url(one.image), one.questions[0].text)
     found = client.post("/v1/chat/completions", json=asked).json()
@@ -176,7 +182,7 @@ def test_a_budget_that_a_picture_cannot_meet_is_an_error_to_its_client() -> None
     model, processor = load_builtin(DYNAMIC)
     patch_model(model, target_tokens=20)
     asked = body(data_url(scene(0).image), "How many?")
-    with TestClient(build_app(NAME, model, processor)) as client:
+    with TestClient(build_app(NAME, model, processor, max_image_pixels=LIMIT)) as client:
         whole = client.post("/v1/chat/completions", json=asked)
         assert whole.status_code == 400
         assert "below the least possible average" in whole.json()["error"]["message"]
@@ -193,7 +199,9 @@ def test_a_server_has_one_model_which_stays(client: Any) -> None:
         in client.post("/load_model", json={"model": "other/model"}).text
     )
     assert '"ready"' in client.post("/load_model", json={"model": NAME}).text
-    assert client.post("/reset").status_code == 200
+    assert client.post("/reset").status_code == 404
+    assert client.post("/v1/systemone", json={}).status_code == 404
+    assert client.get("/health").json() == {"status": "ok"}
     text = {"model": NAME, "messages": [{"role": "user", "content": "How many?"}], "max_tokens": 1}
     assert client.post("/v1/chat/completions", json=text).status_code == 200
 
@@ -204,7 +212,7 @@ def test_two_apps_of_two_models_do_not_know_each_other(served: Any, client: Any)
 
     from atp_patch.integrations.serving import build_app
 
-    with TestClient(build_app("other", *served)) as second:
+    with TestClient(build_app("other", *served, max_image_pixels=LIMIT)) as second:
         assert second.get("/v1/models").json()["data"][0]["id"] == "other"
         assert client.get("/v1/models").json()["data"][0]["id"] == NAME
     assert ModelManager.load_model_and_processor.__module__.startswith("transformers.")
@@ -219,12 +227,12 @@ def test_what_the_server_cannot_serve_is_refused_by_name(served: Any) -> None:
     )
     text = transformers.LlamaForCausalLM(config)
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM for a model of text alone"):
-        build_app("text", text, processor)
+        build_app("text", text, processor, max_image_pixels=1)
     with pytest.raises(UnsupportedModelError, match="does not know LlamaModel"):
-        build_app("text", text.model, processor)
+        build_app("text", text.model, processor, max_image_pixels=1)
     slow = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False))
     with pytest.raises(UnsupportedModelError, match="its tokenizer"):
-        build_app("slow", model, slow)
+        build_app("slow", model, slow, max_image_pixels=1)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,13 @@ def test_wrong_arguments_are_one_line(given: list[str], said: str, capsys: Any) 
     line = capsys.readouterr().err
     assert said in line
     assert line.count("\n") == 1
+
+
+def test_two_methods_are_named_as_one() -> None:
+    args = serve_options.parser().parse_args(["--method", "divprune/atp", "--target-tokens", "99"])
+    serve_options.check(args)
+    settings = patch_settings(args, None)
+    assert (settings["method"], settings["target_tokens"]) == (["divprune", "atp"], 99)
 
 
 def test_a_port_in_use_is_one_line(capsys: Any) -> None:
