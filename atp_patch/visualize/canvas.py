@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PANEL, _GAP, _TITLE, _LINE, _LEGEND, _EDGE = 2.4, 0.12, 0.26, 0.2, 0.28, 0.1
 _FONT = 9.5
 _CHARACTERS = 13  # of the caption, in an inch
-_DPI = 110
+_DPI = 140  # 336 pixels for a panel
 _SETTINGS: Any = {"svg.hashsalt": "atp_patch", "svg.fonttype": "none"}
 
 Pixels = NDArray[np.uint8]
