@@ -8,10 +8,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3000)]
 pytest.importorskip("vllm", reason="vLLM is not installed: make serve-env")
@@ -20,27 +23,41 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import atp_patch  # noqa: E402
-from atp_patch.builtin import load_builtin, make_scene, prompt  # noqa: E402
+from atp_patch.builtin import builtin_path, load_builtin, make_scene, prompt  # noqa: E402
 from atp_patch.integrations.vllm.plugin import register  # noqa: E402
 from atp_patch.integrations.vllm.settings import VARIABLE, Settings  # noqa: E402
-from tests.helpers.vllm_models import export_llava  # noqa: E402
+from tests.helpers.vllm_models import export_llava, export_qwen2_vl  # noqa: E402
 
 QUESTIONS = int(os.environ.get("ATP_PATCH_TEST_QUESTIONS", "20"))
 ANSWER_TOKENS = 8
-SETTINGS = (
-    "method=divprune,keep=1",  # the plain model
-    "method=divprune,keep=0.25",
-    "method=uniform,tokens_per_image=64",
-    "method=random,keep=0.25,seed=1",
-    "method=visionzip,keep=0.25",
-    "method=scope,keep=0.1",
-    "method=prumerge+,keep=0.25",
-)
+SETTINGS = [
+    ("llava", "method=divprune,keep=1"),  # the plain model
+    ("llava", "method=divprune,keep=0.25"),
+    ("llava", "method=uniform,tokens_per_image=64"),
+    ("llava", "method=random,keep=0.25,seed=1"),
+    ("llava", "method=visionzip,keep=0.25"),
+    ("llava", "method=scope,keep=0.1"),
+    ("llava", "method=prumerge+,keep=0.25"),
+    ("qwen2_vl", "method=divprune,keep=1"),
+    ("qwen2_vl", "method=divprune,keep=0.25"),
+    ("qwen2_vl", "method=prunesid,keep=0.3"),
+    ("dynamic", "method=divprune,keep=1"),
+    ("dynamic", "method=divprune,keep=0.25"),
+]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return export_llava(tmp_path_factory.mktemp("models") / "llava")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By kind, a function that writes a model's folder and returns it; each is written once."""
+    root = tmp_path_factory.mktemp("models")
+
+    @cache
+    def made(kind: str) -> Path:
+        if kind == "dynamic":
+            return builtin_path(kind)
+        return {"llava": export_llava, "qwen2_vl": export_qwen2_vl}[kind](root / kind)
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +97,32 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cleanup_dist_env_and_memory()
 
 
-def answers(llm: Any, requests: list[Any]) -> list[list[int]]:
+def finished(llm: Any, requests: list[Any]) -> list[Any]:
     from vllm import SamplingParams
 
-    done = llm.generate(requests, SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS))
-    return [list(one.outputs[0].token_ids) for one in done]
+    found: list[Any] = llm.generate(
+        requests, SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+    )
+    return found
 
 
-def patched(settings: str) -> tuple[Any, Any]:
-    """The built-in model under the same method and budget, and its processor."""
+def answers(llm: Any, requests: list[Any]) -> list[list[int]]:
+    return [list(one.outputs[0].token_ids) for one in finished(llm, requests)]
+
+
+def words(question: str, kind: str) -> str:
+    """The prompt of a question about one picture."""
+    return prompt(question, "llava" if kind == "llava" else "dynamic")
+
+
+def patched(folder: Path, kind: str, settings: str) -> tuple[Any, Any]:
+    """The model of transformers under the same method and budget, and its processor."""
     found = Settings.parse(settings)
-    model, processor = load_builtin("llava")
+    if kind == "qwen2_vl":
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+    else:
+        model, processor = load_builtin(kind)
     method, keep, tokens = found.method, found.keep, found.tokens_per_image
     if keep != 1:
         atp_patch.patch_model(model, method=method, keep=keep, target_tokens=tokens)
@@ -105,19 +137,59 @@ def generated(model: Any, processor: Any, images: Any, text: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
+    """The numbers of the questions whose answers differ."""
+    pairs = enumerate(zip(found, expected, strict=True))
+    return [number for number, (one, other) in pairs if one != other]
+
+
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS)
 def test_answers_are_those_of_transformers(
-    engine: Any, folder: Any, asked: Any, settings: str
+    engine: Any, folders: Any, asked: Any, kind: str, settings: str
 ) -> None:
-    llm = engine(folder, settings)
+    llm = engine(folders(kind), settings)
+    texts = [words(question.text, kind) for _, question in asked]
+    images = [image for image, _ in asked]
     requests = [
-        {"prompt": prompt(question.text), "multi_modal_data": {"image": image}}
-        for image, question in asked
+        {"prompt": text, "multi_modal_data": {"image": image}}
+        for text, image in zip(texts, images, strict=True)
     ]
     found = answers(llm, requests)
-    model, processor = patched(settings)
-    expected = [
-        generated(model, processor, image, prompt(question.text)) for image, question in asked
+    model, processor = patched(folders(kind), kind, settings)
+    pairs = zip(images, texts, strict=True)
+    expected = [generated(model, processor, image, text) for image, text in pairs]
+    assert differing(found, expected) == []
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_two_pictures_in_chunks_and_from_the_prefix_cache(
+    engine: Any, folders: Any, asked: Any, kind: str
+) -> None:
+    """A step reads 48 tokens, so that pictures are cut; the second time most are in the cache."""
+    settings = "method=divprune,keep=0.25"
+    llm = engine(
+        folders(kind),
+        settings,
+        max_num_batched_tokens=48,
+        enable_prefix_caching=True,
+        block_size=32,
+    )
+    shown = [(asked[n][0], asked[n + 1][0]) for n in range(4)]
+    one = "<image>" if kind == "llava" else "<|vision_start|><|image_pad|><|vision_end|>"
+    texts = [
+        words(asked[n][1].text, kind).replace(one, f"{one} and {one}") for n in range(len(shown))
     ]
-    pairs = enumerate(zip(found, expected, strict=True))
-    assert [number for number, (one, other) in pairs if one != other] == []
+    requests = [
+        {"prompt": text, "multi_modal_data": {"image": list(images)}}
+        for text, images in zip(texts, shown, strict=True)
+    ]
+    first, again = answers(llm, requests), finished(llm, requests)
+    model, processor = patched(folders(kind), kind, settings)
+    pairs = zip(shown, texts, strict=True)
+    expected = [generated(model, processor, list(images), text) for images, text in pairs]
+    assert differing(first, expected) == []
+    assert differing([list(each.outputs[0].token_ids) for each in again], expected) == []
+    assert all(each.num_cached_tokens >= 32 for each in again)
+    if kind == "llava":
+        text_tokens = len(processor.tokenizer(texts[0])["input_ids"]) - 2
+        assert len(again[0].prompt_token_ids) == text_tokens + 2 * 144

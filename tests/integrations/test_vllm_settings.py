@@ -226,6 +226,17 @@ def test_a_budget_of_all_tokens_changes_nothing() -> None:
     assert kept.place.tolist() == list(range(12))
 
 
+def test_channels_that_the_method_does_not_see_go_along() -> None:
+    features = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    behind = torch.arange(12.0)[:, None]
+    settings = Settings.parse("method=divprune,keep=0.5")
+    (alone,) = keep_features(settings, [features], [(3, 4)])
+    (kept,) = keep_features(settings, [torch.cat([features, behind], 1)], [(3, 4)], width=8)
+    assert torch.equal(kept.place, alone.place)
+    assert torch.equal(kept.features[:, :8], alone.features)
+    assert kept.features[:, 8].tolist() == kept.place.tolist()
+
+
 def test_broken_features_are_reported() -> None:
     features = torch.ones(12, 8)
     features[3, 2] = torch.nan
@@ -300,7 +311,9 @@ def model_config(name: str = "LlavaForConditionalGeneration", **given: Any) -> A
     }
     if not name.startswith("Llava"):
         facts["model_type"] = "another"
-    multimodal = SimpleNamespace(enable_mm_embeds=given.pop("embeds", False))
+    multimodal = SimpleNamespace(
+        enable_mm_embeds=given.pop("embeds", False), video_pruning_rate=given.pop("videos", None)
+    )
     return SimpleNamespace(
         hf_config=SimpleNamespace(**facts), architecture=name, multimodal_config=multimodal
     )
@@ -314,6 +327,7 @@ def model_config(name: str = "LlavaForConditionalGeneration", **given: Any) -> A
         ("divprune", model_config(tower="pixtral"), "no squares"),
         ("divprune", model_config(select="full"), "class token"),
         ("divprune", model_config(embeds=True), "--enable-mm-embeds"),
+        ("divprune", model_config(videos=0.5), "--video-pruning-rate"),
     ],
 )
 def test_a_model_that_cannot_be_pruned_is_refused(method: str, config: Any, said: str) -> None:

@@ -47,6 +47,8 @@ def keep_features(
     features: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     tower: Mapping[float, TowerTokens] | None = None,
+    *,
+    width: int | None = None,
 ) -> list[Kept]:
     """Let a door method choose among the features of pictures, and merge what it merges.
 
@@ -56,6 +58,8 @@ def keep_features(
         sizes: for each picture, the rows and columns of its features.
         tower: what the vision tower did, by the numbers in the method's ``tower_blocks``; a picture
             is a sample.
+        width: how many of the D channels the method sees; by default all. The others are dropped
+            and merged like these.
 
     Raises:
         InputError: if features are NaN or infinite.
@@ -67,7 +71,7 @@ def keep_features(
     counts = tuple(map(settings.count, totals))
     if counts == totals:
         return [Kept(one, torch.arange(len(one), device=one.device)) for one in features]
-    view = view_of(features, sizes, counts, tower)
+    view = view_of([one[:, :width] for one in features], sizes, counts, tower)
     if not bool(view.features.isfinite().all()):
         raise InputError(
             "a picture's features are NaN or infinite, and nothing can be chosen by them; a model "
@@ -76,7 +80,8 @@ def keep_features(
     decision = check_decision(method.decide(view), view, method.name)
     keep = decision.keep & view.slot_valid
     visual = VisualTokens.all_of(view.layout)
-    table = Choice(decision, visual, view.token, counts, None).merged(view.features)
+    every = pad_sequence(list(features), batch_first=True)
+    table = Choice(decision, visual, view.token, counts, None).merged(every)
     index, valid = pack(keep)
     chosen = gather_tokens(table, index)
     return [

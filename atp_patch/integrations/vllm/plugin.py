@@ -26,6 +26,7 @@ SERVED = {
     "LlavaForConditionalGeneration": Served(f"{_HERE}.llava:PrunedLlava", tower=True),
     "Qwen2VLForConditionalGeneration": Served(f"{_HERE}.qwen_vl:PrunedQwen2VL", tower=False),
     "Qwen2_5_VLForConditionalGeneration": Served(f"{_HERE}.qwen_vl:PrunedQwen25VL", tower=False),
+    "Qwen3VLForConditionalGeneration": Served(f"{_HERE}.qwen_vl:PrunedQwen3VL", tower=False),
 }
 
 
@@ -87,7 +88,7 @@ def check_model(model_config: Any, settings: Settings, served: Served | None) ->
 
     Raises:
         UnsupportedModelError: if the model cannot be pruned, or its tower not read.
-        ConfigError: if features of pictures may come ready-made.
+        ConfigError: if features of pictures may come ready-made, or videos are pruned.
     """
     config, name = model_config.hf_config, model_config.architecture
     if served is None:
@@ -112,6 +113,11 @@ def check_model(model_config: Any, settings: Settings, served: Served | None) ->
             f"method={settings.method.name} reads the vision tower, and vLLM's tower of {name} "
             "does not show its queries and keys after rotary embedding; use divprune, prunesid, "
             "scope with alpha=0, random or uniform."
+        )
+    if model_config.multimodal_config.video_pruning_rate:
+        raise ConfigError(
+            f"--video-pruning-rate does not go with {VARIABLE}: videos are not served, and its "
+            "positions would be added to ours; leave it out."
         )
     if model_config.multimodal_config.enable_mm_embeds:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL in vLLM: pictures of any size, with positions by row and column."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in vLLM: pictures of any size, positions by row and column."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLMultiModalProcessor,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLProcessingInfo,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from atp_patch.integrations.vllm.choosing import keep_features
@@ -31,7 +37,7 @@ class _PicturesAlone:
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Any number of pictures."""
-        return {"image": None}
+        return {"image": None, "video": 0}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
@@ -71,7 +77,9 @@ class _GridPictures(PrunedImages):
         grids: Any = kwargs["image_grid_thw"]
         features = parent.embed_multimodal(**kwargs)
         sizes = [self._tokens(grid) for grid in grids]
-        return self.placed(keep_features(self.settings, features, sizes), sizes)
+        # Behind a feature stand those that Qwen3-VL adds in later layers (deepstack).
+        width = self.config.get_text_config().hidden_size
+        return self.placed(keep_features(self.settings, features, sizes, width=width), sizes)
 
     def forward(
         self,
@@ -121,3 +129,18 @@ class PrunedQwen25VLProcessor(FewerPlaceholders, Qwen2_5_VLMultiModalProcessor):
 )
 class PrunedQwen25VL(_GridPictures, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose pictures have fewer tokens."""
+
+
+class PrunedQwen3VLInfo(_PicturesAlone, Qwen3VLProcessingInfo):
+    """Qwen3-VL's facts."""
+
+
+class PrunedQwen3VLProcessor(FewerPlaceholders, Qwen3VLMultiModalProcessor):
+    """Qwen3-VL's processor with fewer placeholders."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedQwen3VLProcessor, info=PrunedQwen3VLInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class PrunedQwen3VL(_GridPictures, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL whose pictures have fewer tokens."""

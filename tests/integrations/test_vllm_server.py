@@ -1,0 +1,241 @@
+"""The plugin in vLLM's server, asked over HTTP by OpenAI's client.
+
+`make test-vllm` installs vLLM's CPU build into an environment of its own and runs these there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3000)]
+pytest.importorskip("vllm", reason="vLLM is not installed: make serve-env")
+openai = pytest.importorskip("openai")
+
+import atp_patch  # noqa: E402
+from atp_patch.builtin import load_builtin, make_scene, prompt  # noqa: E402
+from atp_patch.integrations.vllm.settings import VARIABLE  # noqa: E402
+from atp_patch.methods import DivPrune  # noqa: E402
+from tests.helpers.vllm_models import export_llava  # noqa: E402
+
+QUESTIONS = int(os.environ.get("ATP_PATCH_TEST_QUESTIONS", "20"))
+ANSWER_TOKENS = 8
+SETTINGS = "method=divprune,keep=0.25"
+
+
+def command(folder: Path, port: int) -> list[str]:
+    """The command that serves a folder."""
+    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder)]
+    options = {
+        "--port": port,
+        "--served-model-name": "llava",
+        "--dtype": "float32",
+        "--max-model-len": 1024,
+        "--max-num-seqs": 32,
+        "--limit-mm-per-prompt": json.dumps({"image": 2}),
+    }
+    return [*serve, "--enforce-eager", *(str(part) for pair in options.items() for part in pair)]
+
+
+def environment(settings: str) -> dict[str, str]:
+    return {**os.environ, VARIABLE: settings, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with the settings."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("logs") / "server.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(folder, port), env=environment(SETTINGS), stdout=out, stderr=out
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                time.sleep(2)
+                assert process.poll() is None, log.read_text()[-4000:]
+                if answers_at(f"{address}/health"):
+                    break
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def answers_at(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Any:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[Any, str]]:
+    """Held-out pictures, with a question each."""
+    scenes = [make_scene("test", number) for number in range(QUESTIONS)]
+    return [
+        (scene.image, scene.questions[number % len(scene.questions)].text)
+        for number, scene in enumerate(scenes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(asked: Any) -> list[str]:
+    """What transformers answers, patched with the same method and budget."""
+    model, processor = load_builtin("llava")
+    atp_patch.patch_model(model, method=DivPrune(), keep=0.25)
+    found = []
+    for image, question in asked:
+        inputs = processor(images=image, text=prompt(question), return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        found.append(processor.tokenizer.decode(new, skip_special_tokens=True))
+    return found
+
+
+def url_of(image: Any) -> str:
+    held = io.BytesIO()
+    image.save(held, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def message(question: str, *urls: str) -> list[dict[str, Any]]:
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+
+
+def ask(client: Any, image: Any, question: str, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="llava",
+        messages=message(question, url_of(image)),
+        max_tokens=ANSWER_TOKENS,
+        temperature=0,
+        **options,
+    )
+
+
+def test_the_answers_are_those_of_transformers(client: Any, asked: Any, expected: Any) -> None:
+    with ThreadPoolExecutor(8) as clients:
+        found = list(clients.map(lambda pair: ask(client, *pair), asked))
+    assert [one.choices[0].message.content for one in found] == expected
+    # Of 576 visual tokens 144 are in the prompt.
+    assert all(144 < one.usage.prompt_tokens < 144 + 24 for one in found)
+
+
+def test_a_stream_says_the_same(client: Any, asked: Any, expected: Any) -> None:
+    for (image, question), answer in list(zip(asked, expected, strict=True))[:5]:
+        stream = ask(client, image, question, stream=True)
+        parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
+        assert "".join(parts) == answer
+
+
+BROKEN = {
+    "no picture": "data:image/png;base64," + base64.b64encode(b"no picture").decode(),
+    "half a picture": "",
+    "no base64": "data:image/png;base64,???",
+    "more pixels than are allowed": "",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_picture_is_an_error_to_its_client_alone(
+    client: Any, asked: Any, expected: Any, case: str
+) -> None:
+    from PIL import Image
+
+    image, question = asked[0]
+    url = BROKEN[case]
+    if case == "half a picture":
+        whole = url_of(image)
+        url = whole[: len(whole) // 2 // 4 * 4]
+    elif case == "more pixels than are allowed":
+        url = url_of(Image.new("1", (20_000, 20_000)))
+    with ThreadPoolExecutor(2) as clients:
+        other = clients.submit(ask, client, image, question)
+        with pytest.raises(openai.APIStatusError) as error:
+            client.chat.completions.create(model="llava", messages=message(question, url))
+        assert 400 <= error.value.status_code < 500
+        assert other.result().choices[0].message.content == expected[0]
+
+
+def test_too_many_pictures_are_an_error(client: Any, asked: Any) -> None:
+    image, question = asked[0]
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model="llava", messages=message(question, *[url_of(image)] * 3)
+        )
+
+
+def test_a_client_that_goes_away_leaves_the_server_as_it_was(
+    server: str, client: Any, asked: Any, expected: Any
+) -> None:
+    image, question = asked[1]
+    body = json.dumps(
+        {
+            "model": "llava",
+            "messages": message(question, url_of(image)),
+            "max_tokens": 500,
+            "ignore_eos": True,
+            "stream": True,
+        }
+    ).encode()
+    host, _, port = server.removeprefix("http://").partition(":")
+    for _ in range(4):
+        with socket.create_connection((host, int(port))) as line:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            line.sendall((head + kind).encode() + body)
+            assert line.recv(16)  # it has begun to answer
+    assert ask(client, image, question).choices[0].message.content == expected[1]
+    for _ in range(60):
+        time.sleep(1)
+        with urllib.request.urlopen(f"{server}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        running = [one for one in lines if one.startswith("vllm:num_requests_running")]
+        if running and all(float(one.split()[-1]) == 0 for one in running):
+            return
+    pytest.fail("requests of clients that went away are still running")
+
+
+def test_a_wrong_setting_stops_the_server_at_start_with_one_line(folder: Path) -> None:
+    done = subprocess.run(
+        command(folder, 1),
+        env=environment("method=fastv,keep=0.5"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("atp_patch: ATP_PATCH_VLLM: method=fastv")
+    )
+    assert "Traceback" not in done.stderr
