@@ -77,7 +77,7 @@ def export_qwen2_vl(folder: Path) -> Path:
             spread = 1.1 / math.sqrt(weight[0].numel())
         with torch.no_grad():
             weight.copy_(centre + spread * torch.randn(weight.shape, generator=generator))
-    model.generation_config.eos_token_id = None  # every answer has its full length
+    model.generation_config.eos_token_id = text["eos_token_id"]
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder)
     return folder

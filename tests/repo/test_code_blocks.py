@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import atp_patch
 from atp_patch.builtin import load_builtin, prompt
 from atp_patch.commands.cli import COMMANDS
+from atp_patch.integrations.vllm.settings import VARIABLE, Settings
 from tests.helpers.copies import Template
 from tests.helpers.hub import LoopbackHub
 from tests.hub.conftest import hub as hub
@@ -120,6 +121,8 @@ def test_faults_are_found() -> None:
 def check_command(line: str) -> None:
     """Hold a command line to the parser, the file or the target that it calls."""
     words = shlex.split(line)
+    if words[0].startswith(f"{VARIABLE}="):
+        Settings.parse(words.pop(0).partition("=")[2])
     name = Path(words[0]).name
     if words[:2] == ["python", "-m"] and words[2].startswith("atp_patch."):
         name, words = "atp-patch", ["atp-patch", words[2].partition(".")[2], *words[3:]]
@@ -131,7 +134,8 @@ def check_command(line: str) -> None:
         assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
     elif name == "python" and words[1] == "-m":
         ours = ROOT / words[2].replace(".", "/")
-        assert words[2] == "lmms_eval" or ours.with_suffix(".py").is_file(), line
+        others = ("lmms_eval", "vllm.entrypoints.openai.api_server")
+        assert words[2] in others or ours.with_suffix(".py").is_file(), line
     elif name == "python":
         assert (ROOT / words[1]).is_file(), line
     elif "/" in words[0]:
@@ -142,7 +146,7 @@ def check_command(line: str) -> None:
         for extra in ",".join(extras).split(",") if extras else ():
             assert re.search(rf"^{extra} =", known, re.MULTILINE), line
     else:
-        assert name in {"git", "hf"}, f"no test knows this command: {line}"
+        assert name in {"git", "hf", "vllm"}, f"no test knows this command: {line}"
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
