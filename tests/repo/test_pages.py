@@ -73,7 +73,9 @@ def test_the_site_has_every_page() -> None:
 
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = {page.name for page in tracked("docs/*.md")}
-    assert sorted(files(settings["nav"])) == sorted(pages | {"CONTRIBUTING.md", "CHANGELOG.md"})
+    assert sorted(files(settings["nav"])) == sorted(
+        pages | {"CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"}
+    )
 
 
 def test_the_first_page_links_every_page() -> None:
