@@ -61,7 +61,7 @@ def main() -> None:
     image = Image.open(given.image).convert("RGB")
     traces = {name: trace_of(model, processor, image, name, given.share) for name in given.methods}
     sheet = visualize.compare(traces, across=5).image(dpi=72)
-    sheet.quantize(64).save(given.out, optimize=True)
+    sheet.quantize(64, Image.Quantize.MAXCOVERAGE).save(given.out, optimize=True)
 
 
 if __name__ == "__main__":

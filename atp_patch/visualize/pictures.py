@@ -91,7 +91,8 @@ def seen(
     views = None if inputs is None else _views(inputs, processor, trace, sample)
     slots = [Part(g, frame) for g, grid in enumerate(grids) for frame in range(grid.frames)]
     owner = _owners(given, grids, views)
-    in_patches = inputs is not None and getattr(inputs.get("pixel_values"), "ndim", 0) == 2
+    names = ("pixel_values", "pixel_values_videos")
+    in_patches = any(getattr((inputs or {}).get(name), "ndim", 0) == 2 for name in names)
     pictures: list[Picture] = []
     for number, image in enumerate(given):
         own = [n for n, found in enumerate(owner) if found == number]
@@ -222,26 +223,33 @@ def _views(
     of_videos = _pixels(inputs, "pixel_values_videos", "video_grid_thw", processor)
     if of_images is None and of_videos is None:
         return None
-    queues = [iter(pixels) for pixels in (of_images, of_videos) if pixels is not None]
+    queues = [
+        iter([(pixels, settings) for pixels in found])
+        for found, settings in (
+            (of_images, _settings(processor, "pixel_values")),
+            (of_videos, _settings(processor, "pixel_values_videos")),
+        )
+        if found is not None
+    ]
     waiting = [next(queue, None) for queue in queues]
     views: list[Image.Image] = []
     for b, grids in enumerate(trace.grids):
         for grid in grids:
             for _ in range(grid.frames):
-                at = next((n for n, view in enumerate(waiting) if _fits(view, grid)), None)
+                at = next((n for n, one in enumerate(waiting) if one and _fits(one[0], grid)), None)
                 if at is None:
                     return None
                 view = waiting[at]
                 assert view is not None
                 if b == sample:
-                    views.append(_as_image(view, processor))
+                    views.append(_as_image(*view))
                 waiting[at] = next(queues[at], None)
     return None if any(view is not None for view in waiting) else views
 
 
-def _fits(view: Tensor | None, grid: VisualGrid) -> bool:
+def _fits(pixels: Tensor, grid: VisualGrid) -> bool:
     """Whether a view, (channels, height, width), has the shape of a grid's tokens."""
-    return view is not None and grid.height * view.shape[2] == grid.width * view.shape[1]
+    return grid.height * pixels.shape[2] == grid.width * pixels.shape[1]
 
 
 def _pixels(
@@ -320,9 +328,8 @@ def _settings(processor: Any, name: str) -> Any:
     return videos if name.endswith("videos") and videos is not None else images
 
 
-def _as_image(pixels: Tensor, processor: Any) -> Image.Image:
-    """A normalized picture, (channels, height, width), as 8-bit RGB."""
-    settings = _settings(processor, "pixel_values")
+def _as_image(pixels: Tensor, settings: Any) -> Image.Image:
+    """A picture, (channels, height, width), that a processor normalized, as 8-bit RGB."""
     if getattr(settings, "do_normalize", False):
         mean, std = (
             torch.tensor(getattr(settings, f"image_{x}")).view(-1, 1, 1) for x in ("mean", "std")

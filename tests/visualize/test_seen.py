@@ -194,6 +194,26 @@ def test_a_video_has_a_picture_for_each_pair_of_frames(grid_a_frame: bool) -> No
     assert [picture.parts for picture in shown] == [(part,) for part in parts]
     for picture, frame in zip(shown, video[::2], strict=True):
         assert difference(picture.image, frame) < 2
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].flip(0)
+    shown = seen([video], Trace([found]), inputs, Processor(made, made))
+    assert [picture.image for picture in shown] == video[::2], "another order is not believed"
+
+
+def test_videos_have_a_normalization_of_their_own() -> None:
+    """The image processor of this model normalizes, its video processor does not."""
+    made = transformers.Qwen2VLImageProcessor(**QWEN, **QWEN_SIZE, do_normalize=False)
+    video = frames(2)
+    inputs = {
+        "pixel_values_videos": made(video[0], return_tensors="pt")["pixel_values"],
+        "video_grid_thw": torch.tensor([[1, 8, 10]]),
+    }
+    of_images = transformers.Qwen2VLImageProcessor(**QWEN, **QWEN_SIZE)
+    image = painted(40, 32, blue=200)
+    inputs |= of_images(image, return_tensors="pt")
+    trace = Trace([grids((4, 5), (4, 5))])
+    still, moving = seen([image, video], trace, inputs, Processor(of_images, made))
+    assert difference(still.image, image) < 2
+    assert difference(moving.image, video[0]) < 2
 
 
 def test_an_image_and_a_video() -> None:
