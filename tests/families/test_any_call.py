@@ -34,10 +34,11 @@ SETTINGS = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
+# No picture is all zeros: some hosts take that for padding.
 PAINTS: dict[str, Any] = {
     "noise": None,
     "one colour": lambda height, width: torch.full((3, height, width), 0.3),
-    "one spike": lambda height, width: torch.zeros(3, height, width).index_put_(
+    "one spike": lambda height, width: torch.full((3, height, width), 0.1).index_put_(
         (torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(9.0)
     ),
 }
