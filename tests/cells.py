@@ -406,10 +406,12 @@ def tried(cell: Cell) -> tuple[str, str]:
         told = "".join(traceback.format_exception_only(error)).strip()
         return ("host refuses" if _refuses(kind, way, inputs, cell) else "crashed"), told
     plain = _model(kind, cell)
-    if cell.method in MASKED:
-        wrong = judged(said, reference(said, _masked(kind, model, plain)))
-    else:
-        wrong = judged(said, reference(said, partial(_uncached, model)))
+    masked = cell.method in MASKED
+    whole = _masked(kind, model, plain) if masked else partial(_uncached, model)
+    try:
+        wrong = judged(said, reference(said, whole))
+    except Exception as error:  # the whole pass over the prompts with the answers behind them
+        wrong = f"no reference: {type(error).__name__}: {error}"
     if wrong is None:
         return "right", ""
     try:
