@@ -54,7 +54,7 @@ class LateFeatures:
         return torch.where(self.mask, self.tables[min(self.tables)], embeds)
 
     def added(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states that enter a layer, with the features that it is due."""
+        """(B, L', D) hidden states that enter a layer, with the features added before it."""
         table = self.tables.get(layer)
         return hidden if table is None else hidden + table.to(hidden)
 
