@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import atp_patch
-from tests.families import latents, mrope
+from tests.families import gemma4, latents, mrope
 from tests.families.kinds import MIXED, SINGLE, TWO, Batch, Kind, make
 from tests.families.tables import ROTARY_PLACES, every_kind, one_of_each_table, with_rotary_places
 from tests.families.test_every_family import patched, placed
@@ -28,6 +28,7 @@ GRIDS = (
     "image_attention_mask",
     "image_merge_sizes",
     "video_merge_sizes",
+    "image_position_ids",
     "spatial_shapes",
     "target_sizes",
     "target_sizes_videos",
@@ -157,6 +158,8 @@ def test_grids_of_other_prompts_are_named() -> None:
 
 @every_kind
 def test_embeddings_need_a_visual_mask(kind: Kind) -> None:
+    if kind.name == gemma4.SHARED:
+        pytest.skip("the plain model finds the words of embeddings, for inputs of each layer")
     model = patched(kind)
     batch = make(kind, TWO)
     given = embedded(kind.build(), batch.inputs)
