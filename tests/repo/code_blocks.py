@@ -57,7 +57,7 @@ def inline(page: Path) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     """The command lines of a page's shell blocks, without comments; continued lines are joined."""
-    sources = [block.source for block in blocks(page, "sh")]
+    sources = [block.source for name in ("sh", "bash") for block in blocks(page, name)]
     lines = "\n".join(sources).replace("\\\n", "").splitlines()
     bare = (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines)
     return [line for line in bare if line]

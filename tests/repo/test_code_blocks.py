@@ -31,8 +31,12 @@ ELSEWHERE = {
 }
 # How many blocks of a page are only checked, because nothing here could run them.
 NOT_RUN: dict[str, int] = {}
-# Options of lmms-eval's own command line.
-HARNESS = {"--model_args", "--limit", "--use_cache", "--log_samples", "--force_simple"}
+# Options of other programs' command lines: lmms-eval's and vLLM's.
+OTHERS = {"--model_args", "--limit", "--use_cache", "--log_samples", "--force_simple"} | {
+    "--mm-processor-kwargs",
+    "--enable-mm-embeds",
+    "--enable-dbo",
+}
 FILES = re.compile(r"(?:atp_patch|docs|examples|results|tests|workshop)/[\w./+-]+")
 RUN = [page for page in pages() if any(b.runs for b in blocks(page, "python"))]
 
@@ -165,7 +169,7 @@ def options() -> set[str]:
 
 
 def test_what_sentences_name_is_there() -> None:
-    known = options() | HARNESS
+    known = options() | OTHERS
     for page in pages():
         for code in inline(page):
             for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
