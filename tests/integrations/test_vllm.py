@@ -108,7 +108,7 @@ def finished(llm: Any, requests: list[Any]) -> list[Any]:
     from vllm import SamplingParams
 
     found: list[Any] = llm.generate(
-        requests, SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+        requests, SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, logprobs=0)
     )
     return found
 
@@ -136,12 +136,20 @@ def patched(folder: Path, kind: str, settings: str) -> tuple[Any, Any]:
     return model, processor
 
 
-def generated(model: Any, processor: Any, images: Any, text: str) -> list[int]:
+def generated(model: Any, processor: Any, images: Any, text: str) -> tuple[list[int], float]:
+    """The ids of the answer, and the logarithm of its probability."""
     inputs = processor(images=images, text=text, return_tensors="pt")
     with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    found: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
-    return found
+        made = model.generate(
+            **inputs,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    ids: list[int] = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    steps = [logits[0].log_softmax(-1) for logits in made.logits]
+    return ids, sum(float(step[token]) for step, token in zip(steps, ids, strict=True))
 
 
 def differing(found: list[list[int]], expected: list[list[int]]) -> list[int]:
@@ -161,11 +169,14 @@ def test_answers_are_those_of_transformers(
         {"prompt": text, "multi_modal_data": {"image": image}}
         for text, image in zip(texts, images, strict=True)
     ]
-    found = answers(llm, requests)
+    done = [one.outputs[0] for one in finished(llm, requests)]
     model, processor = patched(folders(kind), kind, settings)
     pairs = zip(images, texts, strict=True)
     expected = [generated(model, processor, image, text) for image, text in pairs]
-    assert differing(found, expected) == []
+    assert differing([list(one.token_ids) for one in done], [ids for ids, _ in expected]) == []
+    # A random model may answer alike from wrong places; how sure it is shows them.
+    for one, (_, log_probability) in zip(done, expected, strict=True):
+        assert one.cumulative_logprob == pytest.approx(log_probability, abs=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
@@ -193,7 +204,7 @@ def test_two_pictures_in_chunks_and_from_the_prefix_cache(
     first, again = answers(llm, requests), finished(llm, requests)
     model, processor = patched(folders(kind), kind, settings)
     pairs = zip(shown, texts, strict=True)
-    expected = [generated(model, processor, list(images), text) for images, text in pairs]
+    expected = [generated(model, processor, list(images), text)[0] for images, text in pairs]
     assert differing(first, expected) == []
     assert differing([list(each.outputs[0].token_ids) for each in again], expected) == []
     assert all(each.num_cached_tokens >= 32 for each in again)
