@@ -211,3 +211,31 @@ def test_two_pictures_in_chunks_and_from_the_prefix_cache(
     if kind == "llava":
         text_tokens = len(processor.tokenizer(texts[0])["input_ids"]) - 2
         assert len(again[0].prompt_token_ids) == text_tokens + 2 * 144
+
+
+def test_the_decoder_of_llava_gets_the_places_of_what_stays(
+    engine: Any, folders: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built-in model hardly looks at positions, so its answers would not show wrong ones."""
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    seen: list[list[int]] = []
+    forward = LlavaForConditionalGeneration.forward
+
+    def noted(self: Any, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(positions.tolist())
+        return forward(self, input_ids, positions, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", noted)
+    settings = "method=divprune,keep=0.25"
+    llm = engine(folders("llava"), settings)
+    image, question = asked[0]
+    text = prompt(question.text)
+    seen.clear()
+    (answer,) = answers(llm, [{"prompt": text, "multi_modal_data": {"image": image}}])
+    model, processor = patched(folders("llava"), "llava", settings)
+    ids, _ = generated(model, processor, image, text)
+    kept = atp_patch.last_trace(model).layers[0].kept[0]
+    assert answer == ids
+    assert seen[0] == kept.nonzero()[:, 0].tolist()
+    assert seen[1] == [len(kept)]
