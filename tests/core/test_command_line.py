@@ -220,6 +220,7 @@ def test_the_same_option_is_called_the_same() -> None:
     own = {
         "--methods",  # of bench, which takes fewer
         "--model",  # whose default differs
+        "--port",  # likewise
         "--questions",
         "--seeds",
         "--split",
