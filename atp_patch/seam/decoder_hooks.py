@@ -51,6 +51,19 @@ class DecoderPass(Protocol):
         """What training adds to the loss of the model's output: name -> (weight, scalar)."""
 
 
+class Carrier:
+    """Holds the state of a pass among the decoder's keywords.
+
+    FSDP makes lists, dicts and dataclasses among a module's arguments anew, and would give each
+    layer a copy of the state by itself. It leaves other objects as they are.
+    """
+
+    __slots__ = ("decoder_pass",)
+
+    def __init__(self, decoder_pass: DecoderPass) -> None:
+        self.decoder_pass = decoder_pass
+
+
 class LayerHook:
     """The forward pre-hook of one decoder layer."""
 
@@ -61,9 +74,10 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the pass change the layer's arguments, where the keywords hold one."""
-        decoder_pass: DecoderPass | None = kwargs.pop(PASS, None)
-        if decoder_pass is None:
+        carrier: Carrier | None = kwargs.pop(PASS, None)
+        if carrier is None:
             return None
+        decoder_pass = carrier.decoder_pass
         kwargs.update(zip(self.names, args[1:], strict=False))
         args = args[:1]
         return self.hooks.before_layer(decoder_pass, self.layer, module, args, kwargs), kwargs
@@ -121,7 +135,7 @@ class DecoderHooks:
         if made is None:
             return None
         decoder_pass, kwargs = made
-        return args, {**kwargs, PASS: decoder_pass}
+        return args, {**kwargs, PASS: Carrier(decoder_pass)}
 
     def pass_of(self, kwargs: dict[str, Any]) -> tuple[DecoderPass, dict[str, Any]] | None:
         """The pass that the decoder's arguments begin, and the arguments that the decoder gets.
@@ -183,8 +197,8 @@ class DecoderHooks:
     def _after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
-        decoder_pass: DecoderPass | None = kwargs.get(PASS)
-        return None if decoder_pass is None else self.finish(decoder_pass, output, kwargs)
+        carrier: Carrier | None = kwargs.get(PASS)
+        return None if carrier is None else self.finish(carrier.decoder_pass, output, kwargs)
 
     def finish(self, decoder_pass: DecoderPass, output: Any, kwargs: dict[str, Any]) -> Any:
         """The decoder's output in the public length; None leaves it as it is.

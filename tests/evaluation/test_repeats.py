@@ -23,6 +23,7 @@ def rows(text: str) -> dict[tuple[str, float | None], dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # ten minutes and more, where two processes share the cores
 def test_the_second_models_results_come_again(tmp_path: Path) -> None:
     argv = ["--model", "builtin-dynamic", "--methods", "atp", "--budgets", "0.25", "--seeds", "3"]
     asked = ["--tasks", ",".join(TASKS), "--questions", str(QUESTIONS), "--no-plots"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.utils import _apply_to_tensors
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import atp_patch
@@ -348,3 +349,17 @@ def test_images_are_compressed_through_a_wrapper(name: str) -> None:
     found = atp_patch.compress(around(name, voco_model("llava-llama")), inputs)
     for one, two in zip(expected.held.keys, found.held.keys, strict=True):
         assert torch.equal(one, two)
+
+
+def test_layers_whose_arguments_are_made_anew_share_one_pass() -> None:
+    """FSDP rebuilds the lists, dicts and dataclasses among the arguments of each module."""
+    model, other = patched("llava-llama"), patched("llava-llama")
+    inputs = batch(model, prompts.MIXED)
+    expected = forward(model, inputs).logits
+
+    def rebuilt(_: Any, args: Any, kwargs: Any) -> Any:
+        return _apply_to_tensors(lambda tensor: tensor, (args, kwargs))
+
+    for layer in tiny.decoder_layers(other):
+        layer.register_forward_pre_hook(rebuilt, with_kwargs=True, prepend=True)
+    assert torch.equal(forward(other, inputs).logits, expected)
