@@ -60,7 +60,7 @@ def test_gradients_reach_the_image_through_the_tokens_alone(kind: str) -> None:
     seen = []
     runs: list[Any] = []
     cut.model.language_model.register_forward_pre_hook(
-        lambda _m, _a, kwargs: runs.append(kwargs["atp_patch_pass"]), with_kwargs=True
+        lambda _m, _a, kwargs: runs.append(kwargs["atp_patch_pass"].decoder_pass), with_kwargs=True
     )
 
     def stop(_: Any, args: Any, kwargs: Any) -> Any:
