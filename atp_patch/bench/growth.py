@@ -10,7 +10,7 @@ from typing import Any
 
 from atp_patch.bench.comparison_tables import markdown
 from atp_patch.bench.measure import PLAIN
-from atp_patch.tools.files import replaced
+from atp_patch.bench.plot import figure
 
 FEWEST_SIZES = 3  # a line through two points fits always, and says nothing of how well
 
@@ -97,24 +97,14 @@ def draw_growths(found: Sequence[dict[str, Any]], title: str, path: Path) -> Non
         title: the title of the plot.
         path: the path of the file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for growth in found:
-        about = f", batch {growth['batch_size']}" if len(found) > 1 else ""
-        for name, one in growth["contenders"].items():
-            label = f"{name}{about} (exponent {one['decoder_exponent']:.2f})"
-            axes.loglog(growth["tokens"], one["decoder_ms"], marker="o", label=label)
-    axes.set_xlabel("tokens of the plain prefill, visual and text")
-    axes.set_ylabel("decoder prefill, milliseconds (median)")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    with replaced(path) as scratch:
-        figure.savefig(scratch, dpi=120, metadata={"Software": None})
+    with figure(path, title) as axes:
+        for growth in found:
+            about = f", batch {growth['batch_size']}" if len(found) > 1 else ""
+            for name, one in growth["contenders"].items():
+                label = f"{name}{about} (exponent {one['decoder_exponent']:.2f})"
+                axes.loglog(growth["tokens"], one["decoder_ms"], marker="o", label=label)
+        axes.set_xlabel("tokens of the plain prefill, visual and text")
+        axes.set_ylabel("decoder prefill, milliseconds (median)")
 
 
 def alike(

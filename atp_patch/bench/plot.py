@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,28 @@ def check_plot() -> None:
         raise ConfigError("--plot needs matplotlib: pip install 'atp-patch[eval]'.") from error
 
 
+@contextmanager
+def figure(path: Path, title: str) -> Iterator[Any]:
+    """Make the axes of a plot. When the block ends, it is written to ``path`` with its legend.
+
+    Args:
+        path: the path of the file to write.
+        title: the title of the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(6, 5))
+    FigureCanvasAgg(made)
+    axes = made.add_subplot()
+    yield axes
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    made.tight_layout()
+    with replaced(path) as scratch:
+        made.savefig(scratch, dpi=120, metadata={"Software": None})
+
+
 def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draw the decoder's speed-up against the ratio of FLOPs, with the range over single rounds.
 
@@ -32,30 +55,22 @@ def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         title: the title of the plot.
         path: the path of the file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    points: dict[str, list[dict[str, Any]]] = {}
-    for case in cases:
-        for name, column in case["contenders"].items():
-            if "against_plain" in column:
-                points.setdefault(name, []).append(column["against_plain"])
-    for name, members in points.items():
-        ratio = [p["flops_ratio"] for p in members]
-        speed = [p["decoder_speedup"] for p in members]
-        # A ratio of medians may lie outside of the ratios of single rounds.
-        low = [max(0.0, s - p["pairs"][0]) for s, p in zip(speed, members, strict=True)]
-        high = [max(0.0, p["pairs"][1] - s) for s, p in zip(speed, members, strict=True)]
-        axes.errorbar(ratio, speed, yerr=[low, high], fmt="o", capsize=3, label=name)
-    top = max(p["flops_ratio"] for members in points.values() for p in members) * 1.1
-    axes.plot([1, top], [1, top], color="grey", linewidth=1, label="every FLOP saved is time saved")
-    axes.set_xlabel("FLOPs ratio of the decoder's prefill, plain / pruned")
-    axes.set_ylabel("decoder speed-up")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    with replaced(path) as scratch:
-        figure.savefig(scratch, dpi=120, metadata={"Software": None})
+    with figure(path, title) as axes:
+        points: dict[str, list[dict[str, Any]]] = {}
+        for case in cases:
+            for name, column in case["contenders"].items():
+                if "against_plain" in column:
+                    points.setdefault(name, []).append(column["against_plain"])
+        for name, members in points.items():
+            ratio = [p["flops_ratio"] for p in members]
+            speed = [p["decoder_speedup"] for p in members]
+            # A ratio of medians may lie outside of the ratios of single rounds.
+            low = [max(0.0, s - p["pairs"][0]) for s, p in zip(speed, members, strict=True)]
+            high = [max(0.0, p["pairs"][1] - s) for s, p in zip(speed, members, strict=True)]
+            axes.errorbar(ratio, speed, yerr=[low, high], fmt="o", capsize=3, label=name)
+        top = max(p["flops_ratio"] for members in points.values() for p in members) * 1.1
+        axes.plot(
+            [1, top], [1, top], color="grey", linewidth=1, label="every FLOP saved is time saved"
+        )
+        axes.set_xlabel("FLOPs ratio of the decoder's prefill, plain / pruned")
+        axes.set_ylabel("decoder speed-up")

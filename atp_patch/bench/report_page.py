@@ -24,13 +24,12 @@ def pays(column: dict[str, Any]) -> bool:
     return bool(against["pairs"][0] > 1 and against["prefill_speedup"] > 1)
 
 
-def page(report: dict[str, Any], command: str, *, tables: bool = True) -> str:
+def page(report: dict[str, Any], command: str) -> str:
     """The page.
 
     Args:
         report: what :func:`atp_patch.bench.__main__.run` returns.
         command: the command line that made it.
-        tables: whether the table of each case follows.
     """
     parts = [
         f"# When pruning pays: {report['model']}",
@@ -42,16 +41,15 @@ def page(report: dict[str, Any], command: str, *, tables: bool = True) -> str:
         "Pruning pays in a case where the decoder was faster than the plain one's in every round, "
         "and the first token came earlier by the medians. A number is how many times as fast as "
         "the plain model's the first token came.",
-        *_pays_tables(report["cases"]),
+        *pays_tables(report["cases"]),
     ]
     if report["growth"]:
         parts += ["## Growth", *map(growth_table, report["growth"])]
-    if tables:
-        parts += ["## All figures", *map(table, report["cases"])]
+    parts += ["## All figures", *map(table, report["cases"])]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def _pays_tables(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+def pays_tables(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
     """For each batch size and prompt length, a table of the methods and the sizes of pictures."""
     for (batch_size, prompt_tokens), members in alike(cases):
         names = [name for name in members[0]["contenders"] if name != PLAIN]
