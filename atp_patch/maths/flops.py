@@ -96,6 +96,7 @@ def prefill_flops(
     logits_rows: float = 1,
     states: Sequence[int] = (),
     mixer_weights: Sequence[int] = (),
+    queries_per_layer: Sequence[float] = (),
 ) -> float:
     """Exact FLOPs of a prefill of one sample, and of the head for ``logits_rows`` tokens.
 
@@ -112,12 +113,14 @@ def prefill_flops(
         states: the layers that keep a state in place of keys.
         mixer_weights: for each layer, as of :func:`layer_flops`; empty where they follow from the
             heads.
+        queries_per_layer: how many tokens each layer runs on, where some layers attend to the keys
+            of more tokens than that; empty where they run on all that enter.
     """
     sizes = _of_layers(len(tokens_per_layer), num_heads, num_kv_heads, head_dim)
     layers = sum(
         layer_flops(
-            n,
-            n,
+            queries,
+            keys,
             hidden_size,
             mlp_size,
             heads,
@@ -126,8 +129,14 @@ def prefill_flops(
             mixer_weights=mixer_weights[layer] if mixer_weights else None,
             attends=layer not in states,
         )
-        for layer, (n, mlp_size, (heads, kv_heads, size)) in enumerate(
-            zip(tokens_per_layer, mlp_sizes, sizes, strict=True)
+        for layer, (queries, keys, mlp_size, (heads, kv_heads, size)) in enumerate(
+            zip(
+                queries_per_layer or tokens_per_layer,
+                tokens_per_layer,
+                mlp_sizes,
+                sizes,
+                strict=True,
+            )
         )
     )
     return layers + 2 * logits_rows * hidden_size * vocab_size

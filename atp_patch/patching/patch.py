@@ -242,12 +242,14 @@ class Patch:
                 attended=tokens.attended,
             )
         counts = zip(prefill.prompt_tokens, layout.totals, strict=True)
+        rows = prefill.rows
         self.thread.trace = PruningTrace(
             layers=layers,
             layout=layout,
             shape=decoder_shape(self.parts.config, self.parts.layers),
             text_tokens=tuple(all_tokens - visual for all_tokens, visual in counts),
             bytes_per_element=prefill.embeds.element_size(),
+            last_rows=None if rows is None else (self.parts.first_reusing_layer, rows),
         )
 
     def losses(

@@ -126,6 +126,9 @@ class PruningTrace:
         bytes_per_element: size in bytes of one number in the key/value cache.
         losses: in training, the value of each loss that the method added, before its weight. ATP's
             are "atp" and "target".
+        last_rows: (layer, rows), where this layer and later ones reuse keys and ran on the last
+            ``rows`` tokens alone, because the call wanted no other logits; None where all layers
+            ran on all tokens.
         illustration: what draws the trace over its pictures, or None where they are not known.
     """
 
@@ -135,6 +138,7 @@ class PruningTrace:
     text_tokens: tuple[int, ...]
     bytes_per_element: int
     losses: dict[str, float] = field(default_factory=dict)
+    last_rows: tuple[int, int] | None = None
     illustration: Illustration | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -255,6 +259,10 @@ class PruningTrace:
 
     def _flops(self, tokens_per_layer: list[int]) -> float:
         shape = self.shape
+        queries = list(tokens_per_layer)
+        if self.last_rows is not None:
+            first, rows = self.last_rows
+            queries[first:] = [min(tokens, rows) for tokens in tokens_per_layer[first:]]
         return prefill_flops(
             tokens_per_layer,
             hidden_size=shape.hidden_size,
@@ -265,6 +273,7 @@ class PruningTrace:
             vocab_size=shape.vocab_size,
             states=shape.states,
             mixer_weights=shape.mixer_weights,
+            queries_per_layer=queries,
         )
 
     def _kv_bytes(self, tokens_per_layer: list[int]) -> int:

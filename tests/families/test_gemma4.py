@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import atp_patch
 from atp_patch.seam import decoder_shape
@@ -44,6 +46,24 @@ def test_layers_that_reuse_keys_run_on_the_last_rows_alone(
         logits = forward(model, inputs, logits_to_keep=wanted, use_cache=cached).logits
         assert_close(logits, whole[:, -wanted:], kept[:, -wanted:] & real_mask(inputs)[:, -wanted:])
     assert rows == [1, 30, int(kept.sum(1).max())]
+
+
+def test_flops_are_counted_for_the_rows_that_layers_run_on(shared: Kind) -> None:
+    model, inputs = shared.build(), make(shared, SINGLE).inputs
+    model.set_attn_implementation("eager")
+    atp_patch.patch_model(model, [2], "uniform", keep=1.0)
+    flops = {}
+    for wanted in (1, 0):
+        with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+            model(**inputs, logits_to_keep=wanted)
+        counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+        layer = re.compile(r".*language_model\.layers\.\d+\.(self_attn|mlp)")
+        counted = sum(n for name, n in counts.items() if layer.fullmatch(name))
+        text = model.config.text_config
+        head = 2 * text.hidden_size * text.vocab_size  # of one row, as for the next token
+        flops[wanted] = atp_patch.last_trace(model).flops_plain
+        assert flops[wanted] == counted + head
+    assert flops[1] < flops[0]
 
 
 def test_a_row_without_a_mask_sees_no_empty_slot(shared: Kind) -> None:

@@ -24,6 +24,7 @@ from atp_patch.seam.decoder.late_features import LateFeatures
 from atp_patch.seam.decoder.restoring import restored
 from atp_patch.seam.decoder.rope_2d import RowColumnRotary
 from atp_patch.seam.decoder.streams import by_stream, first_stream
+from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.decoder.views import view_before
 from atp_patch.seam.decoder.visual_tokens import Learned, TokenState
 from atp_patch.seam.host.prompt import TextRows
@@ -94,7 +95,8 @@ class Prefill:
         entered: how many visual tokens of each sample entered the decoder.
         enters_last: (B, L', D), what enters the layers that reuse keys of earlier ones, before the
             host cuts it to the last tokens; None until then, and without such layers.
-        rows: how many of the last tokens the host has cut the sequence to; None where it has not.
+        rows: how many of the last tokens enter the layers that reuse keys, where the host has cut
+            the sequence to them; None where it has not.
     """
 
     policy: LayerPolicy
@@ -161,8 +163,9 @@ class Prefill:
         None leaves the output as it is.
         """
         self.policy.finished(self)
-        if self.rows is not None:
-            return self._cut(output, num_layers)
+        survivors = self.tokens.entering(num_layers - 1)
+        if self.rows is not None and survivors is not None:
+            return self._cut(output, survivors, self.rows)
         return restored(
             output, self.tokens, num_layers, self.host.attending, square=not self.host.past
         )
@@ -277,10 +280,12 @@ class Prefill:
         """
         survivors, whole, self.enters_last = self.tokens.entering(layer), self.enters_last, None
         length = self.layout.length
-        if whole is not None and survivors is not None:
+        if whole is not None:
             rows = kwargs["position_embeddings"][0].shape[-2]
             if rows < length:
                 self.rows = rows
+                if survivors is None:
+                    return hidden
                 slot = survivors.columns(length)[:, -rows:].clamp(min=0)
                 return gather_tokens(whole, slot.to(whole.device))
 
@@ -310,12 +315,9 @@ class Prefill:
             return None
         return self.host.query_factor(attention, survivors, kwargs.get("past_key_values"))
 
-    def _cut(self, output: Any, num_layers: int) -> Any:
-        """The output of the last tokens alone, with zeros at pruned places."""
-        survivors = self.tokens.entering(num_layers - 1)
-        assert survivors is not None
-        assert self.rows is not None
-        alive = survivors.mask(self.layout.length)[:, -self.rows :, None]
+    def _cut(self, output: Any, survivors: Survivors, rows: int) -> Any:
+        """The output of the last ``rows`` tokens, with zeros at pruned places."""
+        alive = survivors.mask(self.layout.length)[:, -rows:, None]
 
         def zeroed(states: Tensor) -> Tensor:
             return states.masked_fill(~alive.to(states.device), 0)
