@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.vision_utils import get_vision_window_index
 
 from tests.families import anyres, hybrids, more_mrope, more_square, mrope, sized, square, towers
 from tests.families.kinds import VIDEO, Kind, Picture, Sample, Words, make, sample
@@ -290,11 +289,12 @@ def _packed(case: Case, plain: Any, found: dict[str, list[Any]], at: int, grid: 
     frames = [(h // cell, w // cell) for t, h, w in grid.tolist() for _ in range(t)]
     places = [[(i // w, i % w) for i in range(h * w)] for h, w in frames]
     if hasattr(vision, "window_size"):
-        order, _ = get_vision_window_index(grid, cell, vision.window_size, vision.patch_size)
-        flat = [place for frame in places for place in frame]
-        flat = [flat[i] for i in order.tolist()]
-        sizes = [len(frame) for frame in places]
-        places = [flat[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+        # Window by window from the top left, and row by row within a window.
+        side = vision.window_size // cell // vision.patch_size
+        places = [
+            sorted(frame, key=lambda place: (place[0] // side, place[1] // side, place))
+            for frame in places
+        ]
     patches = [len(frame) * cell**2 for frame in places]
     split = [[part.transpose(0, 1) for part in rotated(t).split(patches)] for t in (query, key)]
     return Read(*split, found["features"][at], places)
