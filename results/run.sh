@@ -1,8 +1,8 @@
 #!/bin/sh
 # Measures what docs/results.md reads of methods that need no training; train.sh measures the
 # others. A killed run goes on where it was.
-#   results/run.sh [builtin|shifted|depth|dynamic|together|allocation|bench]...
-#   (default: the first four; "together" is one table a model of all that was measured, trained or not;
+#   results/run.sh [builtin|shifted|depth|dynamic|every|together|allocation|budgets|bench]...
+#   (default: the first five; "together" is one table a model of all that was measured, trained or not;
 #   "bench" measures time, so that nothing else may run beside it)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
 set -eu
@@ -39,6 +39,39 @@ depth() {
 dynamic() {
     $EVALUATE --model builtin-dynamic --methods "$(inside -)$BEFORE" \
         --budgets 0.5,0.25,0.15,0.06 --questions 500 --seeds 3 --out "$OUT/dynamic"
+}
+# Methods that "builtin" and "dynamic" leave out, with atp and the baselines to pair them with, and
+# one table of all. Layers behind one that works, because a method looks at the attention before it.
+every() {
+    every_of builtin builtin every 1+4+10 4+14+24 14 7+14+24
+    every_of builtin-dynamic dynamic every-dynamic 1+4+6 1+4+6 4 2+4+6
+}
+# $1: the model; $2: the folder of its other methods; $3: of these; layers: $4; $5 at a half of the
+# tokens; $6 of vscan; $7 of pyramiddrop, which before the layers of fastv is the same as fastv.
+every_of() {
+    mkdir -p "$OUT/$3"
+    methods=
+    for name in atp dart random uniform; do
+        methods="$methods$name@$4:0.25+0.15+0.06,$name@$5:0.5,"
+    done
+    methods="${methods}pyramiddrop@$7:0.5,vscan@$6,cdpruner,divprune,scope,fastervlm,visionzip"
+    methods="$methods,vispruner,hiprune,prunesid,downsample"
+    $EVALUATE --model "$1" --methods "$methods" --budgets 0.5,0.25,0.15,0.06 \
+        --questions 500 --seeds 1 --out "$OUT/$3"
+    older=
+    for name in fixed fastv sparsevlm; do
+        older="$older,$name@$4:0.25+0.15+0.06,$name@$5:0.5"
+    done
+    $PYTHON "$(dirname "$0")/choosing.py" --model "$1" --budgets 0.5,0.25,0.15,0.06 \
+        --methods "$methods$older,prumerge,prumerge+" --json "$OUT/$3/choosing.json"
+    $PYTHON "$(dirname "$0")/frontier.py" "$OUT/$3" "$OUT/$2" \
+        --choosing "$OUT/$3/choosing.json" > "$OUT/$3/frontier.md"
+}
+# The papers' 192, 128 and 64 of 576 tokens, which enter the decoder.
+budgets() {
+    $EVALUATE --methods "divprune,cdpruner,scope,fastervlm,visionzip,vispruner,hiprune,prunesid" \
+        --layers 1,4,10 --budgets 0.333333,0.222222,0.111111 --questions 500 --seeds 1 --no-plots \
+        --out "$OUT/budgets"
 }
 together() {
     $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25,$OUT/compressed" \
@@ -81,5 +114,5 @@ timed() {
     cat "$OUT/bench/$name.md"
 }
 
-[ $# -gt 0 ] || set -- builtin shifted depth dynamic
+[ $# -gt 0 ] || set -- builtin shifted depth dynamic every
 for part in "$@"; do "$part"; done

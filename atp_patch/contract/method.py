@@ -149,6 +149,10 @@ class DoorMethod(Method):
     ``share`` the first number of ``keep`` says so; under ``target_tokens`` so many enter that the
     layers behind the first pruning keep a third of them.
 
+    Class attributes:
+        reads_question: whether the choice may depend on the text of the prompt. Where it does not,
+            an evaluation chooses once for all questions about an image.
+
     Attributes:
         share: the share of a sample's visual tokens that enter if ``patch_model`` is given no
             budget for this method, or None if it follows from the layer method's budget, or if
@@ -166,6 +170,7 @@ class DoorMethod(Method):
     """
 
     where: ClassVar[str] = "door"
+    reads_question: ClassVar[bool] = True
 
     share: float | None = None
 

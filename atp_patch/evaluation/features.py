@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from atp_patch.evaluation.images_once import keeps_the_same
 from atp_patch.evaluation.prepare import ENCODED, PICTURE, Sample, collate
 from atp_patch.methods import TowerMethod
 from atp_patch.patching.api import is_patched, require_patch
@@ -64,12 +65,21 @@ def seen_by(
         lora: folder of the LoRA that is in the model's weights now; None: there is none.
 
     Returns:
-        the samples; without features where the model has to find them in its own forward pass.
+        the samples; without features where the model has to find them in its own forward pass,
+        because its images are shrunk, or because a method reads the tower with each question.
     """
     before = require_patch(model).vision_method if is_patched(model) else None
+    if is_patched(model) and _reads_the_tower_again(model):
+        return [replace(sample, features=None) for sample in samples]
     same = lora is None or not changes_features(model, lora)
     if before is None and same:
         return samples
     if before is None or isinstance(before, TowerMethod):
         return see(model, samples, pad_id, positions)
     return [replace(sample, features=None) for sample in samples]
+
+
+def _reads_the_tower_again(model: Any) -> bool:
+    """Whether a method at the decoder's door needs the tower to run with each question."""
+    door = require_patch(model).plan.methods.door
+    return door is not None and bool(door.tower_blocks) and not keeps_the_same(model)

@@ -29,7 +29,7 @@ CODE = (
     *(f"builtin/{n}.py" for n in ("tokens", "vocabulary")),
     *(f"builtin/dynamic/{n}.py" for n in ("processing", "sizes", "tokens")),
     *(f"evaluation/{n}.py" for n in ("answers", "features", "prepare", "runner", "voco")),
-    *(f"evaluation/{n}.py" for n in ("adapters", "settings", "layers_once")),
+    *(f"evaluation/{n}.py" for n in ("adapters", "settings", "layers_once", "images_once")),
     *(f"evaluation/{n}.py" for n in ("scenes", "shades", "tasks")),
 )
 

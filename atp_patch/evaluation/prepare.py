@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,19 @@ def prepare(
         words = processor.tokenizer.encode(example.answer, add_special_tokens=False)
         answer = (*words, end_ids(model)[0])
     return Sample(example, inputs, visual, answer)
+
+
+def divide(sample: Sample) -> tuple[Sample, Sample]:
+    """The prompt up to the end of its image, with the image, and the rest, without it."""
+    length = sample.inputs["input_ids"].shape
+    tokens = {name: t for name, t in sample.inputs.items() if t.shape == length}
+    end = int(sample.visual.nonzero().max()) + 1
+    before = {name: t[:, :end] for name, t in tokens.items()}
+    behind = {name: t[:, end:] for name, t in tokens.items()}
+    return (
+        replace(sample, inputs={**sample.inputs, **before}, visual=sample.visual[:end]),
+        replace(sample, inputs=behind, visual=sample.visual[end:], features=None),
+    )
 
 
 def collate(

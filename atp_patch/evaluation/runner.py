@@ -15,6 +15,7 @@ from atp_patch.builtin import DYNAMIC
 from atp_patch.builtin.silent import silent_layers, without
 from atp_patch.evaluation.answers import forced, generated
 from atp_patch.evaluation.features import can_see_ahead, see, seen_by
+from atp_patch.evaluation.images_once import ImagesOnce, begin_alike, keeps_the_same
 from atp_patch.evaluation.layers_once import LayersOnce
 from atp_patch.evaluation.prepare import Inputs, Sample, collate, prepare
 from atp_patch.evaluation.progress import Advance
@@ -73,6 +74,11 @@ class Bench:
     def layers_once(self) -> LayersOnce:
         """Keeps what the layers before the first pruning made of a batch."""
         return LayersOnce()
+
+    @cached_property
+    def images_once(self) -> ImagesOnce:
+        """Reads images once for all questions about them."""
+        return ImagesOnce()
 
     def skipped(self, setting: Setting) -> set[int]:
         """The decoder layers that may be left out of the model as the setting patched it: they add
@@ -149,6 +155,7 @@ def run(
         samples = [prepared(bench, registry[e.task], split, e) for e in chunk]
         ahead = bench.answers == "forced" and can_see_ahead(bench.model, samples)
         bench.layers_once.forget()
+        bench.images_once.forget()
         if ahead:
             samples = see(bench.model, samples, bench.pad_id, bench.flat_positions)
         for setting, file in open_runs:
@@ -220,11 +227,26 @@ def answered(
     """Answer samples batch by batch with the model as it is now. A batch holds samples with forced
     answers, or samples whose answers are generated, but not both.
     """
+    at_once = setting.name != BLIND and keeps_the_same(bench.model)
     for with_answer in (True, False):
         alike = [sample for sample in samples if bool(sample.answer) == with_answer]
+        if alike and with_answer and at_once and begin_alike(alike):
+            yield from zip(alike, _answer_by_image(bench, setting, alike), strict=True)
+            continue
         for start in range(0, len(alike), bench.batch_size):
             part = alike[start : start + bench.batch_size]
             yield from zip(part, _answer_batch(bench, setting, registry, part), strict=True)
+
+
+def _answer_by_image(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> Iterator[Answer]:
+    """Answer samples with forced answers, reading each image once."""
+    images = bench.images_once.read(bench.model, samples, bench.pad_id, bench.flat_positions)
+    counts = _entering(bench, setting, images.begun)
+    for start in range(0, len(samples), bench.batch_size):
+        part = samples[start : start + bench.batch_size]
+        hits = images.hits(part, bench.pad_id)
+        for sample, hit in zip(part, hits, strict=True):
+            yield Answer(float(hit), counts[images.row(sample)])
 
 
 def _answer_batch(

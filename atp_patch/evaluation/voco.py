@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atp_patch.evaluation.answers import hits
-from atp_patch.evaluation.prepare import Sample, collate
+from atp_patch.evaluation.prepare import Sample, collate, divide
 from atp_patch.patching.api import is_patched, last_trace, require_patch
 from atp_patch.tools.visual_cache import compress
 
@@ -39,23 +38,11 @@ def forced_by_image(
     """
     for _, same in groupby(samples, key=lambda sample: sample.example.number):
         asked = list(same)
-        begun = asked[0]
-        end = int(begun.visual.nonzero().max()) + 1  # the question, behind it, differs
-        grids = {n: t for n, t in begun.inputs.items() if t.shape != begun.inputs[_TEXT[0]].shape}
-        begun = _cut(begun, slice(end))
-        begun = replace(begun, inputs=begun.inputs | grids)
-        image = collate([begun], pad_id, False, False, seen=True).inputs
+        image = collate([divide(asked[0])[0]], pad_id, False, False, seen=True).inputs
         cache = compress(model, image)
         left = last_trace(model).tokens_per_layer[0]
-        batch = collate([_cut(s, slice(end, None)) for s in asked], pad_id, False, False)
+        batch = collate([divide(sample)[1] for sample in asked], pad_id, False, False)
         question = {name: batch.inputs[name] for name in _TEXT}
         with torch.inference_mode():
             found = hits(model, cache.inputs(model, question), batch)
         yield from ((hit, left) for hit in found)
-
-
-def _cut(sample: Sample, part: slice) -> Sample:
-    """A sample with a part of the prompt's tokens; of the picture it keeps the features alone."""
-    length = sample.inputs["input_ids"].shape
-    tokens = {name: t[:, part] for name, t in sample.inputs.items() if t.shape == length}
-    return replace(sample, inputs=tokens, visual=sample.visual[part])

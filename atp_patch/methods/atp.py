@@ -1,4 +1,4 @@
-"""ATP-LLaVA (Ye et al., 2024): adaptive token pruning.
+"""ATP-LLaVA (Ye et al., 2024, arXiv 2412.00447): adaptive token pruning.
 
 The scores of eq. 3-5 are computed from the queries and keys of the layer before, after rotary
 embedding. A token is kept if its redundant score or its spatial score reaches the threshold for

@@ -21,6 +21,7 @@ class DivPrune(DoorMethod):
 
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "the visual features that differ most from each other"
+    reads_question: ClassVar[bool] = False
 
     def decide(self, view: DoorView) -> Decision:
         """Add the token that is farthest from those chosen so far, image by image."""

@@ -23,6 +23,7 @@ class FasterVLM(DoorMethod):
 
     name: ClassVar[str] = "fastervlm"
     summary: ClassVar[str] = "the largest attention of the vision tower's class token"
+    reads_question: ClassVar[bool] = False
 
     @property
     def tower_blocks(self) -> tuple[int, ...]:

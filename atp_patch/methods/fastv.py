@@ -1,4 +1,10 @@
-"""FastV (Chen et al., 2024): rank by the attention that the last prompt token pays."""
+"""FastV (Chen et al., 2024, arXiv 2403.06764): rank by the last prompt token's attention.
+
+After layer K the visual tokens are ranked by attention, averaged over heads, and a share R of them
+is dropped (§4.1). The paper words the criterion as the attention that a token gets on average. The
+reading taken here is that of the authors' program: the attention that the last token of the prompt
+pays, in the layer before the pruning layer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""ATP-LLaVA's attention scores (eq. 3-4), and the method that keeps a fixed share by them."""
+"""ATP-LLaVA's attention scores (arXiv 2412.00447, eq. 3-4), and a fixed share by them (table 2).
+
+The paper does not say how both scores, a logit and a probability, come to one scale. The readings
+taken here are options: which of them count, ranks in their place, and what probabilities are
+normalised over.
+"""
 
 from __future__ import annotations
 

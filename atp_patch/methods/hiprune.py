@@ -39,6 +39,7 @@ class HiPrune(DoorMethod):
     summary: ClassVar[str] = (
         "what a middle block of the tower attends to, its neighbours, and the last"
     )
+    reads_question: ClassVar[bool] = False
 
     alpha: float = 0.1
     object_depth: float = 0.375

@@ -1,8 +1,13 @@
-"""LLaVA-PruMerge (Shang et al., 2024): keep what the tower attends to, merge the rest into it.
+"""LLaVA-PruMerge (Shang et al., 2024, arXiv 2403.15388): keep what the tower attends to, and merge
+the rest into it.
 
-The method prunes before the decoder, by the attention of the tower's layer whose output the model
-uses. The paper's §3.3 names the last layer's keys and its algorithm 1 the penultimate layer's;
-LLaVA uses the output of the penultimate layer.
+The method prunes before the decoder, by the class token's attention (eq. 2): outliers of it stay
+(§3.2), and each takes in the dropped tokens with the most similar keys, weighed by their attention
+(§3.3, algorithm 1). The readings taken here: attention and keys are those of the tower's layer
+whose output the model uses, where §3.3 names the last layer and algorithm 1 the penultimate one,
+which LLaVA uses; weights are normalised, which the printed sum is not; only tokens that go are
+merged; and in a tower without a class token the attention is what a token gets from all tokens on
+average.
 """
 
 from __future__ import annotations

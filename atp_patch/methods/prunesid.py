@@ -48,6 +48,7 @@ class PruneSID(DoorMethod):
 
     name: ClassVar[str] = "prunesid"
     summary: ClassVar[str] = "groups by principal directions, the best of each that differ"
+    reads_question: ClassVar[bool] = False
 
     adaptive: bool = False
 

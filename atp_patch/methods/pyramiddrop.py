@@ -2,7 +2,8 @@
 
 The decoder is cut into four stages of equal length (§3.2), and at the end of each of the first
 three the share lambda = 0.5 of the tokens stays: those with the most attention of the last token of
-the instruction. The attention is read as that of the last layer of the stage, averaged over heads.
+the instruction. The readings taken here: the attention is that of the last layer of the stage,
+averaged over heads, and all visual tokens of a prompt are ranked together.
 """
 
 from __future__ import annotations

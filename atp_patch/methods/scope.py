@@ -33,6 +33,7 @@ class SCOPE(DoorMethod):
 
     name: ClassVar[str] = "scope"
     summary: ClassVar[str] = "features that cover the others, weighed by the tower's attention"
+    reads_question: ClassVar[bool] = False
 
     alpha: float = 1.0
 

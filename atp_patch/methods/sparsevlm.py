@@ -1,9 +1,14 @@
-"""SparseVLM (Zhang et al., 2025): relevant text tokens rate visual ones, and some are recycled.
+"""SparseVLM (Zhang et al., 2025, arXiv 2410.04417): relevant text rates, and some is recycled.
 
 The raters are the text tokens that are relevant to the image. A visual token's score is the
 attention that it gets from the raters, averaged over raters and heads. The rank of that attention
 tells how many tokens are redundant and are dropped. The best of the dropped tokens are put into
 clusters, and the hidden state of each cluster's centre becomes the sum of those of its tokens.
+
+The readings taken here: the raters are chosen once, by the decoder's input embeddings; the
+attention is that of the layer before the pruning layer; the rank counts singular values above a
+share of the largest; densities and distances of the clusters are means over the hidden size; and a
+cluster stands at the place of its centre.
 """
 
 from __future__ import annotations

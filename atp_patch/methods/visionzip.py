@@ -31,6 +31,7 @@ class VisionZip(DoorMethod):
 
     name: ClassVar[str] = "visionzip"
     summary: ClassVar[str] = "the tower's attention, and the rest merged into an even few"
+    reads_question: ClassVar[bool] = False
 
     dominant_share: float = 27 / 32
 

@@ -39,6 +39,7 @@ class VisPruner(DoorMethod):
 
     name: ClassVar[str] = "vispruner"
     summary: ClassVar[str] = "the tower's attention, and of the rest no near-duplicates"
+    reads_question: ClassVar[bool] = False
 
     important_share: float = 0.5
 

@@ -1,4 +1,4 @@
-"""VoCo-LLaMA: each image is compressed into the keys and values of a few learned tokens."""
+"""VoCo-LLaMA (Ye et al., 2024, arXiv 2406.12275): an image as keys and values of learned tokens."""
 
 from __future__ import annotations
 

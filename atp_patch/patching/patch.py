@@ -108,6 +108,12 @@ class Patch:
         """The method that prunes pictures or tokens of the vision tower."""
         return self.plan.methods.vision
 
+    @property
+    def _door_follows(self) -> bool:
+        """Whether a door method lets in as many tokens as the budget of a layer method says."""
+        door = self.plan.methods.door
+        return door is not None and door.share is None and door.needs_budget
+
     def restore_ignored(self) -> None:
         """Restore the model's list of keys that are not saved, if it had one."""
         self.parts.model.__dict__.pop(IGNORED, None)
@@ -120,8 +126,14 @@ class Patch:
 
     def check_budget(self, visual_tokens: int) -> None:
         """Raise BudgetError if no image of so many visual tokens can meet the budget."""
-        if follows_budget(self.method, self.config):
-            self.config.counts(visual_tokens)
+        if not follows_budget(self.method, self.config):
+            return
+        door, entered = self.plan.methods.door, None
+        if door is not None:
+            image = VisualGrid(start=0, frames=1, height=1, width=visual_tokens)
+            entered = door_counts(self.config, door, [[image]])
+        whole = visual_tokens if self._door_follows else None
+        self.config.counts(visual_tokens if entered is None else entered[0], whole=whole)
 
     def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
         """Make the hooks that prune the vision tower or read it for a door method."""
@@ -184,8 +196,7 @@ class Patch:
         """
         if not follows_budget(self.method, self.config):
             return None
-        door = self.plan.methods.door
-        follows = door is not None and door.share is None and door.needs_budget
+        follows = self._door_follows
         samples = zip(layout.grids, layout.totals, entered, left, strict=True)
         return tuple(
             min(self.config.counts(total, len(grids), prompt if follows else None)[step], remaining)

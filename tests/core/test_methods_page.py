@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import atp_patch
+from atp_patch.contract import DoorMethod
 from atp_patch.methods import METHODS, method_class
 from tests.families.kinds import MIXED, make
 from tests.families.tables import EVERY
@@ -88,6 +89,19 @@ def test_the_options_and_their_defaults_are_those_of_the_classes() -> None:
     # The rest of atp's are for training, and stand in the docstring of its class.
     of_all = {f.name for kind in METHODS if kind.name != "atp" for f in fields(kind)}
     assert of_all <= told
+
+
+def test_the_page_says_which_methods_read_the_question() -> None:
+    """And what an evaluation reads once for all questions about an image."""
+    page = (PAGE.parent / "methods.md").read_text(encoding="utf-8")
+    section = page.partition("\n## What each needs and costs\n")[2].partition("\n## ")[0]
+    cells = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    told = {name: row[5] for row in cells for name in re.findall(r"`([\w+]+)`", row[0])}
+    assert set(told) == {kind.name for kind in METHODS}
+    doors = [kind for kind in METHODS if issubclass(kind, DoorMethod)]
+    assert len(doors) > 7
+    for kind in doors:
+        assert (told[kind.name] == "no") != kind.reads_question, kind.name
 
 
 @pytest.fixture

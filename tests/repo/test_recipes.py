@@ -58,7 +58,9 @@ def told(
     return [json.loads(line) for line in places["LOG"].read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("told", ["run.sh", "run.sh bench", "train.sh", "gpu.sh"], indirect=True)
+@pytest.mark.parametrize(
+    "told", ["run.sh", "run.sh bench budgets", "train.sh", "gpu.sh"], indirect=True
+)
 def test_every_command_is_one_that_its_program_takes(told: list[list[str]]) -> None:
     assert len(told) >= 4
     for argv in told:
