@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow eval-env test-eval serve-env test-vllm web-env test-web mutation fuzz cells results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web mutation fuzz cells results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -60,6 +60,11 @@ cells: $(VENV)/.installed-dev
 MATRIX ?= 5.4.0 5.13.1 5.23.0
 test-matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.matrix $(MATRIX)
+
+# What a reader runs, whole: the notebooks, the README's path to the Hub and back, the figures, the site.
+SHOWN := tests/visualize/test_notebooks.py tests/hub/test_stranger.py tests/repo/test_doc_pictures.py tests/repo/test_pages.py
+test-shown: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(SHOWN)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -137,9 +142,12 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# The pictures of the README and of docs/how-it-works.md, with times of this machine.
+# The figures of the README and of the documentation, for light and for dark pages. Times are those of
+# this machine, or, with TIMES="203 99", those that were measured before.
 pictures: $(VENV)/.installed-eval
-	$(BIN)/python examples/pictures.py
+	$(BIN)/python examples/pictures.py $(if $(TIMES),--times $(TIMES))
+	$(BIN)/python examples/every_method.py --out docs/pictures/every_method.png
+	$(BIN)/python examples/every_method.py --dark --out docs/pictures/every_method-dark.png
 
 clean:
 	rm -rf $(VENV) $(EVAL) $(SERVE) $(WEB) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

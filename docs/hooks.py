@@ -2,6 +2,8 @@
 
 - Pages link to files outside of ``docs`` (results, examples, the changelog). These files come into
   the site, and links among all of them are rewritten to where they lie there.
+- Figures have a version for light and one for dark pages. On a forge the HTML element `picture`
+  names both. The site has a switch of its own, for which the theme names both in its own way.
 - Docstrings hold references such as :func:`patch_model`. They become code.
 """
 
@@ -21,13 +23,24 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = Path(__file__).resolve().parent
 HOME = DOCS / "README.md"
 LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">\s*'
+    r'<img src="(?P<light>[^"]+)" alt="(?P<alt>[^"]+)">\s*</picture>'
+)
 ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 
 def _linked(page: Path) -> set[Path]:
     """The files of this repository that a page links to or shows."""
-    targets = (found[1] for found in LINK.findall(page.read_text(encoding="utf-8")))
+    text = _as_markdown(page.read_text(encoding="utf-8"))
+    targets = (found[1] for found in LINK.findall(text))
     return {(page.parent / target).resolve() for target in targets if "://" not in target}
+
+
+def _as_markdown(text: str) -> str:
+    """Write figures with two versions as two pictures, of which the theme shows one."""
+    both = r"![\g<alt>](\g<light>#only-light) ![\g<alt>](\g<dark>#only-dark)"
+    return PICTURE.sub(both, text)
 
 
 def _place(file: Path) -> str:
@@ -65,7 +78,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             return found[0]
         return found[1] + os.path.relpath(_place(target), here) + found[3]
 
-    return LINK.sub(rewritten, markdown)
+    return LINK.sub(rewritten, _as_markdown(markdown))
 
 
 class PlainReferences(griffe.Extension):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from PIL import Image
 
 import atp_patch
@@ -55,13 +56,16 @@ def main() -> None:
     parser.add_argument("--model", default="llava", help="a built-in model (default: llava)")
     parser.add_argument("--share", type=float, default=0.25, help="tokens to keep (default: 0.25)")
     parser.add_argument("--methods", nargs="+", default=untrained_methods(), help="default: all")
+    parser.add_argument("--dark", action="store_true", help="white letters on a dark ground")
     parser.add_argument("--out", type=Path, default=Path("every_method.png"))
     given = parser.parse_args()
     model, processor = load_builtin(given.model)
     image = Image.open(given.image).convert("RGB")
     traces = {name: trace_of(model, processor, image, name, given.share) for name in given.methods}
-    sheet = visualize.compare(traces, across=5).image(dpi=72)
-    sheet.quantize(64, Image.Quantize.MAXCOVERAGE).save(given.out, optimize=True)
+    colours = {"text.color": "#e8e8e8", "figure.facecolor": "#16191f"} if given.dark else {}
+    with rc_context(colours):
+        sheet = visualize.compare(traces).image(dpi=120)
+    sheet.quantize(64, Image.Quantize.FASTOCTREE).save(given.out, optimize=True)
 
 
 if __name__ == "__main__":

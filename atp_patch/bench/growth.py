@@ -11,6 +11,7 @@ from typing import Any
 from atp_patch.bench.comparison_tables import markdown
 from atp_patch.bench.measure import PLAIN
 from atp_patch.bench.plot import figure
+from atp_patch.visualize.palette import marked
 
 FEWEST_SIZES = 3  # a line through two points fits always, and says nothing of how well
 
@@ -102,7 +103,8 @@ def draw_growths(found: Sequence[dict[str, Any]], title: str, path: Path) -> Non
             about = f", batch {growth['batch_size']}" if len(found) > 1 else ""
             for name, one in growth["contenders"].items():
                 label = f"{name}{about} (exponent {one['decoder_exponent']:.2f})"
-                axes.loglog(growth["tokens"], one["decoder_ms"], marker="o", label=label)
+                look = {**marked(len(axes.lines)), "label": label}
+                axes.loglog(growth["tokens"], one["decoder_ms"], **look)
         axes.set_xlabel("tokens of the plain prefill, visual and text")
         axes.set_ylabel("decoder prefill, milliseconds (median)")
 

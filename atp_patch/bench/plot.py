@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.tools.files import replaced
+from atp_patch.visualize.palette import marked
+
+_TITLE_WIDTH = 80  # characters in a line
 
 
 def check_plot() -> None:
@@ -38,7 +42,7 @@ def figure(path: Path, title: str) -> Iterator[Any]:
     FigureCanvasAgg(made)
     axes = made.add_subplot()
     yield axes
-    axes.set_title(title, fontsize=9)
+    axes.set_title(textwrap.fill(title, _TITLE_WIDTH), fontsize=9)
     axes.legend(fontsize=8)
     made.tight_layout()
     with replaced(path) as scratch:
@@ -61,13 +65,14 @@ def draw(cases: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             for name, column in case["contenders"].items():
                 if "against_plain" in column:
                     points.setdefault(name, []).append(column["against_plain"])
-        for name, members in points.items():
+        for number, (name, members) in enumerate(points.items()):
             ratio = [p["flops_ratio"] for p in members]
             speed = [p["decoder_speedup"] for p in members]
             # A ratio of medians may lie outside of the ratios of single rounds.
             low = [max(0.0, s - p["pairs"][0]) for s, p in zip(speed, members, strict=True)]
             high = [max(0.0, p["pairs"][1] - s) for s, p in zip(speed, members, strict=True)]
-            axes.errorbar(ratio, speed, yerr=[low, high], fmt="o", capsize=3, label=name)
+            look = {**marked(number), "linestyle": "none", "capsize": 3}
+            axes.errorbar(ratio, speed, yerr=[low, high], label=name, **look)
         top = max(p["flops_ratio"] for members in points.values() for p in members) * 1.1
         axes.plot(
             [1, top], [1, top], color="grey", linewidth=1, label="every FLOP saved is time saved"

@@ -13,11 +13,12 @@ from atp_patch.evaluation.settings import BLIND, DROPPED, UNPRUNED
 from atp_patch.evaluation.statistics import Estimate
 from atp_patch.evaluation.summary import Row
 from atp_patch.tools.files import replaced
+from atp_patch.visualize.palette import marked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
-_MARKS = "os^DvPX*<>hp"
 _COLUMNS = 4
 
 
@@ -99,7 +100,7 @@ def _with_intervals(
     # With few images a rounding error may put the value itself outside of its interval.
     low = [max(0.0, e.value - _or(e.low, e.value)) for e in estimates]
     high = [max(0.0, _or(e.high, e.value) - e.value) for e in estimates]
-    axes.errorbar(tokens, values, yerr=[low, high], label=label, **_look(number), lw=1, **look)
+    axes.errorbar(tokens, values, yerr=[low, high], label=label, **marked(number), lw=1, **look)
 
 
 def by_depth(rows: Sequence[Row]) -> Any:
@@ -121,7 +122,7 @@ def by_depth(rows: Sequence[Row]) -> Any:
     figure, ((axes,),) = _figure(1, 1, (8, 5))
     for number, task in enumerate(rows[0].accuracy):
         values = [points[layer].accuracy[task] for layer in layers]
-        axes.plot(layers, values, label=task, **_look(number), ms=4, lw=1, **steps)
+        axes.plot(layers, values, label=task, **marked(number), ms=4, lw=1, **steps)
     means = [points[layer].mean for layer in layers]
     axes.plot(layers, [m.value for m in means if m], color="black", lw=2.5, label="mean", **steps)
     axes.set_xlabel("no visual tokens from this decoder layer on")
@@ -147,10 +148,11 @@ def kept_by_layer(rows: Sequence[Row]) -> Any:
     for axes, row in zip(panels, pruned, strict=True):
         for number, (task, counts) in enumerate(row.entering.items()):
             layers, means = list(counts), list(counts.values())
-            axes.plot(layers, means, label=task, **_look(number), ms=4, lw=1)
+            axes.plot(layers, means, label=task, **marked(number), ms=4, lw=1)
         axes.set_title(_title(row), fontsize=9)
         axes.set_xticks([0, *row.layers])
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
         axes.set_xlabel("decoder layer", fontsize=8)
     panels[0].set_ylabel("visual tokens", fontsize=8)
     _legend_beside(figure, panels[0])
@@ -173,12 +175,13 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
         for number, layer in enumerate(next(iter(row.strata.values())).entering):
             means = [stratum.entering[layer] for stratum in row.strata.values()]
             label = f"enter layer {layer}"
-            axes.plot(list(row.strata), means, label=label, **_look(number), ms=3, lw=1)
+            axes.plot(list(row.strata), means, label=label, **marked(number), ms=3, lw=1)
         axes.set_title(_title(row), fontsize=9)
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
         axes.set_xlabel("objects in the picture", fontsize=8)
-        axes.legend(fontsize=5, loc=(0.65, 0.6))
     panels[0].set_ylabel("visual tokens", fontsize=8)
+    _legend_beside(figure, panels[0])
     return figure
 
 
@@ -203,18 +206,23 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _references(axes: Axes, rows: Sequence[Row], value: Any) -> None:
-    from matplotlib.ticker import LogFormatter
-
     for name, style in ((UNPRUNED, "-"), (BLIND, ":")):
         for row in (row for row in rows if row.setting.name == name):
             axes.axhline(value(row), color="0.5", ls=style, lw=1, label=name)
     low, high = axes.get_xlim()
     if high > 3 * low:  # a shorter logarithmic axis has no round numbers to show
         axes.set_xscale("log")
-        for show in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            show(LogFormatter(minor_thresholds=(2, 0.5)))  # 40 and not 4 x 10^1
+        _plain_numbers(axes.xaxis)
     axes.set_xlabel("visual tokens, mean over layers", fontsize=8)
     axes.grid(alpha=0.3)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Write 40 and not 4 x 10^1 along a logarithmic axis."""
+    from matplotlib.ticker import LogFormatter
+
+    for show in (axis.set_major_formatter, axis.set_minor_formatter):
+        show(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _figure(
@@ -245,14 +253,6 @@ def _legend_beside(figure: Any, axes: Axes) -> None:
 def _title(row: Row) -> str:
     budget = "" if row.setting.budget is None else f" {row.setting.budget:g}"
     return f"{row.setting.name}{budget}"
-
-
-def _look(number: int) -> dict[str, Any]:
-    """Colour and marker of a line: the usual ten colours, then their lighter ones."""
-    from matplotlib import colormaps
-
-    color = colormaps["tab20"]((2 * number + number // 10) % 20)
-    return {"color": color, "marker": _MARKS[number % len(_MARKS)]}
 
 
 def _or(value: float, instead: float) -> float:

@@ -93,7 +93,7 @@ class Drawing:
 
         made = io.BytesIO()
         with rc_context(_SETTINGS):
-            self.figure.savefig(made, format=kind, facecolor="white", **options)
+            self.figure.savefig(made, format=kind, facecolor="auto", **options)
         return made.getvalue()
 
     def _repr_png_(self) -> bytes:

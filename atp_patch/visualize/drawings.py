@@ -19,6 +19,7 @@ from atp_patch.visualize.canvas import (
     require_matplotlib,
     sheet,
 )
+from atp_patch.visualize.palette import stroked
 from atp_patch.visualize.pictures import Given, Picture, seen
 
 if TYPE_CHECKING:
@@ -291,11 +292,12 @@ def depth_plot(
         raise InputError("there is nothing to plot; give a trace for each name.")
     ax = plot_axis(ax, 5.2, 3.0)
     deepest = 0
-    for name, trace in named.items():
+    for number, (name, trace) in enumerate(named.items()):
         samples = [b for b, total in enumerate(trace.layout.totals) if total]
         counts = trace.tokens_per_layer[samples].double().mean(0).tolist()
         label = f"{name}: {trace.average_tokens:.0f} on average"
-        ax.stairs(counts, np.arange(len(counts) + 1), baseline=None, linewidth=2, label=label)
+        look = {**stroked(number), "linewidth": 2, "label": label}
+        ax.stairs(counts, np.arange(len(counts) + 1), baseline=None, **look)
         deepest = max(deepest, len(counts))
     whole = max(trace.visual_tokens for trace in named.values())
     ax.hlines(whole, 0, deepest, colors="0.5", linestyles="dotted", label=f"plain: {whole:.0f}")

@@ -137,7 +137,7 @@ def build(engine: Engine, builtin: str | None, start: Pruning) -> Any:
                 )
                 upload = gr.File(
                     label=f"or upload one (up to {MAX_MB} MB, {MAX_PIXELS // 10**6} megapixels)",
-                    height=110,
+                    height=150,
                     elem_id="upload",
                 )
                 first = way("First", start)

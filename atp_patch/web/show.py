@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from atp_patch.contract.errors import InputError
 from atp_patch.patching.trace import PruningTrace
 from atp_patch.visualize import Drawing, depth_plot, heat_map, overlay
+from atp_patch.visualize.palette import COLOURS
 from atp_patch.web.engine import Reply
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#999999", "#0072b2", "#e69f00")  # plain, the first method, the second one
+_COLOURS = ("#999999", *COLOURS[:2])  # plain, the first method, the second one
 _MEGA, _GIGA = 1e6, 1e9
 
 

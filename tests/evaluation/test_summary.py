@@ -207,13 +207,13 @@ def test_percentages() -> None:
     assert percent(Estimate(-0.5, -0.75, 0.25), signed=True) == "-50.0 [-75.0, +25.0]"
 
 
-def test_every_task_has_a_colour_of_its_own(rows: list[Row]) -> None:
-    """All eleven of the built-in ones, where matplotlib's own cycle ends at ten."""
+def test_every_task_has_a_look_of_its_own(rows: list[Row]) -> None:
+    """All eleven of the built-in ones, of which some share a colour and none a colour and a mark."""
     row = next(row for row in rows if row.setting.name == "fastv" and row.unreachable is None)
     counts = next(iter(row.entering.values()))
     many = replace(row, entering={f"task {k}": {**counts, 2: 3.0 + k} for k in range(11)})
     (axes,) = (axes for axes in kept_by_layer([many]).axes if axes.get_visible())
-    assert len({line.get_color() for line in axes.lines}) == 11
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 11
 
 
 def test_plots_hold_every_setting(rows: list[Row], tmp_path: Path) -> None:

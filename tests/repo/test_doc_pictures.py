@@ -1,30 +1,49 @@
-"""The program that draws the documentation's pictures."""
+"""The programs that draw the documentation's figures."""
 
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-NAMES = {"first_screen.png", "stairs.png", "one_layer.png"}
+FOLDER = ROOT / "docs" / "pictures"
+TIMED = {"first_screen.png", "first_screen-dark.png"}
+METHODS = {"every_method.png", "every_method-dark.png"}
 
 
 @pytest.mark.slow
-def test_it_draws_every_picture_of_the_pages(tmp_path: Path) -> None:
+def test_every_figure_of_the_pages_is_drawn_as_it_is_kept(tmp_path: Path) -> None:
     program = runpy.run_path(str(ROOT / "examples" / "pictures.py"))
-    program["main"](["--out", str(tmp_path), "--rounds", "1"])
-    kept = {path.name: Image.open(path) for path in (ROOT / "docs" / "pictures").glob("*.png")}
-    assert set(kept) == NAMES == {path.name for path in tmp_path.iterdir()}
-    for name, picture in kept.items():
-        drawn = Image.open(tmp_path / name)
-        assert drawn.size == picture.size
-        # Times differ from machine to machine; what a picture says of tokens does not.
-        if name != "first_screen.png":
-            assert drawn.convert("RGB").tobytes() == picture.convert("RGB").tobytes()
+    program["main"](["--out", str(tmp_path), "--times", "200", "100"])
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn | METHODS == {path.name for path in FOLDER.glob("*.png")}
+    for name in drawn:
+        new, kept = (Image.open(folder / name).convert("RGB") for folder in (tmp_path, FOLDER))
+        assert new.size == kept.size
+        # Times differ from machine to machine; what a figure says of tokens does not.
+        if name not in TIMED:
+            assert new.tobytes() == kept.tobytes(), name
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_sheet_of_methods_has_letters_that_are_read(
+    dark: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sheet.png"
+    argv = ["--methods", "uniform", "divprune", "--model", "dynamic", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["every_method.py", *argv, *(["--dark"] if dark else [])])
+    runpy.run_path(str(ROOT / "examples" / "every_method.py"), run_name="__main__")
+    pixels = Image.open(path).convert("L")
+    ground = pixels.getpixel((0, 0))
+    assert (ground < 40) if dark else (ground > 250)
+    caption = pixels.crop((0, pixels.height - 40, pixels.width // 2, pixels.height))
+    darkest, lightest = caption.getextrema()
+    assert lightest - darkest > 180
 
 
 def test_they_are_of_modest_size() -> None:
-    assert all((ROOT / "docs" / "pictures" / name).stat().st_size < 300_000 for name in NAMES)
+    assert all(path.stat().st_size < 300_000 for path in FOLDER.glob("*.png"))

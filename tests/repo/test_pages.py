@@ -28,7 +28,8 @@ def tracked(pattern: str) -> set[Path]:
 
 def linked(page: Path) -> set[Path]:
     """Files of ours that a page shows or links to."""
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r' src(?:set)?="(.+?)"', text)
     return {(page.parent / target).resolve() for target in targets if "://" not in target}
 
 
@@ -61,6 +62,26 @@ def test_every_figure_is_shown() -> None:
     figures = tracked("results/*.png") | tracked("docs/*.png")
     assert figures
     assert figures <= {file for page in tracked("*.md") for file in linked(page)}
+
+
+def test_every_drawn_figure_has_a_version_for_dark_pages() -> None:
+    """A screenshot of the web page is as it is; every other picture is shown in two versions."""
+    figure = re.compile(
+        r'^<picture>\n  <source media="\(prefers-color-scheme: dark\)" srcset="(.+)-dark\.png">\n'
+        r'  <img src="(.+)\.png" alt="([^"\]]+)">\n</picture>$',
+        re.MULTILINE,
+    )
+    shown = set()
+    for page in tracked("docs/*.md"):
+        text = page.read_text(encoding="utf-8")
+        versions = figure.findall(text)
+        assert len(versions) == text.count("<picture>") == text.count("<img"), page
+        assert all(dark == light for dark, light, _ in versions), page
+        shown |= {Path(light).name for _, light, _ in versions}
+        alone = {Path(name).name for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)}
+        assert alone <= {"web_kept.png", "web_compare.png"}, page
+    names = {path.stem for path in tracked("docs/pictures/*.png")}
+    assert names == shown | {f"{name}-dark" for name in shown}
 
 
 def test_the_site_has_every_page() -> None:
@@ -110,3 +131,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert "target_tokens" in reference
     assert ":func:" not in reference
     assert (tmp_path / "results" / "builtin" / "table" / "index.html").is_file()
+    explained = (tmp_path / "how-it-works" / "index.html").read_text(encoding="utf-8")
+    for picture, theme in (("stairs.png", "light"), ("stairs-dark.png", "dark")):
+        assert f'src="../pictures/{picture}#only-{theme}"' in explained
+        assert (tmp_path / "pictures" / picture).is_file()

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
 import atp_patch
 from atp_patch import visualize
 from atp_patch.visualize import shades
+from atp_patch.visualize.palette import marked, stroked
 from tests.helpers.inputs import MIXED, RAGGED, VIDEO, Prompt, batch
 from tests.helpers.tiny import tiny_model
 
@@ -211,6 +213,23 @@ def test_a_drawing_is_saved_by_its_suffix(suffix: str, tmp_path: Path) -> None:
     assert data.startswith(start)
     drawing.save(tmp_path / f"again{suffix}")
     assert (tmp_path / f"again{suffix}").read_bytes() == data
+
+
+def test_on_a_dark_ground_letters_are_light() -> None:
+    """A drawing takes the colours of matplotlib's style, its ground included."""
+    trace = visualize.with_pictures(traced("llava-llama", RAGGED), Image.new("RGB", (48, 48), BLUE))
+    with rc_context({"figure.facecolor": "black", "text.color": "white"}):
+        drawing = visualize.overlay(trace)
+    pixels = np.asarray(drawing.image().convert("L"))
+    title = pixels[14:48]  # between the upper edge and the panels
+    assert pixels[0, 0] == 0
+    assert title.max() > 230
+
+
+def test_lines_are_told_apart_without_their_colours() -> None:
+    for look, number in ((marked, 84), (stroked, 21)):
+        assert len({tuple(sorted(look(n).items())) for n in range(number)}) == number
+        assert look(number) == look(0)
 
 
 def test_a_trace_with_pictures_shows_them_in_a_notebook() -> None:
