@@ -26,7 +26,7 @@ from atp_patch.bench.options import PROG, STDOUT, check_mode, parser
 from atp_patch.bench.plot import check_plot, draw
 from atp_patch.bench.presets import PRESETS, Preset, Size, describe
 from atp_patch.bench.report_page import page
-from atp_patch.bench.training import as_data, compare_steps, steps_table
+from atp_patch.bench.training import WAYS, as_data, compare_steps, steps_table
 from atp_patch.contract.errors import ConfigError
 from atp_patch.evaluation.identity import today
 from atp_patch.families import family_of
@@ -170,15 +170,26 @@ def _special_case(
         "runs": args.runs,
     }
     if args.follow_up:
-        asked = compare_questions(model, inputs, text, args.follow_up, runs=args.runs)
+        pairs = (args.runs + 1) * (2 + len(args.follow_up))
+        with progress_bar("pairs of questions", pairs) as advance:
+            asked = compare_questions(
+                model, inputs, text, args.follow_up, runs=args.runs, advance=advance
+            )
         case = questions_case(asked, about)
         sys.stdout.write("\n" + questions_table(case))
     else:
         layers = args.layers or preset.pruning_layers(config.get_text_config().num_hidden_layers)
         checkpointing = args.gradient_checkpointing
-        steps = compare_steps(
-            model, layers, inputs, text, runs=args.runs, gradient_checkpointing=checkpointing
-        )
+        with progress_bar("steps", (args.runs + 1) * len(WAYS)) as advance:
+            steps = compare_steps(
+                model,
+                layers,
+                inputs,
+                text,
+                runs=args.runs,
+                gradient_checkpointing=checkpointing,
+                advance=advance,
+            )
         case = {**about, "gradient_checkpointing": checkpointing, "ways": as_data(steps)}
         sys.stdout.write("\n" + steps_table(case))
     sys.stdout.flush()
@@ -204,9 +215,11 @@ def _case(
     for contender in contenders:
         trace = found[contender.name].trace
         if args.profile and trace is not None:
-            columns[contender.name]["same_lengths"] = same_lengths(
-                time_same_lengths(model, contender, inputs, trace, runs=args.runs)
-            )
+            with progress_bar(f"rounds at {contender.name}'s lengths", args.runs + 1) as advance:
+                timed = time_same_lengths(
+                    model, contender, inputs, trace, runs=args.runs, advance=advance
+                )
+            columns[contender.name]["same_lengths"] = same_lengths(timed)
     text = next(one.trace.text_tokens[0] for one in found.values() if one.trace is not None)
     return {
         "batch_size": batch_size,

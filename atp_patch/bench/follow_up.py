@@ -69,7 +69,13 @@ class Prompt:
 
 
 def compare_questions(
-    model: Any, inputs: Inputs, text: Tensor, voco_tokens: Sequence[int], *, runs: int
+    model: Any,
+    inputs: Inputs,
+    text: Tensor,
+    voco_tokens: Sequence[int],
+    *,
+    runs: int,
+    advance: Callable[[int], object] = lambda pairs: None,
 ) -> dict[str, Questions]:
     """Time all ways to answer two questions, in turn: the plain model that reads the image again,
     the plain model that keeps the image's cache, and VoCo.
@@ -82,6 +88,8 @@ def compare_questions(
         text: (B, L) bool, which is false at visual tokens.
         voco_tokens: numbers of VoCo tokens, each of which is a way of its own.
         runs: timed rounds, which follow one round of warm-up.
+        advance: is called with the number of pairs of questions that were asked since the call
+            before.
     """
     prompt = Prompt.cut(inputs, text)
     ways: list[tuple[Contender, Callable[[Any, Prompt], tuple[float, float, int]]]] = [
@@ -100,6 +108,7 @@ def compare_questions(
                 if run:
                     found[way.name].first.values_ms.append(first_ms)
                     found[way.name].second.values_ms.append(second_ms)
+                advance(1)
     return found
 
 

@@ -8,6 +8,7 @@ reach there; the rest of the time is the patch's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,13 @@ class SameLengths:
 
 
 def time_same_lengths(
-    model: nn.Module, contender: Contender, inputs: Inputs, trace: PruningTrace, *, runs: int
+    model: nn.Module,
+    contender: Contender,
+    inputs: Inputs,
+    trace: PruningTrace,
+    *,
+    runs: int,
+    advance: Callable[[int], object] = lambda rounds: None,
 ) -> SameLengths:
     """Time a contender in turn with the plain model on text as long as each of its layers sees.
 
@@ -58,6 +65,7 @@ def time_same_lengths(
         inputs: on the model's device.
         trace: the trace of the contender on these inputs.
         runs: timed rounds, which follow one round of warm-up.
+        advance: is called with the number of rounds that have ended since the call before.
     """
     lengths = layer_lengths(trace)
     plain = {length: Times() for length in lengths}
@@ -72,6 +80,7 @@ def time_same_lengths(
                     times, spent_ms = plain[length], time_prefill(model, _text(inputs, length))
                 if run:
                     times.values_ms.append(spent_ms)
+            advance(1)
     return SameLengths(lengths, plain, pruned)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ def compare_steps(
     *,
     runs: int,
     gradient_checkpointing: bool = False,
+    advance: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, Steps]:
     """Time the steps of all ways in turn.
 
@@ -75,6 +76,7 @@ def compare_steps(
         text: (B, L) bool, which is false at visual tokens.
         runs: timed rounds, which follow one round of warm-up.
         gradient_checkpointing: whether activations are computed again in the backward pass.
+        advance: is called with the number of steps that have ended since the call before.
     """
     found = {way.name: Steps() for way in WAYS}
     labels = _labels(inputs["input_ids"], text)
@@ -93,6 +95,7 @@ def compare_steps(
             one.peak_bytes = peak if one.peak_bytes is None else max(one.peak_bytes, peak or 0)
             if run:
                 one.step.values_ms.append(elapsed_ms)
+            advance(1)
     model.requires_grad_(True).eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_disable()

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atp_patch.builtin import LLAVA, NAMES, load_builtin
 from atp_patch.commands.calibrate_options import PROG, parser
 from atp_patch.commands.pruning_options import trained
 from atp_patch.contract.errors import ConfigError
@@ -24,7 +23,7 @@ from atp_patch.tools.files import check_folder, replaced
 from atp_patch.tools.loading import (
     choose_device,
     choose_dtype,
-    load_checkpoint,
+    load_model,
     quiet_transformers,
 )
 from atp_patch.tools.trained import Trained, merged
@@ -76,10 +75,7 @@ def run(args: argparse.Namespace) -> Calibration:
     name = args.model or BUILTIN
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    if name in NAMES:
-        model, processor = load_builtin(NAMES.get(name, LLAVA), dtype=dtype, device=device)
-    else:
-        model, processor = load_checkpoint(name, device, dtype, check=prune)
+    model, processor = load_model(name, device, dtype, check=prune)
     prune(model)
     batches = _batches(args, name, model, processor)
     passes = 1 + len(require_patch(model).layers)

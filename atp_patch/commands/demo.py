@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from atp_patch.bench.measure import Contender, compare
-from atp_patch.builtin import LLAVA, NAMES, load_builtin
+from atp_patch.builtin import NAMES
 from atp_patch.commands.demo_options import PROG, check, parser
 from atp_patch.commands.demo_report import Report, Times, print_report
 from atp_patch.commands.pruning_options import patch_settings, trained
@@ -32,7 +32,7 @@ from atp_patch.tools.loading import (
     choose_dtype,
     encode,
     first_line,
-    load_checkpoint,
+    load_model,
     quiet_transformers,
 )
 from atp_patch.tools.pictures import read_image
@@ -45,12 +45,7 @@ RUNS, SLOW_RUNS, SLOW_SECONDS = 5, 2, 10.0
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit status of :func:`execute`."""
-    return execute(
-        parser(prog),
-        _command,
-        argv,
-        memory="try --dtype bfloat16, another --device, or a smaller model.",
-    )
+    return execute(parser(prog), _command, argv)
 
 
 def _command(args: argparse.Namespace) -> None:
@@ -83,11 +78,9 @@ def run(args: argparse.Namespace) -> Report:
     def prune(model: Any) -> None:
         patch_model(model, **patch_settings(args, found))
 
-    if args.model is None or args.model in NAMES:
-        name = NAMES.get(args.model, LLAVA)
-        model, processor = load_builtin(name, dtype=dtype, device=device)
-    else:
-        model, processor = load_checkpoint(args.model, device, dtype, check=prune)
+    name = args.model or next(iter(NAMES))
+    model, processor = load_model(name, device, dtype, check=prune)
+    if name not in NAMES:
         print("Answering and timing ...", file=sys.stderr)
     prune(model)
     inputs = encode(processor, image, args.question, model)
@@ -131,14 +124,11 @@ def show_page(args: argparse.Namespace) -> None:
     def prune(model: Any) -> None:
         patch_model(model, **start.settings)
 
-    builtin = NAMES.get(args.model or next(iter(NAMES)))
-    if builtin is not None:
-        model, processor = load_builtin(builtin, dtype=dtype, device=device)
-    else:
-        model, processor = load_checkpoint(args.model, device, dtype, check=prune)
+    name = args.model or next(iter(NAMES))
+    model, processor = load_model(name, device, dtype, check=prune)
     prune(model)  # a wrong argument is an error now, and not on the page
-    engine = Engine(model, processor, args.model or "builtin", args.max_new_tokens)
-    serve(engine, builtin, start, args.port)
+    engine = Engine(model, processor, name, args.max_new_tokens)
+    serve(engine, NAMES.get(name), start, args.port)
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from atp_patch.builtin import NAMES, load_builtin
 from atp_patch.commands.pruning_options import patch_settings, trained
 from atp_patch.commands.serve_options import PLAIN, PROG, check, parser
 from atp_patch.contract.errors import ConfigError, first_line
@@ -25,7 +24,7 @@ from atp_patch.tools.command_line import execute, shows_progress
 from atp_patch.tools.loading import (
     choose_device,
     choose_dtype,
-    load_checkpoint,
+    load_model,
     quiet_transformers,
 )
 from atp_patch.tools.trained import Trained, merged
@@ -35,12 +34,7 @@ _GRACE_SECONDS = 5
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit status of :func:`execute`."""
-    return execute(
-        parser(prog),
-        _command,
-        argv,
-        memory="try --dtype bfloat16, another --device, or a smaller model.",
-    )
+    return execute(parser(prog), _command, argv)
 
 
 def _command(args: argparse.Namespace) -> None:
@@ -94,10 +88,7 @@ def load(args: argparse.Namespace, found: Trained | None) -> tuple[Any, Any]:
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    if args.model in NAMES:
-        model, processor = load_builtin(NAMES[args.model], dtype=dtype, device=device)
-    else:
-        model, processor = load_checkpoint(args.model, device, dtype, check=prune)
+    model, processor = load_model(args.model, device, dtype, check=prune)
     prune(model)
     return model, processor
 

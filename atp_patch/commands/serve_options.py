@@ -8,7 +8,13 @@ from typing import Any, NoReturn
 from atp_patch.builtin import NAMES
 from atp_patch.commands.pruning_options import add_pruning, check_pruning
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.arguments import Parser, add_model, add_output, add_weights
+from atp_patch.tools.arguments import (
+    MAX_IMAGE_PIXELS,
+    Parser,
+    add_model,
+    add_output,
+    add_weights,
+)
 
 PROG = "atp-patch serve"
 PLAIN = "plain"
@@ -39,9 +45,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     server.add_argument(
         "--max-image-pixels",
         type=int,
-        default=50_000_000,
+        default=MAX_IMAGE_PIXELS,
         metavar="N",
-        help="larger pictures are refused (default: 50000000)",
+        help=f"larger pictures are refused (default: {MAX_IMAGE_PIXELS})",
     )
     server.add_argument("--continuous-batching", action=_Refused, nargs=0, help=argparse.SUPPRESS)
     add_output(parse, "the address and what is served")

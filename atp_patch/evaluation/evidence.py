@@ -7,7 +7,7 @@ answer from less and be sure. The recall of a method is the share of these token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,13 @@ def evidence_mask(
     return mask
 
 
-def needs(tasks: Sequence[Task], split: str, questions: int, token_px: int) -> list[Need]:
+def needs(
+    tasks: Sequence[Task],
+    split: str,
+    questions: int,
+    token_px: int,
+    advance: Callable[[int], object] = lambda questions: None,
+) -> list[Need]:
     """Measure what the first questions of each task need.
 
     Args:
@@ -97,6 +103,7 @@ def needs(tasks: Sequence[Task], split: str, questions: int, token_px: int) -> l
         split: split of the documents.
         questions: number of questions of each task.
         token_px: side of the square that one visual token shows.
+        advance: is called with the number of questions that were drawn since the call before.
 
     Raises:
         ConfigError: if a task is not about documents, or has too few questions.
@@ -109,6 +116,7 @@ def needs(tasks: Sequence[Task], split: str, questions: int, token_px: int) -> l
             rows, columns = (-(-side // token_px) for side in (image.height, image.width))
             needed = question.evidence_tokens(image.width, image.height, token_px)
             found.append(Need(example.task, len(needed), rows * columns))
+            advance(1)
     return found
 
 
@@ -151,7 +159,12 @@ def kept_evidence(
 
 
 def recalls(
-    bench: Bench, settings: Iterable[Setting], tasks: Sequence[Task], split: str, questions: int
+    bench: Bench,
+    settings: Iterable[Setting],
+    tasks: Sequence[Task],
+    split: str,
+    questions: int,
+    advance: Callable[[int], object] = lambda passes: None,
 ) -> Iterator[Recall]:
     """Measure the recall of every setting on the first questions of each task.
 
@@ -161,6 +174,7 @@ def recalls(
         tasks: tasks about documents.
         split: split of the documents.
         questions: number of questions of each task.
+        advance: is called with the number of passes that have ended since the call before.
 
     Raises:
         ConfigError: if a task is not about documents, or has too few questions.
@@ -180,6 +194,7 @@ def recalls(
                     mask = evidence_mask(question, size_px, grid.height, grid.width)
                     for layer, ((tokens, recall),) in kept_evidence(trace, [mask]).items():
                         yield Recall(setting, example.task, layer, tokens, recall)
+                advance(1)
 
 
 @torch.inference_mode()

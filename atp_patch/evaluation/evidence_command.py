@@ -28,7 +28,7 @@ from atp_patch.evaluation.tasks import Task, choose_tasks
 from atp_patch.families import family_of
 from atp_patch.methods import untrained_methods
 from atp_patch.tools.arguments import named_values
-from atp_patch.tools.command_line import execute, shows_progress
+from atp_patch.tools.command_line import execute, progress_bar, shows_progress
 from atp_patch.tools.files import write_text
 from atp_patch.tools.loading import (
     choose_device,
@@ -50,7 +50,8 @@ def _command(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} {getattr(args, name)} must be at least 1.")
     tasks = choose_tasks(args.tasks or list(KINDS))
     with quiet_transformers(progress=shows_progress(args)):
-        found = needs(tasks, args.split, args.questions, args.token_px)
+        with progress_bar("questions", len(tasks) * args.questions) as advance:
+            found = needs(tasks, args.split, args.questions, args.token_px, advance)
         text, lines = budget_table(found), [_line(need) for need in found]
         if args.model is not None:
             measured = _measure(args, tasks)
@@ -157,5 +158,7 @@ def _measure(args: argparse.Namespace, tasks: Sequence[Task]) -> list[Recall]:
             f"--model {args.model} knows the words of scenes alone; give one that reads."
         )
     bench = Bench(model, processor, False, "generate")
+    settings = settings_for(model)
     torch.manual_seed(0)
-    return list(recalls(bench, settings_for(model), tasks, args.split, args.questions))
+    with progress_bar("passes", len(settings) * len(tasks) * args.questions) as advance:
+        return list(recalls(bench, settings, tasks, args.split, args.questions, advance))

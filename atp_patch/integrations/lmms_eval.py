@@ -33,11 +33,10 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from atp_patch.builtin import NAMES, load_builtin
 from atp_patch.contract.errors import ConfigError
 from atp_patch.integrations.chat import Answer, Chat, ChatModel, Generation, Score, Usage
 from atp_patch.patching.api import patch_model
-from atp_patch.tools.loading import choose_device, choose_dtype, load_checkpoint
+from atp_patch.tools.loading import choose_device, choose_dtype, load_model
 from atp_patch.tools.trained import load_trained
 
 PLAIN = "plain"
@@ -320,10 +319,7 @@ def _listed(name: str, value: Any) -> Any:
 
 
 def _load(pretrained: str, device: torch.device, dtype: str | None, check: Any) -> tuple[Any, Any]:
-    if pretrained in NAMES:
-        kind = choose_dtype(dtype, device)
-        return load_builtin(NAMES[pretrained], dtype=kind, device=device)
-    return load_checkpoint(pretrained, device, choose_dtype(dtype, device), check)
+    return load_model(pretrained, device, choose_dtype(dtype, device), check)
 
 
 def _medium(visual: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from atp_patch.contract.errors import ConfigError
 from atp_patch.tools.files import parse_json
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_IMAGE_PIXELS = 50_000_000  # of pictures that others send or collected, unless told otherwise
 EXIT_STATUS = """\
 exit status: 0 where the work is done; 2 where an argument or the data is wrong, memory does not
 suffice, or a file or the Hub refuses, with one line on stderr; 130 after Ctrl-C; 1 for a bug, with

@@ -54,7 +54,7 @@ def execute(
     work: Callable[[argparse.Namespace], None],
     argv: Sequence[str] | None,
     *,
-    memory: str,
+    memory: str = "try --dtype bfloat16, another --device, or a smaller model.",
     stopped: str = "stopped.",
 ) -> int:
     """Parse the arguments, do the work, and report an error in one line on stderr.
@@ -126,18 +126,21 @@ def shows_progress(args: argparse.Namespace) -> bool:
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    label: str, total: int | None, done: int = 0, *, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Show how much of some work is done, on stderr where that is a terminal, else nothing.
 
     Args:
         label: what is counted.
         total: how many there are; None: that is not known.
         done: how many were done before.
+        shown: whether there is a bar at all; of several processes one shows it.
 
     Yields:
         a function to be called with the number of further ones that are done.
     """
-    bar = terminal_bar(label)
+    bar = terminal_bar(label) if shown else None
     if bar is None:
         yield lambda count: None
         return

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils import logging
 
+from atp_patch.builtin import NAMES, load_builtin
 from atp_patch.contract.errors import ATPError, ConfigError, InputError, UnsupportedModelError
 from atp_patch.contract.errors import first_line as first_line  # used by the commands too
 from atp_patch.families import family_of
@@ -56,6 +57,18 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPES[name]
+
+
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype, check: Callable[[nn.Module], object]
+) -> tuple[Any, Any]:
+    """Load the built-in model that commands call by this name, or else a checkpoint.
+
+    Arguments and errors are those of :func:`load_checkpoint`; a built-in model needs no check.
+    """
+    if name in NAMES:
+        return load_builtin(NAMES[name], dtype=dtype, device=device)
+    return load_checkpoint(name, device, dtype, check)
 
 
 def load_checkpoint(

@@ -22,7 +22,7 @@ from atp_patch.patching.api import require_patch
 from atp_patch.patching.patch import MODULE_NAME
 from atp_patch.patching.saving import adapter
 from atp_patch.tools.calibration import Calibration, calibrate
-from atp_patch.tools.command_line import execute, shows_progress
+from atp_patch.tools.command_line import execute, progress_bar, shows_progress
 from atp_patch.tools.files import parse_json, replaced, write_text
 from atp_patch.tools.loading import choose_device, quiet_transformers
 from atp_patch.tools.parameter_groups import add_lora, freeze
@@ -174,7 +174,10 @@ def calibrated(trainer: PruningTrainer) -> Calibration | None:
         for start in range(0, len(chosen), size):
             batch = trainer.data_collator(chosen[start : start + size])
             batches.append({name: value for name, value in batch.items() if name != SKIPPED})
-        return calibrate(trainer.model, batches)
+        passes = 1 + len(require_patch(trainer.model).layers)
+        first = trainer.args.process_index == 0
+        with progress_bar("passes over the data", passes, shown=first) as advance:
+            return calibrate(trainer.model, batches, advance=advance)
     except (ConfigError, InputError) as error:  # what was learned must still be saved
         sys.stderr.write(f"Not calibrated: {error}\n")
         return None

@@ -1,4 +1,9 @@
-"""The command line of training, which has a flag for each setting."""
+"""The command line of training, which has a flag for each setting.
+
+transformers' ``HfArgumentParser`` makes flags of a dataclass too. It is not used here: it loads
+torch to print help, and it gives a flag that was left out its default, which would replace what the
+YAML file says.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from atp_patch.training.settings import GROUPS, Settings
 PROG = "python -m atp_patch.train"
 # Arguments that are no settings. A token is secret, and settings are written into files.
 _COMMANDS = ("file", "resume", "token", "quiet", "json")
-# What other commands call the same thing; the setting's own name is a flag too.
+# What other commands call the same thing. The setting's own name is a flag that help does not show.
 _WORDS = {"adapter": "weights", "keep": "keep-checkpoints"}
 
 
@@ -40,16 +45,18 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     groups = {name: parse.add_argument_group(name) for name in GROUPS}
     for entry in fields(Settings):
         group = groups[entry.metadata["group"]]
-        flags = [f"--{entry.name.replace('_', '-')}"]
-        flags[:0] = [f"--{_WORDS[entry.name]}"] if entry.name in _WORDS else []
+        own = f"--{entry.name.replace('_', '-')}"
+        flag = own if entry.name not in _WORDS else f"--{_WORDS[entry.name]}"
         text = entry.metadata["help"]
         if entry.name == "options":
             group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
         elif hints[entry.name] is bool:
-            group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             default = "" if entry.default is None or "default" in text else f" ({entry.default})"
-            group.add_argument(*flags, dest=entry.name, metavar="X", help=text + default)
+            group.add_argument(flag, dest=entry.name, metavar="X", help=text + default)
+        if flag != own:
+            group.add_argument(own, dest=entry.name, help=argparse.SUPPRESS)
     add_token(groups["pruning"])
     add_output(parse, "where the results are and what was measured last")
     return parse

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from atp_patch.builtin import NAMES
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.arguments import DTYPES, check_text
+from atp_patch.tools.arguments import DTYPES, MAX_IMAGE_PIXELS, check_text
 
 BUILTIN = "builtin"
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -85,7 +85,7 @@ class Settings:
         "pruning", 64, "samples on which the thresholds are set to the target at the end; 0: none"
     )
     max_length: int | None = _says("data", None, "tokens of a sample; text beyond is cut")
-    max_image_pixels: int = _says("data", 50_000_000, "larger images are bad samples")
+    max_image_pixels: int = _says("data", MAX_IMAGE_PIXELS, "larger images are bad samples")
     text_only: bool = _says("data", False, "take conversations without an image too")
     skip_bad: bool = _says("data", False, "leave bad samples out and count them")
     dtype: str = _says("model", "float32", "float32, or bfloat16 (autocast)")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from atp_patch.builtin import LLAVA, NAMES, load_builtin
+from atp_patch.builtin import LLAVA, NAMES
 from atp_patch.contract.errors import ConfigError
 from atp_patch.patching.api import patch_model, require_patch
-from atp_patch.tools.loading import load_checkpoint
+from atp_patch.tools.loading import load_model
 from atp_patch.tools.trained import find_trained
 from atp_patch.training.records import LlavaFile, Scenes, Source
 from atp_patch.training.settings import BUILTIN, Settings
@@ -44,10 +44,8 @@ def load(settings: Settings, token: str | None = None) -> tuple[Any, Any]:
     """
     half = settings.dtype == "bfloat16" and (settings.freeze_lm or settings.deepspeed is not None)
     dtype = torch.bfloat16 if half else torch.float32
-    if settings.model in NAMES:
-        return load_builtin(NAMES[settings.model], dtype=dtype)
     check = partial(patch, settings=settings, token=token)
-    return load_checkpoint(settings.model, torch.device("cpu"), dtype, check=check)
+    return load_model(settings.model, torch.device("cpu"), dtype, check=check)
 
 
 def patch(model: Any, settings: Settings, token: str | None = None) -> None:

@@ -28,7 +28,9 @@ def test_ways_answer_alike(family: str) -> None:
         with_kwargs=True,
     )
     text = inputs["input_ids"] != 9  # the presets' placeholder
-    found = compare_questions(model, inputs, text, [4], runs=1)
+    told: list[int] = []
+    found = compare_questions(model, inputs, text, [4], runs=1, advance=told.append)
+    assert told == [1] * 6
     note.remove()
     question = Prompt.cut(inputs, text).question.shape[1]
     assert question == 18

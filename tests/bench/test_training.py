@@ -50,7 +50,9 @@ def test_each_way_learns_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         forget(set_to_none)
 
     monkeypatch.setattr(model, "zero_grad", note)
-    compare_steps(model, [2], inputs, text, runs=1)
+    told: list[int] = []
+    compare_steps(model, [2], inputs, text, runs=1, advance=told.append)
+    assert told == [1] * 6
     decoder, heads = {"model", "lm_head"}, {"atp_patch_heads"}
     assert [way.name for way in WAYS] == [
         "plain, decoder learns",

@@ -91,7 +91,10 @@ def test_recall_is_the_share_of_evidence_that_enters_a_layer(bench: Bench) -> No
 def test_every_setting_is_measured_at_each_of_its_layers(bench: Bench) -> None:
     tasks = choose_tasks(["map/places", "chart"])
     everything = Setting("random", layers=(1, 4), budget=1.0, seed=0)
-    found = list(recalls(bench, [everything, RANDOM], tasks, "development", 1))
+    told: list[int] = []
+    settings = [everything, RANDOM]
+    found = list(recalls(bench, settings, tasks, "development", 1, told.append))
+    assert sum(told) == len(tasks) * len(settings)
     assert len(found) == len(tasks) * 2 * 2
     for one in found:
         if one.setting == everything:

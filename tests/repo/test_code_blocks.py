@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -86,6 +87,7 @@ def reader(
         "image": image,
         "batches": [dict(inputs)],
         "loader": [batch],
+        "accelerator": Accelerator(cpu=True),
         "embeds": torch.randn(2, length, model.config.text_config.hidden_size),
         "attention_mask": torch.ones(2, length, dtype=torch.long),
         "visual_mask": visual,
