@@ -208,7 +208,7 @@ def test_percentages() -> None:
 
 
 def test_every_task_has_a_look_of_its_own(rows: list[Row]) -> None:
-    """All eleven of the built-in ones, of which some share a colour and none a colour and a mark."""
+    """All eleven of the built-in ones: some share a colour, and none a colour and a mark."""
     row = next(row for row in rows if row.setting.name == "fastv" and row.unreachable is None)
     counts = next(iter(row.entering.values()))
     many = replace(row, entering={f"task {k}": {**counts, 2: 3.0 + k} for k in range(11)})
