@@ -44,7 +44,7 @@ def _kinds() -> dict[str, list[Kind]]:
 def _read(config: Any, family: Family) -> str:
     """What methods at the decoder's door may read of the tower."""
     tower = family.tower(config)
-    if tower is None or not tower.whole:
+    if tower is None:
         return "no"
     return "attention, keys" + (", class token" if tower.class_token else "")
 

@@ -36,6 +36,8 @@ class Tower:
         full_blocks: with windows, the numbers of the blocks that attend to whole pictures.
         whole: whether every token of the projector has a placeholder, so that none is cut off
             after the projector.
+        packers: the names of the methods of the model without its head that put the projector's
+            features together, cut or shrink them.
         patch: number of pixels along a side of a patch.
         frames: number of pictures in one patch of a packed tower.
         square: whether grids must stay square.
@@ -63,6 +65,7 @@ class Tower:
     window: int = 0
     full_blocks: tuple[int, ...] = ()
     whole: bool = True
+    packers: tuple[str, ...] = ()
     patch: int = 0
     frames: int = 1
     square: bool = False
@@ -86,6 +89,8 @@ class TowerTokens:
             without one or where the method asks for it (:attr:`DoorMethod.tower_queries`), the mean
             over all tokens of the tower. A token that is made of several patches has their sum.
         key: (B, V, d) float32, all heads' keys of each token; the mean over a token's patches.
+            Where the host shrinks features by interpolation, all that is read of the tower is
+            interpolated in the same way.
         class_token: (B, V, Dt) float32, the block's output at the class token of each token's
             image, tile or frame; None if the tower has none.
         states: (B, V, Dt) float32, the block's output at each token, where the method names a

@@ -14,7 +14,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
-from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import InputError, UnsupportedModelError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.towers import square_tower
@@ -118,6 +118,12 @@ def _check(config: Any) -> None:
         )
 
 
+def _tower(config: Any) -> Tower | None:
+    pools = config.model_type == "llava_onevision"  # the frames of its videos
+    packers = ("pack_image_features", *(("apply_pooling",) if pools else ()))
+    return square_tower(config, packers=packers)
+
+
 ANYRES = Family(
     name="llava_next",
     model_types=("llava_next", "llava_next_video", "llava_onevision"),
@@ -125,7 +131,7 @@ ANYRES = Family(
     token_ids=("image_token_id", "video_token_id"),
     newline="image_newline",
     check=_check,
-    tower=lambda config: square_tower(config, whole=False),
+    tower=_tower,
     layout="the whole, then the unpadded picture, a newline behind each row; videos as frames",
 )
 GRANITE4_VISION = Family(

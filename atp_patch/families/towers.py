@@ -32,7 +32,7 @@ def feature_block(config: Any, *names: str) -> int:
     return block
 
 
-def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None:
+def square_tower(config: Any, *modules: str, packers: tuple[str, ...] = ()) -> Tower | None:
     """A CLIP or SigLIP tower whose projector works token by token; None for other towers.
 
     A tower for videos hands on the class token of every frame; others do so under the strategy
@@ -41,7 +41,8 @@ def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None
     Args:
         config: the config of the whole model.
         modules: the names of the towers in the model without its head; by default "vision_tower".
-        whole: whether every token of the projector has a placeholder.
+        packers: the methods that put the projector's features together, cut or shrink them, if
+            there are any.
     """
     vision = config.vision_config
     kind = str(vision.model_type)
@@ -58,7 +59,8 @@ def square_tower(config: Any, *modules: str, whole: bool = True) -> Tower | None
         class_token=classes,
         lead=tuple(int(classes and (full or name == "video_tower")) for name in modules),
         resized="interpolate_pos_encoding",
-        whole=whole,
+        whole=not packers,
+        packers=packers,
         patch=int(vision.patch_size),
     )
 

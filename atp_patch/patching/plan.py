@@ -235,9 +235,8 @@ def tower_read_by(family: Family, config: Any, method: DoorMethod) -> Tower | No
     if not method.tower_blocks:
         return None
     tower = family.tower(config)
-    if tower is None or not tower.whole:
-        # Where rows of features end in a newline, tiles are cut after the tower has made them.
-        able = [f.name for f in FAMILIES if f.has_tower and f.newline is None and f is not family]
+    if tower is None:
+        able = [f.name for f in FAMILIES if f.has_tower and f is not family]
         raise UnsupportedModelError(
             f"{method.name} reads the vision tower, whose tokens cannot be followed to their "
             f"places in this {config.model_type} model; families where they can: "

@@ -105,7 +105,7 @@ by_name_or_slow = pytest.mark.parametrize(
 def test_the_tower_is_read_or_the_families_are_named_where_it_can_be(kind: Kind) -> None:
     model = kind.build()
     tower = family_of(model.config).tower(model.config)
-    if tower is not None and tower.whole:
+    if tower is not None:
         assert atp_patch.patch_model(model, method=TowerReader()) is model
         return
     before = snapshot(model)
@@ -113,8 +113,7 @@ def test_the_tower_is_read_or_the_families_are_named_where_it_can_be(kind: Kind)
         atp_patch.patch_model(model, method=TowerReader())
     able = str(caught.value).partition("where they can: ")[2].partition(".")[0].split(", ")
     named = {family.name for family in FAMILIES if family.name in able}
-    assert {"llava", "qwen2_vl", "internvl"} - {family_of(model.config).name} <= named
-    assert "llava_next" not in named
+    assert {"llava", "llava_next", "qwen2_vl", "internvl"} <= named
     assert snapshot(model) == before
 
 

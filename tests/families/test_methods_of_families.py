@@ -33,7 +33,7 @@ def serves(method: str, config: Any) -> bool:
     tower = family.tower(config)
     if issubclass(CLASSES[method], DoorMethod):
         reads = bool(CLASSES[method]().tower_blocks)
-        return not reads or (tower is not None and tower.whole)
+        return not reads or tower is not None
     if tower is None or not tower.mergeable:
         return False
     return method != "downsample" or family.resizable

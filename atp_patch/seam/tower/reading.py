@@ -21,6 +21,7 @@ from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelE
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
 from atp_patch.seam.tower.groups import blocks_of, tower_groups
+from atp_patch.seam.tower.packing import Packer, ReadGroup, Repack
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,14 @@ class _TowerCall:
 
     Attributes:
         videos: True where it read videos.
-        groups: block -> its tokens in groups, with the attention that they got.
-        classes: block -> (G, Dt) the class token of each group; empty without class tokens.
-        states: block -> (G, n, Dt) the output at each token; empty where it is not asked for.
+        groups: block -> its tokens in groups, in the places that they have in the prompt.
+        widths: block -> how many channels of the groups' tables are attention, key, class token
+            and state.
     """
 
     videos: bool
-    groups: Mapping[int, TokenGroups]
-    classes: Mapping[int, Tensor]
-    states: Mapping[int, Tensor]
+    groups: dict[int, list[ReadGroup]]
+    widths: Mapping[int, tuple[int, ...]]
 
 
 class _TowerCalls(PerThread):
@@ -50,6 +50,7 @@ class _TowerCalls(PerThread):
         classes: block -> (G, Dt) the class tokens of the call that is under way.
         states: block -> (G, n, Dt) its output at each token, as far as the method asks for it.
         calls: the calls that have ended.
+        unpacked: the last of them, until the host has packed its features.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class _TowerCalls(PerThread):
         self.classes: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
         self.calls: list[_TowerCall] = []
+        self.unpacked: _TowerCall | None = None
 
 
 class ReadingHooks:
@@ -94,6 +96,7 @@ class ReadingHooks:
         }
         self.every_query = method.tower_queries == "all"
         self.keeps_states = method.text_encoder is not None
+        self._packers = [Packer(base, name, self._after_packing) for name in tower.packers]
 
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
@@ -109,9 +112,13 @@ class ReadingHooks:
                     add(block.register_forward_hook(partial(self._after_block, number)))
         projector = self.base.get_submodule(self.tower.projector)
         add(projector.register_forward_hook(self._after_projector))
+        for packer in self._packers:
+            packer.install()
 
     def remove(self) -> None:
-        """Give the towers' attention its own config back."""
+        """Give the towers' attention its own config back, and the base model its methods."""
+        for packer in self._packers:
+            packer.remove()
         for tower in self._towers():
             for _, _, attention in self._watched(tower):
                 self.recorder.release(attention)
@@ -119,7 +126,8 @@ class ReadingHooks:
     def forget(self) -> None:
         """Forget the running thread's last pass, because a new one begins."""
         here = self._here
-        here.recorded, here.classes, here.states, here.calls = {}, {}, {}, []
+        here.recorded, here.classes, here.states = {}, {}, {}
+        here.calls, here.unpacked = [], None
 
     def _towers(self) -> list[nn.Module]:
         return [self.base.get_submodule(name) for name in self.tower.modules]
@@ -166,11 +174,13 @@ class ReadingHooks:
 
     def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> None:
         here = self._here
+        here.unpacked = None
         if not here.recorded:
             return
         features = args[0] if self.tower.tokenwise else output
-        groups = {
-            number: tower_groups(
+        groups, widths = {}, {}
+        for number, recorded in here.recorded.items():
+            made, _ = tower_groups(
                 self.tower,
                 recorded,
                 here.grids,
@@ -178,11 +188,23 @@ class ReadingHooks:
                 _no_counts,
                 0,
                 every_query=self.every_query,
-            )[0]
-            for number, recorded in here.recorded.items()
-        }
-        here.calls.append(_TowerCall(self.videos(), groups, here.classes, here.states))
+            )
+            per_group = [table.get(number) for table in (here.classes, here.states)]
+            groups[number] = list(_groups(made, *per_group))
+            widths[number] = (
+                1,
+                made.key.shape[-1],
+                *(0 if table is None else table.shape[-1] for table in per_group),
+            )
+        here.unpacked = _TowerCall(self.videos(), groups, widths)
+        here.calls.append(here.unpacked)
         here.recorded, here.classes, here.states = {}, {}, {}
+
+    def _after_packing(self, repack: Repack) -> None:
+        call, self._here.unpacked = self._here.unpacked, None
+        if call is not None:
+            for number, groups in call.groups.items():
+                call.groups[number] = repack(groups)
 
     # -- places -----------------------------------------------------------------------------------
 
@@ -236,23 +258,16 @@ def numbered_block(number: float, tower: Tower, depth: int) -> int:
     return block
 
 
-@dataclass(frozen=True)
-class _Group:
-    """What one block made of one image, tile or frame.
+def _groups(
+    made: TokenGroups, classes: Tensor | None, states: Tensor | None
+) -> Iterator[ReadGroup]:
+    """The groups of one call of the tower, as one block made them.
 
-    Attributes:
-        size: its rows and columns of tokens.
-        table: (height * width, channels) float32 in reading order: attention, key, class token and
-            state side by side.
+    Args:
+        made: the tokens with the attention that they got.
+        classes: (G, Dt) the class token of each group, if there is one.
+        states: (G, n, Dt) the output at each token, where it is asked for.
     """
-
-    size: tuple[int, int]
-    table: Tensor
-
-
-def _groups(call: _TowerCall, block: int) -> Iterator[_Group]:
-    """The groups of one call of the tower, as one block made them."""
-    made, classes, states = call.groups[block], call.classes.get(block), call.states.get(block)
     for number, size in enumerate(zip(made.heights, made.widths, strict=True)):
         valid = made.valid[number]
         place = (made.row[number] * size[1] + made.column[number])[valid]
@@ -262,7 +277,7 @@ def _groups(call: _TowerCall, block: int) -> Iterator[_Group]:
         if states is not None:
             parts.append(states[number].float().to(place.device))
         table = torch.cat(parts, dim=1)
-        yield _Group(size, torch.empty_like(table).index_copy_(0, place, table))
+        yield ReadGroup(size, torch.empty_like(table).index_copy_(0, place, table))
 
 
 def _placed(
@@ -270,7 +285,7 @@ def _placed(
 ) -> TowerTokens:
     """The groups of one block, in the layout's places."""
     groups = {
-        kind: [group for call in calls if call.videos == kind for group in _groups(call, block)]
+        kind: [group for call in calls if call.videos == kind for group in call.groups[block]]
         for kind in (False, True)
     }
     every = groups[False] + groups[True]
@@ -302,13 +317,10 @@ def _placed(
                 parts.append(group.table)
         rows.append(torch.cat(parts))
     table = pad_sequence(rows, batch_first=True).to(layout.position.device)
-    size = calls[0].groups[block].key.shape[-1]
-    classes, states = (getattr(calls[0], name).get(block) for name in ("classes", "states"))
-    first = 1 + size + (0 if classes is None else classes.shape[-1])
-    attention, key, class_token, state = table.tensor_split((1, 1 + size, first), dim=-1)
+    attention, key, class_token, states = table.split(calls[0].widths[block], dim=-1)
     return TowerTokens(
         attention[..., 0],
         key,
-        None if classes is None else class_token,
-        None if states is None else state,
+        class_token if class_token.shape[-1] else None,
+        states if states.shape[-1] else None,
     )
