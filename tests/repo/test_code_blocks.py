@@ -165,9 +165,12 @@ def test_command_lines_are_taken(page: Path) -> None:
 
 
 def options() -> set[str]:
-    """The options of all our commands."""
+    """The options of all our commands, and of the programs in `examples` and `results`."""
     parsers = [import_module(command.options).parser("atp-patch") for command in COMMANDS.values()]
-    return {name for parser in parsers for a in parser._actions for name in a.option_strings}
+    programs = [*ROOT.glob("examples/*.py"), *ROOT.glob("results/*.py")]
+    sources = [program.read_text(encoding="utf-8") for program in programs]
+    added = {name for text in sources for name in re.findall(r'add_argument\(\s*"(--.+?)"', text)}
+    return added | {name for each in parsers for a in each._actions for name in a.option_strings}
 
 
 def test_what_sentences_name_is_there() -> None:
