@@ -16,11 +16,10 @@ import transformers
 from torch import Tensor
 
 from atp_patch.contract.errors import ConfigError, NotPatchedError
+from atp_patch.integrations.videos import Chat, with_frames
 from atp_patch.patching.api import last_trace
 from atp_patch.patching.trace import PruningTrace
 from atp_patch.tools.generation import end_ids
-
-Chat = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,8 @@ class ChatModel:
         Args:
             model: a vision-language model of transformers, patched or not.
             processor: its processor, with a chat template. Its tokenizer will pad on the left.
-            media: arguments of the processor, such as ``num_frames`` or ``fps`` for videos.
+            media: ``num_frames`` or ``fps``, the arguments of :func:`with_frames`. Without them the
+                processor decodes videos and samples them as it does by itself.
         """
         self.model, self.processor = model, processor
         self.usage = Usage()
@@ -236,13 +236,18 @@ class ChatModel:
         return result
 
     def _encode(self, chats: Sequence[Chat]) -> Any:
+        options: dict[str, Any] = {"padding": True}
+        if self._media:
+            chats, found = with_frames(chats, **self._media)
+            if found:
+                options.update(do_sample_frames=False, video_metadata=found)
         inputs = self.processor.apply_chat_template(
             [list(chat) for chat in chats],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, **self._media},
+            processor_kwargs=options,
         )
         return inputs.to(self.model.device, self.model.dtype)
 

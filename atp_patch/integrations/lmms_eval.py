@@ -34,7 +34,8 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from atp_patch.contract.errors import ConfigError
-from atp_patch.integrations.chat import Answer, Chat, ChatModel, Generation, Score, Usage
+from atp_patch.integrations.chat import Answer, ChatModel, Generation, Score, Usage
+from atp_patch.integrations.videos import Chat
 from atp_patch.patching.api import patch_model
 from atp_patch.tools.loading import choose_device, choose_dtype, load_model
 from atp_patch.tools.trained import load_trained
@@ -123,6 +124,8 @@ class SimpleTasks(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self.batch_size = _batch_size(batch_size)
+        if num_frames is not None and fps is not None:
+            raise ConfigError("--model_args: give one of num_frames and fps.")
         arguments = _patch_arguments(method, weights, patch)
 
         def prune(model: Any) -> None:

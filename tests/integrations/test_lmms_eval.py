@@ -13,13 +13,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import load_video
 
 pytestmark = pytest.mark.lmms_eval
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-env")
 
+from atp_patch import last_trace, patch_model  # noqa: E402
+from atp_patch.builtin import make_scene  # noqa: E402
 from atp_patch.contract.errors import ConfigError  # noqa: E402
 from atp_patch.evaluation.command import main as evaluate  # noqa: E402
 from atp_patch.integrations.lmms_eval import SimpleTasks, generation, manifest  # noqa: E402
+from tests.helpers.vllm_models import export_qwen2_vl  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TASKS, QUESTIONS = ("exist", "count"), 8
@@ -114,7 +120,13 @@ def scores(samples):
 
 @pytest.mark.parametrize(
     ("arguments", "method", "batch", "processes"),
-    [(PLAIN, "unpruned", "8", 1), (ATP, "atp", "1", 1), (ATP, "atp", "8", 1), (ATP, "atp", "8", 2)],
+    [
+        (PLAIN, "unpruned", "1", 1),
+        (PLAIN, "unpruned", "8", 2),
+        (ATP, "atp", "1", 1),
+        (ATP, "atp", "8", 1),
+        (ATP, "atp", "8", 2),
+    ],
 )
 def test_scores_are_those_of_our_own_evaluation(
     tasks, expected, tmp_path, arguments, method, batch, processes
@@ -168,6 +180,100 @@ def test_multiple_choice_compares_probabilities(tasks, expected, tmp_path):
     assert results["throughput"]["avg_visual_tokens"] == 576
 
 
+MEDIA = """
+from PIL import Image
+
+
+def doc_to_visual(doc):
+    pictures = [Image.open(path).convert("RGB") for path in doc["pictures"]]
+    return pictures or [doc["video"]]
+
+
+def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"]
+
+
+def process_results(doc, results):
+    return {"exact": 1.0}
+"""
+
+
+def write_video(path, frames):
+    """Write pictures as a video of one frame a second."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height = frames[0].size
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def test_videos_and_several_pictures_are_answered_as_by_generate(tmp_path):
+    folder = export_qwen2_vl(tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    text = "{% elif part['type'] == 'text' %}"
+    video = "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    template.write_text(template.read_text().replace(text, video + text))
+    scenes = [make_scene("test", number) for number in range(6)]
+    pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path, scene in zip(pictures, scenes, strict=False):
+        scene.image.save(path)
+    film = str(tmp_path / "film.mp4")
+    write_video(film, [scene.image for scene in scenes])
+    question = scenes[0].questions[0].text
+    docs = [
+        {"pictures": pictures, "video": "", "question": question, "answer": ""},
+        {"pictures": [], "video": film, "question": question, "answer": ""},
+    ]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "docs.json").write_text(json.dumps(docs))
+    (tasks / "utils.py").write_text(MEDIA)
+    (tasks / "media.yaml").write_text(
+        "task: atp_patch_media\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tasks / 'docs.json'}}}}}\n"
+        "test_split: test\n"
+        "output_type: generate_until\n"
+        "doc_to_visual: !function utils.doc_to_visual\n"
+        "doc_to_text: !function utils.doc_to_text\n"
+        "doc_to_target: answer\n"
+        "process_results: !function utils.process_results\n"
+        "generation_kwargs: {max_new_tokens: 6, temperature: 0}\n"
+        "metric_list: [{metric: exact, aggregation: mean, higher_is_better: true}]\n"
+    )
+    arguments = f"pretrained={folder},method=divprune,keep=0.5,num_frames=4,dtype=float32"
+    results, samples = run(tasks, tmp_path / "out", arguments, names=("media",))
+    assert results["throughput"]["total_requests"] == 2
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    patch_model(model, method="divprune", keep=0.5)
+    frames, _ = load_video(film, backend="pyav")
+    media = [
+        [{"type": "image", "image": path} for path in pictures],
+        [{"type": "video", "video": frames[[0, 2, 3, 5]]}],  # four of six
+    ]
+    for row, content in zip(samples["media"], media, strict=True):
+        chat = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        inputs = processor.apply_chat_template(
+            chat,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        assert row["filtered_resps"] == processor.tokenizer.decode(new, skip_special_tokens=True)
+        total, average = last_trace(model).layout.totals[0], last_trace(model).average_tokens
+        assert row["token_counts"][0]["visual_tokens"] == total
+        assert average == pytest.approx(total / 2, abs=1)
+
+
 def test_the_harness_finds_the_model_by_its_entry_point():
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
@@ -202,6 +308,7 @@ def test_generation_arguments_are_those_of_the_task(given, expected):
         ({"method": "plain", "keep": 0.5}, "leave out keep"),
         ({"weights": "atp25", "method": "atp"}, "leave out method"),
         ({"layers": "4+x"}, "layers"),
+        ({"num_frames": 8, "fps": 2}, "one of num_frames and fps"),
     ],
 )
 def test_wrong_model_arguments_are_refused_before_the_model_loads(arguments, message):
