@@ -78,14 +78,14 @@ results: $(VENV)/.installed-train $(VENV)/.installed-eval
 # lmms-eval and what it needs, in an environment of its own.
 EVAL := .venv-eval
 eval-env: $(EVAL)/.installed
-$(EVAL)/.installed: constraints.txt .ci/install-torch $(METADATA)
+$(EVAL)/.installed: constraints.txt .ci/install-torch .ci/declare-torchvision-operators $(METADATA)
 	$(PYTHON) -m venv $(EVAL)
 	.ci/install-torch $(EVAL)/bin/python constraints.txt
 	$(EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[lmms-eval]" \
 		pytest pytest-timeout
-	@# A torchvision built for CUDA cannot be imported beside a CPU build of torch; it is not needed.
+	@# A torchvision built for CUDA cannot be imported beside a CPU build of torch without help.
 	$(EVAL)/bin/python -c "import torchvision" 2>/dev/null \
-		|| $(EVAL)/bin/python -m pip uninstall --quiet --yes torchvision
+		|| $(EVAL)/bin/python .ci/declare-torchvision-operators
 	@touch $@
 
 test-eval: $(EVAL)/.installed
@@ -95,7 +95,7 @@ test-eval: $(EVAL)/.installed
 SERVE := .venv-serve
 VLLM_PINS := .ci/constraints-vllm.txt
 serve-env: $(SERVE)/.installed
-$(SERVE)/.installed: $(VLLM_PINS) .ci/install-torch $(METADATA)
+$(SERVE)/.installed: $(VLLM_PINS) .ci/install-torch .ci/declare-torchvision-operators $(METADATA)
 	$(PYTHON) -m venv $(SERVE)
 	.ci/install-torch $(SERVE)/bin/python $(VLLM_PINS)
 	$(SERVE)/bin/python -m pip install --quiet --constraint $(VLLM_PINS) --editable . \
@@ -106,8 +106,9 @@ $(SERVE)/.installed: $(VLLM_PINS) .ci/install-torch $(METADATA)
 			|| $(SERVE)/bin/python -m pip uninstall --quiet --yes $$name; \
 	done
 	$(SERVE)/bin/python -c "import torchvision" 2>/dev/null \
-		|| $(SERVE)/bin/python -m pip install --quiet --no-deps --force-reinstall \
-			--index-url $${TORCH_INDEX:-https://download.pytorch.org/whl/cpu} torchvision==0.28.0+cpu
+		|| $(SERVE)/bin/python -m pip install --quiet --no-deps --force-reinstall --retries 1 --timeout 30 \
+			--index-url $${TORCH_INDEX:-https://download.pytorch.org/whl/cpu} torchvision==0.28.0+cpu \
+		|| $(SERVE)/bin/python .ci/declare-torchvision-operators
 	@touch $@
 
 test-vllm: $(SERVE)/.installed
