@@ -26,7 +26,13 @@ import atp_patch  # noqa: E402
 from atp_patch.builtin import builtin_path, load_builtin, make_scene, prompt  # noqa: E402
 from atp_patch.integrations.vllm.plugin import register  # noqa: E402
 from atp_patch.integrations.vllm.settings import VARIABLE, Settings  # noqa: E402
-from tests.helpers.vllm_models import export_llava, export_qwen2_vl  # noqa: E402
+from tests.helpers.vllm_models import (  # noqa: E402
+    export_internvl,
+    export_llava,
+    export_llava_onevision,
+    export_qwen2_5_vl,
+    export_qwen2_vl,
+)
 
 QUESTIONS = int(os.environ.get("ATP_PATCH_TEST_QUESTIONS", "20"))
 ANSWER_TOKENS = 8
@@ -48,9 +54,32 @@ SETTINGS = [
     ("qwen2_vl", "method=prunesid,keep=0.3"),
     ("qwen2_vl", "method=scope,alpha=0,keep=0.25"),
     ("qwen2_vl", "method=uniform,tokens_per_image=30"),
+    ("qwen2_5_vl", "method=divprune,keep=1"),
+    ("qwen2_5_vl", "method=divprune,keep=0.25"),
+    ("qwen2_5_vl", "method=prunesid,keep=0.3"),
+    ("llava_onevision", "method=divprune,keep=1"),
+    ("llava_onevision", "method=divprune,keep=0.25"),
+    ("llava_onevision", "method=scope,alpha=0,keep=0.3"),
+    ("llava_onevision", "method=uniform,tokens_per_image=50"),
+    ("internvl", "method=divprune,keep=1"),
+    ("internvl", "method=divprune,keep=0.25"),
+    ("internvl", "method=visionzip,keep=0.3"),
+    ("internvl", "method=scope,keep=0.25"),
+    ("internvl", "method=prumerge+,keep=0.25"),
+    ("internvl", "method=uniform,tokens_per_image=30"),
     ("dynamic", "method=divprune,keep=1"),
     ("dynamic", "method=divprune,keep=0.25"),
 ]
+TINY = {
+    "qwen2_vl": export_qwen2_vl,
+    "qwen2_5_vl": export_qwen2_5_vl,
+    "llava_onevision": export_llava_onevision,
+    "internvl": export_internvl,
+}
+TILED = ("llava_onevision", "internvl")
+LLAVA_PROMPTS = ("llava", "internvl")
+# Widths and heights that give one tile, few and many, and rows without columns.
+SIZES = [(192, 192), (192, 96), (48, 48), (100, 190), (40, 180), (300, 20), (400, 4), (4, 400)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +91,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def made(kind: str) -> Path:
         if kind == "dynamic":
             return builtin_path(kind)
-        return {"llava": export_llava, "qwen2_vl": export_qwen2_vl}[kind](root / kind)
+        return {"llava": export_llava, **TINY}[kind](root / kind)
 
     return made
 
@@ -119,13 +148,13 @@ def answers(llm: Any, requests: list[Any]) -> list[list[int]]:
 
 def words(question: str, kind: str) -> str:
     """The prompt of a question about one picture."""
-    return prompt(question, "llava" if kind == "llava" else "dynamic")
+    return prompt(question, "llava" if kind in LLAVA_PROMPTS else "dynamic")
 
 
 def patched(folder: Path, kind: str, settings: str) -> tuple[Any, Any]:
     """The model of transformers under the same method and budget, and its processor."""
     found = Settings.parse(settings)
-    if kind == "qwen2_vl":
+    if kind in TINY:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         processor = AutoProcessor.from_pretrained(folder)
     else:
@@ -165,6 +194,8 @@ def test_answers_are_those_of_transformers(
     llm = engine(folders(kind), settings)
     texts = [words(question.text, kind) for _, question in asked]
     images = [image for image, _ in asked]
+    if kind in TILED:
+        images = [image.resize(SIZES[number % len(SIZES)]) for number, image in enumerate(images)]
     requests = [
         {"prompt": text, "multi_modal_data": {"image": image}}
         for text, image in zip(texts, images, strict=True)
@@ -179,7 +210,7 @@ def test_answers_are_those_of_transformers(
         assert one.cumulative_logprob == pytest.approx(log_probability, abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["llava", *TINY])
 def test_two_pictures_in_chunks_and_from_the_prefix_cache(
     engine: Any, folders: Any, asked: Any, kind: str
 ) -> None:
@@ -193,7 +224,7 @@ def test_two_pictures_in_chunks_and_from_the_prefix_cache(
         block_size=32,
     )
     shown = [(asked[n][0], asked[n + 1][0]) for n in range(4)]
-    one = "<image>" if kind == "llava" else "<|vision_start|><|image_pad|><|vision_end|>"
+    one = "<image>" if kind in LLAVA_PROMPTS else "<|vision_start|><|image_pad|><|vision_end|>"
     texts = [
         words(asked[n][1].text, kind).replace(one, f"{one} and {one}") for n in range(len(shown))
     ]

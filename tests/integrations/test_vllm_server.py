@@ -17,10 +17,11 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3000)]
 pytest.importorskip("vllm", reason="vLLM is not installed: make serve-env")
@@ -30,7 +31,7 @@ import atp_patch  # noqa: E402
 from atp_patch.builtin import load_builtin, make_scene, prompt  # noqa: E402
 from atp_patch.integrations.vllm.settings import VARIABLE  # noqa: E402
 from atp_patch.methods import DivPrune  # noqa: E402
-from tests.helpers.vllm_models import export_llava  # noqa: E402
+from tests.helpers.vllm_models import export_llava, export_qwen2_vl  # noqa: E402
 
 QUESTIONS = int(os.environ.get("ATP_PATCH_TEST_QUESTIONS", "20"))
 ANSWER_TOKENS = 8
@@ -46,7 +47,7 @@ def command(folder: Path, port: int) -> list[str]:
     options = {
         "--model": folder,
         "--port": port,
-        "--served-model-name": "llava",
+        "--served-model-name": "served",
         "--dtype": "float32",
         "--max-model-len": 1024,
         "--max-num-seqs": 32,
@@ -59,13 +60,26 @@ def environment(settings: str) -> dict[str, str]:
     return {**os.environ, VARIABLE: settings, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_llava(tmp_path_factory.mktemp("models") / "llava")
+class Model(NamedTuple):
+    """A model to serve.
+
+    Attributes:
+        kind: the built-in LLaVA, or the tiny Qwen2-VL with random weights.
+        folder: where it is.
+    """
+
+    kind: str
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    export = {"llava": export_llava, "qwen2_vl": export_qwen2_vl}[request.param]
+    return Model(request.param, export(tmp_path_factory.mktemp("models") / request.param))
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with the settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,7 +87,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     log = tmp_path_factory.mktemp("logs") / "server.txt"
     with log.open("w") as out:
         process = subprocess.Popen(
-            command(folder, port), env=environment(SETTINGS), stdout=out, stderr=out
+            command(model.folder, port), env=environment(SETTINGS), stdout=out, stderr=out
         )
         try:
             address = f"http://127.0.0.1:{port}"
@@ -112,18 +126,28 @@ def asked() -> list[tuple[Any, str]]:
 
 
 @pytest.fixture(scope="module")
-def expected(asked: Any) -> list[str]:
+def expected(model: Model, asked: Any) -> list[str]:
     """What transformers answers, patched with the same method and budget."""
-    model, processor = load_builtin("llava")
-    atp_patch.patch_model(model, method=DivPrune(), keep=0.25)
+    words = "llava" if model.kind == "llava" else "dynamic"
+    if model.kind == "llava":
+        plain, processor = load_builtin("llava")
+    else:
+        plain = AutoModelForImageTextToText.from_pretrained(model.folder, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(model.folder)
+    patched = atp_patch.patch_model(plain.eval(), method=DivPrune(), keep=0.25)
     found = []
     for image, question in asked:
-        inputs = processor(images=image, text=prompt(question), return_tensors="pt")
+        inputs = processor(images=image, text=prompt(question, words), return_tensors="pt")
         with torch.inference_mode():
-            ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            ids = patched.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
         new = ids[0, inputs["input_ids"].shape[1] :]
-        found.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+        found.append(spaced(processor.tokenizer.decode(new, skip_special_tokens=True)))
     return found
+
+
+def spaced(text: str) -> str:
+    """The words of a text; vLLM begins a text that is made of words with a space."""
+    return " ".join(text.split())
 
 
 def url_of(image: Any) -> str:
@@ -139,7 +163,7 @@ def message(question: str, *urls: str) -> list[dict[str, Any]]:
 
 def ask(client: Any, image: Any, question: str, **options: Any) -> Any:
     return client.chat.completions.create(
-        model="llava",
+        model="served",
         messages=message(question, url_of(image)),
         max_tokens=ANSWER_TOKENS,
         temperature=0,
@@ -148,23 +172,26 @@ def ask(client: Any, image: Any, question: str, **options: Any) -> Any:
 
 
 def answer_of(completion: Any) -> str:
-    """The text, without the space with which vLLM begins a text that is made of words."""
-    return str(completion.choices[0].message.content).strip()
+    return spaced(completion.choices[0].message.content or "")
 
 
-def test_the_answers_are_those_of_transformers(client: Any, asked: Any, expected: Any) -> None:
+def test_the_answers_are_those_of_transformers(
+    model: Model, client: Any, asked: Any, expected: Any
+) -> None:
     with ThreadPoolExecutor(8) as clients:
         found = list(clients.map(lambda pair: ask(client, *pair), asked))
     assert [answer_of(one) for one in found] == expected
-    # Of 576 visual tokens 144 are in the prompt.
-    assert all(144 < one.usage.prompt_tokens < 144 + 24 for one in found)
+    # Of 576 visual tokens of the built-in LLaVA 144 are in the prompt, and of the 144 of Qwen2-VL
+    # 36.
+    visual = 144 if model.kind == "llava" else 36
+    assert all(visual < one.usage.prompt_tokens < visual + 24 for one in found)
 
 
 def test_a_stream_says_the_same(client: Any, asked: Any, expected: Any) -> None:
     for (image, question), answer in list(zip(asked, expected, strict=True))[:5]:
         stream = ask(client, image, question, stream=True)
         parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
-        assert "".join(parts).strip() == answer
+        assert spaced("".join(parts)) == answer
 
 
 BROKEN = {
@@ -191,7 +218,7 @@ def test_a_broken_picture_is_an_error_to_its_client_alone(
     with ThreadPoolExecutor(2) as clients:
         other = clients.submit(ask, client, image, question)
         with pytest.raises(openai.APIStatusError) as error:
-            client.chat.completions.create(model="llava", messages=message(question, url))
+            client.chat.completions.create(model="served", messages=message(question, url))
         assert error.value.status_code >= 400
         assert answer_of(other.result()) == expected[0]
 
@@ -200,7 +227,7 @@ def test_too_many_pictures_are_an_error(client: Any, asked: Any) -> None:
     image, question = asked[0]
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(
-            model="llava", messages=message(question, *[url_of(image)] * 3)
+            model="served", messages=message(question, *[url_of(image)] * 3)
         )
 
 
@@ -210,7 +237,7 @@ def test_a_client_that_goes_away_leaves_the_server_as_it_was(
     image, question = asked[1]
     body = json.dumps(
         {
-            "model": "llava",
+            "model": "served",
             "messages": message(question, url_of(image)),
             "max_tokens": 500,
             "ignore_eos": True,
@@ -235,9 +262,9 @@ def test_a_client_that_goes_away_leaves_the_server_as_it_was(
     pytest.fail("requests of clients that went away are still running")
 
 
-def test_a_wrong_setting_stops_the_server_at_start_with_one_line(folder: Path) -> None:
+def test_a_wrong_setting_stops_the_server_at_start_with_one_line(model: Model) -> None:
     done = subprocess.run(
-        command(folder, 1),
+        command(model.folder, 1),
         env=environment("method=fastv,keep=0.5"),
         capture_output=True,
         text=True,

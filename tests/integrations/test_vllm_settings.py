@@ -10,7 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +20,19 @@ import torch
 from torch import Tensor
 
 import atp_patch
-from atp_patch.contract import TowerTokens
+from atp_patch.contract import TokenGroups, TowerTokens
 from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.integrations.vllm.baselines import BaselineAtDoor
-from atp_patch.integrations.vllm.choosing import keep_features
+from atp_patch.integrations.vllm.choosing import keep_features, merge_features, tile_counts
+from atp_patch.integrations.vllm.picture import Picture
 from atp_patch.integrations.vllm.plugin import SERVED, check_engine, check_model, register
 from atp_patch.integrations.vllm.positions import prompt_positions, split_steps, with_steps
 from atp_patch.integrations.vllm.settings import SERVED_METHODS, VARIABLE, Settings
 from atp_patch.methods import METHODS, DivPrune, VisionZip
+from tests.families.anyres import KINDS as ANYRES
+from tests.families.kinds import Kind, Words, make, sample
+from tests.families.kinds import Picture as Shown
+from tests.families.square import KINDS as SQUARE
 from tests.helpers import inputs as prompts
 from tests.helpers.inputs import batch
 from tests.helpers.run import forward
@@ -180,19 +185,19 @@ def test_choice_and_features_are_those_of_the_door(kind: str, case: str) -> None
     (view,), (hidden,) = VIEWS, entered
     kept = atp_patch.last_trace(model).layers[0].kept
     (grid,) = view.layout.grids[0]
-    sizes = [(grid.height, grid.width)] * 2
+    pictures = [Picture.tiled(1, grid.height, grid.width)] * 2
     tower = {
         number: TowerTokens(tokens.attention, tokens.key, tokens.class_token)
         for number, tokens in view.tower.items()
     }
-    found = keep_features(Settings(method, keep=0.25), list(view.features), sizes, tower)
+    found = keep_features(Settings(method, keep=0.25), list(view.features), pictures, tower)
     for b, one in enumerate(found):
         places = view.layout.position[b]
         assert torch.equal(places[one.place], places[kept[b, places]])
         start = int(places[0])  # text stands before the picture, with padding on the left
         assert torch.equal(one.features, hidden[b, start : start + len(one.place)])
     alone = [
-        keep_features(Settings(method, keep=0.25), [one], sizes[:1], _of(tower, b))[0]
+        keep_features(Settings(method, keep=0.25), [one], pictures[:1], _of(tower, b))[0]
         for b, one in enumerate(view.features)
     ]
     for one, other in zip(alone, found, strict=True):
@@ -206,22 +211,126 @@ def _of(tower: dict[float, TowerTokens], b: int) -> dict[float, TowerTokens]:
     }
 
 
+TILED = {
+    kind.name: kind for kind in (*SQUARE, *ANYRES) if kind.name in ("internvl", "llava_onevision")
+}
+
+
+def entering(model: Any, inputs: Any) -> Tensor:
+    """(L, D) what enters the decoder's first layer of one sample's forward pass."""
+    entered: list[Tensor] = []
+    handle = decoder_layers(model)[0].register_forward_pre_hook(
+        lambda module, args: entered.append(args[0][0].clone())
+    )
+    forward(model, inputs)
+    handle.remove()
+    return entered[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        (TILED["internvl"], "divprune"),
+        (TILED["internvl"], "visionzip"),
+        (TILED["internvl"], "uniform"),
+        (TILED["llava_onevision"], "divprune"),
+        (TILED["llava_onevision"], "uniform"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.name,
+)
+def test_choice_and_features_of_tiles_are_those_of_the_door(kind: Kind, case: str) -> None:
+    """The marks that end rows in LLaVA-OneVision stay, and each tile keeps its share."""
+    seen, method = SAME[case]
+    inputs = make(kind, (sample(Words(3), Shown(1), Words(5), seed=3),)).inputs
+    features = entering(kind.build(), inputs)
+    model = atp_patch.patch_model(kind.build(), method=seen, keep=0.25)
+    VIEWS.clear()
+    left = entering(model, inputs)
+    (view,), kept = VIEWS, atp_patch.last_trace(model).layers[0].kept[0]
+    shown = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    start, stop = int(shown[0]), int(shown[-1]) + 1
+    assert stop - start == len(shown)
+    grids = tuple(replace(grid, start=grid.start - start) for grid in view.layout.grids[0])
+    assert len(grids) > 1
+    picture = Picture(len(shown), grids)
+    # Another picture stands before it, as in a batch of vLLM.
+    (other, found) = keep_features(
+        Settings(method, keep=0.25),
+        [features[start : start + grids[0].length], features[start:stop]],
+        [Picture(grids[0].length, grids[:1]), picture],
+        {n: behind_its_first_tile(grids[0].length, tokens) for n, tokens in view.tower.items()},
+    )
+    assert len(other.place) == round(grids[0].length / 4)
+    assert found.place.tolist() == kept[start:stop].nonzero()[:, 0].tolist()
+    assert torch.equal(found.features, left[start : start + len(found.place)])
+
+
+def behind_its_first_tile(length: int, tokens: TowerTokens) -> TowerTokens:
+    """What the tower saw of two pictures: the first tile of one alone, and all of that one."""
+
+    def both(table: Tensor) -> Tensor:
+        first = table.clone()
+        first[:, length:] = 0
+        return torch.cat([first, table])
+
+    assert tokens.class_token is not None
+    return TowerTokens(both(tokens.attention), both(tokens.key), both(tokens.class_token))
+
+
 def test_pictures_of_several_sizes_choose_as_alone() -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = [(4, 6), (6, 8), (4, 6)]
-    features = [torch.randn(h * w, 16, generator=generator) for h, w in sizes]
+    pictures = [Picture.tiled(1, 4, 6), Picture.tiled(2, 6, 8), Picture.tiled(1, 4, 6)]
+    features = [torch.randn(one.length, 16, generator=generator) for one in pictures]
     settings = Settings.parse("method=divprune,keep=0.3")
-    together = keep_features(settings, features, sizes)
-    for one, features_of_one, size in zip(together, features, sizes, strict=True):
-        (alone,) = keep_features(settings, [features_of_one], [size])
+    together = keep_features(settings, features, pictures)
+    for one, features_of_one, picture in zip(together, features, pictures, strict=True):
+        (alone,) = keep_features(settings, [features_of_one], [picture])
         assert torch.equal(one.place, alone.place)
-        assert len(one.place) == settings.count(size[0] * size[1])
+        assert len(one.place) == settings.count(picture.length)
         assert torch.equal(one.features, features_of_one[one.place])
+
+
+@pytest.mark.parametrize("budget", ["keep=0.3", "tokens_per_image=2"])
+def test_a_tower_method_merges_within_each_tile(budget: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = [Picture.tiled(1, 3, 4), Picture.tiled(3, 3, 4)]
+    settings = Settings.parse(f"method=prumerge+,{budget}")
+    counts = tile_counts(settings, pictures)
+    token = torch.arange(12).expand(4, -1)
+    drawn = torch.rand(4, 12, 20, generator=generator)
+
+    def groups(tiles: slice) -> TokenGroups:
+        number = len(token[tiles])
+        return TokenGroups(
+            attention=drawn[tiles, :, 0],
+            key=drawn[tiles, :, 1:9],
+            valid=torch.ones(number, 12, dtype=torch.bool),
+            row=token[tiles] // 4,
+            column=token[tiles] % 4,
+            heights=[3] * number,
+            widths=[4] * number,
+            counts=counts[tiles],
+            minimum=0,
+        )
+
+    features = drawn[:, :, 9:]
+    found = merge_features(settings, groups(slice(None)), features, pictures)
+    assert [len(one.place) for one in found] == [settings.count(12), settings.count(36)]
+    single = [
+        merge_features(settings, groups(tile), features[tile], [Picture.tiled(1, 3, 4)])[0]
+        for tile in (slice(number, number + 1) for number in range(4))
+    ]
+    for one, tiles in zip(found, (single[:1], single[1:]), strict=True):
+        places = [12 * number + tile.place for number, tile in enumerate(tiles)]
+        assert torch.equal(one.place, torch.cat(places))
+        torch.testing.assert_close(one.features, torch.cat([tile.features for tile in tiles]))
 
 
 def test_a_budget_of_all_tokens_changes_nothing() -> None:
     features = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-    (kept,) = keep_features(Settings.parse("method=visionzip,keep=1"), [features], [(3, 4)])
+    (kept,) = keep_features(
+        Settings.parse("method=visionzip,keep=1"), [features], [Picture.tiled(1, 3, 4)]
+    )
     assert torch.equal(kept.features, features)
     assert kept.place.tolist() == list(range(12))
 
@@ -229,9 +338,9 @@ def test_a_budget_of_all_tokens_changes_nothing() -> None:
 def test_channels_that_the_method_does_not_see_go_along() -> None:
     features = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
     behind = torch.arange(12.0)[:, None]
-    settings = Settings.parse("method=divprune,keep=0.5")
-    (alone,) = keep_features(settings, [features], [(3, 4)])
-    (kept,) = keep_features(settings, [torch.cat([features, behind], 1)], [(3, 4)], width=8)
+    settings, picture = Settings.parse("method=divprune,keep=0.5"), [Picture.tiled(1, 3, 4)]
+    (alone,) = keep_features(settings, [features], picture)
+    (kept,) = keep_features(settings, [torch.cat([features, behind], 1)], picture, width=8)
     assert torch.equal(kept.place, alone.place)
     assert torch.equal(kept.features[:, :8], alone.features)
     assert kept.features[:, 8].tolist() == kept.place.tolist()
@@ -241,7 +350,9 @@ def test_broken_features_are_reported() -> None:
     features = torch.ones(12, 8)
     features[3, 2] = torch.nan
     with pytest.raises(InputError, match="NaN or infinite"):
-        keep_features(Settings.parse("method=divprune,keep=0.5"), [features], [(3, 4)])
+        keep_features(
+            Settings.parse("method=divprune,keep=0.5"), [features], [Picture.tiled(1, 3, 4)]
+        )
 
 
 # -- positions -------------------------------------------------------------------------------------
@@ -309,7 +420,9 @@ def model_config(name: str = "LlavaForConditionalGeneration", **given: Any) -> A
         "vision_config": SimpleNamespace(model_type=given.pop("tower", "clip_vision_model")),
         "vision_feature_select_strategy": given.pop("select", "default"),
     }
-    if not name.startswith("Llava"):
+    if name.startswith("LlavaOnevision"):
+        facts["model_type"] = "llava_onevision"
+    elif not name.startswith("Llava"):
         facts["model_type"] = "another"
     multimodal = SimpleNamespace(
         enable_mm_embeds=given.pop("embeds", False), video_pruning_rate=given.pop("videos", None)
@@ -324,6 +437,16 @@ def model_config(name: str = "LlavaForConditionalGeneration", **given: Any) -> A
     [
         ("divprune", model_config("Idefics3ForConditionalGeneration"), "cannot be pruned in vLLM"),
         ("visionzip", model_config("Qwen2VLForConditionalGeneration"), "reads the vision tower"),
+        (
+            "visionzip",
+            model_config("LlavaOnevisionForConditionalGeneration", tower="siglip_vision_model"),
+            "reads the vision tower",
+        ),
+        (
+            "divprune",
+            model_config("LlavaOnevisionForConditionalGeneration", select="full"),
+            "class token",
+        ),
         ("divprune", model_config(tower="pixtral"), "no squares"),
         ("divprune", model_config(select="full"), "class token"),
         ("divprune", model_config(embeds=True), "--enable-mm-embeds"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from atp_patch.integrations.vllm.choosing import Kept
+from atp_patch.integrations.vllm.picture import Picture
 from atp_patch.integrations.vllm.positions import AXES, prompt_positions, split_steps, with_steps
 from atp_patch.integrations.vllm.settings import Settings
 
@@ -22,6 +23,14 @@ def settings_of(hf_config: Any) -> Settings:
     return Settings.parse(getattr(hf_config, ATTRIBUTE))
 
 
+class PicturesAlone:
+    """Put this before vLLM's facts about a model: it takes pictures, and no videos."""
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Any number of pictures."""
+        return {"image": None, "video": 0}
+
+
 class FewerPlaceholders:
     """Put this before a multimodal processor of vLLM: a picture has as many places as stay of it.
 
@@ -31,31 +40,47 @@ class FewerPlaceholders:
 
     info: Any
 
-    def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Sequence[PromptUpdate]:
+    def marks(self, items: Any, number: int) -> int:
+        """How many tokens of a picture belong to no grid, and stay.
+
+        Args:
+            items: vLLM's multimodal items of a prompt.
+            number: the number of the picture among them.
+        """
+        return 0
+
+    def _get_prompt_updates(self, mm_items: Any, *args: Any, **kwargs: Any) -> Sequence[Any]:
         parent: Any = super()
-        settings = settings_of(self.info.get_hf_config())
         return [
-            _fewer(update, settings) if update.modality == "image" else update
-            for update in parent._get_prompt_updates(*args, **kwargs)
+            self._fewer(update, mm_items) if update.modality == "image" else update
+            for update in parent._get_prompt_updates(mm_items, *args, **kwargs)
         ]
 
+    def _fewer(self, update: PromptReplacement, items: Any) -> PromptUpdate:
+        """The same update with as many placeholders as tokens stay."""
+        settings = settings_of(self.info.get_hf_config())
+        every: Any = update.replacement
 
-def _fewer(update: PromptReplacement, settings: Settings) -> PromptReplacement:
-    """The same update with as many placeholders as tokens stay."""
-    every: Any = update.replacement
+        def replacement(number: int) -> list[int] | PromptUpdateDetails:
+            content: list[int] | PromptUpdateDetails = every(number)
+            tokens = content if isinstance(content, list) else content.full
+            placeholder = list(range(len(tokens)))
+            if isinstance(content, PromptUpdateDetails) and content.is_embed is not None:
+                placeholder = content.is_embed(tokens).nonzero()[:, 0].tolist()
+            marks = self.marks(items, number)
+            stay = marks + settings.count(len(placeholder) - marks)
+            gone = set(placeholder[stay:])
+            left = [token for place, token in enumerate(tokens) if place not in gone]
+            return left if isinstance(content, list) else replace(content, full=left)
 
-    def replacement(item: int) -> list[int]:
-        placeholders: list[int] = every(item)
-        return placeholders[: settings.count(len(placeholders))]
-
-    return replace(update, replacement=replacement)
+        return replace(update, replacement=replacement)
 
 
 class PrunedImages:
     """Put this before a model class of vLLM: its pictures have fewer features, in their places.
 
     A class that derives from it embeds pictures with :meth:`placed`, and says what positions they
-    have by :meth:`grid_of`, :meth:`steps` and :meth:`extent`.
+    have by :meth:`picture_of`, :meth:`steps` and :meth:`extent`.
 
     Attributes:
         settings: the method and the budget.
@@ -76,50 +101,44 @@ class PrunedImages:
 
     # -- what a class says about its family --------------------------------------------------------
 
-    def grid_of(self, feature: Any) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of a picture in a prompt (vLLM's feature)."""
+    def picture_of(self, feature: Any) -> Picture:
+        """How the visual tokens of a picture in a prompt (vLLM's feature) lie."""
         raise NotImplementedError
 
-    def steps(self, place: Tensor, size: tuple[int, int]) -> Tensor:
+    def steps(self, place: Tensor, picture: Picture) -> Tensor:
         """(m, AXES) int64: how far tokens stand from their picture's first position.
 
         By default a picture's positions follow one after the other, whatever the row.
 
         Args:
-            place: (m,) int64, places in reading order.
-            size: the picture's rows and columns.
+            place: (m,) int64, places among the picture's tokens.
+            picture: how these lie.
         """
         return place[:, None].expand(-1, AXES)
 
-    def extent(self, size: tuple[int, int]) -> int:
+    def extent(self, picture: Picture) -> int:
         """How many positions a picture takes; by default as many as it has tokens."""
-        return size[0] * size[1]
+        return picture.length
 
     # -- vLLM's protocols --------------------------------------------------------------------------
 
-    def placed(self, kept: Sequence[Kept], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    def placed(self, kept: Sequence[Kept], pictures: Sequence[Picture]) -> tuple[Tensor, ...]:
         """What ``embed_multimodal`` returns: for each picture, features with their steps."""
         return tuple(
-            with_steps(one.features, self.steps(one.place, size))
-            for one, size in zip(kept, sizes, strict=True)
+            with_steps(one.features, self.steps(one.place, picture))
+            for one, picture in zip(kept, pictures, strict=True)
         )
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
         """The positions of a prompt, as far as they are known before pictures are looked at."""
-        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        return prompt_positions(
-            len(input_tokens),
-            [
-                (
-                    feature.mm_position.offset,
-                    feature.mm_position.length,
-                    self.extent(self.grid_of(feature)),
-                )
-                for feature in features
-            ],
-        )
+        found = []
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            # The range of a picture may hold further tokens, such as one that begins it.
+            ((first, last),) = feature.mm_position.extract_embeds_range()
+            found.append((first, last - first + 1, self.extent(self.picture_of(feature))))
+        return prompt_positions(len(input_tokens), found)
 
     def embed_input_ids(
         self,
@@ -149,3 +168,25 @@ class PrunedImages:
     def _buffer(self, name: str) -> Tensor:
         table: Tensor = getattr(self, name)
         return table
+
+
+class OnePosition(PrunedImages):
+    """Put this before a model class of vLLM whose tokens have one position each.
+
+    vLLM knows no positions but 0, 1, 2, ... in models without M-RoPE. Such a model therefore has
+    M-RoPE for vLLM (it derives from ``SupportsMRoPE`` too), with three equal positions for each
+    token, of which its decoder gets one.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """Run the decoder, which is given one position for each token."""
+        parent: Any = super()
+        position = self.true_positions(positions)[0]
+        return parent.forward(input_ids, position, intermediate_tensors, inputs_embeds, **kwargs)

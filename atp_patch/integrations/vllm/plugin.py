@@ -24,6 +24,10 @@ class Served(NamedTuple):
 _HERE = "atp_patch.integrations.vllm"
 SERVED = {
     "LlavaForConditionalGeneration": Served(f"{_HERE}.llava:PrunedLlava", tower=True),
+    "LlavaOnevisionForConditionalGeneration": Served(
+        f"{_HERE}.onevision:PrunedOnevision", tower=False
+    ),
+    "InternVLForConditionalGeneration": Served(f"{_HERE}.internvl:PrunedInternVL", tower=True),
     "Qwen2VLForConditionalGeneration": Served(f"{_HERE}.qwen_vl:PrunedQwen2VL", tower=False),
     "Qwen2_5_VLForConditionalGeneration": Served(f"{_HERE}.qwen_vl:PrunedQwen25VL", tower=False),
     "Qwen3VLForConditionalGeneration": Served(f"{_HERE}.qwen_vl:PrunedQwen3VL", tower=False),
@@ -96,12 +100,12 @@ def check_model(model_config: Any, settings: Settings, served: Served | None) ->
             f"{name} cannot be pruned in vLLM; these can: {', '.join(SERVED)}. Unset {VARIABLE} to "
             "serve it as it is."
         )
-    if config.model_type == "llava":
+    if config.model_type in ("llava", "llava_onevision"):
         vision = config.vision_config.model_type
         if not vision.startswith(("clip", "siglip_")):
             raise UnsupportedModelError(
                 f"{name} has a vision tower of the type {vision}, whose pictures are no squares; "
-                "LLaVA is served with CLIP and SigLIP towers."
+                "it is served with CLIP and SigLIP towers."
             )
         if config.vision_feature_select_strategy == "full" and vision.startswith("clip"):
             raise UnsupportedModelError(
@@ -110,9 +114,9 @@ def check_model(model_config: Any, settings: Settings, served: Served | None) ->
             )
     if settings.reads_tower and not served.tower:
         raise UnsupportedModelError(
-            f"method={settings.method.name} reads the vision tower, and vLLM's tower of {name} "
-            "does not show its queries and keys after rotary embedding; use divprune, prunesid, "
-            "scope with alpha=0, random or uniform."
+            f"method={settings.method.name} reads the vision tower, whose attention cannot be read "
+            f"or followed to its places in vLLM's {name}; use divprune, prunesid, scope with "
+            "alpha=0, random or uniform."
         )
     if model_config.multimodal_config.video_pruning_rate:
         raise ConfigError(

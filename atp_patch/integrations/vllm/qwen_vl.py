@@ -29,15 +29,17 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from atp_patch.integrations.vllm.choosing import keep_features
-from atp_patch.integrations.vllm.model import FewerPlaceholders, PrunedImages, settings_of
+from atp_patch.integrations.vllm.model import (
+    FewerPlaceholders,
+    PicturesAlone,
+    PrunedImages,
+    settings_of,
+)
+from atp_patch.integrations.vllm.picture import Picture
 
 
-class _PicturesAlone:
-    """Put this before the facts of a Qwen-VL: it takes pictures, and no videos."""
-
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of pictures."""
-        return {"image": None, "video": 0}
+class _GridInfo(PicturesAlone):
+    """Put this before the facts of a Qwen-VL."""
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
@@ -53,33 +55,34 @@ class _GridPictures(PrunedImages):
 
     config: Any
 
-    def _tokens(self, grid: Any) -> tuple[int, int]:
+    def _picture(self, grid: Any) -> Picture:
         cell = self.config.vision_config.spatial_merge_size
         _, height, width = (int(number) for number in grid)
-        return height // cell, width // cell
+        return Picture.tiled(1, height // cell, width // cell)
 
-    def grid_of(self, feature: Any) -> tuple[int, int]:
-        """Rows and columns of a picture's tokens, which its processor has found."""
-        return self._tokens(feature.data["image_grid_thw"].data)
+    def picture_of(self, feature: Any) -> Picture:
+        """The picture's one grid, which its processor has found."""
+        return self._picture(feature.data["image_grid_thw"].data)
 
-    def steps(self, place: Tensor, size: tuple[int, int]) -> Tensor:
+    def steps(self, place: Tensor, picture: Picture) -> Tensor:
         """The row and the column; a picture is one moment of time."""
-        width = size[1]
+        width = picture.grids[0].width
         return torch.stack([torch.zeros_like(place), place // width, place % width], dim=1)
 
-    def extent(self, size: tuple[int, int]) -> int:
+    def extent(self, picture: Picture) -> int:
         """As many positions as the longer side has tokens."""
-        return max(size)
+        return max(picture.grids[0].height, picture.grids[0].width)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         """The features that are left of each picture."""
         parent: Any = super()
         grids: Any = kwargs["image_grid_thw"]
         features = parent.embed_multimodal(**kwargs)
-        sizes = [self._tokens(grid) for grid in grids]
+        pictures = [self._picture(grid) for grid in grids]
         # Behind a feature stand those that Qwen3-VL adds in later layers (deepstack).
         width = self.config.get_text_config().hidden_size
-        return self.placed(keep_features(self.settings, features, sizes, width=width), sizes)
+        kept = keep_features(self.settings, features, pictures, width=width)
+        return self.placed(kept, pictures)
 
     def forward(
         self,
@@ -101,7 +104,7 @@ class _GridPictures(PrunedImages):
         return replace(config, modalities=[])
 
 
-class PrunedQwen2VLInfo(_PicturesAlone, Qwen2VLProcessingInfo):
+class PrunedQwen2VLInfo(_GridInfo, Qwen2VLProcessingInfo):
     """Qwen2-VL's facts."""
 
 
@@ -116,7 +119,7 @@ class PrunedQwen2VL(_GridPictures, Qwen2VLForConditionalGeneration):
     """Qwen2-VL whose pictures have fewer tokens."""
 
 
-class PrunedQwen25VLInfo(_PicturesAlone, Qwen2_5_VLProcessingInfo):
+class PrunedQwen25VLInfo(_GridInfo, Qwen2_5_VLProcessingInfo):
     """Qwen2.5-VL's facts."""
 
 
@@ -131,7 +134,7 @@ class PrunedQwen25VL(_GridPictures, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose pictures have fewer tokens."""
 
 
-class PrunedQwen3VLInfo(_PicturesAlone, Qwen3VLProcessingInfo):
+class PrunedQwen3VLInfo(_GridInfo, Qwen3VLProcessingInfo):
     """Qwen3-VL's facts."""
 
 

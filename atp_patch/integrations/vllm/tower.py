@@ -1,17 +1,19 @@
-"""Reading the attention of vLLM's CLIP and SigLIP towers."""
+"""Reading the attention of vLLM's towers for square pictures: CLIP, SigLIP and InternVL's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from atp_patch.contract import DoorMethod, TokenGroups, Tower, TowerTokens
+from atp_patch.integrations.vllm.picture import Picture
 from atp_patch.seam import Recording
-from atp_patch.seam.tower.groups import tower_groups
+from atp_patch.seam.tower.groups import blocks_of, tower_groups
 from atp_patch.seam.tower.reading import numbered_block
 
 
@@ -19,17 +21,20 @@ class SquareTower:
     """A vision tower of vLLM whose pictures are squares, and what family knows of it.
 
     Args:
-        module: vLLM's ``CLIPVisionModel`` or ``SiglipVisionModel``.
+        module: vLLM's tower.
         about: where a family finds the parts of the same tower in transformers.
         depth: how many blocks the tower has; vLLM builds no block behind the one that is used.
     """
 
     def __init__(self, module: nn.Module, about: Tower, depth: int) -> None:
-        inner: Any = module
-        self.blocks: Any = inner.vision_model.encoder.layers
+        self.blocks = blocks_of(module, about)
         self.about, self.depth = about, depth
-        self._projected: dict[int, Tensor] = {}
+        self._projected: dict[int, tuple[Tensor, Tensor]] = {}
         self._classes: dict[int, Tensor] = {}
+
+    def _attention(self, number: int) -> Any:
+        """A block's attention proper, which is given queries, keys and values."""
+        return self.blocks[number].get_submodule(self.about.attention).attn
 
     @contextmanager
     def watched(self, numbers: Sequence[int]) -> Iterator[None]:
@@ -37,18 +42,19 @@ class SquareTower:
         self._projected, self._classes = {}, {}
         handles = []
         for number in sorted(set(numbers)):
-            block = self.blocks[number]
-            project = block.self_attn.qkv_proj
-            handles.append(project.register_forward_hook(partial(self._after_projection, number)))
-            handles.append(block.register_forward_hook(partial(self._after_block, number)))
+            before = partial(self._before_attention, number)
+            handles.append(self._attention(number).register_forward_pre_hook(before))
+            after = partial(self._after_block, number)
+            handles.append(self.blocks[number].register_forward_hook(after))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _after_projection(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
-        self._projected[number] = output[0]
+    def _before_attention(self, number: int, module: nn.Module, args: Any) -> None:
+        query, key, _ = args
+        self._projected[number] = query, key
 
     def _after_block(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
@@ -61,41 +67,50 @@ class SquareTower:
         }
 
     def groups(
-        self,
-        number: int,
-        counts: Callable[[int], int] | None = None,
-        *,
-        every_query: bool = False,
+        self, number: int, counts: tuple[int, ...] | None = None, *, every_query: bool = False
     ) -> TokenGroups:
-        """The tokens of the pictures that the tower has just seen, as one block saw them.
+        """The tokens of the tiles that the tower has just seen, as one block saw them.
 
         Args:
             number: the number of a block that was watched.
-            counts: how many tokens stay of so many; None where nothing is merged.
+            counts: for each tile, how many tokens stay of it; None where nothing is merged.
             every_query: count the attention of all tokens where the tower has a class token too.
         """
-        made, attention = self._projected[number], self.blocks[number].self_attn
-        query, key, _ = (
+        attention = self._attention(number)
+        query, key = (
             part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for part in made.chunk(3, dim=-1)
+            for part in self._projected[number]
         )
         recording = Recording(query, key, None, attention.scale)
-        tokens = key.shape[2] - int(self.about.class_token)
+        patches = key.shape[2] - int(self.about.class_token)
+        tokens = patches // self.about.cell**2
 
         def quotas(sizes: Sequence[int], placeholders: Sequence[int]) -> tuple[int, ...] | None:
-            return None if counts is None else tuple(map(counts, sizes))
+            return counts
 
         return tower_groups(
             self.about, [recording], (), (len(key), tokens), quotas, 0, every_query=every_query
         )[0]
 
-    def seen_by(self, method: DoorMethod) -> dict[float, TowerTokens]:
-        """What the method is to see of the pictures that the tower has just seen."""
+    def seen_by(self, method: DoorMethod, pictures: Sequence[Picture]) -> dict[float, TowerTokens]:
+        """What the method is to see of the pictures that the tower has just seen.
+
+        Args:
+            method: the method.
+            pictures: how the tokens of each picture lie; each of its grids is one tile.
+        """
+        tiles = [len(picture.grids) for picture in pictures]
+
+        def joined(table: Tensor) -> Tensor:  # (tiles, n, *) -> (pictures, V, *)
+            parts = [part.flatten(0, 1) for part in table.split(tiles)]
+            return pad_sequence(parts, batch_first=True)
+
         found = {}
         for asked, number in self.numbers(method).items():
             groups = self.groups(number, every_query=method.tower_queries == "all")
             classes = None
             if self.about.class_token:
-                classes = self._classes[number].float()[:, None].expand(-1, groups.key.shape[1], -1)
-            found[asked] = TowerTokens(groups.attention, groups.key, classes)
+                one = self._classes[number].float()[:, None]
+                classes = joined(one.expand(-1, groups.key.shape[1], -1))
+            found[asked] = TowerTokens(joined(groups.attention), joined(groups.key), classes)
         return found
