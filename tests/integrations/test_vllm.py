@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -76,10 +77,12 @@ TINY = {
     "llava_onevision": export_llava_onevision,
     "internvl": export_internvl,
 }
-TILED = ("llava_onevision", "internvl")
 LLAVA_PROMPTS = ("llava", "internvl")
-# Widths and heights that give one tile, few and many, and rows without columns.
-SIZES = [(192, 192), (192, 96), (48, 48), (100, 190), (40, 180), (300, 20), (400, 4), (4, 400)]
+# Widths and heights that give one tile, few and many.
+SIZES = [(192, 192), (192, 96), (48, 48), (100, 190), (40, 180), (300, 20)]
+# LLaVA-OneVision's rows have no columns where a picture is as thin as the last ones. InternVL makes
+# tokens of them that are nearly equal, so that rounding would choose among them.
+TILED = {"internvl": SIZES, "llava_onevision": [*SIZES, (400, 4), (4, 400)]}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +198,8 @@ def test_answers_are_those_of_transformers(
     texts = [words(question.text, kind) for _, question in asked]
     images = [image for image, _ in asked]
     if kind in TILED:
-        images = [image.resize(SIZES[number % len(SIZES)]) for number, image in enumerate(images)]
+        sizes = itertools.cycle(TILED[kind])
+        images = [image.resize(next(sizes)) for image in images]
     requests = [
         {"prompt": text, "multi_modal_data": {"image": image}}
         for text, image in zip(texts, images, strict=True)

@@ -5,6 +5,7 @@ A token ends each row behind the view. It belongs to no grid and stays.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.llava_onevision.modeling_llava_onevision import (
@@ -23,12 +24,35 @@ from vllm.multimodal.processing import InputProcessingContext
 
 from atp_patch.contract import VisualGrid
 from atp_patch.integrations.vllm.choosing import keep_features
-from atp_patch.integrations.vllm.model import FewerPlaceholders, OnePosition, PicturesAlone
+from atp_patch.integrations.vllm.model import (
+    FewerPlaceholders,
+    OnePosition,
+    PicturesAlone,
+    settings_of,
+)
 from atp_patch.integrations.vllm.picture import Picture
+
+_MOST_TILES = 9 * 1.1**2  # a picture with more tokens behind the view is scaled down
 
 
 class PrunedOnevisionInfo(PicturesAlone, LlavaOnevisionProcessingInfo):
     """LLaVA-OneVision's facts."""
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """As many tokens as may stay of a picture, or a few more.
+
+        The tokens that end rows all stay, so that a tall picture may keep more than a larger one.
+        """
+        config, encoder = self.get_hf_config(), self.get_vision_encoder_info()
+        settings, side = settings_of(config), encoder.get_patch_grid_length()
+        found = []
+        for height, width in config.image_grid_pinpoints:
+            rows, columns = (side * (size // encoder.get_image_size()) for size in (height, width))
+            tokens = min(rows * columns, int(_MOST_TILES * side**2))
+            found.append(rows + settings.count(side**2 + tokens))
+        return {"image": max(found)}
 
     def picture(self, height: int, width: int) -> Picture:
         """How the tokens of a picture of so many pixels lie."""
