@@ -38,7 +38,9 @@ def _grids(query: GridQuery) -> Grids:
 
 
 def _pictures(query: GridQuery, name: str, cell: int) -> Films:
-    """The grids of an argument (pictures, patches, 2), which holds (column, row) and -1 as padding.
+    """The grids of an argument (..., patches, 2), which holds (column, row) and -1 as padding.
+
+    Early versions of transformers keep the frames of each video apart.
 
     Args:
         query: what is known of the call.
@@ -48,7 +50,7 @@ def _pictures(query: GridQuery, name: str, cell: int) -> Films:
     given = query.sizes_given.get(name)
     if given is None:
         return deque()
-    sides = (given.amax(1) + 1) // cell  # (pictures, 2): columns, rows
+    sides = (given.flatten(0, -3).amax(1) + 1) // cell  # (pictures, 2): columns, rows
     return deque((1, rows, columns) for columns, rows in sides.tolist() if rows and columns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from tests.helpers import tiny
 from tests.helpers.inputs import Inputs
 
 SIZES = ((4, 6), (5, 7))
+# Early versions of transformers have another name for the pixels.
+PIXELS = next(
+    name
+    for name in ("image_patches", "pixel_values")
+    if name in signature(FuyuForCausalLM.forward).parameters
+)
 NEWLINE = 9
 
 
@@ -33,7 +40,7 @@ def _rows(config: Any, which: int, paint: Paint, count: int) -> Drawn:
 
 def _patches(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
     tensors = [picture.tensors["patches"] for row in pictures for picture in row]
-    return {"pixel_values": torch.cat(tensors)[None]} if tensors else {}
+    return {PIXELS: torch.cat(tensors)[None]} if tensors else {}
 
 
 KINDS = (Kind("fuyu", FuyuForCausalLM, _fuyu, _rows, _patches),)

@@ -4,6 +4,7 @@ model without a vision tower.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ MOST = 40  # tokens to which the processor pads each picture
 SLIDING, FULL = "sliding_attention", "full_attention"
 GLOBAL_HEAD_DIM = 32
 SHARED = "gemma4-shared"  # the row whose last layers reuse keys
+# Early versions of transformers take the frames of each video apart.
+FRAMES_IN_A_ROW = (
+    not hasattr(transformers, "Gemma4Model")
+    or "num_frames_per_video" in signature(transformers.Gemma4Model.forward).parameters
+)
 
 
 def _text(make: Any, **more: Any) -> Any:
@@ -149,9 +155,10 @@ def _collated(pictures: list[list[Drawn]], inputs: Inputs) -> Inputs:
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         found = [tensors[kind] for tensors in every if kind in tensors]
         if found:
-            made[name] = torch.cat([pixels for pixels, _ in found])
-            made[f"{kind}_position_ids"] = torch.cat([places for _, places in found])
-        if found and kind == "video":
+            joined = torch.stack if kind == "video" and not FRAMES_IN_A_ROW else torch.cat
+            made[name] = joined([pixels for pixels, _ in found])
+            made[f"{kind}_position_ids"] = joined([places for _, places in found])
+        if found and kind == "video" and FRAMES_IN_A_ROW:
             made["num_frames_per_video"] = torch.tensor([len(pixels) for pixels, _ in found])
     return made
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -23,6 +24,21 @@ REPEATED_ONE_BY_ONE = ("granite4_vision", "phi4_multimodal")
 
 # Gemma 3's first masks let an image see itself beyond the window.
 WINDOWS_OVER_IMAGES = not hasattr(modeling_gemma3, "token_type_ids_mask_function")
+
+
+def can_be_built(kind: Any) -> bool:
+    """Whether the host takes the values of a row's config.
+
+    Early versions declare wrong types of some values, their own defaults among them, and late
+    versions of huggingface_hub check the types.
+    """
+    if HOST >= NEWEST:
+        return True
+    try:
+        kind.config()
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def skip_where_samples_share_places(plain: Any) -> None:

@@ -8,8 +8,10 @@ import torch
 from transformers import (
     AriaConfig,
     AriaForConditionalGeneration,
+    AriaTextConfig,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
+    Idefics3VisionConfig,
     MistralConfig,
     PreTrainedModel,
 )
@@ -55,14 +57,9 @@ def _idefics2_picture(config: Any, which: int, paint: Paint, count: int) -> Draw
 
 
 def _aria() -> AriaConfig:
-    text = {**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    text = AriaTextConfig(**TEXT, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
     return AriaConfig(
-        vision_config={
-            **TOWER,
-            "model_type": "idefics3_vision",
-            "image_size": TILE,
-            "patch_size": 8,
-        },
+        vision_config=Idefics3VisionConfig(**TOWER, image_size=TILE, patch_size=8),
         text_config=text,
         image_token_index=tiny.IMAGE,
         projector_patch_to_query_dict={36: QUERIES},

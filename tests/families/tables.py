@@ -32,6 +32,7 @@ from tests.families import (
     square,
     towers,
 )
+from tests.families.hosts import can_be_built
 from tests.families.kinds import Kind
 
 _TABLES = (square, anyres, towers, mrope, newer, molmo2)
@@ -63,11 +64,14 @@ _LIKE_ANOTHER = {
     "glm4v_moe",
     "fast_vlm",
 }
-EVERY: tuple[Kind, ...] = tuple(
-    kind for table in (*_TABLES, *_BRIEF_TABLES) for kind in table.KINDS
-)
+_LISTED = tuple(kind for table in (*_TABLES, *_BRIEF_TABLES) for kind in table.KINDS)
+EVERY: tuple[Kind, ...] = tuple(kind for kind in _LISTED if can_be_built(kind))
+NOT_BUILT = tuple(kind.name for kind in _LISTED if kind not in EVERY)
 IN_FULL: tuple[Kind, ...] = tuple(
-    kind for table in _TABLES for kind in table.KINDS if kind.name not in _LIKE_ANOTHER
+    kind
+    for table in _TABLES
+    for kind in table.KINDS
+    if kind in EVERY and kind.name not in _LIKE_ANOTHER
 )
 IN_BRIEF: tuple[Kind, ...] = tuple(kind for kind in EVERY if kind not in IN_FULL)
 

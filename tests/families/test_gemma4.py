@@ -20,6 +20,9 @@ from tests.helpers.inputs import extended, real_mask
 from tests.helpers.run import forward, kept_of
 
 pytestmark = pytest.mark.skipif(not KINDS, reason="this version of transformers has no Gemma 4")
+CUTS = any(  # early versions run all layers on all tokens
+    hasattr(kind.build().get_decoder(), "_maybe_slice_kv_shared_inputs") for kind in KINDS
+)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -28,6 +31,7 @@ def shared() -> Kind:
     return next(kind for kind in KINDS if kind.name == SHARED)
 
 
+@pytest.mark.skipif(not CUTS, reason="this version of Gemma 4 runs all layers on all tokens")
 @pytest.mark.parametrize(("padding", "cached"), [("left", True), ("right", False)])
 def test_layers_that_reuse_keys_run_on_the_last_rows_alone(
     shared: Kind, padding: str, cached: bool
@@ -63,7 +67,7 @@ def test_flops_are_counted_for_the_rows_that_layers_run_on(shared: Kind) -> None
         head = 2 * text.hidden_size * text.vocab_size  # of one row, as for the next token
         flops[wanted] = atp_patch.last_trace(model).flops_plain
         assert flops[wanted] == counted + head
-    assert flops[1] < flops[0]
+    assert (flops[1] < flops[0]) == CUTS
 
 
 def test_a_row_without_a_mask_sees_no_empty_slot(shared: Kind) -> None:
@@ -153,7 +157,8 @@ def test_placeholders_without_places_of_patches_are_refused() -> None:
     features = model.get_image_features(inputs["pixel_values"], inputs["image_position_ids"])
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     visual = inputs["input_ids"] == tiny.IMAGE
-    embeds[visual] = torch.cat(features.pooler_output)
+    made = features.pooler_output
+    embeds[visual] = made if isinstance(made, torch.Tensor) else torch.cat(made)
     given = {"inputs_embeds": embeds.detach(), "visual_mask": visual}
     with pytest.raises(atp_patch.InputError, match="pass image_position_ids"):
         forward(model, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +99,10 @@ def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape
         for layer, n in zip(configs, heads, strict=True)
     ]
     sizes = [_head_dim(layer, n) for layer, n in zip(configs, heads, strict=True)]
-    latent = getattr(config, "kv_lora_rank", None)  # keys and values are cached compressed
-    compressed = (latent + config.qk_rope_head_dim,) * count if latent else ()
+    latent = getattr(config, "kv_lora_rank", None)
+    # Early versions of transformers expand the latents of keys and values before they cache them.
+    cached = all(hasattr(layer.self_attn, "expand_kv") for layer in layers if attends(layer))
+    compressed = (latent + config.qk_rope_head_dim,) * count if latent and cached else ()
     held = (layer < own and layer not in states for layer in range(count))
     return DecoderShape(
         num_layers=count,
@@ -110,7 +113,7 @@ def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape
         head_dims=tuple(sizes),
         vocab_size=config.vocab_size,
         states=states,
-        mixer_weights=tuple(map(_mixer_weights, layers)) if states or compressed else (),
+        mixer_weights=tuple(map(_mixer_weights, layers)) if states or latent else (),
         kv_sizes=compressed,
     )
 
@@ -137,12 +140,19 @@ def _mixer_weights(layer: Any) -> int:
 def _layer_configs(config: Any) -> list[Any]:
     """For each layer, the config that its sizes are read from.
 
-    A config whose layers differ does not give such sizes itself, and has one config a layer.
+    A config whose layers differ does not give such sizes itself, and has one config a layer. In
+    early versions of transformers it names the sizes of Gemma 4's full layers apart.
     """
     count = config.num_hidden_layers
     if getattr(config, "is_heterogeneous", False):
         return [config.per_layer_config[layer] for layer in range(count)]
-    return [config] * count
+    if not getattr(config, "global_head_dim", None):
+        return [config] * count
+    full = copy(config)
+    full.head_dim = config.global_head_dim
+    if config.attention_k_eq_v:
+        full.num_key_value_heads = config.num_global_key_value_heads
+    return [full if kind == "full_attention" else config for kind in config.layer_types]
 
 
 def _mlp_sizes(config: Any) -> tuple[int, ...]:
