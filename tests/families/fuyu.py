@@ -25,7 +25,13 @@ NEWLINE = 9
 
 def _fuyu() -> FuyuConfig:
     text = {**TEXT, "model_type": "persimmon", "rope_theta": 1000.0}
-    return FuyuConfig(text_config=text, image_token_id=tiny.IMAGE, patch_size=4, image_size=48)
+    return FuyuConfig(
+        text_config=text,
+        hidden_size=TEXT["hidden_size"],  # early versions take it from here
+        image_token_id=tiny.IMAGE,
+        patch_size=4,
+        image_size=48,
+    )
 
 
 def _rows(config: Any, which: int, paint: Paint, count: int) -> Drawn:

@@ -11,6 +11,7 @@ from tests.families.hosts import HOST, NEWEST
 from tests.families.tables import NOT_BUILT
 
 
+@pytest.mark.skipif(HOST < NEWEST, reason="the page has the families of newer versions too")
 def test_the_page_holds_the_tables() -> None:
     page = family_table.PAGE.read_text(encoding="utf-8")
     assert family_table.written(page) == page, "run python -m tests.family_table"

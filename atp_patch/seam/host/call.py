@@ -19,6 +19,7 @@ IMAGE_KEYS = (
     "pixel_values_images",
     "pixel_values_videos",
     "image_pixel_values",
+    "image_patches",  # Fuyu, in early versions of transformers
     "mm_encoder_outputs",
 )
 
