@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import load_video
 
@@ -245,15 +246,14 @@ def test_videos_and_several_pictures_are_answered_as_by_generate(tmp_path):
         "metric_list: [{metric: exact, aggregation: mean, higher_is_better: true}]\n"
     )
     arguments = f"pretrained={folder},method=divprune,keep=0.5,num_frames=4,dtype=float32"
-    results, samples = run(tasks, tmp_path / "out", arguments, names=("media",))
-    assert results["throughput"]["total_requests"] == 2
+    _, samples = run(tasks, tmp_path / "out", arguments, names=("media",))
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     patch_model(model, method="divprune", keep=0.5)
     frames, _ = load_video(film, backend="pyav")
     media = [
-        [{"type": "image", "image": path} for path in pictures],
+        [{"type": "image", "image": Image.open(path).convert("RGB")} for path in pictures],
         [{"type": "video", "video": frames[[0, 2, 3, 5]]}],  # four of six
     ]
     for row, content in zip(samples["media"], media, strict=True):
