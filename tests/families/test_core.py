@@ -14,7 +14,11 @@ import transformers
 from transformers import PreTrainedConfig
 
 import atp_patch
-from tests.families.hosts import skip_where_samples_share_places, skip_where_the_cache_matters
+from tests.families.hosts import (
+    skip_where_keys_are_shared_by_the_cache,
+    skip_where_samples_share_places,
+    skip_where_the_cache_matters,
+)
 from tests.families.kinds import MIXED, Kind, make
 from tests.families.tables import (
     EVERY,
@@ -32,6 +36,7 @@ from tests.helpers.run import forward, generate, kept_of
 @brief_kind
 def test_plain_masked_alone_and_unpatched(kind: Kind) -> None:
     plain, batch = kind.build(), make(kind, MIXED)
+    skip_where_keys_are_shared_by_the_cache(plain)
     inputs, real = batch.inputs, real_mask(batch.inputs)
     model, expected = kind.build(), forward(plain, inputs).logits
     atp_patch.patch_model(model, method="fastv", keep=1.0, layers=kind.layers)
@@ -71,6 +76,7 @@ def test_generation(kind: Kind) -> None:
 @one_of_each_brief_table
 def test_a_door_method(kind: Kind) -> None:
     batch = make(kind, MIXED)
+    skip_where_keys_are_shared_by_the_cache(kind.build())
     model = atp_patch.patch_model(kind.build(), method=Asked(), keep=0.5)
     logits = forward(model, batch.inputs).logits
     trace = atp_patch.last_trace(model)

@@ -21,7 +21,7 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import TowerReader
 from tests.helpers.inputs import Inputs, real_mask
 from tests.helpers.run import forward, generate, kept_of
-from tests.seam.vision_cases import CASES, FILMS, KINDS, Case, groups, make, read
+from tests.seam.vision_cases import CASES, FILMS, KINDS, Case, groups, make, part_of, read
 
 CUT = {case.name: case for case in CASES if case.name.startswith(("llava_next", "llava_onev"))}
 TILE = 48
@@ -112,7 +112,7 @@ def carried(case: Case, plain: Any, inputs: Inputs, tables: Sequence[Tensor]) ->
 def class_tokens(case: Case, plain: Any, inputs: Inputs) -> list[Tensor]:
     """For each call of the tower (G, Dt), the class token behind the block."""
     twin, seen = copy.deepcopy(plain), []
-    block = twin.model.get_submodule(case.attentions[0].rpartition(".")[0])
+    block = part_of(twin, case.attentions[0].rpartition(".")[0])
     block.register_forward_hook(lambda _, args, output: seen.append(output))
     forward(twin, inputs)
     return [(made[0] if isinstance(made, tuple) else made)[:, 0] for made in seen]

@@ -21,7 +21,15 @@ from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import Asked, TowerReader, told
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
-from tests.seam.vision_cases import CASES, MORE, Case, groups, read, rows_in_sequence
+from tests.seam.vision_cases import (
+    CASES,
+    MORE,
+    Case,
+    groups,
+    part_of,
+    read,
+    rows_in_sequence,
+)
 
 
 def patched(kind: Kind, method: Any = None, **options: Any) -> Any:
@@ -183,7 +191,7 @@ def test_class_tokens_and_earlier_blocks() -> None:
     inputs = case.feed(model, "left")
     forward(model, inputs)
     plain, states = case.build(), []
-    for layer in plain.model.vision_tower.encoder.layers:
+    for layer in part_of(plain, "vision_tower.encoder.layers"):
         layer.register_forward_hook(lambda *given: states.append(given[-1]))
     forward(plain, inputs)
     first, last = (out[0] if isinstance(out, tuple) else out for out in states[:2])

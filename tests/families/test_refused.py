@@ -33,6 +33,8 @@ def test_the_reason_and_the_way_out_are_named(model_type: str) -> None:
 def test_every_image_text_model_of_transformers_is_served_or_refused() -> None:
     """A type that a new version adds shows here: give it a family, or a reason and a way out."""
     known = {*SERVED, *REFUSED}
+    if HOST < NEWEST:
+        known.add("pixtral")  # early versions name a vision tower among the models
     assert not set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - known
 
 
