@@ -49,7 +49,7 @@ def part_of(model: Any, name: str) -> Any:
 
     In early versions of transformers some towers are models around the one with the blocks.
     """
-    names = (name, name.replace("_tower.", "_tower.vision_model."))
+    names = (name, name.replace(".", ".vision_model.", 1))
     modules = dict(model.model.named_modules())
     return next(modules[name] for name in names if name in modules)
 
