@@ -301,11 +301,11 @@ def depth_plot(
         deepest = max(deepest, len(counts))
     whole = max(trace.visual_tokens for trace in named.values())
     ax.hlines(whole, 0, deepest, colors="0.5", linestyles="dotted", label=f"plain: {whole:.0f}")
-    ax.set(
-        xlabel="decoder layer", ylabel="visual tokens", xlim=(0, deepest), ylim=(0, whole * 1.08)
-    )
+    legend = min(0.08 * (len(named) + 1), 0.5)  # its share of the height, above all lines
+    ax.set(xlabel="decoder layer", ylabel="visual tokens")
+    ax.set(xlim=(0, deepest), ylim=(0, whole / (1 - legend)))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, framealpha=1, edgecolor="none")
+    ax.legend(fontsize=8, frameon=False, loc="upper right", borderaxespad=0)
     return drawing_of(ax)
 
 
