@@ -244,10 +244,9 @@ def test_two_methods_are_compared(visitor: Visitor) -> None:
     visitor.wait_for(lambda: len(visitor.answers("second")) == 1)
     assert visitor.kept(0) != visitor.kept(1)
     assert "divprune" in visitor.page.locator("#kept").inner_text()
+    visitor.shot("web_compare.png")
     visitor.page.get_by_role("tab", name="Costs").click()
     visitor.page.locator("#costs img").first.wait_for()
-    visitor.page.wait_for_timeout(500)
-    visitor.shot("web_compare.png")
 
 
 @pytest.mark.parametrize("kind", ["broken", "whole", "large"])
