@@ -101,11 +101,11 @@ def compare_questions(
         ways.append((patched(model, name, {"method": "voco", "num_tokens": tokens}), _with_voco))
     found = {way.name: Questions() for way, _ in ways}
     with torch.inference_mode():
-        for run in range(runs + 1):
-            for way, ask in in_turn(ways, run):
+        for round_number in range(runs + 1):
+            for way, ask in in_turn(ways, round_number):
                 with way.applied():
                     first_ms, second_ms, found[way.name].kept_bytes = ask(model, prompt)
-                if run:
+                if round_number:
                     found[way.name].first.values_ms.append(first_ms)
                     found[way.name].second.values_ms.append(second_ms)
                 advance(1)

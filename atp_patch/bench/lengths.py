@@ -71,14 +71,14 @@ def time_same_lengths(
     plain = {length: Times() for length in lengths}
     pruned = Times()
     with torch.inference_mode():
-        for run in range(runs + 1):
-            for length in in_turn([None, *plain], run):
+        for round_number in range(runs + 1):
+            for length in in_turn([None, *plain], round_number):
                 if length is None:
                     with contender.applied():
                         times, spent_ms = pruned, time_prefill(model, inputs)
                 else:
                     times, spent_ms = plain[length], time_prefill(model, _text(inputs, length))
-                if run:
+                if round_number:
                     times.values_ms.append(spent_ms)
             advance(1)
     return SameLengths(lengths, plain, pruned)

@@ -110,8 +110,8 @@ def compare(
     found = {contender.name: Measured() for contender in contenders}
     device = inputs["input_ids"].device
     with torch.inference_mode():
-        for run in range(runs + 1):
-            for contender in in_turn(contenders, run):
+        for round_number in range(runs + 1):
+            for contender in in_turn(contenders, round_number):
                 one = found[contender.name]
                 reset_peak(device)
                 with contender.applied():
@@ -123,7 +123,7 @@ def compare(
                 one.peak_bytes = peak if peak is None else max(peak, one.peak_bytes or 0)
                 one.kv_bytes = cache_bytes(passed.cache)
                 one.state_bytes = state_bytes(passed.cache)
-                if run:
+                if round_number:
                     _note(one, passed, steps)
                 del passed  # its cache must not count in the next contender's peak
                 advance(1)
@@ -136,13 +136,13 @@ def compare(
     return found
 
 
-def in_turn(ways: Sequence[Way], run: int) -> list[Way]:
+def in_turn(ways: Sequence[Way], round_number: int) -> list[Way]:
     """The order of the ways in a round, which begins with another one in every round.
 
     So each way has each place in a round equally often, and what an earlier run leaves behind, such
     as a warm machine, favours none.
     """
-    first = run % len(ways)
+    first = round_number % len(ways)
     return [*ways[first:], *ways[:first]]
 
 

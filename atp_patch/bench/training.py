@@ -82,8 +82,8 @@ def compare_steps(
     labels = _labels(inputs["input_ids"], text)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for run in range(runs + 1):
-        for way in in_turn(WAYS, run):
+    for round_number in range(runs + 1):
+        for way in in_turn(WAYS, round_number):
             one = found[way.name]
             if way.patched:
                 patch_model(model, layers, "atp", thresholds="learned")
@@ -93,7 +93,7 @@ def compare_steps(
                 if way.patched:
                     unpatch_model(model)
             one.peak_bytes = peak if one.peak_bytes is None else max(one.peak_bytes, peak or 0)
-            if run:
+            if round_number:
                 one.step.values_ms.append(elapsed_ms)
             advance(1)
     model.requires_grad_(True).eval()

@@ -233,9 +233,9 @@ def pick(rng: np.random.Generator, items: tuple[str, ...] | list[str]) -> str:
 
 
 def _subset(
-    rng: np.random.Generator, items: tuple[str, ...], least: int, most: int
+    rng: np.random.Generator, items: tuple[str, ...], minimum: int, maximum: int
 ) -> tuple[str, ...]:
-    chosen = rng.permutation(len(items))[: int(rng.integers(least, most + 1))]
+    chosen = rng.permutation(len(items))[: int(rng.integers(minimum, maximum + 1))]
     return tuple(items[int(i)] for i in chosen)
 
 
@@ -277,10 +277,10 @@ def _free_place(
     plates: list[Sign | Plate],
 ) -> tuple[int, int, int] | None:
     """Draw a centre and half width that overlap nothing else, or return None after 40 tries."""
-    least, most = RADIUS_PX[size]
+    minimum, maximum = RADIUS_PX[size]
     gap = 3
     for _ in range(40):
-        radius = int(rng.integers(least, most + 1))
+        radius = int(rng.integers(minimum, maximum + 1))
         x, y = (int(v) for v in rng.integers(radius + 1, IMAGE_PX - radius, size=2))
         if any(max(abs(x - o.x_px), abs(y - o.y_px)) < radius + o.radius_px + gap for o in objects):
             continue

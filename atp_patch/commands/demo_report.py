@@ -169,9 +169,11 @@ def layer_rows(trace: PruningTrace, sample: int = 0) -> list[LayerRow]:
             layer=layer,
             tokens_in=counts[layer - 1] if layer else trace.layout.totals[sample],
             tokens_kept=counts[layer],
-            thresholds={name: float(value[sample]) for name, value in record.thresholds.items()},
+            thresholds={
+                name: float(value[sample]) for name, value in layer_trace.thresholds.items()
+            },
         )
-        for layer, record in trace.layers.items()
+        for layer, layer_trace in trace.layers.items()
     ]
 
 

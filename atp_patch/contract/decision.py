@@ -171,7 +171,7 @@ def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], 
     fewer = keep.sum(1) < left.clamp(max=view.min_tokens)
     what = f"a sample keeps fewer than min_tokens={view.min_tokens} visual tokens"
     wrong[what, "keep at least the best so many (atp_patch.methods.keep_best does)"] = fewer.any()
-    if view.min_per_image:
+    if view.min_tokens_per_image:
         images = max((len(grids) for grids in view.layout.grids), default=0)
         kept_of, left_of = (
             torch.zeros(len(keep), images, dtype=torch.long, device=keep.device).scatter_add_(
@@ -179,9 +179,10 @@ def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], 
             )
             for chosen in (keep, valid)
         )
-        what = f"an image keeps fewer than min_tokens_per_image={view.min_per_image} visual tokens"
+        minimum = view.min_tokens_per_image
+        what = f"an image keeps fewer than min_tokens_per_image={minimum} visual tokens"
         mend = "keep the best so many of each (atp_patch.methods.keep_best does)"
-        wrong[what, mend] = (kept_of < left_of.clamp(max=view.min_per_image)).any()
+        wrong[what, mend] = (kept_of < left_of.clamp(max=minimum)).any()
     recycled = decision.recycled
     if recycled is not None:
         column, width = recycled.column, valid.shape[1]

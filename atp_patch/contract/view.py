@@ -7,6 +7,7 @@ size, ``V0`` visual tokens before any pruning.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +35,7 @@ class TokenView:
         sample_key: (B,) int64, a number computed from each sample's text tokens, so that seeded
             randomness differs between samples and does not depend on the batch.
         min_tokens: number of visual tokens that every sample must keep at least.
-        min_per_image: number of visual tokens that every image must keep at least.
+        min_tokens_per_image: number of visual tokens that every image must keep at least.
     """
 
     layout: Layout
@@ -43,7 +44,17 @@ class TokenView:
     counts: tuple[int, ...] | None
     sample_key: Tensor
     min_tokens: int = 1
-    min_per_image: int = 0
+    min_tokens_per_image: int = 0
+
+    @property
+    def min_per_image(self) -> int:
+        """The former name of :attr:`min_tokens_per_image`."""
+        warnings.warn(
+            f"{type(self).__name__}.min_per_image is called min_tokens_per_image now.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.min_tokens_per_image
 
     @property
     def image(self) -> Tensor:
@@ -199,8 +210,8 @@ class View(TokenView):
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def before(self) -> Attention:
-        """The attention of the layer before.
+    def previous_attention(self) -> Attention:
+        """The attention of layer ``layer - 1``.
 
         Raises:
             ConfigError: if the method's ``attention_layers`` do not name it.
@@ -215,32 +226,32 @@ class View(TokenView):
     @property
     def query(self) -> Tensor:
         """(B, H, L', d) queries of the layer before, after rotary embedding."""
-        return self.before.query
+        return self.previous_attention.query
 
     @property
     def key(self) -> Tensor:
         """(B, Hk, K, d) keys of the layer before, after rotary embedding."""
-        return self.before.key
+        return self.previous_attention.key
 
     @property
     def scaling(self) -> float:
         """Factor of the attention logits of the layer before."""
-        return self.before.scaling
+        return self.previous_attention.scaling
 
     @property
     def softcap(self) -> float | None:
         """The softcap of the attention logits of the layer before, or None."""
-        return self.before.softcap
+        return self.previous_attention.softcap
 
     @property
     def sinks(self) -> Tensor | None:
         """(H,): the attention sinks of the layer before, or None."""
-        return self.before.sinks
+        return self.previous_attention.sinks
 
     @property
     def key_offset(self) -> int:
         """Number of keys of earlier turns, which come before the keys of this forward pass."""
-        return self.before.key_offset
+        return self.previous_attention.key_offset
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
         """Query and key of the layer before, without rotary embedding.
@@ -248,7 +259,7 @@ class View(TokenView):
         Returns:
             (B, H, L', d) queries and (B, Hk, L', d) keys of this forward pass.
         """
-        return self.before.unrotated()
+        return self.previous_attention.unrotated()
 
     def mask_rows(self, rows: Tensor) -> Tensor:
         """The attention mask of some rows in the layer before.
@@ -260,7 +271,7 @@ class View(TokenView):
         Returns:
             (B, h, T, K) bool (True = visible) or float (added to the logits); ``h`` is 1 or H.
         """
-        return self.before.mask.rows(rows)
+        return self.previous_attention.mask.rows(rows)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -268,7 +279,7 @@ class View(TokenView):
 
         :meth:`mask_rows` costs less.
         """
-        return self.before.mask.whole(self.query.device)
+        return self.previous_attention.mask.whole(self.query.device)
 
     @cached_property
     def features(self) -> Tensor:

@@ -40,14 +40,14 @@ def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
     predicted = [read.logits[:, -1:].argmax(-1)]
     fed = batch.answers[:, :-1]
     steps = torch.arange(1, fed.shape[1] + 1, device=fed.device)
-    told = model(
+    output = model(
         input_ids=fed,
         attention_mask=torch.cat([mask, batch.answers_valid[:, :-1].to(mask)], 1),
         position_ids=_last_positions(model, inputs) + steps,
         past_key_values=cache,
         use_cache=True,
     )
-    predicted.append(told.logits.argmax(-1))
+    predicted.append(output.logits.argmax(-1))
     right = (torch.cat(predicted, 1) == batch.answers) | ~batch.answers_valid
     return [bool(hit) for hit in right.all(1).tolist()]
 

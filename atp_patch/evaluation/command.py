@@ -203,8 +203,8 @@ def _open(
         members = [setting for setting in settings if setting.pooled == pooled]
         why = reasons[members[0]]
         if why is not None:  # the unpruned model was measured before it, and has a header
-            header = found[0].run
-            found.append(Measured(pooled, (), layers=pooled.layers, unreachable=why, run=header))
+            header = found[0].header
+            found.append(Measured(pooled, (), layers=pooled.layers, unreachable=why, header=header))
             continue
         files = []
         for setting in members:
@@ -224,7 +224,7 @@ def _open(
         hashes = tuple(s.adapter_hash for s in members if s.adapter_hash is not None)
         begun = {name: files[0].header[name] for name in facts}
         header = {"identity": shared, **begun}
-        found.append(Measured(pooled, tuple(files), seeds, layers, run=header, hashes=hashes))
+        found.append(Measured(pooled, tuple(files), seeds, layers, header=header, hashes=hashes))
     return found, runs
 
 

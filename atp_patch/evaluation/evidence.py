@@ -151,8 +151,8 @@ def kept_evidence(
             )
         position, _, row, column = grids[0].coordinates()
         needed = torch.from_numpy(mask)[row, column]
-        for layer, record in trace.layers.items():
-            kept = record.kept[sample].cpu()[position]
+        for layer, layer_trace in trace.layers.items():
+            kept = layer_trace.kept[sample].cpu()[position]
             share = kept[needed].float().mean().item() if needed.any() else 1.0
             found[layer].append((kept.float().mean().item(), share))
     return found

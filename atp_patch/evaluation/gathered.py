@@ -38,11 +38,11 @@ def gather(folders: Sequence[Path], model_hash: str, working: Sequence[int]) -> 
     asked: dict[str, dict[str, int]] = {}
     for folder in folders:
         for row in _read(folder / SUMMARY, working):
-            if row.run["identity"]["model_hash"] != model_hash:
+            if row.header["identity"]["model_hash"] != model_hash:
                 raise ConfigError(f"{folder} is of another model; give the right --model.")
             if len(folders) > 1:
                 row.against = {}
-            split = row.run["identity"]["split"]
+            split = row.header["identity"]["split"]
             counts = asked.setdefault(f"{row.group} {split}", row.questions)
             if row.questions and counts and row.questions != counts:
                 raise ConfigError(f"{folder} has other questions than {folders[0]}; leave it out.")
@@ -84,11 +84,11 @@ def _row(data: dict[str, Any], working: Sequence[int]) -> Row:
     )
     hashes = data["adapter_hash"] or ()
     row = Row(setting, data["group"], layers, seeds, unreachable=data["unreachable"])
-    row.record = {name: value for name, value in data.items() if not name.startswith("minus ")}
+    row.earlier = {name: value for name, value in data.items() if not name.startswith("minus ")}
     if setting.control is not None:  # a control made today may come from other questions
-        row.record.setdefault("control_questions", None)
+        row.earlier.setdefault("control_questions", None)
     row.hashes = (hashes,) if isinstance(hashes, str) else tuple(hashes)
-    row.run = {
+    row.header = {
         "identity": {name: data[name] for name in _IDENTITY},
         **{name: data[name] for name in _FACTS},
     }

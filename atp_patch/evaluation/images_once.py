@@ -135,19 +135,19 @@ class ImagesOnce:
         Yields:
             whether the tower need not run, where the images' features are known.
         """
-        reader = require_patch(model).seam.vision if is_patched(model) else None
-        if not isinstance(reader, ReadingHooks):
+        hooks = require_patch(model).seam.vision if is_patched(model) else None
+        if not isinstance(hooks, ReadingHooks):
             yield True
             return
-        key = (images, *reader.blocks.items(), reader.every_query, reader.keeps_states)
-        known, read = self._shown.get(key), reader.read
+        key = (images, *hooks.blocks.items(), hooks.every_query, hooks.keeps_states)
+        known, read = self._shown.get(key), hooks.read
 
         def kept(*args: Any) -> Mapping[float, TowerTokens]:
             self._shown[key] = read(*args)
             return self._shown[key]
 
-        vars(reader)["read"] = kept if known is None else lambda *args: known
+        vars(hooks)["read"] = kept if known is None else lambda *args: known
         try:
             yield known is not None
         finally:
-            del vars(reader)["read"]
+            del vars(hooks)["read"]

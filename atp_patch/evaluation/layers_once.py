@@ -95,7 +95,7 @@ class LayersOnce:
         if known is None or (scored and known.recording is None):
             recordings: list[Recording] = []
             if scored:
-                recorder.overhear(recordings.append)
+                recorder.add_sink(recordings.append)
             made = original()
             cached = cache.layers[number]
             recording = recordings[0] if recordings else None

@@ -68,8 +68,8 @@ class Row:
         by_seed: mean accuracy of each seed or training.
         hashes: the hashes of the adapter of each training.
         unreachable: why the budget cannot be met; nothing else is known then. None where it can.
-        run: header of the run.
-        record: what an earlier summary said of the setting, which is written again as it was.
+        header: the header of the run: what was measured, with which versions, where and when.
+        earlier: what an earlier summary said of the setting, which is written again as it was.
     """
 
     setting: Setting
@@ -91,8 +91,8 @@ class Row:
     by_seed: list[float] = field(default_factory=list)
     hashes: tuple[str, ...] = ()
     unreachable: str | None = None
-    run: dict[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    earlier: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, with all that it depends on: model, method, options, seeds and
@@ -104,8 +104,8 @@ class Row:
             **{f"minus {name}": gap for name, gap in self.against.items()},
         }
         return {
-            **{k: v for k, v in self.run.items() if k != "identity"},
-            **self.run.get("identity", {}),
+            **{k: v for k, v in self.header.items() if k != "identity"},
+            **self.header.get("identity", {}),
             **self.setting.identity(),
             "layers": list(self.layers),
             "adapter": self.setting.adapter,
@@ -125,7 +125,7 @@ class Row:
             "tokens_entering": self.entering,
             "strata": {kind: asdict(stratum) for kind, stratum in self.strata.items()},
             "bootstrap": {"draws": DRAWS, "seed": DRAW_SEED, "unit": "image"},
-            **self.record,
+            **self.earlier,
         }
 
 
@@ -139,7 +139,7 @@ class Measured:
         seeds: the seeds of the draws, or numbers of the trainings.
         layers: before which decoder layers it prunes.
         unreachable: why the budget cannot be met; None where it can.
-        run: header of the run.
+        header: the header of the run: what was measured, with which versions, where and when.
         hashes: the hashes of the adapter of each training.
     """
 
@@ -148,7 +148,7 @@ class Measured:
     seeds: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     unreachable: str | None = None
-    run: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
     hashes: tuple[str, ...] = ()
 
 
@@ -193,7 +193,7 @@ def summarize(
         }
         members = []
         for m in measured:
-            row = Row(m.setting, group, m.layers, m.seeds, hashes=m.hashes, run=m.run)
+            row = Row(m.setting, group, m.layers, m.seeds, hashes=m.hashes, header=m.header)
             row.unreachable = m.unreachable
             members.append(row)
             if m.unreachable is not None:
@@ -213,7 +213,7 @@ def summarize(
         for (
             row
         ) in members:  # a run's header has the tokens of one picture; others may differ in size
-            row.run = {**row.run, "visual_tokens": unpruned.average_tokens}
+            row.header = {**row.header, "visual_tokens": unpruned.average_tokens}
             for name, rival in rivals(row, members).items():
                 other = pooled[rival.setting]
                 row.against[name] = difference(pooled[row.setting], other, weights)

@@ -122,11 +122,11 @@ def _questions(rows: Sequence[Row]) -> str:
 
 
 def _origin(row: Row) -> str:
-    identity = row.run["identity"]
+    identity = row.header["identity"]
     versions = identity["versions"]
     return (
-        f"Model {row.run['model']} ({identity['model_hash']}), split {identity['split']}, "
-        f"answers {identity['answers']}, {identity['dtype']} on {row.run['machine']}, "
-        f"{row.run['date']}; atp_patch {versions['atp_patch']} (code {versions['code']}), "
+        f"Model {row.header['model']} ({identity['model_hash']}), split {identity['split']}, "
+        f"answers {identity['answers']}, {identity['dtype']} on {row.header['machine']}, "
+        f"{row.header['date']}; atp_patch {versions['atp_patch']} (code {versions['code']}), "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )

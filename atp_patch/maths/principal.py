@@ -40,10 +40,10 @@ def principal_loadings(features: Tensor, valid: Tensor, number: int) -> Tensor:
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(x @ (x.transpose(1, 2) @ basis)).Q
     within = basis.transpose(1, 2) @ x
-    variance, turned = torch.linalg.eigh(within @ within.transpose(1, 2))
-    variance, turned = variance.flip(1), turned.flip(2)
-    loadings = (basis @ turned).abs()
-    least = torch.maximum(_NEGLIGIBLE * variance[:, 0], _EQUAL * size * valid.sum(1))
-    beyond = variance <= least[:, None]
+    variance, rotation = torch.linalg.eigh(within @ within.transpose(1, 2))
+    variance, rotation = variance.flip(1), rotation.flip(2)
+    loadings = (basis @ rotation).abs()
+    smallest = torch.maximum(_NEGLIGIBLE * variance[:, 0], _EQUAL * size * valid.sum(1))
+    beyond = variance <= smallest[:, None]
     loadings = loadings.masked_fill(beyond[:, None] | ~valid[..., None], 0.0)
     return pad(loadings.round(decimals=5), (0, number - loadings.shape[2]))

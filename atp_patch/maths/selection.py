@@ -143,13 +143,13 @@ def coverage_selection(similarity: Tensor, weight: Tensor, valid: Tensor, counts
         (G, n) bool with exactly ``min(counts, valid tokens)`` True entries in each row.
     """
     rows, size = _Rows(similarity), valid.shape[1]
-    spare = similarity.device.type == "cpu" and size > _ALL_COMPUTED
+    bounded = similarity.device.type == "cpu" and size > _ALL_COMPUTED
     bound = torch.full_like(weight, torch.inf, dtype=torch.float32)
     bound = bound.masked_fill(~valid, -torch.inf)
     covered = torch.zeros_like(bound).masked_fill(~valid, torch.inf)  # padding gains nothing
     taken: list[Tensor] = []
     for step in range(_steps(counts, valid)):
-        if spare:
+        if bounded:
             pick = _largest_gain(rows, covered, weight, bound, size // (step + 1))
         else:
             gain = (similarity - covered[:, None]).clamp_(min=0).sum(2).mul_(weight)

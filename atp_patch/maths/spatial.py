@@ -63,9 +63,9 @@ def spatial_scores(
     Returns:
         (height * width,) float32, row-major, on the CPU.
     """
-    places = height * width
+    count = height * width
     if order == "progressive":
-        rate = (progressive_order(height, width).float() + 1) / places
+        rate = (progressive_order(height, width).float() + 1) / count
         return (1 - lambda_sample * rate).clamp(0, 1)
     if order != "strided":
         raise ValueError(f"unknown spatial order {order!r}: progressive or strided")
@@ -73,7 +73,7 @@ def spatial_scores(
     for stride in range(max(height, width), 1, -1):
         top, left = (height - 1) % stride // 2, (width - 1) % stride // 2
         sampled = scores[top::stride, left::stride]
-        score = 1 - lambda_sample * sampled.numel() / places
+        score = 1 - lambda_sample * sampled.numel() / count
         sampled.clamp_(min=min(max(score, 0.0), 1.0))
     return scores.flatten()
 

@@ -82,7 +82,7 @@ def frame_counts(view: TokenView, counts: Tensor) -> tuple[Tensor, Tensor]:
     rows = zip(starts, sizes.tolist(), counts.tolist(), strict=True)
     for b, (start, left, count) in enumerate(rows):
         parts = [left[a:z] for a, z in pairwise(start)]
-        images = even_counts(count, [sum(part) for part in parts], view.min_per_image)
+        images = even_counts(count, [sum(part) for part in parts], view.min_tokens_per_image)
         for at, part, own in zip(start, parts, images, strict=False):
             shares[b, at : at + len(part)] = torch.tensor(even_counts(own, part, 0))
     return frame, shares.to(device)
@@ -93,17 +93,17 @@ def minimum_counts(view: TokenView) -> Tensor:
     images = torch.tensor(
         [len(grids) for grids in view.layout.grids], device=view.slot_valid.device
     )
-    minimum = (images * view.min_per_image).clamp(min=view.min_tokens)
+    minimum = (images * view.min_tokens_per_image).clamp(min=view.min_tokens)
     return torch.minimum(minimum, view.slot_valid.sum(1))
 
 
 def best_of_each_image(view: TokenView, scores: Tensor) -> Tensor | None:
-    """(B, V) bool: the ``min_per_image`` best tokens of each image, or None if that number is 0."""
-    if view.min_per_image == 0:
+    """(B, V) bool: the best ``min_tokens_per_image`` tokens of each image; None if that is 0."""
+    if view.min_tokens_per_image == 0:
         return None
     image = view.image
     first = torch.zeros_like(view.slot_valid)
-    count = torch.full((image.shape[0],), view.min_per_image, device=image.device)
+    count = torch.full((image.shape[0],), view.min_tokens_per_image, device=image.device)
     for number in range(max((len(grids) for grids in view.layout.grids), default=0)):
         members = view.slot_valid & (image == number)
         first |= top_k_mask(scores, members, count)
@@ -149,7 +149,7 @@ def attention_paid(
         renormalise: make each row of each head sum to 1 over the visual tokens before averaging.
         per_head: do not average over heads.
     """
-    of = view.before if of is None else of
+    of = view.previous_attention if of is None else of
     return cross_scores(
         gather_heads(of.query, rows),
         of.key,

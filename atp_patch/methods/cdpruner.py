@@ -7,11 +7,11 @@ found by greedy maximum-a-posteriori inference (Chen et al., 2018).
 
 By default the relevance is the cosine of a token's feature with the language model's embeddings of
 the question's words, averaged over the words. With ``clip`` it is that of the vision tower's token
-with the whole question in CLIP's shared space, as in the paper for LLaVA, with the sign turned: the
+with the whole question in CLIP's shared space, as in the paper for LLaVA, multiplied by -1: the
 patches that show what a text names are less like it in CLIP's space than the others are, and the
-authors' program turns the sign too. Taken as the question is the text behind the first visual
-token, or all text where none stands behind it. Where all tokens are equally relevant, or there is
-no text, diversity alone decides.
+authors' program multiplies by -1 too. The question is the text behind the first visual token, or
+all text where none stands behind it. Where all tokens are equally relevant, or there is no text,
+diversity alone decides.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def relevance_to_words(view: DoorView) -> Tensor:
 
 def scaled(scores: Tensor, valid: Tensor) -> Tensor:
     """(G, n): scores scaled to [0, 1] within each row; 1 where all are equal."""
-    least = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-    most = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    spread = most - least
-    equal = spread <= 1e-6 * most.abs().clamp(min=1)
-    return torch.where(equal, 1.0, (scores - least) / spread).masked_fill(~valid, 0.0)
+    smallest = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    largest = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    spread = largest - smallest
+    equal = spread <= 1e-6 * largest.abs().clamp(min=1)
+    return torch.where(equal, 1.0, (scores - smallest) / spread).masked_fill(~valid, 0.0)

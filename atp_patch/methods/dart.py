@@ -55,12 +55,12 @@ class DART(LayerMethod):
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
         """Choose pivots, then the tokens that each of them keeps."""
-        counts, before = view.counts_tensor(), view.before
+        counts, previous = view.counts_tensor(), view.previous_attention
         _, keys = view.unrotated()
-        norm = _norms(keys, before.slot).masked_fill(~view.slot_valid, 0)
+        norm = _norms(keys, previous.slot).masked_fill(~view.slot_valid, 0)
         keep = self._pivots_kept(view, norm, counts)
         visual, visual_valid = _largest(norm, keep, self.visual_pivots)
-        text, text_valid = _largest(_norms(keys, before.text), view.text_valid, self.text_pivots)
+        text, text_valid = _largest(_norms(keys, previous.text), view.text_valid, self.text_pivots)
         states = gather_tokens(view.hidden, view.text.gather(1, text).to(view.hidden.device))
         pivots = torch.cat(
             [gather_tokens(view.features, visual), states.to(view.features.device)], 1
@@ -70,9 +70,9 @@ class DART(LayerMethod):
         alike = normalize(pivots.float(), dim=-1) @ directions.transpose(1, 2)
         alike = alike.round(decimals=5)  # products of equal vectors differ in the last digits
         rest = (counts - keep.sum(1)).clamp(min=0)[:, None]
-        sharing = pivot_valid.sum(1, keepdim=True).clamp(min=1)
+        sharers = pivot_valid.sum(1, keepdim=True).clamp(min=1)
         turn = pivot_valid.cumsum(1) - 1
-        share = (rest // sharing + (turn < rest % sharing)).masked_fill(~pivot_valid, 0)
+        share = (rest // sharers + (turn < rest % sharers)).masked_fill(~pivot_valid, 0)
         for pivot in range(pivots.shape[1]):
             keep = keep | top_k_mask(-alike[:, pivot], view.slot_valid & ~keep, share[:, pivot])
         nearest = alike.masked_fill(~pivot_valid[..., None], -1).amax(1)
@@ -81,16 +81,18 @@ class DART(LayerMethod):
     def _pivots_kept(self, view: View, norm: Tensor, counts: Tensor) -> Tensor:
         """(B, V) bool: the visual pivots, and the largest of each image as far as it needs them."""
         number = counts.clamp(max=self.visual_pivots)
-        if view.min_per_image:
+        if view.min_tokens_per_image:
             images = torch.tensor([len(grids) for grids in view.layout.grids], device=counts.device)
-            number = torch.maximum(number, torch.minimum(images * view.min_per_image, counts))
+            number = torch.maximum(
+                number, torch.minimum(images * view.min_tokens_per_image, counts)
+            )
         return keep_best(view, norm, number)
 
 
-def _norms(keys: Tensor, places: Tensor) -> Tensor:
-    """(B, n) float32: the L1 norms of all heads' keys (B, Hk, L, d) at (B, n) places."""
-    key = gather_heads(keys, places.to(keys.device))
-    return key.float().abs().sum((1, 3)).to(places.device)
+def _norms(keys: Tensor, index: Tensor) -> Tensor:
+    """(B, n) float32: the L1 norms of all heads' keys (B, Hk, L, d) of (B, n) tokens."""
+    key = gather_heads(keys, index.to(keys.device))
+    return key.float().abs().sum((1, 3)).to(index.device)
 
 
 def _largest(norm: Tensor, valid: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class Images:
     def of(cls, view: DoorView) -> Images:
         """The images of a view. A sample's count is divided among its images by their sizes.
 
-        Each image keeps at least ``view.min_per_image`` of its tokens.
+        Each image keeps at least ``view.min_tokens_per_image`` of its tokens.
 
         Raises:
             ConfigError: if the patch was made without a budget.
@@ -45,7 +45,7 @@ class Images:
             zip(view.layout.grids, view.counts_tensor().tolist(), strict=True)
         ):
             lengths, at = [grid.length for grid in grids], b * width
-            counts += even_counts(count, lengths, view.min_per_image)
+            counts += even_counts(count, lengths, view.min_tokens_per_image)
             for length in lengths:
                 starts.append(at)
                 sizes.append(length)

@@ -101,5 +101,7 @@ def _by_information(view: DoorView, images: Images, redundancy: Tensor) -> tuple
         sizes = [grid.length for grid in grids]
         weights = [size * left for size, left in zip(sizes, information[part], strict=True)]
         whole = sum(images.counts[part])
-        counts += even_counts(whole, sizes, view.min_per_image, weights if any(weights) else sizes)
+        counts += even_counts(
+            whole, sizes, view.min_tokens_per_image, weights if any(weights) else sizes
+        )
     return tuple(counts)

@@ -83,7 +83,7 @@ class Patch:
         self.attention_layers = plan.attention_layers
         self.view_minimums = {
             "min_tokens": plan.config.min_tokens,
-            "min_per_image": plan.config.min_tokens_per_image,
+            "min_tokens_per_image": plan.config.min_tokens_per_image,
         }
         self.visual_token_ids = plan.family.placeholder_ids(plan.parts.model.config)
         self.causal, self.newline = plan.family.causal, plan.family.newline

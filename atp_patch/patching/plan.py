@@ -39,7 +39,7 @@ class Plan:
         config: the configuration that an adapter's JSON holds.
         methods: the methods by the places where they prune.
         attention_layers: for each pruning layer, the earlier layers whose attention the method
-            inside the decoder reads, each with the layer that is heard for it: itself, or the last
+            inside the decoder reads, each with the layer that is read for it: itself, or the last
             one before it that attends.
         vision: the vision tower that a method prunes or reads, or None.
         clip: tells a door method what the question is about, or None if it does not ask.
@@ -298,7 +298,7 @@ def _attention_layers(
 
     Returns:
         For each pruning layer, the number of each layer that the method names, and the number of
-        the layer that is heard for it: itself, or the last one before it that attends.
+        the layer that is read for it: itself, or the last one before it that attends.
     """
     found: dict[int, dict[int, int]] = {}
     for layer in layers:
@@ -315,7 +315,7 @@ def _attention_layers(
                 f"before layer {attending[0] + 1} or later."
             )
         found[layer] = {
-            number: max(heard for heard in attending if heard <= number)
+            number: max(earlier for earlier in attending if earlier <= number)
             for number in sorted(set(wanted))
         }
     return found

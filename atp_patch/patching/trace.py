@@ -172,9 +172,9 @@ class PruningTrace:
                 str(layer),
                 f"{counts[layer - 1] if layer else self.visual_tokens:.1f}",
                 f"{counts[layer]:.1f}",
-                _listed(record.thresholds, seen),
+                _listed(layer_trace.thresholds, seen),
             )
-            for layer, record in self.layers.items()
+            for layer, layer_trace in self.layers.items()
         ]
         columns = ("before layer", "visual tokens in", "kept", "thresholds")
         costs = [

@@ -91,7 +91,7 @@ class DecoderHooks:
         policy: what the rest of the package says about pruning.
         thread: what the running thread is doing with the model.
         recorder: records the attention of the layers.
-        reader: reads the vision tower for a method at the door, or None.
+        tower_outputs: reads the vision tower for a method at the door, or None.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class DecoderHooks:
         policy: Policy,
         thread: ThreadState,
         recorder: Recorder,
-        reader: TowerOutputs | None,
+        tower_outputs: TowerOutputs | None,
     ) -> None:
         self.parts, self.policy, self.thread = parts, policy, thread
-        self.recorder, self.reader = recorder, reader
+        self.recorder, self.tower_outputs = recorder, tower_outputs
 
     def install(self, add: Callable[[Any], None]) -> None:
         """Register the hooks; ``add`` takes their handles."""
@@ -138,7 +138,7 @@ class DecoderHooks:
         return args, {**kwargs, PASS: Carrier(decoder_pass)}
 
     def pass_of(self, kwargs: dict[str, Any]) -> tuple[DecoderPass, dict[str, Any]] | None:
-        """The pass that the decoder's arguments begin, and the arguments that the decoder gets.
+        """Return the state of a new pass with these arguments, and the arguments of the decoder.
 
         It is None where the host runs the pass without us.
 
@@ -157,7 +157,13 @@ class DecoderHooks:
                 check_implementation(implementation)
                 session = self.thread.session
                 prefill = prefill_of(
-                    self.parts, self.policy, self.recorder, self.reader, call, session, kwargs
+                    self.parts,
+                    self.policy,
+                    self.recorder,
+                    self.tower_outputs,
+                    call,
+                    session,
+                    kwargs,
                 )
                 if prefill is not None:
                     return prefill, kwargs

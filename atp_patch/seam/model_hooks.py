@@ -26,16 +26,13 @@ class ModelHooks:
         parts: Parts,
         thread: ThreadState,
         recorder: Recorder,
-        reader: ReadingHooks | None,
+        reading_hooks: ReadingHooks | None,
         *,
         leaves_tombstones: bool,
     ) -> None:
         self.parts, self.thread, self.recorder = parts, thread, recorder
-        self.reader, self.leaves_tombstones, self.outside = (
-            reader,
-            leaves_tombstones,
-            Outside(parts),
-        )
+        self.reading_hooks, self.leaves_tombstones = reading_hooks, leaves_tombstones
+        self.outside = Outside(parts)
         self._generate: Replaced | None = None
 
     def install(self, add: Callable[[Any], None]) -> None:
@@ -63,8 +60,8 @@ class ModelHooks:
         outer = self.thread.session
         if self.thread.enabled:
             self.thread.session = Session.of_generate(self.outside, args, kwargs)
-            if self.reader is not None:
-                self.reader.forget()
+            if self.reading_hooks is not None:
+                self.reading_hooks.forget()
         for name in ("visual_mask", "visual_grids"):
             kwargs.pop(name, None)
         assert self._generate is not None
@@ -91,8 +88,8 @@ class ModelHooks:
         self.recorder.forget()
         session = self.thread.session
         call = Call.of_outermost(self.outside, args, kwargs, session, alone=alone)
-        if self.reader is not None and session is None:
-            self.reader.forget()
+        if self.reading_hooks is not None and session is None:
+            self.reading_hooks.forget()
         self.thread.call = call
         return call
 

@@ -40,13 +40,13 @@ class Seam:
         self.thread, self.recorder = ThreadState(), Recorder()
         self.vision = policy.vision_hooks(self._reads_images, self.recorder)
         self.videos = Videos(parts.base)
-        reader = self.vision if isinstance(self.vision, ReadingHooks) else None
-        self.decoder = DecoderHooks(parts, policy, self.thread, self.recorder, reader)
+        reading_hooks = self.vision if isinstance(self.vision, ReadingHooks) else None
+        self.decoder = DecoderHooks(parts, policy, self.thread, self.recorder, reading_hooks)
         self._model = ModelHooks(
             parts,
             self.thread,
             self.recorder,
-            reader,
+            reading_hooks,
             leaves_tombstones=policy.leaves_tombstones,
         )
         self._handles: list[Any] = []

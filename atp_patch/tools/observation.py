@@ -99,9 +99,9 @@ def observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> Obser
         visual += [trace.layout.totals[b] for b in seen]
         rows.append(trace.tokens_per_layer[seen].double())
         for i in kept:
-            record = trace.layers[i]
-            kept[i] += [record.kept_counts[b] for b in seen]
-            found = [record.thresholds[name] for name in sorted(record.thresholds)]
+            layer_trace = trace.layers[i]
+            kept[i] += [layer_trace.kept_counts[b] for b in seen]
+            found = [layer_trace.thresholds[name] for name in sorted(layer_trace.thresholds)]
             if found:
                 thetas[i].append(torch.stack(found, 1)[seen].double().cpu())
         if layer is not None:
@@ -121,10 +121,10 @@ def observe(model: nn.Module, data: Sequence[Batch], layer: int | None) -> Obser
     )
 
 
-def _margins(record: Any, method: LayerMethod) -> Tensor:
-    margins = method.margins(record.decision).double()
-    by_a_minimum = record.decision.keep & (margins < -1e-5)
-    return margins.masked_fill(by_a_minimum, torch.inf)[record.token_valid].cpu()
+def _margins(layer_trace: Any, method: LayerMethod) -> Tensor:
+    margins = method.margins(layer_trace.decision).double()
+    by_a_minimum = layer_trace.decision.keep & (margins < -1e-5)
+    return margins.masked_fill(by_a_minimum, torch.inf)[layer_trace.token_valid].cpu()
 
 
 def meet_count(

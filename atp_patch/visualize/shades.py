@@ -114,24 +114,24 @@ def compared(trace: PruningTrace, layer: int) -> dict[str, Tensor]:
     return thresholds
 
 
-def scores_of(record: LayerTrace, layer: int, name: str | None) -> tuple[str, Tensor]:
+def scores_of(layer_trace: LayerTrace, layer: int, name: str | None) -> tuple[str, Tensor]:
     """The name of a score of one layer and its values, (B, L).
 
     Args:
-        record: what happened before the layer.
+        layer_trace: what happened before the layer.
         layer: its number, for errors.
         name: the name of the score; None: the first one with a threshold, or the first one.
 
     Raises:
         InputError: if there is none of that name.
     """
-    scores = record.scores
+    scores = layer_trace.scores
     if not scores:
         raise InputError(
             f"the method gave no scores before layer {layer}: it kept everything, or it does not "
             "rank tokens. Draw the overlay instead."
         )
-    chosen = next(iter([*record.thresholds, *scores])) if name is None else name
+    chosen = next(iter([*layer_trace.thresholds, *scores])) if name is None else name
     if chosen not in scores:
         raise InputError(
             f"no score {chosen!r} before layer {layer}; there are {', '.join(scores)}."

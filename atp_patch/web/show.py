@@ -115,7 +115,7 @@ def _bar(ax: Axes, title: str, names: list[str], values: list[Any]) -> None:
 
 def _has_two_scores(trace: PruningTrace) -> bool:
     return bool(trace.layers) and all(
-        len(record.thresholds) == 2 for record in trace.layers.values()
+        len(layer_trace.thresholds) == 2 for layer_trace in trace.layers.values()
     )
 
 

@@ -55,8 +55,8 @@ def with_features(view: atp_patch.View, features: str) -> atp_patch.View:
             heads, size = keys.shape[1], keys.shape[3]
             flat = keys[b][:, places].transpose(0, 1).flatten(1)
             keys[b, :, places] = changed(features, flat).unflatten(1, (heads, size)).transpose(0, 1)
-    before = replace(view.before, unrotated=lambda: (view.query, keys))
-    return replace(view, hidden=hidden, attention={view.layer - 1: before})
+    previous = replace(view.previous_attention, unrotated=lambda: (view.query, keys))
+    return replace(view, hidden=hidden, attention={view.layer - 1: previous})
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

@@ -281,6 +281,21 @@ def test_the_arguments_of_a_picture_methods_grid_have_any_names() -> None:
     assert trace.average_tokens == trace.visual.sum() / 4
 
 
+class FormerName(Remembers):
+    """Reads the smallest number of tokens of an image by its former name."""
+
+    def decide(self, view: atp_patch.View, module: Any) -> atp_patch.Decision:
+        with pytest.warns(DeprecationWarning, match="min_tokens_per_image"):
+            assert view.min_per_image == view.min_tokens_per_image == 3
+        return super().decide(view, module)
+
+
+def test_the_former_name_of_the_minimum_of_an_image() -> None:
+    model = own("llava-llama", FormerName(), keep=0.5, min_tokens_per_image=3)
+    forward(model, made.batch(model, made.SINGLE))
+    assert atp_patch.last_trace(model).layers
+
+
 def test_the_former_name_of_minimum_counts() -> None:
     with pytest.warns(DeprecationWarning, match="minimum_counts"):
         assert atp_patch.methods.least_counts is minimum_counts

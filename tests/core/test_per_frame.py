@@ -87,7 +87,7 @@ def _view(grids: list[list[VisualGrid]], alive: Tensor, least: int) -> Any:
         layout=layout,
         slot=token,
         slot_valid=layout.valid & alive[:, : token.shape[1]],
-        min_per_image=least,
+        min_tokens_per_image=least,
         image=layout.image.gather(1, token),
         of_token=lambda table: table.gather(1, token),
     )

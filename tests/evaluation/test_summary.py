@@ -22,7 +22,7 @@ from atp_patch.evaluation.tables import markdown, percent, table
 from atp_patch.evaluation.tasks import Example, Task
 
 LAYERS = 4
-RUN = {
+HEADER = {
     "identity": {
         "model_hash": "abc",
         "split": "test",
@@ -70,17 +70,17 @@ def rows() -> list[Row]:
     adaptive = file("1101", "11", (40, 10, 2))
     adaptive.answers["large"][5] = Answer(1.0, (40, 20, 4))
     measured = [
-        Measured(Setting(UNPRUNED), (file("1111", "10", (40,)),), run=RUN),
-        Measured(Setting(BLIND), (file("1000", "00", (0,)),), run=RUN),
-        Measured(fastv, (adaptive,), (), (1, 2), run=RUN),
+        Measured(Setting(UNPRUNED), (file("1111", "10", (40,)),), header=HEADER),
+        Measured(Setting(BLIND), (file("1000", "00", (0,)),), header=HEADER),
+        Measured(fastv, (adaptive,), (), (1, 2), header=HEADER),
         Measured(
             random,
             (file("1100", "01", (40, 10, 2)), file("1001", "00", (40, 10, 2))),
             (0, 1),
             (1, 2),
-            run=RUN,
+            header=HEADER,
         ),
-        Measured(Setting("fastv", layers=(1, 2), budget=0.1), (), (), (1, 2), "too low", RUN),
+        Measured(Setting("fastv", layers=(1, 2), budget=0.1), (), (), (1, 2), "too low", HEADER),
     ]
     return summarize(measured, TASKS, EXAMPLES, LAYERS, "test", draws=50)
 
@@ -116,9 +116,9 @@ def test_numbers_by_hand(rows: list[Row]) -> None:
 
 def test_tokens_in_the_layers_that_work() -> None:
     """Of four layers the first and the last change something: 40 and 2 tokens enter them."""
-    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)
+    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), header=HEADER)
     fastv = Measured(
-        Setting("fastv", **FAST), (file("1111", "11", (40, 10, 2)),), (), (1, 2), run=RUN
+        Setting("fastv", **FAST), (file("1111", "11", (40, 10, 2)),), (), (1, 2), header=HEADER
     )
     given = TASKS, EXAMPLES, LAYERS, "test", 2
     rows = summarize([plain, fastv], *given, silent=(1, 2))
@@ -134,10 +134,10 @@ def test_tokens_in_the_layers_that_work() -> None:
 
 def test_the_hash_of_every_training_is_told() -> None:
     files = tuple(file("1111", "11", (40, 10, 2)) for _ in range(2))
-    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)
+    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), header=HEADER)
     one, two = Setting("adapter a", adapter="a"), Setting("adapter b", adapter="b", trainings="b")
-    single = Measured(one, files[:1], (), (1, 2), run=RUN, hashes=("12",))
-    several = Measured(two, files, (0, 1), (1, 2), run=RUN, hashes=("34", "56"))
+    single = Measured(one, files[:1], (), (1, 2), header=HEADER, hashes=("12",))
+    several = Measured(two, files, (0, 1), (1, 2), header=HEADER, hashes=("34", "56"))
     rows = summarize([plain, single, several], TASKS, EXAMPLES, LAYERS, "test", 2)
     assert [row.to_json()["adapter_hash"] for row in rows] == [None, "12", ["34", "56"]]
 
@@ -145,8 +145,8 @@ def test_the_hash_of_every_training_is_told() -> None:
 def test_the_spread_of_tokens_is_within_each_training() -> None:
     """Two trainings that keep 10 and 20 tokens of everything do not tell questions apart."""
     files = tuple(file("1111", "11", (40, kept, kept)) for kept in (10, 20))
-    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), run=RUN)
-    learned = Measured(Setting("adapter a", adapter="a"), files, (0, 1), (1, 2), run=RUN)
+    plain = Measured(Setting(UNPRUNED), (file("1111", "11", (40,)),), header=HEADER)
+    learned = Measured(Setting("adapter a", adapter="a"), files, (0, 1), (1, 2), header=HEADER)
     row = summarize([plain, learned], TASKS, EXAMPLES, LAYERS, "test", draws=2)[1]
     assert row.average_tokens == pytest.approx((17.5 + 25) / 2)
     assert row.spread_tokens == 0
@@ -164,7 +164,7 @@ def test_the_table_of_a_fixed_result() -> None:
             retention=Estimate(1, 1, 1),
             average_tokens=576,
             spread_tokens=0,
-            run=RUN,
+            header=HEADER,
         ),
         Row(
             setting,
@@ -180,9 +180,9 @@ def test_the_table_of_a_fixed_result() -> None:
             },
             average_tokens=143.9375,
             spread_tokens=12.25,
-            run=RUN,
+            header=HEADER,
         ),
-        Row(setting, "fake", (4, 14), unreachable="least is 73", run=RUN),
+        Row(setting, "fake", (4, 14), unreachable="least is 73", header=HEADER),
     ]
     assert table(rows).splitlines() == [
         "| method | layers | budget | tokens | spread | mean | retention "

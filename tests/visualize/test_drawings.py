@@ -90,12 +90,14 @@ def test_each_tile_is_faded_in_its_place() -> None:
 def test_two_scores_have_two_colours() -> None:
     trace = traced("llava-llama", RAGGED, "atp")
     (grid,) = trace.grids[0]
-    record = trace.layers[2]
+    layer_trace = trace.layers[2]
     (picture,) = visualize.seen(Image.new("RGB", (48, 48), BLUE), trace)
     found = cells(shades.kept_by(picture, trace, 0, 2), 6, 6)
     place = grid.coordinates()[0]
     by = {
-        name: (record.scores[name][0, place] >= record.thresholds[name][0]).reshape(6, 6).numpy()
+        name: (layer_trace.scores[name][0, place] >= layer_trace.thresholds[name][0])
+        .reshape(6, 6)
+        .numpy()
         for name in ("redundant", "spatial")
     }
     first, second = (

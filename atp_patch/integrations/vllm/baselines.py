@@ -57,7 +57,7 @@ class BaselineAtDoor(DoorMethod):
                 counts=view.counts,
                 sample_key=torch.zeros_like(view.sample_key),
                 min_tokens=view.min_tokens,
-                min_per_image=view.min_per_image,
+                min_tokens_per_image=view.min_tokens_per_image,
                 layer=0,
                 step=0,
                 attention={},

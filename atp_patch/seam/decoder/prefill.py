@@ -38,7 +38,7 @@ class LayerPolicy(Protocol):
     Attributes:
         layers: the pruning layers.
         attention_layers: pruning layer -> the numbers of the earlier layers whose attention the
-            method sees there, each with the number of the layer that is heard for it: itself, or
+            method sees there, each with the number of the layer that is read for it: itself, or
             the last one before it that attends.
         view_minimums: the fields of a view that say how many tokens are kept at least, by name.
     """
@@ -212,8 +212,8 @@ class Prefill:
             self.known.setdefault(layer, decision)
 
     def _decide(self, layer: int, hidden: Tensor) -> Decision:
-        heard = self.policy.attention_layers[layer]
-        wanted = set(heard.values())
+        sources = self.policy.attention_layers[layer]
+        wanted = set(sources.values())
         missing = [number for number in wanted if number not in self.recordings]
         if missing:
             raise UnsupportedModelError(
@@ -233,7 +233,7 @@ class Prefill:
                 self.tokens,
                 self.text,
                 self.host,
-                {number: (of, recordings[of]) for number, of in heard.items()},
+                {number: (of, recordings[of]) for number, of in sources.items()},
                 first_stream(hidden),
                 step=self.policy.layers.index(layer),
                 counts=self._counts(layer),

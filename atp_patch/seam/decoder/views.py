@@ -34,19 +34,19 @@ def view_before(
         layer: the number of the layer.
         tokens, text: the token state and the text rows, on the device of the recordings.
         host: what the host brought to the pass.
-        recordings: for each layer that the method asked for, the layer that is heard for it and
+        recordings: for each layer that the method asked for, the layer that is read for it and
             that layer's attention.
         hidden: (B, L', D) hidden states that would enter the layer.
         more: further fields of the view.
     """
     visual = tokens.visual
-    places = {number: _places(number, tokens, text) for number in {layer - 1, *recordings}}
+    indices = {number: _indices(number, tokens, text) for number in {layer - 1, *recordings}}
     return tokens.seen(
         View(
             layer=layer,
             attention={
-                number: _attention(number, heard, tokens, places[number], host, recording)
-                for number, (heard, recording) in recordings.items()
+                number: _attention(number, source, tokens, indices[number], host, recording)
+                for number, (source, recording) in recordings.items()
             },
             hidden=hidden,
             layout=visual.layout,
@@ -55,13 +55,13 @@ def view_before(
             text_valid=text.valid,
             text_position=text.position,
             sample_key=text.sample_key,
-            **places[layer - 1],
+            **indices[layer - 1],
             **more,
         )
     )
 
 
-def _places(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Any]:
+def _indices(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Any]:
     """The fields of a view that say where tokens are among those that a layer runs on."""
     return {
         "slot": tokens.columns(layer, tokens.visual.position),
@@ -72,24 +72,24 @@ def _places(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Any]:
 
 def _attention(
     layer: int,
-    heard: int,
+    source: int,
     tokens: TokenState,
-    places: dict[str, Any],
+    indices: dict[str, Any],
     host: HostPass,
     recording: Recording,
 ) -> Attention:
     """The attention of a layer, for the tokens that are left now.
 
-    Where the layer itself does not attend, it is that of ``heard``, an earlier one, among the
-    tokens that entered the layer.
+    Where the layer itself does not attend, it is that of layer ``source``, an earlier one,
+    among the tokens that entered the layer.
     """
     # A static cache has free slots behind the keys.
     new = recording.query.shape[2]
-    keys = new + host.earlier_keys(heard, new)
+    keys = new + host.earlier_keys(source, new)
     recording = replace(recording, key=recording.key[:, :, :keys])
     entered = tokens.entering(layer)
-    if entered is not None and entered is not tokens.entering(heard):
-        recording = _among(entered, tokens.columns(heard, entered.index), recording)
+    if entered is not None and entered is not tokens.entering(source):
+        recording = _among(entered, tokens.columns(source, entered.index), recording)
     query = recording.query
     keys = recording.key.shape[2]
     return Attention(
@@ -100,7 +100,7 @@ def _attention(
         softcap=recording.softcap,
         sinks=recording.sinks,
         unrotated=recording.unrotated,
-        **places,
+        **indices,
     )
 
 

@@ -77,7 +77,7 @@ def prefill_of(
     parts: Parts,
     policy: PrefillPolicy,
     recorder: Recorder,
-    reader: TowerOutputs | None,
+    tower_outputs: TowerOutputs | None,
     call: Call,
     session: Session | None,
     kwargs: dict[str, Any],
@@ -85,13 +85,13 @@ def prefill_of(
     """The state of a forward pass with images; None for a pass without any.
 
     Tombstones of tokens that were dropped before the decoder are taken out of ``inputs_embeds``. A
-    method at the door makes its choice here, with what ``reader`` has read of the vision tower.
+    method at the door makes its choice here, with what ``tower_outputs`` has read.
 
     Args:
         parts: the model's modules.
         policy: what the rest of the package says about pruning.
         recorder: records the attention of the layers.
-        reader: reads the vision tower, or None.
+        tower_outputs: reads the vision tower, or None.
         call: the arguments of the pass.
         session: the call of ``generate`` that the pass belongs to, or None.
         kwargs: what the decoder is about to get, which is changed in place.
@@ -182,7 +182,7 @@ def prefill_of(
     for name in call.sequences:  # They count tokens that may go.
         kwargs.pop(name, None)
     if policy.chooses_at_door and entry is None:
-        tower = partial(_tower, reader, policy, prompt, layout)
+        tower = partial(_tower, tower_outputs, policy, prompt, layout)
         entry = choose(policy, layout, prompt, text.sample_key, embeds, tower)
     prefill = Prefill(
         policy=policy,
@@ -205,10 +205,10 @@ def prefill_of(
 
 
 def _tower(
-    reader: TowerOutputs | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
+    tower_outputs: TowerOutputs | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
 ) -> Mapping[float, TowerTokens]:
     """What the vision tower did in the blocks that the method asks for."""
-    if reader is None:
+    if tower_outputs is None:
         return {}
     image = policy.visual_token_ids[0]  # the ids of videos follow it
     ids = prompt.ids
@@ -216,7 +216,7 @@ def _tower(
         [ids is not None and int(ids[number, grid.start]) != image for grid in grids]
         for number, grids in enumerate(layout.grids)
     ]
-    return reader.read(layout, videos)
+    return tower_outputs.read(layout, videos)
 
 
 def _check_explicit(call: Call, embeds: Tensor | None, past: int) -> None:

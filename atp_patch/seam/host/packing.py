@@ -67,12 +67,12 @@ def _begins_again(position_ids: Tensor, attended: Tensor) -> str | None:
     table = table[:1] if len(table) == 4 else table
     table = table.expand(-1, len(attended), -1)
     for sample, real in enumerate(attended):
-        places = real.nonzero().flatten()
-        ids = table[:, sample, places]
+        positions = real.nonzero().flatten()
+        ids = table[:, sample, positions]
         # Padding that no mask hides may stand in front with another position than 0.
         counted = ids > ids[:, :1]
         again = ((ids[:, 1:] < ids[:, :-1]) & counted[:, :-1]).all(0).nonzero().flatten()
         if len(again):
-            position = int(places[int(again[0]) + 1])
+            position = int(positions[int(again[0]) + 1])
             return f"in row {sample} the position ids begin again at position {position}"
     return None

@@ -58,8 +58,8 @@ class Prompt:
         """(sample, position) where a run of placeholders is hidden in part; None where none is."""
         placeholder = self.visual | self.hidden
         both = placeholder[:, 1:] & placeholder[:, :-1]
-        places = torch.nonzero(both & (self.hidden[:, 1:] != self.hidden[:, :-1]))
-        return (int(places[0, 0]), int(places[0, 1])) if len(places) else None
+        positions = torch.nonzero(both & (self.hidden[:, 1:] != self.hidden[:, :-1]))
+        return (int(positions[0, 0]), int(positions[0, 1])) if len(positions) else None
 
     def text(self) -> Tensor:
         """(B, L) bool: the text that scores visual tokens, which stands behind the first one."""
@@ -88,9 +88,9 @@ class TextRows:
         """Pack the text rows of a prompt and move them to ``device``."""
         text = prompt.text()
         position, valid = pack(text)
-        places = torch.arange(text.shape[1])
+        positions = torch.arange(text.shape[1])
         prompt_token = prompt.attended & prompt.scored
-        last = torch.where(prompt_token, places, -1).amax(1).clamp(min=0)
+        last = torch.where(prompt_token, positions, -1).amax(1).clamp(min=0)
         key = torch.zeros(text.shape[0], dtype=torch.long)
         if prompt.ids is not None:
             # This is a hash over the text ids, each weighed by its number among the text rows.

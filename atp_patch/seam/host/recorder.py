@@ -95,7 +95,7 @@ class Recording:
         if isinstance(self.rotary, Tensor):
             scale = float(self.rotary.flatten()[0].abs() ** 2)
             rows = (self.query.transpose(1, 2), own.transpose(1, 2))
-            query, key = (turned.transpose(1, 2) for turned in rotate(*rows, self.rotary.conj()))
+            query, key = (rotated.transpose(1, 2) for rotated in rotate(*rows, self.rotary.conj()))
             return query / scale, key / scale
         cos, sin = self.rotary
         scale = float(cos.flatten()[0].float() ** 2 + sin.flatten()[0].float() ** 2)
@@ -103,15 +103,16 @@ class Recording:
         # order of its numbers too, alike in queries and keys, and that order stays.
         start = getattr(self.module, "qk_nope_head_dim", 0)
         ends = (self.query[..., start:], own[..., start:])
-        if next(iter(inspect.signature(rotate).parameters)) == "x":  # it turns one at a time
-            turned = tuple(rotate(end, cos, -sin) for end in ends)
+        # Some hosts' functions rotate one tensor a call, others queries and keys together.
+        if next(iter(inspect.signature(rotate).parameters)) == "x":
+            rotated = tuple(rotate(end, cos, -sin) for end in ends)
         else:
-            turned = rotate(*ends, cos, -sin)
+            rotated = rotate(*ends, cos, -sin)
         if start == 0:
-            return turned[0] / scale, turned[1] / scale
+            return rotated[0] / scale, rotated[1] / scale
         heads = (self.query[..., :start], own[..., :start])
         query, key = (
-            torch.cat([head, end / scale], -1) for head, end in zip(heads, turned, strict=True)
+            torch.cat([head, end / scale], -1) for head, end in zip(heads, rotated, strict=True)
         )
         return query, key
 
@@ -199,12 +200,12 @@ class Recorder:
         call = self._thread.call
         return call is not None and call.view is attention.config and call.sink is not None
 
-    def overhear(self, also: Callable[[Recording], None]) -> None:
-        """Hand the recording that is expected to ``also`` too."""
+    def add_sink(self, sink: Callable[[Recording], None]) -> None:
+        """Hand the recording of the expected call to ``sink`` too."""
         call = self._awaited()
 
         def both(recording: Recording) -> None:
-            also(recording)
+            sink(recording)
             call.sink(recording)
 
         self._thread.call = replace(call, sink=both)

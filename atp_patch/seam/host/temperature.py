@@ -35,8 +35,8 @@ def query_factor(
     before = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
     counted = torch.arange(positions.shape[1], device=positions.device) + before
 
-    def scale(places: Tensor) -> Tensor:
-        steps = torch.floor((places.float() + 1.0) / attention.floor_scale)
+    def scale(position: Tensor) -> Tensor:
+        steps = torch.floor((position.float() + 1.0) / attention.floor_scale)
         return torch.log1p(steps) * attention.attn_scale + 1.0
 
     return scale(positions) / scale(counted)

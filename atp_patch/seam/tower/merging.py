@@ -19,7 +19,7 @@ from atp_patch.seam.host.recorder import Recorder, Recording
 from atp_patch.seam.tower.groups import blocks_of, tower_groups
 
 
-class Sharer(Protocol):
+class QuotaRule(Protocol):
     """Says how many tokens of each group are kept.
 
     A group is one image, tile or frame. It is given the numbers of tokens and of placeholders of
@@ -77,7 +77,7 @@ class MergeHooks:
         base: Any,
         tower: Tower,
         merge: Callable[[TokenGroups], Merge],
-        quotas: Sharer,
+        quotas: QuotaRule,
         minimum: int,
         active: Callable[[], bool],
         recorder: Recorder,

@@ -13,7 +13,7 @@ from atp_patch.contract import Quota, Tower
 from atp_patch.contract.errors import InputError
 from atp_patch.seam.door.tombstones import with_tombstones
 from atp_patch.seam.host.passes import PerThread
-from atp_patch.seam.tower.merging import Sharer
+from atp_patch.seam.tower.merging import QuotaRule
 
 Size = tuple[int, int]
 
@@ -54,7 +54,7 @@ class ShrinkHooks:
         base: Any,
         tower: Tower,
         grid: GridChooser,
-        quotas: Sharer,
+        quotas: QuotaRule,
         active: Callable[[], bool],
     ) -> None:
         self.base, self.tower, self.grid, self.quotas = base, tower, grid, quotas
@@ -183,8 +183,8 @@ class _Before:
         small = self.hooks.shrink(pixels, self.lead)
         if small is pixels:
             return None
-        told = self.hooks.tower.resized
-        kwargs = {**kwargs, **({told: True} if told else {})}
+        keyword = self.hooks.tower.resized
+        kwargs = {**kwargs, **({keyword: True} if keyword else {})}
         if args:
             return (small, *args[1:]), kwargs
         return args, {**kwargs, "pixel_values": small}
