@@ -8,6 +8,7 @@ size.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -126,6 +127,13 @@ def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
 
     of_tokens = (batch, tokens)
     check("keep", decision.keep, of_tokens, "bool")
+    for name in ("scores", "thresholds"):
+        by_name = getattr(decision, name)
+        if not isinstance(by_name, Mapping):
+            raise DecisionError(
+                f"{method}: {name} is {type(by_name).__name__}; give a dict of tensors by name, or "
+                "leave it out."
+            )
     for name, value in decision.scores.items():
         check(f"scores[{name!r}]", value, of_tokens, "floating point")
     for name, value in decision.thresholds.items():
@@ -140,10 +148,13 @@ def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
             check(name, getattr(decision, name), of_tokens, "floating point")
     recycled = decision.recycled
     if recycled is not None:
-        if not isinstance(recycled, Recycled) or recycled.column.ndim != 2:
-            raise DecisionError(f"{method}: recycled must be an atp_patch.Recycled with (B, C).")
-        columns = (batch, recycled.column.shape[1])
-        check("recycled.column", recycled.column, columns, "int64")
+        column = recycled.column if isinstance(recycled, Recycled) else None
+        if not isinstance(column, Tensor) or column.ndim != 2:
+            raise DecisionError(
+                f"{method}: recycled must be an atp_patch.Recycled whose column is (B, C)."
+            )
+        columns = (batch, column.shape[1])
+        check("recycled.column", column, columns, "int64")
         check("recycled.valid", recycled.valid, columns, "bool")
         check("recycled.weight", recycled.weight, (*columns, tokens), "floating point")
 
@@ -160,8 +171,8 @@ def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], 
         wrong[what, _LOOK_AT_FEATURES] = (~scores.detach().isfinite() & valid).any()
     seen = valid.any(1)
     for name, thresholds in decision.thresholds.items():
-        what = f"thresholds[{name!r}] holds NaN"
-        wrong[what, _LOOK_AT_FEATURES] = (thresholds.detach().isnan() & seen).any()
+        what = f"thresholds[{name!r}] holds numbers that are not finite"
+        wrong[what, _LOOK_AT_FEATURES] = (~thresholds.detach().isfinite() & seen).any()
     for name in ("soft", "counted"):
         mask = getattr(decision, name)
         if mask is not None:
@@ -189,9 +200,14 @@ def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], 
         outside = (column < 0) | (column >= width)
         what = f"recycled.column names tokens outside of the view's {width}"
         wrong[what, "give columns of keep"] = (outside & recycled.valid).any()
-        gone = ~keep.gather(1, column.clamp(0, max(width - 1, 0)))
+        inside = column.clamp(0, max(width - 1, 0))
+        gone = ~keep.gather(1, inside)
         what = "recycled.column names tokens that are not kept"
         wrong[what, "only a kept token takes in others"] = (gone & recycled.valid).any()
+        named = torch.zeros_like(keep, dtype=torch.long)
+        named.scatter_add_(1, inside, recycled.valid.long())
+        what = "recycled.column names a token twice"
+        wrong[what, "give each token that takes in others one column"] = (named > 1).any()
         what = "recycled.weight holds numbers that are not finite"
         wrong[what, _LOOK_AT_FEATURES] = (
             ~recycled.weight.isfinite().all(-1) & recycled.valid

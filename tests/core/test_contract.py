@@ -239,6 +239,13 @@ def taken_in(view: atp_patch.View, column: Tensor, weight: Tensor | None = None)
     return Recycled(column, torch.ones_like(column, dtype=torch.bool), weight)
 
 
+def taken_in_twice(decision: atp_patch.Decision) -> Recycled:
+    """Two entries for one kept token, in samples that have one."""
+    column = decision.keep.long().argmax(1, keepdim=True).expand(-1, 2)
+    valid = decision.keep.any(1, keepdim=True).expand(-1, 2)
+    return Recycled(column, valid, torch.ones(len(column), 2, decision.keep.shape[1]))
+
+
 def holding(value: float, of: Tensor) -> Tensor:
     """The same with one number in a place that counts."""
     return of.float().index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(value))
@@ -267,7 +274,16 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "NaN thresholds": (
         lambda v, d: {"thresholds": {"t": torch.full((4,), torch.nan)}},
-        r"thresholds\['t'\] holds NaN",
+        r"thresholds\['t'\] holds numbers that are not finite",
+    ),
+    "infinite thresholds": (
+        lambda v, d: {"thresholds": {"t": torch.full((4,), -torch.inf)}},
+        r"thresholds\['t'\] holds numbers that are not finite",
+    ),
+    "scores of None": (lambda v, d: {"scores": None}, "scores is NoneType; give a dict"),
+    "thresholds in a list": (
+        lambda v, d: {"thresholds": [torch.zeros(4)]},
+        "thresholds is list; give a dict",
     ),
     "soft": (lambda v, d: {"soft": torch.ones(4, 2)}, r"soft is \(4, 2\)"),
     "NaN soft": (lambda v, d: {"soft": holding(torch.nan, d.keep)}, "soft holds numbers"),
@@ -279,6 +295,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     "takes in outside": (
         lambda v, d: {"recycled": taken_in(v, torch.tensor(500))},
         "recycled.column names tokens outside of the view's 72",
+    ),
+    "takes in twice": (
+        lambda v, d: {"recycled": taken_in_twice(d)},
+        "recycled.column names a token twice; give each",
+    ),
+    "takes in by a list": (
+        lambda v, d: {"recycled": Recycled([[0]], d.keep, d.keep)},  # type: ignore[arg-type]
+        r"recycled must be an atp_patch.Recycled whose column is \(B, C\)",
     ),
     "weights": (
         lambda v, d: {"recycled": taken_in(v, torch.tensor(0), torch.ones(4, 1, 2))},
