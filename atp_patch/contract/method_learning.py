@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from atp_patch.contract.decision import Decision
+from atp_patch.contract.errors import ConfigError
 from atp_patch.contract.view import View
 
 
@@ -27,6 +28,24 @@ class ModuleSpec:
     layers: tuple[int, ...]
     hidden_size: int
     shares: tuple[float, ...]
+
+
+def check_module(built: Any, method: str) -> nn.Module | None:
+    """Return what a method's ``build`` has made, which must be a module or None.
+
+    Args:
+        built: what it returned.
+        method: the name of the method, for the message.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    if built is not None and not isinstance(built, nn.Module):
+        raise ConfigError(
+            f"{method}: build() returned {type(built).__name__}; return a torch.nn.Module, or None "
+            "for a method that learns nothing."
+        )
+    return built
 
 
 class LearnedThresholds(nn.Module, ABC):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from atp_patch.contract.arguments import shown
 from atp_patch.contract.errors import ConfigError, WeightsError, first_line
+from atp_patch.contract.method_learning import check_module
 from atp_patch.methods import MethodSet, ModuleSpec, make_method, make_methods
 from atp_patch.patching.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, read_text
 from atp_patch.patching.config import BaseModel, PruningConfig
@@ -130,7 +131,7 @@ def _expected(config: PruningConfig, methods: MethodSet) -> dict[str, Tensor]:
     with torch.device("meta"):
         if methods.layer is not None:
             spec = ModuleSpec(config.layers, config.base.hidden_size, config.shares(None))
-            module = methods.layer.build(spec)
+            module = check_module(methods.layer.build(spec), methods.layer.name)
         elif methods.voco is not None:
             module = methods.voco.build(config.base.hidden_size)
     return {} if module is None else dict(module.state_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from atp_patch.contract import (
 )
 from atp_patch.contract.arguments import as_kind, as_shares, shown
 from atp_patch.contract.errors import ConfigError, UnsupportedModelError
+from atp_patch.contract.method_learning import check_module
 from atp_patch.families import FAMILIES, Family, family_of
 from atp_patch.methods import MethodSet, make_methods
 from atp_patch.patching.adapter_files import AdapterSource
@@ -303,10 +304,11 @@ def _attention_layers(
     found: dict[int, dict[int, int]] = {}
     for layer in layers:
         wanted = method.attention_layers(layer)
-        if not all(isinstance(number, int) and 0 <= number < layer for number in wanted):
+        numbers = wanted if isinstance(wanted, Collection) else [None]
+        if not all(isinstance(number, int) and 0 <= number < layer for number in numbers):
             raise ConfigError(
                 f"{method.name}: attention_layers({layer}) is {wanted!r}; it must name decoder "
-                f"layers from 0 to {layer - 1}, which run before layer {layer}."
+                f"layers from 0 to {layer - 1}, which run before layer {layer}, or be ()."
             )
         if wanted and min(wanted) < attending[0]:
             raise ConfigError(
@@ -330,7 +332,8 @@ def _build_module(
 ) -> nn.Module | None:
     """Build the method's learned module with an adapter's tensors, on the decoder's device."""
     shares = config.shares(total)
-    learned_module = method.build(ModuleSpec(config.layers, config.base.hidden_size, shares))
+    spec = ModuleSpec(config.layers, config.base.hidden_size, shares)
+    learned_module = check_module(method.build(spec), method.name)
     if learned_module is None:
         return None
     if tensors:

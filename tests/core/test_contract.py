@@ -324,6 +324,25 @@ def test_a_wrong_decision_is_an_error_that_names_the_method(name: str) -> None:
     assert torch.equal(forward(model, inputs).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("attention_layers", None, r"attention_layers\(2\) is None; it must name .* or be \(\)"),
+        ("attention_layers", 1, r"attention_layers\(2\) is 1; it must name"),
+        ("build", {"weight": torch.zeros(2)}, r"build\(\) returned dict; return a torch.nn.Module"),
+    ],
+)
+def test_what_a_method_asks_for_is_checked_before_the_model_is_patched(
+    name: str, answer: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llava-llama")
+    monkeypatch.setattr(Last, name, lambda self, given: answer)
+    with pytest.raises(atp_patch.ATPError, match=f"last-but: {message}"):
+        atp_patch.patch_model(model, [2, 4], Last(), keep=0.5)
+    with pytest.raises(atp_patch.NotPatchedError):
+        atp_patch.last_trace(model)
+
+
 def test_what_is_in_padding_does_not_count() -> None:
     def spoil(view: atp_patch.View, right: atp_patch.Decision) -> dict[str, Any]:
         scores = {"s": view.token.float().masked_fill(~view.slot_valid, torch.nan)}
