@@ -1102,6 +1102,7 @@ MORE = (
         squares(6, crops),
         text="<imgpad>",
         options={"crop_to_patches": True, "max_patches": 6, "num_image_tokens": 36},
+        since="5.23",
     ),
     Real("janus", janus, squares(6, one)),
     Real(

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 import atp_patch
+from atp_patch.families import FAMILIES, family_of
+from tests.families.hosts import HOST, NEWEST
 from tests.families.kinds import Kind
 from tests.families.processor_rows import REAL
 from tests.families.processors import DOT, TORCHVISION, Clip, Prompt, Real, processed, row_of
+from tests.families.tables import EVERY
 from tests.families.test_every_family import check_grids, patched
 
 TALL, WIDE, HUGE, SQUARE = (300, 7), (7, 300), (900, 1300), (64, 64)
@@ -24,6 +27,12 @@ FEW = ((WIDE,), (DOT, TALL), ())
 MANY = ((HUGE,), (TALL, WIDE, DOT), (SQUARE, HUGE), (), (DOT,))
 FILMS = ((Clip(4, (40, 90)),), (Clip(6, (90, 33)),), ())
 MIXED = ((Clip(5, (33, 90)), WIDE), (SQUARE, Clip(2, TALL), Clip(4, (16, 16))))
+
+WITHOUT = {
+    "vila": "its processor is part of VILA's own package",
+    "internvl_chat": "its processor is code that lies beside the checkpoints",
+    "generic": "it serves decoders that no family knows, and has no processor",
+}
 
 
 def rows(reals: Iterable[Real], *, of_films: bool = False) -> Any:
@@ -80,3 +89,11 @@ def test_grids_of_videos_of_odd_sizes_and_of_pictures_beside_them(kind: Kind, re
         if kind.mixes
         else [[clip for clip in prompt if isinstance(clip, Clip)] for prompt in MIXED],
     )
+
+
+def test_every_family_has_a_processor_here_or_a_reason() -> None:
+    assert {kind.name for kind in EVERY} == {real.kind for real in REAL}
+    if HOST < NEWEST:
+        pytest.skip("this version of transformers lacks some of the families")
+    shown = {family_of(row_of(real).config()).name for real in REAL}
+    assert {family.name for family in FAMILIES} - shown == set(WITHOUT)
