@@ -27,13 +27,21 @@ class Tower:
         attention: name of the attention module in a block.
         tokenwise: whether the projector works token by token. Then its inputs are merged, as in the
             paper; otherwise it joins patches, and its outputs are merged.
-        class_token: whether the first token of the tower is a class token.
+        class_token: whether the tower has a class token in front of each picture.
+        class_last: whether the class token stands behind the picture instead.
         packed: whether all images are in one row of patches and the tower is given their grids or
             sizes.
+        by_rows: whether the patches of a packed picture, or of one whose size the tower is told,
+            lie row by row; otherwise they lie cell by cell.
         cell: number of patches along a side of the square that becomes one token of the decoder.
-        window: number of tokens along a side of the windows into which a packed tower sorts its
-            tokens; 0 if it does not sort them.
-        full_blocks: with windows, the numbers of the blocks that attend to whole pictures.
+        cells: name of the keyword that tells a packed tower this number for each picture; empty
+            where it is the same for all.
+        joined: how many frames of a packed video, one after the other, become one frame of tokens
+            behind the tower.
+        window: number of tokens (of patches where these lie row by row) along a side of the windows
+            into which a packed tower sorts them; 0 if it does not sort them.
+        full_blocks: the numbers of the blocks that attend to whole pictures, where others attend
+            within windows or not at all; empty where all blocks do.
         whole: whether every token of the projector has a placeholder, so that none is cut off
             after the projector.
         packers: the names of the methods of the model without its head that put the projector's
@@ -47,8 +55,9 @@ class Tower:
             or used again behind the projector, methods may only read the tower.
         resized: name of the keyword that tells a tower that pictures have another size; empty if it
             needs none.
-        sizes: name of the keyword that tells a tower the heights and widths of its pictures, whose
-            patches then lie row by row; empty for towers that take squares or are given grids.
+        sizes: name of the keyword that tells a tower the heights and widths of its pictures, or the
+            column and row of each patch with -1 in padding; empty for towers that take squares or
+            are given grids.
         sizes_step: how many of the units of these sizes a patch is long: its pixels, or 1 where
             they count patches.
     """
@@ -60,8 +69,12 @@ class Tower:
     attention: str = "self_attn"
     tokenwise: bool = True
     class_token: bool = False
+    class_last: bool = False
     packed: bool = False
+    by_rows: bool = False
     cell: int = 1
+    cells: str = ""
+    joined: int = 1
     window: int = 0
     full_blocks: tuple[int, ...] = ()
     whole: bool = True

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from atp_patch.contract import GridQuery, Span
+from atp_patch.contract import GridQuery, Span, Tower
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.sizes import Films, in_order, whole
+from atp_patch.families.towers import read_tower
 
 IMAGES, FRAMES = "image_position_ids", "video_position_ids"
 
@@ -54,11 +55,28 @@ def _pictures(query: GridQuery, name: str, cell: int) -> Films:
     return deque((1, rows, columns) for columns, rows in sides.tolist() if rows and columns)
 
 
+def _tower(config: Any) -> Tower | None:
+    """The tower of Gemma 4, which the unified model has not."""
+    if config.model_type != "gemma4" or config.vision_config is None:
+        return None
+    return read_tower(
+        config,
+        blocks="encoder.layers",
+        projector="embed_vision",
+        packed=False,
+        by_rows=True,
+        cell=int(config.vision_config.pooling_kernel_size),
+        sizes="pixel_position_ids",
+    )
+
+
 GEMMA4 = Family(
     name="gemma4",
     model_types=("gemma4", "gemma4_unified"),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     causal=False,
+    tower=_tower,
+    read_only=True,
     layout="rows x columns of pooled patches; each frame for itself",
 )

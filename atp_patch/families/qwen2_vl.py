@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.sizes import by_grid_thw
-from atp_patch.families.towers import packed_tower
+from atp_patch.families.towers import packed_tower, read_tower
 
 
 def _grids(query: GridQuery) -> Grids:
@@ -71,6 +71,32 @@ def _deepstack_layers(config: Any) -> int:
     return len(config.vision_config.deepstack_visual_indexes)
 
 
+def _projected_tower(config: Any) -> Tower:
+    """PaddleOCR-VL's tower, whose patches lie row by row, and Cosmos's."""
+    return read_tower(
+        config,
+        modules=("visual",),
+        blocks="encoder.layers",
+        projector="projector",
+        by_rows=config.model_type == "paddleocr_vl",
+        cell=int(config.vision_config.spatial_merge_size),
+    )
+
+
+def _ernie_tower(config: Any) -> Tower:
+    """ERNIE's tower sees each frame for itself; its resampler joins two."""
+    vision = config.vision_config
+    return read_tower(
+        config,
+        blocks="blocks",
+        block=int(vision.depth) - 1,
+        attention="attn",
+        projector="resampler_model",
+        cell=int(vision.spatial_merge_size),
+        joined=int(vision.temporal_merge_size),
+    )
+
+
 QWEN2_VL = Family(
     name="qwen2_vl",
     model_types=("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"),
@@ -100,6 +126,8 @@ PADDLEOCR_VL = Family(
     name="paddleocr_vl",
     model_types=("paddleocr_vl",),
     grids=_grids,
+    tower=_projected_tower,
+    read_only=True,
     layout="rows x columns",
 )
 QWEN3_5 = Family(
@@ -117,6 +145,8 @@ COSMOS3_EDGE = Family(
     model_types=("cosmos3_edge",),
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
+    tower=_projected_tower,
+    read_only=True,
     layout="rows x columns, each frame for itself",
 )
 ERNIE4_5_VL = Family(
@@ -125,6 +155,8 @@ ERNIE4_5_VL = Family(
     grids=_grids,
     token_ids=("image_token_id", "video_token_id"),
     told_kinds=True,
+    tower=_ernie_tower,
+    read_only=True,
     layout="frames x rows x columns",
 )
 GLM4V = Family(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
-from atp_patch.families.towers import packed_tower, pixtral_tower
+from atp_patch.families.towers import full_blocks, packed_tower, pixtral_tower, read_tower
 
 IMAGES, VIDEOS, PIXELS = "image_grid_thw", "video_grid_thw", "image_sizes"
 Films = deque[tuple[int, int, int]]  # frames, rows and columns of tokens
@@ -208,6 +209,55 @@ def _pooled(query: GridQuery) -> Grids:
     return in_order(query, films, partial(_kind, query), whole)
 
 
+def _exaone_tower(config: Any) -> Tower | None:
+    """The tower of Qwen2.5-VL; HyperCLOVA X SEED has a further layer behind its merger."""
+    if config.model_type == "exaone4_5":
+        return packed_tower(config)
+    if not str(config.vision_config.model_type).startswith("qwen2_5_vl"):
+        return None
+    tower = packed_tower(config, mergeable=False)
+    return replace(tower, modules=("vision_model",), projector="projector")
+
+
+def _muse_tower(config: Any) -> Tower:
+    vision = config.vision_config
+    return read_tower(
+        config,
+        attention="attn",
+        projector="vision_projection",
+        by_rows=True,
+        cell=int(vision.merge_size),
+        window=int(vision.pos_emb_height),
+        **full_blocks(config),
+    )
+
+
+def _video_llama_3_tower(config: Any) -> Tower:
+    return read_tower(
+        config,
+        modules=("vision_model",),
+        blocks="encoder.layers",
+        projector="projector",
+        cells="merge_sizes",
+    )
+
+
+def _hunyuan_tower(config: Any) -> Tower:
+    return read_tower(
+        config,
+        projector="vision_tower.patch_merger",
+        by_rows=True,
+        cell=int(config.vision_config.spatial_merge_size),
+    )
+
+
+def _kimi_tower(config: Any) -> Tower | None:
+    rows, columns = (int(side) for side in config.vision_config.merge_kernel_size)
+    if rows != columns:
+        return None
+    return read_tower(config, attention="attn", projector="mm_projector", by_rows=True, cell=rows)
+
+
 LIGHTON_OCR = Family(
     name="lighton_ocr",
     model_types=("lighton_ocr",),
@@ -225,7 +275,7 @@ EXAONE4_5 = Family(
     model_types=("exaone4_5", "hyperclovax_vision_v2"),
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
-    tower=lambda config: packed_tower(config) if config.model_type == "exaone4_5" else None,
+    tower=_exaone_tower,
     layout="frames x rows x columns",
 )
 MUSE = Family(
@@ -233,6 +283,8 @@ MUSE = Family(
     model_types=("muse_glimmer", "muse_spark"),
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
+    tower=_muse_tower,
+    read_only=True,
     layout="rows x columns, each frame for itself",
 )
 VIDEO_LLAMA_3 = Family(
@@ -240,12 +292,16 @@ VIDEO_LLAMA_3 = Family(
     model_types=("video_llama_3",),
     grids=_merged_each,
     token_ids=("image_token_id", "video_token_id"),
+    tower=_video_llama_3_tower,
+    read_only=True,
     layout="rows x columns, each frame for itself; a frame that was thinned out is one row",
 )
 HUNYUAN_VL = Family(
     name="hunyuan_vl",
     model_types=("hunyuan_vl",),
     grids=_between_marks,
+    tower=_hunyuan_tower,
+    read_only=True,
     layout="rows x columns, a newline behind each row",
 )
 KIMI_K25 = Family(
@@ -253,5 +309,7 @@ KIMI_K25 = Family(
     model_types=("kimi_k25",),
     grids=_pooled,
     token_ids=("image_token_id", "video_token_id"),
+    tower=_kimi_tower,
+    read_only=True,
     layout="rows x columns, each chunk of frames for itself",
 )

@@ -13,7 +13,7 @@ from typing import Any
 from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.families.base import Family, Grids, square_grids
-from atp_patch.families.towers import last_block, shuffled_tower, siglip_cells
+from atp_patch.families.towers import last_block, read_tower, shuffled_tower, siglip_cells
 
 
 def _number(size: Any) -> int:
@@ -85,6 +85,51 @@ def _aligned_tower(config: Any) -> Tower:
     )
 
 
+def _idefics3_tower(config: Any) -> Tower:
+    return read_tower(
+        config,
+        modules=("vision_model",),
+        blocks="encoder.layers",
+        projector="connector",
+        packed=False,
+    )
+
+
+def _granite_docling_tower(config: Any) -> Tower:
+    """The connector, which belongs to the tower, ends in a layer that knows each tile apart."""
+    return read_tower(
+        config,
+        modules=("vision_model",),
+        blocks="encoder.layers",
+        projector="vision_model.connector.mlp_fc2",
+        packed=False,
+    )
+
+
+def _ovis2_tower(config: Any) -> Tower:
+    """The tower itself makes a distribution over visual words for each token."""
+    return read_tower(
+        config,
+        blocks="transformer.encoder.layers",
+        attention="attention",
+        projector="vision_tower.head_norm",
+        packed=False,
+    )
+
+
+def _llama4_tower(config: Any) -> Tower:
+    """The class token stands behind the patches; the adapter joins cells of patches."""
+    return read_tower(
+        config,
+        modules=("vision_model",),
+        blocks="model.layers",
+        projector="vision_model.vision_adapter",
+        class_token=True,
+        class_last=True,
+        packed=False,
+    )
+
+
 def _fast_vlm_side(config: Any, span: Span) -> int:
     """The side of the images in a run of FastVLM's placeholders.
 
@@ -143,6 +188,8 @@ IDEFICS3 = Family(
     name="idefics3",
     model_types=("idefics3", "smolvlm"),
     grids=_squares(_idefics3_side),
+    tower=_idefics3_tower,
+    read_only=True,
     layout="one square a tile",
 )
 PALIGEMMA = Family(
@@ -151,6 +198,8 @@ PALIGEMMA = Family(
     grids=_squares(_patches),
     causal=False,
     visual_tokens=lambda config: _patches(config) ** 2,
+    tower=lambda config: siglip_cells(config, 1, mergeable=False),
+    read_only=True,
     layout="one square an image",
 )
 GEMMA3 = Family(
@@ -177,6 +226,8 @@ OVIS2 = Family(
     name="ovis2",
     model_types=("ovis2",),
     grids=_squares(_ovis2_side),
+    tower=_ovis2_tower,
+    read_only=True,
     layout="one square a tile",
 )
 FAST_VLM = Family(
@@ -189,6 +240,8 @@ LLAMA4 = Family(
     name="llama4",
     model_types=("llama4",),
     grids=_squares(_llama4_side),
+    tower=_llama4_tower,
+    read_only=True,
     layout="one square a tile",
 )
 GRANITE_DOCLING = Family(
@@ -196,6 +249,8 @@ GRANITE_DOCLING = Family(
     model_types=("granite_docling",),
     grids=_whole_runs,
     late_layers=lambda config: len(config.vision_config.deepstack_visual_indexes),
+    tower=_granite_docling_tower,
+    read_only=True,
     layout="one square a tile",
 )
 AYA_VISION = Family(

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from atp_patch.contract import GridQuery, Span, VisualGrid
+from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.sizes import Films, by_grid_thw, in_order, mismatch, whole
-from atp_patch.families.towers import naflex_tower
+from atp_patch.families.towers import full_blocks, naflex_tower, read_tower
 
 SHAPES, SLICES, FRAMES = "spatial_shapes", "target_sizes", "target_sizes_videos"
 
@@ -65,6 +65,12 @@ def _missing(names: str) -> InputError:
     )
 
 
+def _lfm3_tower(config: Any) -> Tower:
+    """Some blocks of LFM3-VL's tower are convolutions."""
+    cell = int(config.vision_config.spatial_merge_size)
+    return read_tower(config, cell=cell, **full_blocks(config))
+
+
 LFM2_VL = Family(
     name="lfm2_vl",
     model_types=("lfm2_vl",),
@@ -80,6 +86,8 @@ LFM3_VL = Family(
     grids=by_grid_thw,
     token_ids=("image_token_id", "video_token_id"),
     keeps_state=True,
+    tower=_lfm3_tower,
+    read_only=True,
     layout="rows x columns, each frame for itself",
 )
 MINICPM_V = Family(

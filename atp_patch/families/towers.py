@@ -110,6 +110,7 @@ def pixtral_tower(config: Any, **names: str) -> Tower:
         mergeable=False,
         tokenwise=False,
         packed=True,
+        by_rows=True,
         cell=int(getattr(config, "spatial_merge_size", 1)),
         patch=patch,
         sizes="image_sizes",
@@ -128,6 +129,7 @@ def naflex_tower(config: Any) -> Tower | None:
         projector=_PROJECTOR,
         mergeable=False,
         tokenwise=False,
+        by_rows=True,
         cell=int(config.downsample_factor),
         patch=int(config.vision_config.patch_size),
         sizes="spatial_shapes",
@@ -188,3 +190,35 @@ def packed_tower(config: Any, *, mergeable: bool = True) -> Tower:
         patch=patch,
         frames=int(vision.temporal_patch_size),
     )
+
+
+def read_tower(config: Any, **facts: Any) -> Tower:
+    """A tower that methods may read and not merge.
+
+    It takes all images in one row, cell by cell, if ``facts`` say nothing else.
+
+    Args:
+        config: the config of the whole model.
+        facts: further facts about the tower, which override those.
+    """
+    vision = config.vision_config
+    size = vision.patch_size
+    given: dict[str, Any] = {
+        "modules": ("vision_tower",),
+        "blocks": "layers",
+        "projector": _PROJECTOR,
+        "mergeable": False,
+        "tokenwise": False,
+        "packed": True,
+        "patch": int(size if isinstance(size, int) else size[0]),
+    }
+    if "block" not in facts:
+        given["block"] = last_block(config)
+    return Tower(**{**given, **facts})
+
+
+def full_blocks(config: Any) -> dict[str, Any]:
+    """The blocks of a tower that attend to whole pictures, and the last of them, by layer types."""
+    types = config.vision_config.layer_types
+    full = tuple(number for number, kind in enumerate(types) if kind == "full_attention")
+    return {"block": full[-1], "full_blocks": full}

@@ -45,12 +45,12 @@ FILMS = (TILED[0], sample(Words(2), Picture(0), Words(2), Picture(VIDEO), Words(
 
 
 def part_of(model: Any, name: str) -> Any:
-    """The module within the base model that has a name.
+    """The module within the base model (or within the model, if it has none) that has a name.
 
     In early versions of transformers some towers are models around the one with the blocks.
     """
     names = (name, name.replace(".", ".vision_model.", 1))
-    modules = dict(model.model.named_modules())
+    modules = dict(getattr(model, "model", model).named_modules())
     return next(modules[name] for name in names if name in modules)
 
 

@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from atp_patch.contract import TokenGroups, Tower
 from atp_patch.contract.errors import UnsupportedModelError
-from atp_patch.maths import cross_scores
+from atp_patch.maths import cross_scores, visible_keys
 from atp_patch.seam.host.recorder import Recording
 
 # From the tokens of each group and its placeholders to how many tokens are kept of each; None where
 # the method decides.
 Counter = Callable[[Sequence[int], Sequence[int]], tuple[int, ...] | None]
+
+
+class PatchGrid(NamedTuple):
+    """One picture or video in a tower that takes pictures of any size.
+
+    Attributes:
+        frames, height, width: how many frames it has, and rows and columns of patches.
+        cell: how many patches lie along a side of the square that becomes one token.
+    """
+
+    frames: int
+    height: int
+    width: int
+    cell: int
 
 
 def blocks_of(tower: nn.Module, about: Tower) -> Any:
@@ -33,7 +47,7 @@ def blocks_of(tower: nn.Module, about: Tower) -> Any:
 def tower_groups(
     about: Tower,
     recorded: Sequence[Recording],
-    grids: Sequence[tuple[int, int, int]],
+    grids: Sequence[PatchGrid],
     shape: Sequence[int],
     counts: Counter,
     minimum: int,
@@ -45,8 +59,7 @@ def tower_groups(
     Args:
         about: where the tower's parts are, and what its tokens are like.
         recorded: the attention of one block, in one call or more.
-        grids: the frames, height and width of each picture in patches, where the tower takes
-            pictures of any size.
+        grids: those of all pictures, where the tower takes pictures of any size.
         shape: the shape of the projector's features without the last dimension.
         counts: the budget.
         minimum: how many tokens each group keeps at least.
@@ -80,6 +93,9 @@ def _square(
             f"{patches} patches became {rows} tokens, which form no square grid, so that patches "
             "and tokens cannot be matched; use a method that prunes inside the decoder."
         )
+    if about.class_last:
+        query, key = recording.query.roll(1, 2), recording.key.roll(1, 2)
+        recording = Recording(query, key, None, recording.scaling)
     attention, key = _received(recording, lead, every_query)
     device = attention.device
 
@@ -107,13 +123,13 @@ def _square(
 def _packed(
     about: Tower,
     recorded: Sequence[Recording],
-    grids: Sequence[tuple[int, int, int]],
+    grids: Sequence[PatchGrid],
     counts: Counter,
     minimum: int,
 ) -> tuple[TokenGroups, Tensor]:
     """The groups of a tower that takes pictures of any size."""
-    cell = about.cell
-    frames = [(h // cell, w // cell) for t, h, w in grids for _ in range(t)]
+    pictures = list(_pictures(about, recorded, grids))
+    frames = [size for size, _, _ in pictures]
     tokens = [height * width for height, width in frames]
     key = recorded[0].key
     device, longest = key.device, max(tokens)
@@ -122,13 +138,11 @@ def _packed(
     keys = torch.zeros(*shape, key.shape[1] * key.shape[3], device=device)
     row, column, place = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(3))
     start = 0
-    pictures = _row_by_row if about.sizes else _cell_by_cell
-    for number, one in enumerate(pictures(about, recorded, frames)):
-        (height, width), count = frames[number], tokens[number]
-        paid, made = _received(one, 0)
-        attention[number, :count] = paid[0].unflatten(0, (count, -1)).sum(1)
-        keys[number, :count] = made[0].unflatten(0, (count, -1)).mean(1)
-        order = window_order(height, width, about.window).to(device)
+    for number, ((height, width), paid, made) in enumerate(pictures):
+        count = tokens[number]
+        attention[number, :count], keys[number, :count] = paid, made
+        # Patches that lie row by row are put back in this order before tokens are made of them.
+        order = window_order(height, width, 0 if about.by_rows else about.window).to(device)
         row[number, :count], column[number, :count] = order // width, order % width
         place[number, :count] = torch.arange(start, start + count, device=device)
         start += count
@@ -140,35 +154,45 @@ def _packed(
     return groups, place
 
 
-def _cell_by_cell(
-    about: Tower, recorded: Sequence[Recording], frames: Sequence[tuple[int, int]]
-) -> Iterator[Recording]:
-    """The attention of each frame, in a tower that takes all in one row, cell by cell."""
+def _pictures(
+    about: Tower, recorded: Sequence[Recording], grids: Sequence[PatchGrid]
+) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+    """Of each frame its rows and columns of tokens, (n,) their attention and (n, d) their keys.
+
+    All pictures stand in one row, or each stands in one of its own with padding behind it.
+    """
     query, key = (
         torch.cat([getattr(part, name) for part in recorded], 2) for name in ("query", "key")
     )
     start = 0
-    for height, width in frames:
-        part = slice(start, start := start + height * width * about.cell**2)
-        yield Recording(query[:, :, part], key[:, :, part], None, recorded[0].scaling)
+    for number, grid in enumerate(grids):
+        height, width = grid.height // grid.cell, grid.width // grid.cell
+        if not height * width:  # padding in place of a picture
+            continue
+        row, tokens = 0 if about.packed else number, height * width
+        frame = _cell_by_cell(about, grid).to(key.device)
+        frames: list[tuple[Tensor, Tensor]] = []
+        for _ in range(grid.frames):
+            place = frame + start
+            start += grid.height * grid.width if about.packed else 0
+            asked, held = (table[row : row + 1, :, place] for table in (query, key))
+            paid, made = _received(Recording(asked, held, None, recorded[0].scaling), 0)
+            frames.append(
+                (paid[0].view(tokens, -1).sum(1), made[0].unflatten(0, (tokens, -1)).mean(1))
+            )
+        step = min(about.joined, len(frames))
+        for last in range(step, len(frames) + 1, step):
+            attention, keys = zip(*frames[last - step : last], strict=True)
+            yield (height, width), torch.stack(attention).sum(0), torch.stack(keys).mean(0)
 
 
-def _row_by_row(
-    about: Tower, recorded: Sequence[Recording], frames: Sequence[tuple[int, int]]
-) -> Iterator[Recording]:
-    """The attention of each picture, cell by cell, in a tower whose patches lie row by row.
-
-    All pictures stand in one row, or each stands in one of its own with padding behind it.
-    """
-    (made,), cell = recorded, about.cell
-    start = 0
-    for number, (height, width) in enumerate(frames):
-        row = 0 if about.packed else number
-        place = torch.arange(height * width * cell**2, device=made.key.device)
-        place = place.view(height, cell, width, cell).transpose(1, 2).flatten() + start
-        start += len(place) if about.packed else 0
-        query, key = (table[row : row + 1, :, place] for table in (made.query, made.key))
-        yield Recording(query, key, None, made.scaling)
+def _cell_by_cell(about: Tower, grid: PatchGrid) -> Tensor:
+    """(patches,) int64: where the patches of a frame stand, cell by cell."""
+    place, cell = torch.arange(grid.height * grid.width), grid.cell
+    if not about.by_rows:
+        return place
+    rows = place.view(grid.height, grid.width).unfold(0, cell, cell).unfold(1, cell, cell).flatten()
+    return window_order(grid.height, grid.width, about.window).argsort()[rows]
 
 
 def window_order(height: int, width: int, window: int) -> Tensor:
@@ -176,7 +200,7 @@ def window_order(height: int, width: int, window: int) -> Tensor:
 
     Args:
         height, width: the grid's rows and columns.
-        window: how many tokens lie along a side of a window; 0 where the whole grid is one.
+        window: how many places lie along a side of a window; 0 where the whole grid is one.
     """
     place = torch.arange(height * width)
     if not window:
@@ -191,20 +215,35 @@ def _received(recording: Recording, lead: int, every_query: bool = False) -> tup
 
     With a class token (``lead`` is 1) it is the class token's attention among the patches (PruMerge
     eq. 2), else the attention of all patches on average; with ``every_query`` it is that of all
-    tokens on average, of which each pays a part to the class token.
+    tokens on average, of which each pays a part to the class token. Padding that the tower masks
+    out pays and gets nothing.
     """
     query, key = recording.query, recording.key
     batch, device = key.shape[0], key.device
     patch = torch.arange(lead, key.shape[2], device=device).expand(batch, -1)
-    rows = query[:, :, :1] if lead and not every_query else query
+    seen = _seen(recording)
+    rows, pays = query, seen
+    if lead and not every_query:
+        rows, pays = query[:, :, :1], seen[:, :1]
     attention = cross_scores(
         rows,
         key,
-        torch.ones(batch, rows.shape[2], dtype=torch.bool, device=device),
+        pays,
         patch,
-        torch.ones_like(patch, dtype=torch.bool),
+        seen[:, lead:],
         recording.scaling,
         renormalise=not every_query,
         chunk_rows=256,
     )
     return attention, key[:, :, lead:].transpose(1, 2).flatten(2).float()
+
+
+def _seen(recording: Recording) -> Tensor:
+    """(G, n) bool: the patches that at least one patch of their picture may see."""
+    mask, key = recording.mask, recording.key
+    if mask is None:
+        return torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    seen = visible_keys(mask)
+    while seen.dim() > 2:  # (G, 1, n, n), or (G, n) for some attention implementations
+        seen = seen.any(1)
+    return seen.expand(key.shape[0], -1)

@@ -16,7 +16,7 @@ from atp_patch.contract import Merge, Quota, TokenGroups, Tower
 from atp_patch.seam.door.tombstones import with_tombstones
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
-from atp_patch.seam.tower.groups import blocks_of, tower_groups
+from atp_patch.seam.tower.groups import PatchGrid, blocks_of, tower_groups
 
 
 class QuotaRule(Protocol):
@@ -46,15 +46,14 @@ class _Merging(PerThread):
     """What the hooks know of the tower's run in the running thread.
 
     Attributes:
-        grids: the frames, height and width of each picture in patches, where the tower takes rows
-            of patches.
+        grids: those of all pictures, where the tower takes rows of patches.
         recorded: the attention of the block that is watched, in one call or more.
         merged: the groups, what becomes of them, and (G, n) int64 the row of each token; None where
             nothing was merged.
     """
 
     def __init__(self) -> None:
-        self.grids: list[tuple[int, int, int]] = []
+        self.grids: list[PatchGrid] = []
         self.recorded: list[Recording] = []
         self.merged: tuple[TokenGroups, Merge, Tensor] | None = None
 
@@ -115,7 +114,7 @@ class MergeHooks:
 
     def _before_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        self._here.grids = [(t, h, w) for t, h, w in grid.tolist()]
+        self._here.grids = [PatchGrid(t, h, w, self.tower.cell) for t, h, w in grid.tolist()]
 
     def _before_attention(self, module: nn.Module, args: Any) -> None:
         self._here.recorded, self._here.merged = [], None

@@ -20,7 +20,7 @@ from atp_patch.contract import DoorMethod, Layout, TokenGroups, Tower, TowerToke
 from atp_patch.contract.errors import ConfigError, InputError, UnsupportedModelError
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
-from atp_patch.seam.tower.groups import blocks_of, tower_groups
+from atp_patch.seam.tower.groups import PatchGrid, blocks_of, tower_groups
 from atp_patch.seam.tower.packing import Packer, ReadGroup, Repack
 
 
@@ -44,8 +44,7 @@ class _TowerCalls(PerThread):
     """What the hooks know of the tower's calls in the running thread's pass.
 
     Attributes:
-        grids: the frames, height and width of each picture in patches, where the tower takes
-            pictures of any size.
+        grids: those of all pictures, where the tower takes pictures of any size.
         recorded: block -> the attention that was recorded in the call that is under way.
         classes: block -> (G, Dt) the class tokens of the call that is under way.
         states: block -> (G, n, Dt) its output at each token, as far as the method asks for it.
@@ -54,7 +53,7 @@ class _TowerCalls(PerThread):
     """
 
     def __init__(self) -> None:
-        self.grids: list[tuple[int, int, int]] = []
+        self.grids: list[PatchGrid] = []
         self.recorded: dict[int, list[Recording]] = {}
         self.classes: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
@@ -75,7 +74,7 @@ class ReadingHooks:
 
     Raises:
         ConfigError: where the tower has no such block.
-        UnsupportedModelError: where the block attends within windows.
+        UnsupportedModelError: where the block does not attend to whole pictures.
     """
 
     def __init__(
@@ -141,21 +140,33 @@ class ReadingHooks:
     # -- hooks ------------------------------------------------------------------------------------
 
     def _before_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.tower.sizes:
+        about = self.tower
+        if about.sizes:
             self._here.grids = self._sized(args, kwargs)
             return
-        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        self._here.grids = [(t, h, w) for t, h, w in grid.tolist()]
+        # PaddleOCR-VL's tower calls them image_grid_thw in early versions of transformers.
+        named = [kwargs[name] for name in ("grid_thw", "image_grid_thw") if name in kwargs]
+        grids = (named[0] if named else args[1]).tolist()
+        cells = kwargs[about.cells].tolist() if about.cells else [about.cell] * len(grids)
+        self._here.grids = [
+            PatchGrid(t, h, w, cell) for (t, h, w), cell in zip(grids, cells, strict=True)
+        ]
 
-    def _sized(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int, int]]:
+    def _sized(self, args: Any, kwargs: dict[str, Any]) -> list[PatchGrid]:
         """The grids of pictures whose sizes the tower is told; without them all are as large as the
         pixel values.
         """
-        step, sizes = self.tower.sizes_step, kwargs.get(self.tower.sizes)
+        about, sizes = self.tower, kwargs.get(self.tower.sizes)
         if sizes is None:
             pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
             sizes = [pixels.shape[-2:]] * len(pixels)
-        return [(1, int(height) // step, int(width) // step) for height, width in sizes]
+        elif isinstance(sizes, Tensor) and sizes.dim() == 3:  # each patch's column and row
+            sizes = (sizes.amax(1) + 1).flip(-1).tolist()
+        step = about.sizes_step
+        return [
+            PatchGrid(1, int(height) // step, int(width) // step, about.cell)
+            for height, width in sizes
+        ]
 
     def _before_attention(self, number: int, module: nn.Module, args: Any) -> None:
         if self.active():
@@ -168,6 +179,8 @@ class ReadingHooks:
     def _after_block(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
         if number in self._here.recorded:
             states = output[0] if isinstance(output, tuple) else output
+            if self.tower.class_last:
+                states = states.roll(1, 1)
             self._here.classes[number] = states[:, 0].detach()
             if self.keeps_states:
                 self._here.states[number] = states[:, 1:].detach()
@@ -237,10 +250,10 @@ def numbered_block(number: float, tower: Tower, depth: int) -> int:
 
     Raises:
         ConfigError: where the tower has no such block.
-        UnsupportedModelError: where the block attends within windows.
+        UnsupportedModelError: where the block does not attend to whole pictures.
     """
     if 0 < number < 1:
-        able = tower.full_blocks if tower.window else range(tower.block + 1)
+        able = tower.full_blocks or range(tower.block + 1)
         wanted = round(number * depth) - 1
         return min(sorted(able, reverse=True), key=lambda block: abs(block - wanted))
     block = int(number if number >= 0 else tower.block + 1 + number)
@@ -250,10 +263,10 @@ def numbered_block(number: float, tower: Tower, depth: int) -> int:
             f"{tower.block} makes the features; -1 names that one, and -{tower.block + 1} the "
             "first."
         )
-    if tower.window and block not in tower.full_blocks:
+    if tower.full_blocks and block not in tower.full_blocks:
         raise UnsupportedModelError(
-            f"tower_blocks: block {number} attends within windows, which says little about whole "
-            f"pictures; of this tower ask for a block among {list(tower.full_blocks)}."
+            f"tower_blocks: block {number} attends within windows or not at all, which says little "
+            f"about whole pictures; of this tower ask for a block among {list(tower.full_blocks)}."
         )
     return block
 
@@ -312,7 +325,8 @@ def _placed(
                         f"sample {number} has a grid of {grid.height} x {grid.width} visual "
                         "tokens in a place where the vision tower made "
                         f"{'nothing' if group is None else group.size}; give the images in the "
-                        "order of their places in the prompts."
+                        "order of their places in the prompts, and no frames from which a "
+                        "processor has dropped tokens."
                     )
                 parts.append(group.table)
         rows.append(torch.cat(parts))
