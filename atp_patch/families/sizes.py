@@ -16,7 +16,7 @@ from typing import Any
 from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
-from atp_patch.families.towers import full_blocks, packed_tower, pixtral_tower, read_tower
+from atp_patch.families.towers import mixed_tower, packed_tower, pixtral_tower, read_tower
 
 IMAGES, VIDEOS, PIXELS = "image_grid_thw", "video_grid_thw", "image_sizes"
 Films = deque[tuple[int, int, int]]  # frames, rows and columns of tokens
@@ -219,16 +219,15 @@ def _exaone_tower(config: Any) -> Tower | None:
     return replace(tower, modules=("vision_model",), projector="projector")
 
 
-def _muse_tower(config: Any) -> Tower:
+def _muse_tower(config: Any) -> Tower | None:
     vision = config.vision_config
-    return read_tower(
+    return mixed_tower(
         config,
         attention="attn",
         projector="vision_projection",
         by_rows=True,
         cell=int(vision.merge_size),
         window=int(vision.pos_emb_height),
-        **full_blocks(config),
     )
 
 

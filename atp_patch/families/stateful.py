@@ -14,7 +14,7 @@ from atp_patch.contract import GridQuery, Span, Tower, VisualGrid
 from atp_patch.contract.errors import InputError
 from atp_patch.families.base import Family, Grids
 from atp_patch.families.sizes import Films, by_grid_thw, in_order, mismatch, whole
-from atp_patch.families.towers import full_blocks, naflex_tower, read_tower
+from atp_patch.families.towers import mixed_tower, naflex_tower
 
 SHAPES, SLICES, FRAMES = "spatial_shapes", "target_sizes", "target_sizes_videos"
 
@@ -65,10 +65,9 @@ def _missing(names: str) -> InputError:
     )
 
 
-def _lfm3_tower(config: Any) -> Tower:
+def _lfm3_tower(config: Any) -> Tower | None:
     """Some blocks of LFM3-VL's tower are convolutions."""
-    cell = int(config.vision_config.spatial_merge_size)
-    return read_tower(config, cell=cell, **full_blocks(config))
+    return mixed_tower(config, cell=int(config.vision_config.spatial_merge_size))
 
 
 LFM2_VL = Family(

@@ -217,8 +217,13 @@ def read_tower(config: Any, **facts: Any) -> Tower:
     return Tower(**{**given, **facts})
 
 
-def full_blocks(config: Any) -> dict[str, Any]:
-    """The blocks of a tower that attend to whole pictures, and the last of them, by layer types."""
+def mixed_tower(config: Any, **facts: Any) -> Tower | None:
+    """A tower whose layer types say which blocks attend to whole pictures; None if none does.
+
+    Args:
+        config: the config of the whole model.
+        facts: as of :func:`read_tower`.
+    """
     types = config.vision_config.layer_types
     full = tuple(number for number, kind in enumerate(types) if kind == "full_attention")
-    return {"block": full[-1], "full_blocks": full}
+    return read_tower(config, block=full[-1], full_blocks=full, **facts) if full else None
