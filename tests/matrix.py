@@ -85,7 +85,7 @@ def run(version: str) -> Path:
         raise SystemExit(f"{python} runs transformers {found[0]}, not {version}: remove {FOLDER}.")
     xml = FOLDER / f"{version}.xml"
     xml.unlink(missing_ok=True)
-    options = ["-q", f"--junitxml={xml}", "-o", "junit_family=xunit1"]
+    options = ["-q", "-n", "auto", f"--junitxml={xml}", "-o", "junit_family=xunit1"]
     subprocess.run([python, "-m", "pytest", "tests/families", *options], cwd=ROOT)
     if not xml.exists():
         raise SystemExit(f"the tests on transformers {version} wrote no results.")
