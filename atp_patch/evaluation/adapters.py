@@ -67,7 +67,9 @@ def recipes(specs: Sequence[str], hub: Mapping[str, Any] | None = None) -> list[
 
 
 def _here(source: str, hub: Mapping[str, Any]) -> str:
-    """The source, or the folder of an adapter that is downloaded from the Hub, once for all."""
+    """Return the source, or the folder of an adapter that is downloaded from the Hub, once for
+    all.
+    """
     if source in shipped() or Path(source).exists():
         return source
     own = {"revision": None} if "@" in source else {}  # find_trained reads it from the name
@@ -75,8 +77,8 @@ def _here(source: str, hub: Mapping[str, Any]) -> str:
 
 
 def _each(spec: str) -> list[str]:
-    """Several specs for "shipped" and for a folder of recipes, one for each adapter or recipe; any
-    other spec alone.
+    """Return several specs for "shipped" and for a folder of recipes, one for each adapter or
+    recipe, and any other spec alone.
     """
     source, control = _controlled(spec)
     folder = Path(source)
@@ -91,7 +93,9 @@ def _each(spec: str) -> list[str]:
 
 
 def _controlled(spec: str) -> tuple[str, str | None]:
-    """The part before the tilde, and the control behind it; None where there is no control."""
+    """Return the part before the tilde, and the control behind it, or None where there is no
+    control.
+    """
     source, tilde, control = spec.rpartition("~")
     if not tilde or Path(spec).is_dir():
         return spec, None

@@ -21,14 +21,16 @@ from atp_patch.tools.generation import GREEDY, end_ids
 
 
 def forced(model: Any, batch: Batch) -> list[bool]:
-    """Whether greedy generation would give each sample's true answer, in two forward passes."""
+    """Return whether greedy generation would give each sample's true answer, in two forward
+    passes.
+    """
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.inference_mode():
         return hits(model, {**_placed(batch.inputs), "past_key_values": cache}, batch)
 
 
 def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
-    """Whether greedy generation would give each true answer behind what a cache holds.
+    """Return whether greedy generation would give each true answer behind what a cache holds.
 
     Args:
         inputs: arguments of ``model(...)``, with ``past_key_values``. The attention mask covers the
@@ -53,7 +55,7 @@ def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
 
 
 def _placed(inputs: Inputs) -> Inputs:
-    """The inputs, with position ids added for a batch without images.
+    """Return the inputs, with position ids added for a batch without images.
 
     A model with M-RoPE works them out itself where there is an image, and would ignore the padding
     where there is none.
@@ -65,7 +67,7 @@ def _placed(inputs: Inputs) -> Inputs:
 
 
 def _last_positions(model: Any, inputs: Inputs) -> Tensor:
-    """(B, 1) position ids of the last tokens, or (3, B, 1) with M-RoPE."""
+    """Return (B, 1) position ids of the last tokens, or (3, B, 1) with M-RoPE."""
     if "position_ids" in inputs:
         last: Tensor = inputs["position_ids"][..., -1:]
         return last
@@ -74,7 +76,7 @@ def _last_positions(model: Any, inputs: Inputs) -> Tensor:
 
 
 def generated(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> list[str]:
-    """The greedy answers as texts, cut at the first end token."""
+    """Return the greedy answers as texts, cut at the first end token."""
     ends = end_ids(model)
     with torch.inference_mode():
         ids = model.generate(

@@ -57,7 +57,7 @@ def _hashes(row: dict[str, Any]) -> list[str]:
 
 
 def _section(mine: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
-    """A table of the groups of tasks, and how they were measured."""
+    """Write a table of the groups of tasks, and how they were measured."""
     lines = [
         "| questions | visual tokens, mean over layers | accuracy | of the unpruned model's |",
         "|---|---|---|---|",

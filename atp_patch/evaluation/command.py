@@ -229,7 +229,7 @@ def _open(
 
 
 def _layers_of(model: Any, members: Sequence[Setting], visual_tokens: int) -> tuple[int, ...]:
-    """The layers before which a setting prunes, which an adapter brings along."""
+    """Return the layers before which a setting prunes, which an adapter brings along."""
     if members[0].adapter is None:
         return members[0].layers
     found = set()

@@ -32,18 +32,20 @@ def _document(kind: str, split: str, number: int) -> Document:
 
 
 def document_image(kind: str, split: str, number: int) -> Image.Image:
-    """The picture of a document."""
+    """Return the picture of a document."""
     return _document(kind, split, number).image
 
 
 def document_question(kind: str, task: str, split: str, number: int) -> DocumentQuestion | None:
-    """The question of a task about a document, with its evidence, or None if there is none."""
+    """Return the question of a task about a document, with its evidence, or None if there is
+    none.
+    """
     asked = (q for q in _document(kind, split, number).questions if q.task == task)
     return next(asked, None)
 
 
 def document_examples(kind: str, task: str, split: str, count: int) -> list[Example]:
-    """The first ``count`` questions of a task, in the order of their documents.
+    """Return the first ``count`` questions of a task, in the order of their documents.
 
     Raises:
         ConfigError: where too few documents have such questions, or the split is unknown.

@@ -70,7 +70,7 @@ class Recall:
 def evidence_mask(
     question: DocumentQuestion, size_px: tuple[int, int], rows: int, columns: int
 ) -> NDArray[np.bool_]:
-    """(rows, columns) bool, true at the visual tokens that show evidence.
+    """Return (rows, columns) bool, true at the visual tokens that show evidence.
 
     The grid covers the whole picture evenly, as it does where a model resizes pictures; it does not
     where a model crops or pads them.

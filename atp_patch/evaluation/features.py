@@ -21,8 +21,8 @@ _READ = {"input_ids", "attention_mask", "mm_token_type_ids", PICTURE, _GRID}
 
 
 def can_see_ahead(model: Any, samples: Sequence[Sample]) -> bool:
-    """Whether image features can be handed to the model: it takes them, it adds none inside the
-    decoder, and each image is one picture with no further inputs.
+    """Return whether image features can be handed to the model: it takes them, it adds none inside
+    the decoder, and each image is one picture with no further inputs.
     """
     takes = ENCODED in inspect.signature(model.forward).parameters
     deep = getattr(model.config.vision_config, "deepstack_visual_indexes", None)
@@ -80,6 +80,6 @@ def seen_by(
 
 
 def _reads_the_tower_again(model: Any) -> bool:
-    """Whether a method at the decoder's door needs the tower to run with each question."""
+    """Return whether a method at the decoder's door needs the tower to run with each question."""
     door = require_patch(model).plan.methods.door
     return door is not None and bool(door.tower_blocks) and not keeps_the_same(model)

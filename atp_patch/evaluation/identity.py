@@ -35,7 +35,7 @@ CODE = (
 
 
 def short_hash(data: Iterable[bytes]) -> str:
-    """The first 12 hexadecimal digits of a SHA-256 hash."""
+    """Return the first 12 hexadecimal digits of a SHA-256 hash."""
     digest = hashlib.sha256()
     for piece in data:
         digest.update(piece)
@@ -43,7 +43,7 @@ def short_hash(data: Iterable[bytes]) -> str:
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
-    """A hash of the names and contents of the files in a folder that match some patterns."""
+    """Hash the names and contents of the files in a folder that match some patterns."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return short_hash(
         piece
@@ -54,12 +54,12 @@ def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
 
 @cache  # the loaded code stays the same when its files change
 def code_hash() -> str:
-    """A hash of the part of the package's code that can change an answer."""
+    """Hash the part of the package's code that can change an answer."""
     return folder_hash(PACKAGE, CODE)
 
 
 def model_hash(model: Any) -> str:
-    """A hash of all parameters and buffers in a model's state dict, as they are in memory."""
+    """Hash all parameters and buffers in a model's state dict, as they are in memory."""
 
     def pieces() -> Iterable[bytes]:
         for name, tensor in sorted(model.state_dict().items()):
@@ -70,7 +70,7 @@ def model_hash(model: Any) -> str:
 
 
 def processor_hash(processor: Any) -> str:
-    """A hash of a processor's vocabulary, its chat template, and how it brings images to size."""
+    """Hash a processor's vocabulary, its chat template, and how it brings images to size."""
     said = [
         processor.tokenizer.get_vocab(),
         processor.chat_template,
@@ -80,7 +80,7 @@ def processor_hash(processor: Any) -> str:
 
 
 def adapter_hash(source: str, lora: str | None = None) -> str:
-    """A hash of an adapter's files and of those of the LoRA beside it.
+    """Hash an adapter's files and those of the LoRA beside it.
 
     Raises:
         WeightsError: where there is no such folder, nor such an adapter on the Hub.
@@ -92,7 +92,7 @@ def adapter_hash(source: str, lora: str | None = None) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that compute, and the hash of this package's code."""
+    """Return the versions of the packages that compute, and the hash of this package's code."""
     return {
         "atp_patch": __version__,
         "code": code_hash(),
@@ -102,5 +102,5 @@ def versions() -> dict[str, str]:
 
 
 def today() -> str:
-    """The date of today in UTC, as YYYY-MM-DD."""
+    """Return the date of today in UTC, as YYYY-MM-DD."""
     return datetime.now(timezone.utc).date().isoformat()

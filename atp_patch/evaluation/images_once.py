@@ -25,7 +25,8 @@ from atp_patch.seam import ReadingHooks
 
 
 def keeps_the_same(model: Any) -> bool:
-    """Whether the model as it is patched now keeps the same of an image whatever is asked about it.
+    """Return whether the model as it is patched now keeps the same of an image whatever is asked
+    about it.
 
     VoCo tokens do too, but are read in a way of their own.
     """
@@ -38,7 +39,9 @@ def keeps_the_same(model: Any) -> bool:
 
 
 def begin_alike(samples: Sequence[Sample]) -> bool:
-    """Whether all prompts about an image are the same up to its end: the questions stand behind."""
+    """Return whether all prompts about an image are the same up to its end: the questions stand
+    behind.
+    """
     begun: dict[int, Tensor] = {}
     for sample in samples:
         ids = divide(sample)[0].inputs["input_ids"]
@@ -68,11 +71,12 @@ class ReadImages:
     flat: bool
 
     def row(self, sample: Sample) -> int:
-        """The number of the image that a sample asks about."""
+        """Return the number of the image that a sample asks about."""
         return [image.example.number for image in self.begun].index(sample.example.number)
 
     def hits(self, samples: Sequence[Sample], pad_id: int) -> list[bool]:
-        """Whether greedy generation would give each sample's true answer, as ``forced`` says it.
+        """Return whether greedy generation would give each sample's true answer, as ``forced`` says
+        it.
 
         Args:
             samples: questions about these images.

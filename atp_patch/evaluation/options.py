@@ -139,7 +139,7 @@ def add_compared(parse: argparse.ArgumentParser) -> Group:
 
 
 def hub_of(args: argparse.Namespace) -> dict[str, Any]:
-    """How the adapters that ``--adapters`` names are read from the Hub.
+    """Return how the adapters that ``--adapters`` names are read from the Hub.
 
     Raises:
         ConfigError: where an option says so and there are no adapters.
@@ -170,7 +170,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def drop_layers(given: list[str], num_layers: int, silent: Container[int] = ()) -> list[int]:
-    """The layers that ``--drop-from`` names.
+    """Return the layers that ``--drop-from`` names.
 
     Args:
         given: numbers as words; "all" stands for every layer from 1 on where dropping makes a

@@ -186,7 +186,9 @@ def kept_by_stratum(rows: Sequence[Row]) -> Any:
 
 
 def _tells_apart(row: Row) -> bool:
-    """Whether the tokens that enter some layer differ between tasks by more than a twentieth."""
+    """Return whether the tokens that enter some layer differ between tasks by more than a
+    twentieth.
+    """
     by_layer: dict[int, list[float]] = {}
     for counts in row.entering.values():
         for layer, mean in counts.items():
@@ -195,7 +197,7 @@ def _tells_apart(row: Row) -> bool:
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each method and its layers, sorted by their average tokens."""
+    """Return the rows of each method and its layers, sorted by their average tokens."""
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.average_tokens):
         if not row.setting.is_reference and row.setting.name != DROPPED:
@@ -235,7 +237,7 @@ def _figure(
 
 
 def _panels(count: int, common_y: bool = False) -> tuple[Any, list[Axes]]:
-    """A figure with ``count`` panels; the other places of its grid are left empty."""
+    """Make a figure with ``count`` panels; the other places of its grid are left empty."""
     columns = min(_COLUMNS, count)
     height = math.ceil(count / columns)
     inches = (3.2 * columns + 1.2, 2.6 * height)

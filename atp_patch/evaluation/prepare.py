@@ -97,7 +97,7 @@ def prepare(
 
 
 def divide(sample: Sample) -> tuple[Sample, Sample]:
-    """The prompt up to the end of its image, with the image, and the rest, without it."""
+    """Return the prompt up to the end of its image, with the image, and the rest, without it."""
     length = sample.inputs["input_ids"].shape
     tokens = {name: t for name, t in sample.inputs.items() if t.shape == length}
     end = int(sample.visual.nonzero().max()) + 1
@@ -167,5 +167,5 @@ def _together(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _padded(row: Tensor, length: int, value: int) -> Tensor:
-    """The row filled up on the left with ``value``, (length,)."""
+    """Return the row filled up on the left with ``value``, (length,)."""
     return torch.nn.functional.pad(row, (length - row.shape[0], 0), value=value)

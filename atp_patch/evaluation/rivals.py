@@ -15,7 +15,8 @@ _AS_MANY = 0.05
 
 
 def rivals(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
-    """The rows that a setting's accuracy is compared with, each under the name of its column.
+    """Return the rows that a setting's accuracy is compared with, each under the name of its
+    column.
 
     - A setting with a budget has the first method and the baselines at the same budget, and before
       the same layers where they were measured so.
@@ -56,7 +57,7 @@ def _controls(row: Row, others: Iterable[Row]) -> dict[str, Row]:
 
 
 def _by_name(rows: Iterable[Row]) -> dict[str, Row]:
-    """The first row of each name."""
+    """Return the first row of each name."""
     return {row.setting.name: row for row in reversed(list(rows))}
 
 

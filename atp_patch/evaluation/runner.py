@@ -81,8 +81,8 @@ class Bench:
         return ImagesOnce()
 
     def skipped(self, setting: Setting) -> set[int]:
-        """The decoder layers that may be left out of the model as the setting patched it: they add
-        nothing, and their attention is not scored.
+        """Return the decoder layers that may be left out of the model as the setting patched it:
+        they add nothing, and their attention is not scored.
         """
         layers = () if setting.is_reference else require_patch(self.model).config.layers
         return set(self.silent) - {layer - 1 for layer in layers}
@@ -273,7 +273,7 @@ def _answer_batch(
 
 
 def _entering(bench: Bench, setting: Setting, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
-    """For each sample, the visual tokens that entered layer 0 and each pruning layer."""
+    """Return for each sample the visual tokens that entered layer 0 and each pruning layer."""
     if setting.name == BLIND:
         return [(0,) for _ in samples]
     if setting.is_reference:

@@ -50,7 +50,7 @@ class SceneSet:
     change: Callable[[Scene], Image.Image] | None = None
 
     def task_name(self, task: str) -> str:
-        """The name under which a task of this set is registered."""
+        """Return the name under which a task of this set is registered."""
         return task if self.name == BUILTIN else f"{self.name}/{task}"
 
 
@@ -95,20 +95,20 @@ def _questions(kind: str, split: str, number: int) -> tuple[Question, ...]:
 
 
 def scene_image(kind: str, split: str, number: int, model: str = LLAVA) -> Image.Image:
-    """The picture of a scene of a set, at the size at which a built-in model is shown it."""
+    """Return the picture of a scene of a set, at the size at which a built-in model is shown it."""
     scene = as_shown(_scene(kind, split, number), model, SETS[kind].config)
     change = SETS[kind].change
     return scene.image if change is None else change(scene)
 
 
 def scene_objects(kind: str, split: str, number: int) -> int:
-    """The number of objects in a scene of a set."""
+    """Return the number of objects in a scene of a set."""
     return len(_scene(kind, split, number).objects)
 
 
 def scene_examples(kind: str, task: str, split: str, count: int) -> list[Example]:
-    """The first ``count`` questions of a task, in the order of their scenes, at most one for each
-    scene.
+    """Return the first ``count`` questions of a task, in the order of their scenes, at most one for
+    each scene.
 
     Raises:
         ConfigError: where too few scenes have such questions, or the split is unknown.

@@ -70,8 +70,8 @@ class Setting:
         return replace(self, adapter=self.trainings, adapter_hash=None)
 
     def identity(self) -> dict[str, Any]:
-        """The setting as plain data for files: all options, those left at their defaults included,
-        and the adapter's hash in place of its name.
+        """Return the setting as plain data for files: all options, those left at their defaults
+        included, and the adapter's hash in place of its name.
         """
         data = asdict(self) | {"options": dict(self.options), "layers": list(self.layers)}
         if set(stages(self.name)) <= set(available_methods()):
@@ -119,8 +119,8 @@ def applied(model: Any, setting: Setting, visual_tokens: int) -> Iterator[Any]:
 
 
 def unreachable(model: Any, setting: Setting, visual_tokens: int) -> str | None:
-    """The reason why a setting cannot meet its budget, or why the model cannot take its method;
-    None where there is no such reason.
+    """Return the reason why a setting cannot meet its budget, or why the model cannot take its
+    method, or None where there is no such reason.
 
     Raises:
         ATPError: where something else is wrong with the setting.
@@ -203,7 +203,9 @@ def _trained(recipe: Recipe, source: str) -> Setting:
 def _named(
     text: str, layers: Sequence[int], budgets: Sequence[float]
 ) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
-    """Name, layers and budgets of a method, which has those of all methods where it names none."""
+    """Return name, layers and budgets of a method, which has those of all methods where it names
+    none.
+    """
     spec = read_method_spec(text)
     if any(method_class(stage).where == "voco" for stage in spec.stages):
         raise ConfigError(
@@ -214,7 +216,7 @@ def _named(
 
 
 def known_options(name: str, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The options of a method that differ from its defaults and can change an answer.
+    """Return the options of a method that differ from its defaults and can change an answer.
 
     Args:
         name: the name of the method.
@@ -236,8 +238,8 @@ def _fields_of(name: str) -> set[str]:
 
 
 def _options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options for one method: those with its name before the dot, and those without a dot that
-    it has.
+    """Return the options for one method: those with its name before the dot, and those without a
+    dot that it has.
     """
     mine = {k: v for k, v in options.items() if k in _fields_of(name)}
     own = {k.partition(".")[2]: v for k, v in options.items() if k.partition(".")[0] == name}

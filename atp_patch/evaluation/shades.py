@@ -19,7 +19,8 @@ _STREAM = 1_000  # number of the random stream; the generator's own streams have
 
 
 def repaint(scene: Scene) -> Image.Image:
-    """The scene's picture with the pixels of each object shifted to another shade of its colour.
+    """Return the scene's picture with the pixels of each object shifted to another shade of its
+    colour.
 
     The pixels keep their noise. A shade is nearer to the mean of its own colour than to that of any
     other, so the true answers stay true.
@@ -36,7 +37,7 @@ def repaint(scene: Scene) -> Image.Image:
 
 
 def shade(colour: str, rng: np.random.Generator) -> NDArray[np.float64]:
-    """An unseen shade of an object's colour, (3,) RGB values from 0 to 255."""
+    """Return an unseen shade of an object's colour, (3,) RGB values from 0 to 255."""
     mean = np.array(OBJECT_COLOURS[colour], dtype=np.float64)
     others = [
         np.array(rgb)

@@ -31,18 +31,22 @@ class Estimate:
     high: float
 
     def to_list(self) -> list[float | None]:
-        """[value, low, high] for JSON, with None in place of NaN."""
+        """Return [value, low, high] for JSON, with None in place of NaN."""
         return [None if np.isnan(x) else float(x) for x in (self.value, self.low, self.high)]
 
 
 def draw_weights(units: int, draws: int, seed: int) -> Array:
-    """How often each unit occurs in each draw of ``units`` with replacement, (draws, units)."""
+    """Return how often each unit occurs in each draw of ``units`` with replacement, (draws,
+    units).
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
     return rng.multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
 
 
 def task_means(scores: Array, weights: Array) -> Array:
-    """The weighted mean of each task, (draws, tasks); NaN where no question of it was drawn."""
+    """Return the weighted mean of each task, (draws, tasks); NaN where no question of it was
+    drawn.
+    """
     asked = ~np.isnan(scores)
     total = weights @ np.where(asked, scores, 0.0)
     count = weights @ asked.astype(np.float64)
@@ -50,13 +54,13 @@ def task_means(scores: Array, weights: Array) -> Array:
 
 
 def mean_accuracy(scores: Array, weights: Array) -> Estimate:
-    """The mean over tasks of their mean scores."""
+    """Return the mean over tasks of their mean scores."""
     return _estimate(*(task_means(scores, w).mean(1) for w in (_once(scores), weights)))
 
 
 def retention(scores: Array, plain: Array, weights: Array) -> Estimate:
-    """The mean over tasks of their mean score divided by that of the unpruned model on the same
-    questions.
+    """Return the mean over tasks of their mean score divided by that of the unpruned model on the
+    same questions.
     """
 
     def ratio(w: Array) -> Array:
@@ -70,7 +74,7 @@ def retention(scores: Array, plain: Array, weights: Array) -> Estimate:
 
 
 def difference(scores: Array, other: Array, weights: Array) -> Estimate:
-    """The difference of two mean accuracies, paired by question."""
+    """Return the difference of two mean accuracies, paired by question."""
 
     def gap(w: Array) -> Array:
         return (task_means(scores, w) - task_means(other, w)).mean(1)
@@ -79,7 +83,9 @@ def difference(scores: Array, other: Array, weights: Array) -> Estimate:
 
 
 def score_matrix(tasks: Sequence[dict[int, float]], units: Sequence[int]) -> Array:
-    """Each task's scores by unit as (units, tasks); NaN where a task has no such unit."""
+    """Return each task's scores by unit as (units, tasks), with NaN where a task has no such
+    unit.
+    """
     matrix = np.full((len(units), len(tasks)), np.nan)
     row = {unit: at for at, unit in enumerate(units)}
     for column, scores in enumerate(tasks):
@@ -89,12 +95,12 @@ def score_matrix(tasks: Sequence[dict[int, float]], units: Sequence[int]) -> Arr
 
 
 def _once(scores: Array) -> Array:
-    """Weights of the data as they are, with every unit once, (1, units)."""
+    """Return weights of the data as they are, with every unit once, (1, units)."""
     return np.ones((1, scores.shape[0]))
 
 
 def _estimate(value: Array, draws: Array) -> Estimate:
-    """The value with percentiles 2.5 and 97.5 of the draws in which it is defined."""
+    """Return the value with percentiles 2.5 and 97.5 of the draws in which it is defined."""
     defined = draws[~np.isnan(draws)]
     if np.isnan(value[0]) or not defined.size:
         return Estimate(float(value[0]), float("nan"), float("nan"))

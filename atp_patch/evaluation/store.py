@@ -74,7 +74,7 @@ class RunFile:
         return run
 
     def has(self, task: str, number: int) -> bool:
-        """Whether a question is answered already."""
+        """Return whether a question is answered already."""
         return number in self.answers.get(task, {})
 
     def add(self, chunk: int, results: dict[str, dict[int, Answer]]) -> None:
@@ -122,7 +122,9 @@ def _line(data: dict[str, Any]) -> str:
 
 
 def _packed(answers: dict[int, Answer]) -> dict[str, list[Any]]:
-    """Answers as columns; the token counts stand there once where they are the same for all."""
+    """Return answers as columns; the token counts stand there once where they are the same for
+    all.
+    """
     rows = [list(answer.entering) for answer in answers.values()]
     same = all(row == rows[0] for row in rows)
     scores = [int(a.score) if a.score in (0, 1) else a.score for a in answers.values()]

@@ -95,8 +95,8 @@ class Row:
     earlier: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data, with all that it depends on: model, method, options, seeds and
-        versions.
+        """Return the row as plain data, with all that it depends on: model, method, options, seeds
+        and versions.
         """
         estimates = {
             "mean_accuracy": self.mean,
@@ -222,7 +222,7 @@ def summarize(
 
 
 def _matrix(file: RunFile, asked: dict[str, list[int]], units: list[int]) -> Array:
-    """The scores of the questions that count, (units, tasks)."""
+    """Return the scores of the questions that count, (units, tasks)."""
     return score_matrix(
         [{n: file.answers[task][n].score for n in numbers} for task, numbers in asked.items()],
         units,
@@ -230,7 +230,7 @@ def _matrix(file: RunFile, asked: dict[str, list[int]], units: list[int]) -> Arr
 
 
 def _means(scores: Array) -> list[float]:
-    """The mean score of each task."""
+    """Return the mean score of each task."""
     means: list[float] = task_means(scores, np.ones((1, scores.shape[0])))[0].tolist()
     return means
 
@@ -263,7 +263,8 @@ def _known(tokens: float) -> float | None:
 
 
 def tokens_in(layers: Sequence[int], entering: dict[str, dict[int, float]]) -> float:
-    """Visual tokens averaged over some decoder layers and over all tasks, which count alike.
+    """Return the visual tokens averaged over some decoder layers and over all tasks, which count
+    alike.
 
     Args:
         layers: numbers of the decoder layers.

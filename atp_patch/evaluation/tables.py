@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    """A list of the reasons why budgets cannot be met, with each reason once; or nothing."""
+    """Return a list of the reasons why budgets cannot be met, with each reason once; or nothing."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.unreachable is not None:
@@ -92,7 +92,7 @@ def _count(tokens: float) -> str:
 
 
 def percent(estimate: Estimate | None, signed: bool = False) -> str:
-    """An estimate in percent, such as ``93.2 [91.0, 94.8]``; "-" where it is undefined."""
+    """Return an estimate in percent, such as ``93.2 [91.0, 94.8]``; "-" where it is undefined."""
     if estimate is None or math.isnan(estimate.value):
         return "-"
     form = "{:+.1f}" if signed else "{:.1f}"

@@ -99,12 +99,12 @@ def register_task(task: Task) -> Task:
 
 
 def available_tasks() -> list[str]:
-    """The names of all tasks."""
+    """Return the names of all tasks."""
     return list(_TASKS)
 
 
 def task_groups() -> list[str]:
-    """The names of the groups, in the order of their first tasks."""
+    """Return the names of the groups, in the order of their first tasks."""
     return list(dict.fromkeys(task.group for task in _TASKS.values()))
 
 

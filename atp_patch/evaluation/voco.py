@@ -18,7 +18,7 @@ _TEXT = ("input_ids", "attention_mask")
 
 
 def reads_images_once(model: Any, samples: Sequence[Sample]) -> bool:
-    """Whether each image can be read once for all questions about it.
+    """Return whether each image can be read once for all questions about it.
 
     The model has VoCo tokens, the features of each sample's image were computed before, and the
     true answers are known.

@@ -100,17 +100,17 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def supported_families() -> dict[str, tuple[str, ...]]:
-    """Family name -> the ``config.model_type`` values that it serves."""
+    """Return the ``config.model_type`` values that each family serves, by the family's name."""
     return {family.name: family.model_types for family in FAMILIES}
 
 
 def family_named(name: str) -> Family:
-    """The package's own family of this name."""
+    """Return the package's own family of this name."""
     return next(family for family in FAMILIES if family.name == name)
 
 
 def family_of(config: Any, name: str | Family | None = None) -> Family:
-    """The family of a loaded model's config.
+    """Return the family of a loaded model's config.
 
     Args:
         name: the family that the caller asks for. None stands for the one that serves the model's
@@ -134,7 +134,7 @@ def family_of(config: Any, name: str | Family | None = None) -> Family:
 
 
 def _own(config: Any, family: Family) -> Family:
-    """A family of the caller's own, checked against the model."""
+    """Check a family of the caller's own against the model, and return it."""
     model_type = getattr(config, "model_type", None)
     if model_type not in family.model_types:
         raise ConfigError(

@@ -107,14 +107,14 @@ class Family:
         return super().__reduce_ex__(protocol)
 
     def placeholder_ids(self, config: Any) -> tuple[int, ...]:
-        """The ids of visual placeholders in ``input_ids``."""
+        """Return the ids of visual placeholders in ``input_ids``."""
         ids = (_attribute(config, name) for name in self.token_ids)
         return tuple(int(token_id) for token_id in ids if token_id is not None)
 
     def default_layers(
         self, config: Any, num_layers: int, depths: Sequence[float] | None = None
     ) -> tuple[int, ...]:
-        """The pruning layers where the caller names none.
+        """Return the pruning layers where the caller names none.
 
         They are the paper's layers in proportion to the decoder's depth, and none comes before the
         last visual features are added. Where some layers keep a state, each is moved on to stand
@@ -145,14 +145,14 @@ class Family:
 
 
 def _attribute(config: Any, path: str) -> Any:
-    """An attribute of a config or of a part of it; None where there is none."""
+    """Return an attribute of a config or of a part of it, or None where there is none."""
     for name in path.split("."):
         config = getattr(config, name, None)
     return config
 
 
 def _attending(config: Any) -> list[int]:
-    """The decoder layers that attend, by the text config's ``layer_types``."""
+    """Return the decoder layers that attend, by the text config's ``layer_types``."""
     types = config.get_text_config().layer_types
     found = [at for at, kind in enumerate(types) if kind in ("full_attention", "sliding_attention")]
     if not found or found[0] + 1 >= len(types):
@@ -164,7 +164,8 @@ def _attending(config: Any) -> list[int]:
 
 
 def scaled_layers(num_layers: int, depths: Sequence[float] | None = None) -> list[int]:
-    """Pruning layers in proportion to ``num_layers``; by default the paper's, [4, 14, 24] of 32.
+    """Return pruning layers in proportion to ``num_layers``; by default the paper's, [4, 14, 24] of
+    32.
 
     >>> scaled_layers(28)
     [4, 12, 21]

@@ -39,7 +39,8 @@ def _grids(query: GridQuery) -> Grids:
 
 
 def _pictures(query: GridQuery, name: str, cell: int) -> Films:
-    """The grids of an argument (..., patches, 2), which holds (column, row) and -1 as padding.
+    """Return the grids of an argument (..., patches, 2), which holds (column, row) and -1 as
+    padding.
 
     Early versions of transformers keep the frames of each video apart.
 

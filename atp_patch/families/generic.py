@@ -20,7 +20,7 @@ from atp_patch.families.base import Family, Grids
 
 
 def _runs(visual: Tensor) -> list[VisualGrid]:
-    """Each run of True in an (L,) mask as an image of one row."""
+    """Read each run of True in an (L,) mask as an image of one row."""
     places = visual.nonzero().flatten()
     if not len(places):
         return []
@@ -33,7 +33,7 @@ def _runs(visual: Tensor) -> list[VisualGrid]:
 
 
 def _filled(visual: Tensor, sizes: Sequence[tuple[int, int, int]]) -> list[VisualGrid]:
-    """Grids of these sizes, filled in order with the places where an (L,) mask is True."""
+    """Fill grids of these sizes in order with the places where an (L,) mask is True."""
     places = visual.nonzero().flatten()
     wanted = sum(t * h * w for t, h, w in sizes)
     if len(places) != wanted:

@@ -31,7 +31,7 @@ def _visual_tokens(config: Any) -> int | None:
 
 
 def _class_tokens(config: Any) -> int:
-    """How many class tokens stand in front of an image's patches.
+    """Return how many class tokens stand in front of an image's patches.
 
     The strategy "full" keeps the class token of a tower that has one.
     """
@@ -54,7 +54,9 @@ def _grids(query: GridQuery) -> Grids:
 
 
 def _video(span: Span, side: int) -> VisualGrid:
-    """The video of one run of placeholders, in which a class token stands before each frame."""
+    """Return the video of one run of placeholders, in which a class token stands before each
+    frame.
+    """
     stride = side * side + 1
     if span.length % stride:
         raise InputError(

@@ -12,7 +12,7 @@ from atp_patch.families.base import Grids
 
 
 def with_marks(grids: Sequence[Sequence[VisualGrid]], spans: Sequence[Sequence[Span]]) -> Grids:
-    """The grids of each sample, and behind them its marks as grids of one column.
+    """Return the grids of each sample, and behind them its marks as grids of one column.
 
     Marks that follow each other at equal distances, like the newlines of one picture, make one
     column.

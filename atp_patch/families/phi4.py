@@ -53,7 +53,7 @@ def _grids(query: GridQuery) -> Grids:
 
 
 def _unpadded(down: int, across: int, mask: Tensor) -> tuple[int, int]:
-    """Rows and columns of the tokens that are not padding.
+    """Return the rows and columns of the tokens that are not padding.
 
     Args:
         down, across: how many tiles lie in a column and in a row.

@@ -16,7 +16,9 @@ from atp_patch.families.towers import pixtral_tower
 
 
 def chains(spans: Sequence[Span]) -> list[list[Span]]:
-    """Rows that lie one id apart, in groups: each is one image, or images without text between."""
+    """Return rows that lie one id apart, in groups: each is one image, or images without text
+    between.
+    """
     found: list[list[Span]] = []
     for span in spans:
         if found and span.start == found[-1][-1].stop + 1:
@@ -27,7 +29,7 @@ def chains(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def stacked(rows: Sequence[Span]) -> VisualGrid:
-    """The grid of one image, given its rows, which lie one id apart.
+    """Return the grid of one image, given its rows, which lie one id apart.
 
     Raises:
         InputError: where the rows have different lengths.
@@ -42,7 +44,7 @@ def stacked(rows: Sequence[Span]) -> VisualGrid:
 
 
 def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
-    """The images of a chain of rows; ``ids`` are those of the whole sample."""
+    """Return the images of a chain of rows; ``ids`` are those of the whole sample."""
     after = [ids[row.stop] if row.stop < len(ids) else -1 for row in chain]
     for row, behind in zip(chain, after, strict=True):
         if behind == row.token_id:
@@ -62,7 +64,7 @@ def _images(chain: list[Span], ids: list[int]) -> list[VisualGrid]:
 
 
 def pixtral_grids(query: GridQuery) -> Grids:
-    """The grids of images whose rows are found by the ids between them.
+    """Return the grids of images whose rows are found by the ids between them.
 
     Raises:
         InputError: where the prompt came as embeddings alone, or its rows form no images.

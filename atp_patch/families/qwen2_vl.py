@@ -28,7 +28,7 @@ def _grids(query: GridQuery) -> Grids:
 
 
 def _by_positions(query: GridQuery) -> Grids | None:
-    """The grids that multimodal position ids show; None where they show none."""
+    """Return the grids that multimodal position ids show, or None where they show none."""
     positions = query.position_ids
     if positions is None or positions.ndim != 3:
         return None
@@ -43,7 +43,7 @@ def _by_positions(query: GridQuery) -> Grids | None:
 
 
 def _grid(span: Span, positions: Tensor) -> list[VisualGrid] | None:
-    """The grids of one run of placeholders; ``positions`` is (3, run length): t, h, w."""
+    """Return the grids of one run of placeholders; ``positions`` is (3, run length): t, h, w."""
     grids = []
     at = 0
     while at < span.length:
@@ -61,13 +61,13 @@ def _grid(span: Span, positions: Tensor) -> list[VisualGrid] | None:
 
 
 def _run(values: Tensor) -> int:
-    """Length of the first stretch that counts up by one."""
+    """Return the length of the first stretch that counts up by one."""
     breaks = torch.nonzero(values[1:] != values[:-1] + 1)
     return int(breaks[0, 0]) + 1 if len(breaks) else int(values.shape[0])
 
 
 def _deepstack_layers(config: Any) -> int:
-    """After how many decoder layers the features of earlier tower blocks are added."""
+    """Return after how many decoder layers the features of earlier tower blocks are added."""
     return len(config.vision_config.deepstack_visual_indexes)
 
 

@@ -24,7 +24,7 @@ Place = Callable[[Span, str, Films], list[VisualGrid]]
 
 
 def by_grid_thw(query: GridQuery) -> Grids:
-    """The grids that ``image_grid_thw`` and ``video_grid_thw`` tell."""
+    """Return the grids that ``image_grid_thw`` and ``video_grid_thw`` tell."""
     if not query.grid_thw:
         raise InputError(
             "the position ids of this call do not show the grids of its visual tokens; pass "
@@ -42,7 +42,9 @@ def by_grid_thw(query: GridQuery) -> Grids:
 
 
 def rows_of(query: GridQuery, name: str) -> list[list[int]]:
-    """The frames, rows and columns of patches that an argument tells; empty if it did not come."""
+    """Return the frames, rows and columns of patches that an argument tells; empty if it did not
+    come.
+    """
     given = query.grid_thw.get(name)
     rows: list[list[int]] = [] if given is None else given.tolist()
     return rows
@@ -54,7 +56,7 @@ def in_order(
     kind: Callable[[int, Span], str],
     place: Place,
 ) -> Grids:
-    """Grids of the pictures that the call brought, placed where placeholders stand.
+    """Place the grids of the pictures that the call brought where placeholders stand, in order.
 
     Args:
         query: what is known of the call.
@@ -84,7 +86,7 @@ def in_order(
 
 
 def _kind(query: GridQuery, sample: int, span: Span) -> str:
-    """Which argument holds the grid of a run of placeholders."""
+    """Tell which argument holds the grid of a run of placeholders."""
     config: Any = query.config
     if query.ids is None:
         if len(query.grid_thw) > 1:
@@ -103,7 +105,9 @@ def _kind(query: GridQuery, sample: int, span: Span) -> str:
 
 
 def whole(span: Span, name: str, films: Films) -> list[VisualGrid]:
-    """A run of placeholders as the pictures that come next; frames may stand in several runs."""
+    """Read a run of placeholders as the pictures that come next; frames may stand in several
+    runs.
+    """
     grids = []
     at = span.start
     while at < span.stop:
@@ -119,7 +123,7 @@ def whole(span: Span, name: str, films: Films) -> list[VisualGrid]:
 
 
 def mismatch(span: Span, name: str) -> InputError:
-    """The error for a run that is not what the argument says."""
+    """Return the error for a run that is not what the argument says."""
     return InputError(
         f"{span.length} visual tokens from position {span.start} on are not the pictures "
         f"that {name} says come there; let the model's own processor make both."
@@ -127,7 +131,7 @@ def mismatch(span: Span, name: str) -> InputError:
 
 
 def _pixels(query: GridQuery) -> Grids:
-    """LightOnOCR's grids, from the sizes of its images in pixels."""
+    """Return LightOnOCR's grids, from the sizes of its images in pixels."""
     config: Any = query.config
     if PIXELS not in query.sizes_given:
         raise InputError(
@@ -141,7 +145,8 @@ def _pixels(query: GridQuery) -> Grids:
 
 
 def _merged_each(query: GridQuery) -> Grids:
-    """VideoLLaMA 3's grids: of each picture it is told how many patches become one token.
+    """Return VideoLLaMA 3's grids; an argument says how many patches of each picture become one
+    token.
 
     Each frame of a video is a run of its own. Frames from which the processor dropped tokens that
     hardly changed are no grids any more; what is left of one is a single row.
@@ -173,7 +178,8 @@ def _merged_each(query: GridQuery) -> Grids:
 
 
 def _between_marks(query: GridQuery) -> Grids:
-    """HunyuanOCR's grids: a newline ends each row, and the processor may put marks around them all.
+    """Return HunyuanOCR's grids: a newline ends each row, and the processor may put marks around
+    them all.
 
     Newlines and marks have the id of the image.
     """
@@ -192,7 +198,7 @@ def _between_marks(query: GridQuery) -> Grids:
 
 
 def _pooled(query: GridQuery) -> Grids:
-    """Kimi K2.5's grids: the frames of one chunk of a video are pooled to one picture."""
+    """Return Kimi K2.5's grids: the frames of one chunk of a video are pooled to one picture."""
     if not query.grid_thw:
         raise InputError(
             f"nothing else tells the grids of this model's images: pass {IMAGES} (and {VIDEOS} for "

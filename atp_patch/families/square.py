@@ -17,12 +17,12 @@ from atp_patch.families.towers import last_block, read_tower, shuffled_tower, si
 
 
 def _number(size: Any) -> int:
-    """The side of a square, which a config gives as one number or as (height, width)."""
+    """Return the side of a square, which a config gives as one number or as (height, width)."""
     return int(size if isinstance(size, int) else size[0])
 
 
 def _patches(config: Any) -> int:
-    """How many patches lie along a side of the vision tower's picture."""
+    """Return how many patches lie along a side of the vision tower's picture."""
     vision = config.vision_config
     return _number(vision.image_size) // _number(vision.patch_size)
 
@@ -44,7 +44,7 @@ def _llama4_side(config: Any) -> int:
 
 
 def _whole_runs(query: GridQuery) -> Grids:
-    """Each run is one square of a size of its own.
+    """Read each run as one square of a size of its own.
 
     Granite Docling's tiles go through the connector on a coarse or a fine way; Step 3.7's crops are
     smaller than the whole picture.
@@ -68,12 +68,16 @@ def _cohere_side(config: Any) -> int:
 
 
 def _got_ocr2_side(config: Any) -> int:
-    """Two convolutions of stride 2 follow the vision tower."""
+    """Return the side of an image, after the two convolutions of stride 2 behind the vision
+    tower.
+    """
     return _patches(config) // 4
 
 
 def _aligned_tower(config: Any) -> Tower:
-    """DeepSeek-VL's and Janus's tower; the hybrid's aligner adds features of a second tower."""
+    """Return DeepSeek-VL's and Janus's tower; the hybrid's aligner adds features of a second
+    tower.
+    """
     return Tower(
         modules=("vision_model",),
         blocks="encoder.layers",
@@ -131,7 +135,7 @@ def _llama4_tower(config: Any) -> Tower:
 
 
 def _fast_vlm_side(config: Any, span: Span) -> int:
-    """The side of the images in a run of FastVLM's placeholders.
+    """Return the side of the images in a run of FastVLM's placeholders.
 
     The config knows how many tokens an image of the usual size has, and nothing of patches. A run
     that is no multiple of that number is one image.
@@ -152,7 +156,9 @@ def _fast_vlm_grids(query: GridQuery) -> Grids:
 
 
 def _perception_lm_side(config: Any) -> int:
-    """Tokens along a side of PerceptionLM's tiles: the patches of its timm tower, pooled."""
+    """Return the tokens along a side of PerceptionLM's tiles: the patches of its timm tower,
+    pooled.
+    """
     patches = (config.vision_config.model_args or {}).get("ref_feat_shape")
     if patches is None:
         raise UnsupportedModelError(
@@ -163,7 +169,7 @@ def _perception_lm_side(config: Any) -> int:
 
 
 def _perception_lm_grids(query: GridQuery) -> Grids:
-    """Each run of image placeholders holds tiles, and each run of a video its frames."""
+    """Read each run of image placeholders as tiles, and each run of a video as its frames."""
     config: Any = query.config
     side = _perception_lm_side(config)
 

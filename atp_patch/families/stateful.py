@@ -20,7 +20,7 @@ SHAPES, SLICES, FRAMES = "spatial_shapes", "target_sizes", "target_sizes_videos"
 
 
 def _patches(query: GridQuery, name: str) -> Films:
-    """The pictures of an argument that holds rows and columns of patches."""
+    """Return the pictures of an argument that holds rows and columns of patches."""
     given = query.sizes_given.get(name)
     return deque() if given is None else deque((1, h, w) for h, w in given.tolist())
 
@@ -47,7 +47,9 @@ def _minicpm_grids(query: GridQuery) -> Grids:
         return FRAMES if span.token_id == config.video_token_id else SLICES
 
     def place(span: Span, name: str, left: Films) -> list[VisualGrid]:
-        """The one picture of a run; its length tells whether the call merges patches twice."""
+        """Return the one picture of a run; its length tells whether the call merges patches
+        twice.
+        """
         _, height, width = left.popleft() if left else (0, 0, 0)
         for cell in (2 * merge, merge):
             rows, columns = height // cell, width // cell

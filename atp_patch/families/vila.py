@@ -25,7 +25,7 @@ DOWNSAMPLING = {
 
 
 def _part(config: Any, name: str) -> Mapping[str, Any]:
-    """A part of the config, which holds it as a mapping or as a config of its own."""
+    """Return a part of the config, which holds it as a mapping or as a config of its own."""
     part: Any = getattr(config, name, None)
     if isinstance(part, Mapping):
         return part
@@ -33,14 +33,16 @@ def _part(config: Any, name: str) -> Mapping[str, Any]:
 
 
 def _side(config: Any) -> int:
-    """How many visual tokens lie along a side of one image."""
+    """Return how many visual tokens lie along a side of one image."""
     tower, projector = _part(config, "vision_tower_cfg"), _part(config, "mm_projector_cfg")
     patches = int(tower["image_size"]) // int(tower["patch_size"])
     return math.ceil(patches / DOWNSAMPLING[projector["mm_projector_type"]])
 
 
 def _images(span: Span, side: int) -> list[VisualGrid]:
-    """The images of one run; how many closing embeddings each has follows from the counts."""
+    """Return the images of one run; how many closing embeddings each has follows from the
+    counts.
+    """
     tokens = side**2
     count = span.length // tokens
     closing, odd = divmod(span.length - count * tokens, count) if count else (0, 1)

@@ -222,7 +222,7 @@ class ATP(Scored):
         )
 
     def margins(self, decision: Decision) -> Tensor:
-        """The margins of :meth:`LayerMethod.margins` for the scores that are compared."""
+        """Return the margins of :meth:`LayerMethod.margins` for the scores that are compared."""
         compared = {name: decision.thresholds[name] for name in self.compared}
         return super().margins(replace(decision, thresholds=compared))
 
@@ -240,7 +240,7 @@ class ATP(Scored):
         num_layers: int,
         target: float,
     ) -> dict[str, tuple[float, Tensor]]:
-        """The losses L_atp and L_target of eq. 12-13 with their weights from eq. 14."""
+        """Return the losses L_atp and L_target of eq. 12-13 with their weights from eq. 14."""
         averages = layer_averages(counts, totals, layers, num_layers)
         to_target = target_loss(averages, totals.mean(), target, self.target_loss)
         return {

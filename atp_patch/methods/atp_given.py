@@ -29,18 +29,19 @@ class GivenThresholds(Thresholds):
     def forward(
         self, view: View, s_self: Tensor, s_cross: Tensor, question: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Thresholds.forward`."""
+        """Return the thresholds, as :meth:`Thresholds.forward` does."""
         table = self.get_buffer(f"logits_{view.layer}")
         thetas = torch.sigmoid(table)[_row(view, table.shape[0])].to(s_self.device)
         return thetas[:, 0], thetas[:, 1]
 
     def shift(self, layer: int, by: float) -> None:
-        """As :meth:`LearnedThresholds.shift`."""
+        """Shift the thresholds of a layer, as :meth:`LearnedThresholds.shift` does."""
         self.get_buffer(f"logits_{layer}").add_(by)
 
 
 def _row(view: View, rows: int) -> Tensor:
-    """(B,) int64: a number below ``rows`` for each sample, from its words and image features.
+    """Return (B,) int64: a number below ``rows`` for each sample, from its words and image
+    features.
 
     Only the signs of the features are used, because rounding does not change them.
     """

@@ -136,7 +136,7 @@ class ThresholdHeads(Thresholds):
     def forward(
         self, view: View, s_self: Tensor, s_cross: Tensor, question: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Thresholds.forward`."""
+        """Return the thresholds, as :meth:`Thresholds.forward` does."""
         layer = str(view.layer)
         if self.standardise:
             s_self = standardise_scores(s_self, view.slot_valid)
@@ -171,7 +171,7 @@ class ThresholdHeads(Thresholds):
     def through_biases(
         self, layer: int, redundant: Tensor, spatial: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Thresholds.through_biases`."""
+        """Return the same thresholds, as :meth:`Thresholds.through_biases` does."""
 
         def moved(theta: Tensor, head: nn.Module) -> Tensor:
             assert isinstance(head, Affine)
@@ -194,7 +194,7 @@ class ThresholdHeads(Thresholds):
 
 
 def logit(theta: float) -> float:
-    """The number whose sigmoid is ``theta``, limited to where a sigmoid has a gradient."""
+    """Return the number whose sigmoid is ``theta``, limited to where a sigmoid has a gradient."""
     theta = min(max(theta, 0.02), 0.98)
     return math.log(theta / (1 - theta))
 

@@ -43,7 +43,7 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def keep_best(view: TokenView, scores: Tensor, counts: Tensor | None = None) -> Tensor:
-    """(B, V) bool, True for the tokens with the highest scores.
+    """Return (B, V) bool, True for the tokens with the highest scores.
 
     The minimum number of tokens of each image is kept first.
 
@@ -89,7 +89,7 @@ def frame_counts(view: TokenView, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def minimum_counts(view: TokenView) -> Tensor:
-    """(B,) int64: the number of visual tokens that each sample must keep."""
+    """Return (B,) int64: the number of visual tokens that each sample must keep."""
     images = torch.tensor(
         [len(grids) for grids in view.layout.grids], device=view.slot_valid.device
     )
@@ -98,7 +98,9 @@ def minimum_counts(view: TokenView) -> Tensor:
 
 
 def best_of_each_image(view: TokenView, scores: Tensor) -> Tensor | None:
-    """(B, V) bool: the best ``min_tokens_per_image`` tokens of each image; None if that is 0."""
+    """Return (B, V) bool: the best ``min_tokens_per_image`` tokens of each image, or None if that
+    is 0.
+    """
     if view.min_tokens_per_image == 0:
         return None
     image = view.image
@@ -111,7 +113,7 @@ def best_of_each_image(view: TokenView, scores: Tensor) -> Tensor | None:
 
 
 def grid_table(layout: Layout, values: Callable[[int, int], Tensor]) -> Tensor:
-    """(B, V0) float32: a value for each token of the layout from its place in its grid.
+    """Return (B, V0) float32: a value for each token of the layout from its place in its grid.
 
     Args:
         layout: the visual tokens before any pruning.
@@ -135,9 +137,9 @@ def attention_paid(
     renormalise: bool = False,
     per_head: bool = False,
 ) -> Tensor:
-    """(B, V) float32: the attention that some rows pay each visual token that is left.
+    """Return (B, V) float32: the attention that some rows pay each visual token that is left.
 
-    It is averaged over the rows and, unless ``per_head`` (then (B, H, V)), over the heads.
+    The mean is over the rows and, unless ``per_head`` (then (B, H, V)), over the heads.
 
     Args:
         view: what the method sees.

@@ -29,7 +29,7 @@ class Random(Ranking):
     seed: int = 0
 
     def attention_layers(self, layer: int) -> tuple[int, ...]:
-        """None: no attention is looked at."""
+        """Return no layers, since no attention is read."""
         return ()
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
@@ -56,7 +56,7 @@ class Uniform(Ranking):
     summary: ClassVar[str] = "an even grid over each image (baseline)"
 
     def attention_layers(self, layer: int) -> tuple[int, ...]:
-        """None: no attention is looked at."""
+        """Return no layers, since no attention is read."""
         return ()
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:
@@ -67,6 +67,6 @@ class Uniform(Ranking):
 
 
 def _evenness(height: int, width: int) -> Tensor:
-    """(height * width,) float32 in (0, 1]: scores that fall in the order of the grid."""
+    """Return (height * width,) float32 in (0, 1]: scores that fall in the order of the grid."""
     order = progressive_order(height, width)
     return 1.0 - order.to(torch.float32) / order.numel()

@@ -73,7 +73,9 @@ class CDPruner(DoorMethod):
 
 
 def relevance_to_words(view: DoorView) -> Tensor:
-    """(B, V) float32: the mean cosine of each visual feature with the words of the question."""
+    """Return (B, V) float32: the mean cosine of each visual feature with the words of the
+    question.
+    """
     words = view.question
     # The mean of cosines is the product with the mean of unit vectors.
     question = normalize(view.text.float(), dim=-1).masked_fill(~words[..., None], 0.0).sum(1)
@@ -82,7 +84,7 @@ def relevance_to_words(view: DoorView) -> Tensor:
 
 
 def scaled(scores: Tensor, valid: Tensor) -> Tensor:
-    """(G, n): scores scaled to [0, 1] within each row; 1 where all are equal."""
+    """Return (G, n): scores scaled to [0, 1] within each row; 1 where all are equal."""
     smallest = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     largest = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
     spread = largest - smallest

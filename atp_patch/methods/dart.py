@@ -79,7 +79,9 @@ class DART(LayerMethod):
         return Decision(keep, scores={"norm": norm, "alike": nearest})
 
     def _pivots_kept(self, view: View, norm: Tensor, counts: Tensor) -> Tensor:
-        """(B, V) bool: the visual pivots, and the largest of each image as far as it needs them."""
+        """Return (B, V) bool: the visual pivots, and the largest of each image as far as it needs
+        them.
+        """
         number = counts.clamp(max=self.visual_pivots)
         if view.min_tokens_per_image:
             images = torch.tensor([len(grids) for grids in view.layout.grids], device=counts.device)
@@ -90,13 +92,15 @@ class DART(LayerMethod):
 
 
 def _norms(keys: Tensor, index: Tensor) -> Tensor:
-    """(B, n) float32: the L1 norms of all heads' keys (B, Hk, L, d) of (B, n) tokens."""
+    """Return (B, n) float32: the L1 norms of all heads' keys (B, Hk, L, d) of (B, n) tokens."""
     key = gather_heads(keys, index.to(keys.device))
     return key.float().abs().sum((1, 3)).to(index.device)
 
 
 def _largest(norm: Tensor, valid: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The places (B, number) of the valid tokens of the largest norm in falling order, and bool."""
+    """Return the places (B, number) of the valid tokens of the largest norm in falling order, and
+    which of them are valid.
+    """
     number = min(number, norm.shape[1])
     order = descending_rank(norm, valid).argsort(dim=1)[:, :number]
     return order, torch.arange(number, device=norm.device) < valid.sum(1, keepdim=True)

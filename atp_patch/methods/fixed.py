@@ -43,7 +43,7 @@ class Scored(LayerMethod):
         choice("cross_over", self.cross_over, ("all", "visual"))
 
     def scores(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        """S_self, S_cross and S_redundant, each (B, V) float32 (eq. 3, eq. 4 and below)."""
+        """Return S_self, S_cross and S_redundant, each (B, V) float32 (eq. 3, eq. 4 and below)."""
         s_self = self_scores(
             gather_heads(view.query, view.slot),
             gather_heads(view.key, view.slot + view.key_offset),

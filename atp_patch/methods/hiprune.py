@@ -77,7 +77,9 @@ class HiPrune(DoorMethod):
 
 
 def _neighbours(chosen: Tensor, images: Images, view: DoorView) -> Tensor:
-    """(G, n) bool: the tokens above, below, left and right of chosen ones in the same picture."""
+    """Return (G, n) bool: the tokens above, below, left and right of chosen ones in the same
+    picture.
+    """
     layout = view.layout
     row, column = (images.of_tokens(view.of_token(t)) for t in (layout.row, layout.column))
     sizes = [(grid.height, grid.width) for grids in layout.grids for grid in grids]

@@ -32,7 +32,7 @@ class Images:
 
     @classmethod
     def of(cls, view: DoorView) -> Images:
-        """The images of a view. A sample's count is divided among its images by their sizes.
+        """Return the images of a view. A sample's count is divided among its images by their sizes.
 
         Each image keeps at least ``view.min_tokens_per_image`` of its tokens.
 
@@ -62,7 +62,7 @@ class Images:
         return self.tensor(self.counts)
 
     def tensor(self, numbers: Sequence[int]) -> Tensor:
-        """(G,) int64: one number for each image, on the device of the tokens."""
+        """Return (G,) int64: one number for each image, on the device of the tokens."""
         return torch.tensor(numbers, dtype=torch.long, device=self.index.device)
 
     @property
@@ -71,11 +71,13 @@ class Images:
         return self.index[:, 0] // max(self.shape[1], 1)
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """(B, V, *) values of the view's tokens -> (G, n, *); padding slots hold anything."""
+        """Turn (B, V, *) values of the view's tokens into (G, n, *); padding slots hold
+        anything.
+        """
         return values.flatten(0, 1)[self.index]
 
     def merging(self, joined: Tensor) -> Recycled:
-        """What makes each kept token the mean of the tokens that join it.
+        """Return what makes each kept token the mean of the tokens that join it.
 
         Args:
             joined: (G, n) int64, for each token the one that it joins, by its number in the image.
@@ -87,7 +89,9 @@ class Images:
         return Recycled(*cluster_weights(place, centre, self.shape[1], mean=True))
 
     def to_tokens(self, values: Tensor, fill: float = 0) -> Tensor:
-        """(G, n) values -> (B, V) values of the view's tokens, ``fill`` in its padding slots."""
+        """Turn (G, n) values into (B, V) values of the view's tokens, with ``fill`` in its padding
+        slots.
+        """
         total = self.shape.numel()
         made = values.new_full((total + 1,), fill)
         index = torch.where(self.valid, self.index, total)

@@ -61,7 +61,7 @@ class PruMerge(TowerMethod):
         return Merge(keep, index, weight, changed)
 
     def choose(self, groups: TokenGroups) -> Tensor:
-        """(G, n) bool, True for the tokens that are kept."""
+        """Return (G, n) bool, True for the tokens that are kept."""
         if groups.counts is None:
             return outliers(groups.attention, groups.valid, groups.minimum)
         counts = torch.tensor(groups.counts, device=groups.valid.device)
@@ -88,7 +88,9 @@ class PruMergePlus(PruMerge):
 
 
 def _turns(groups: TokenGroups) -> Tensor:
-    """(G, n) int64: each token's number in an order of its grid whose first parts are even."""
+    """Return (G, n) int64: each token's number in an order of its grid whose first parts are
+    even.
+    """
     turns = torch.zeros_like(groups.row)
     for number, size in enumerate(zip(groups.heights, groups.widths, strict=True)):
         order = progressive_order(*size).to(turns.device)

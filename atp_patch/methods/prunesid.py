@@ -77,7 +77,8 @@ class PruneSID(DoorMethod):
 
 
 def _groups(features: Tensor, valid: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(G, n) float32, the loading of each token on its direction, and (G, n) int64, the direction.
+    """Return (G, n) float32, the loading of each token on its direction, and (G, n) int64, the
+    direction.
 
     Images with equally many groups are computed together.
     """
@@ -93,7 +94,7 @@ def _groups(features: Tensor, valid: Tensor, counts: tuple[int, ...]) -> tuple[T
 
 
 def _by_information(view: DoorView, images: Images, redundancy: Tensor) -> tuple[int, ...]:
-    """The counts of a sample's images in proportion to their sizes and to ``1 - redundancy``."""
+    """Return the counts of a sample's images, by their sizes and by ``1 - redundancy``."""
     information = (1 - redundancy).clamp(min=0).tolist()
     counts: list[int] = []
     for grids in view.layout.grids:

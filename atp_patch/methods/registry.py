@@ -110,21 +110,23 @@ class MethodSet:
 
 
 def available_methods() -> list[str]:
-    """Names that ``patch_model(method=...)`` takes, first this package's, then other packages'."""
+    """Return the names that ``patch_model(method=...)`` takes, first this package's, then other
+    packages'.
+    """
     own = [method.name for method in METHODS]
     return own + sorted({point.name for point in _entry_points()} - set(own))
 
 
 def untrained_methods() -> list[str]:
-    """Names of this package's methods that work without training."""
+    """Return the names of this package's methods that work without training."""
     return [method.name for method in METHODS if method.where != "voco"]
 
 
 def method_class(name: str) -> type[Method]:
     """Return the class of a method by its name.
 
-    It is looked for in this package, then among the classes that are defined, of which the last one
-    is taken, then in other packages.
+    The class is looked for in this package, then among the classes that are defined, of which the
+    last one is taken, then in other packages.
 
     Raises:
         ConfigError: if the name is unknown, two packages have a method of this name, or the package
@@ -150,14 +152,14 @@ def method_class(name: str) -> type[Method]:
 
 
 def _entry_points() -> tuple[EntryPoint, ...]:
-    """The methods that packages on today's ``sys.path`` bring."""
+    """Return the methods that packages on today's ``sys.path`` bring."""
     return _entry_points_on(tuple(sys.path))
 
 
 @lru_cache(maxsize=8)
 def _entry_points_on(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """As :func:`_entry_points`. Reading the metadata of every package there takes milliseconds, so
-    it is done once; a package that is installed later is seen by the next process.
+    """Do what :func:`_entry_points` does. Reading the metadata of every package there takes
+    milliseconds, so it is done once; a package that is installed later is seen by the next process.
     """
     return tuple(entry_points(group=GROUP))
 
@@ -288,5 +290,5 @@ def make_methods(
 
 
 def _stage_before(method: Method) -> DoorMethod | None:
-    """The part of a method of two stages that prunes at the decoder's door, or None."""
+    """Return the part of a method of two stages that prunes at the decoder's door, or None."""
     return method.stage_before() if isinstance(method, LayerMethod) else None

@@ -106,9 +106,9 @@ class SparseVLM(Ranking):
         return Decision(keep, scores={"raters": scores}, recycled=recycled)
 
     def _raters(self, view: View) -> Tensor:
-        """(B, T) bool, True for raters.
+        """Return (B, T) bool, True for raters.
 
-        They are chosen by the decoder's input embeddings, so they are the same at every pruning
+        Raters are chosen by the decoder's input embeddings, so they are the same at every pruning
         layer.
         """
         embeds, layout = view.embeds, view.layout
@@ -118,7 +118,9 @@ class SparseVLM(Ranking):
         return raters(visual, layout.valid, text, view.text_valid)
 
     def _counts(self, view: View, rater: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) int64 each: the numbers of tokens that are kept unchanged, and of clusters."""
+        """Return (B,) int64 each: the numbers of tokens that are kept unchanged, and of
+        clusters.
+        """
         left, minimum = view.slot_valid.sum(1), minimum_counts(view)
         share = self.recycle_share * self.cluster_share
         if view.counts is None:

@@ -78,7 +78,7 @@ class VScanTower(DoorMethod):
         )
 
     def _turn(self, attention: Tensor, images: Images, view: DoorView) -> Tensor:
-        """(G, n) int64: how many tokens of the same window get more attention."""
+        """Return (G, n) int64: how many tokens of the same window get more attention."""
         layout, sides = view.layout, self.windows
         sizes = [(grid.height, grid.width) for grids in layout.grids for grid in grids]
         height, width = (images.tensor(side)[:, None] for side in zip(*sizes, strict=True))
@@ -122,7 +122,7 @@ class VScan(Ranking):
         self.stage_before()  # which checks its options
 
     def stage_before(self) -> DoorMethod:
-        """The part that prunes before the decoder."""
+        """Return the part that prunes before the decoder."""
         return VScanTower(self.share, self.local_share, self.windows)
 
     def decide(self, view: View, module: nn.Module | None) -> Decision:

@@ -36,7 +36,7 @@ class DecoderPass(Protocol):
         """Return the layer's arguments, and change its keywords in place."""
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
-        """The decoder's output in the public length; None leaves it as it is.
+        """Return the decoder's output in the public length, or None, which leaves it as it is.
 
         Args:
             output: what the decoder returned.
@@ -45,10 +45,12 @@ class DecoderPass(Protocol):
         """
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: the places that have no output of their own; None where all have one."""
+        """Return (B, L) bool: the places that have no output of their own, or None where all have
+        one.
+        """
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss of the model's output: name -> (weight, scalar)."""
+        """Return what training adds to the loss of the model's output: name -> (weight, scalar)."""
 
 
 class Carrier:
@@ -140,7 +142,7 @@ class DecoderHooks:
     def pass_of(self, kwargs: dict[str, Any]) -> tuple[DecoderPass, dict[str, Any]] | None:
         """Return the state of a new pass with these arguments, and the arguments of the decoder.
 
-        It is None where the host runs the pass without us.
+        The result is None where the host runs the pass without us.
 
         Args:
             kwargs: the arguments that the host gives the decoder.
@@ -207,7 +209,7 @@ class DecoderHooks:
         return None if carrier is None else self.finish(carrier.decoder_pass, output, kwargs)
 
     def finish(self, decoder_pass: DecoderPass, output: Any, kwargs: dict[str, Any]) -> Any:
-        """The decoder's output in the public length; None leaves it as it is.
+        """Return the decoder's output in the public length, or None, which leaves it as it is.
 
         Labels at places without an output of their own are dropped.
         """

@@ -22,7 +22,7 @@ class Policy(PrefillPolicy, Protocol):
         """
 
     def vision_hooks(self, active: Callable[[], bool], recorder: Recorder) -> VisionHooks | None:
-        """The hooks on the vision tower, or None.
+        """Return the hooks on the vision tower, or None.
 
         Args:
             active: tells whether the running thread's call of the tower is part of a pass that may

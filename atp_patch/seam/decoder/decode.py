@@ -34,15 +34,15 @@ class Decode:
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
-        """None, since the output stays as it is."""
+        """Return None, since the output stays as it is."""
         return None
 
     def without_output(self) -> Tensor | None:
-        """None, since every place has an output."""
+        """Return None, since every place has an output."""
         return None
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """Nothing, since nothing is learned here."""
+        """Return no losses, since nothing is learned here."""
         return {}
 
     def narrow_kwargs(self, layer: int, length: int, kwargs: dict[str, Any]) -> None:

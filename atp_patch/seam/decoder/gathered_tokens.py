@@ -85,7 +85,9 @@ class GatheredTokens:
         self.visual = tokens.keeping(keep, kept)
 
     def columns(self, layer: int, position: Tensor) -> Tensor:
-        """Places of positions (B, n) of the sequence among the tokens that a layer runs on."""
+        """Return the places (B, n) of positions of the sequence among the tokens that a layer runs
+        on.
+        """
         survivors = self.survivors(layer)
         if survivors is None:
             return position
@@ -93,28 +95,32 @@ class GatheredTokens:
         return slots.gather(1, position).clamp(min=0)
 
     def gone(self, layer: int) -> Tensor | None:
-        """None, since layers do not run on pruned tokens."""
+        """Return None, since layers do not run on pruned tokens."""
         return None
 
     def seen(self, view: View) -> View:
-        """The view, unchanged."""
+        """Return the view unchanged."""
         return view
 
     def entering(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None where it runs on all."""
+        """Return the tokens that a layer runs on, or None where it runs on all."""
         return survivors_of(self.choices, layer)
 
     def survivors(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None where it runs on all."""
+        """Return the tokens that a layer runs on, or None where it runs on all."""
         return survivors_of(self.choices, layer)
 
     def merged(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states of all tokens that reached a layer, some with others merged."""
+        """Return (B, L', D) hidden states of all tokens that reached a layer; some took in
+        others.
+        """
         choice = self.choices.get(layer)
         return hidden if choice is None else choice.merged(hidden)
 
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L'', D) hidden states of a layer's survivors, from (B, L', D) of those before it."""
+        """Return (B, L'', D) hidden states of a layer's survivors, from (B, L', D) of those before
+        it.
+        """
         before, after = self.survivors(layer - 1), self.survivors(layer)
         if layer not in self.choices or after is None or after is before:
             return hidden
@@ -125,19 +131,19 @@ class GatheredTokens:
         return gather_tokens(hidden, index.to(hidden.device))
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
-        """None, since the host's own attention is used."""
+        """Return None, since the host's own attention is used."""
         return None
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: the tokens that enter ``layer``, in their original positions."""
+        """Return (B, L) bool: the tokens that enter ``layer``, in their original positions."""
         return kept_in(self, layer)
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: pruned places, and padding where it was dropped with them."""
+        """Return (B, L) bool: pruned places, and padding where it was dropped with them."""
         return None if self._latest is None else ~self.kept(max(self.choices))
 
     def learned(self) -> Learned | None:
-        """None, since nothing is learned."""
+        """Return None, since nothing is learned."""
         return None
 
     def move_to(self, device: torch.device) -> None:

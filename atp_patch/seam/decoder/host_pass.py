@@ -55,7 +55,9 @@ class HostPass:
         return is_flash(self.implementation)
 
     def earlier_keys(self, layer: int, new: int) -> int:
-        """How many keys of earlier turns a layer's cache holds beside ``new`` keys of this pass."""
+        """Return how many keys of earlier turns a layer's cache holds beside ``new`` keys of this
+        pass.
+        """
         if self.past == 0 or self.cache is None:
             return 0
         return int(self.cache.layers[layer].keys.shape[-2]) - new
@@ -109,7 +111,8 @@ class HostPass:
             adopt(cache, layer).prune(keys, valid, self.total)
 
     def query_factor(self, attention: Any, survivors: Survivors, cache: Any) -> Tensor | None:
-        """(B, n): what the queries of a layer's survivors are multiplied by; None for nothing.
+        """Return (B, n), the factors of the queries of a layer's survivors, or None where all are
+        1.
 
         Args:
             attention: the layer's attention.
@@ -137,11 +140,12 @@ class HostPass:
         kwargs["attention_mask"] = survivors.once(key, (mask, held), narrowed)
 
     def _offset(self, mask: Tensor) -> int:
-        """The logical position of a mask's first column."""
+        """Return the logical position of a mask's first column."""
         return max(self.total - int(mask.shape[-1]), 0)
 
     def _held_positions(self, layer: int) -> Tensor | None:
-        """The positions of earlier turns that a layer's keys stand for; None where none is known.
+        """Return the positions of earlier turns that a layer's keys stand for, or None where none
+        is known.
 
         It is used as an identity alone.
         """
@@ -150,7 +154,8 @@ class HostPass:
         return getattr(self.cache.layers[self.key_layers[layer]], "positions", None)
 
     def _state_mask(self, survivors: Survivors) -> Tensor | None:
-        """(B, n) bool, the tokens that enter a layer that keeps a state; None where all slots do.
+        """Return (B, n) bool, the tokens that enter a layer that keeps a state, or None where all
+        slots do.
 
         The layer zeroes the others, which stand before a sample's tokens, so that its state is
         still empty when the first token comes.
@@ -181,7 +186,7 @@ class HostPass:
             )
 
     def _mask(self, layer: int, survivors: Survivors, mask: Tensor | None) -> Tensor | None:
-        """The survivors' mask; None where causality suffices."""
+        """Return the survivors' mask, or None where causality suffices."""
         if mask is None and survivors.causality_hides_padding:
             return None
         keys, valid = self._key_positions(layer, survivors)
@@ -210,7 +215,7 @@ class HostPass:
         )
 
     def _key_positions(self, layer: int, survivors: Survivors) -> tuple[Tensor, Tensor | None]:
-        """(B, K) int64 logical positions of a layer's keys once the survivors are cached.
+        """Return (B, K) int64 logical positions of a layer's keys once the survivors are cached.
 
         The second tensor is (B, K) bool, or None where every key is a token.
         """

@@ -38,7 +38,7 @@ class LateFeatures:
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> LateFeatures | None:
-        """The features among the decoder's arguments; None where there are none."""
+        """Return the features among the decoder's arguments, or None where there are none."""
         mask, features = kwargs.get(_MASK), kwargs.get(_FEATURES)
         if mask is None or not features:
             return None
@@ -50,11 +50,13 @@ class LateFeatures:
         kwargs[_MASK] = kwargs[_FEATURES] = None
 
     def shown(self, embeds: Tensor) -> Tensor:
-        """(B, L, D) embeddings that show of each visual token the features that come first."""
+        """Return (B, L, D) embeddings that show of each visual token the features that come
+        first.
+        """
         return torch.where(self.mask, self.tables[min(self.tables)], embeds)
 
     def added(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states that enter a layer, with the features added before it."""
+        """Return (B, L', D) hidden states that enter a layer, with the features added before it."""
         table = self.tables.get(layer)
         return hidden if table is None else hidden + table.to(hidden)
 

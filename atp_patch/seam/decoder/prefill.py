@@ -50,9 +50,9 @@ class LayerPolicy(Protocol):
     def counts(
         self, step: int, layout: Layout, entered: tuple[int, ...], left: tuple[int, ...]
     ) -> tuple[int, ...] | None:
-        """How many visual tokens the budget leaves each sample at a pruning layer.
+        """Return how many visual tokens the budget leaves each sample at a pruning layer.
 
-        It is None without a budget.
+        The result is None without a budget.
 
         Args:
             step: the number of the pruning layer, from 0.
@@ -62,7 +62,7 @@ class LayerPolicy(Protocol):
         """
 
     def decide(self, view: View) -> Decision:
-        """The method's choice."""
+        """Ask the method for its decision."""
 
     def finished(self, prefill: Prefill) -> None:
         """Take note of a forward pass with images that has gone through the decoder."""
@@ -70,7 +70,7 @@ class LayerPolicy(Protocol):
     def losses(
         self, prefill: Prefill, learned: Learned, output: Any
     ) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss of the host's output: name -> (weight, scalar)."""
+        """Return what training adds to the loss of the host's output: name -> (weight, scalar)."""
 
 
 @dataclass
@@ -171,11 +171,13 @@ class Prefill:
         )
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: the places that have no output of their own; None where all have one."""
+        """Return (B, L) bool: the places that have no output of their own, or None where all have
+        one.
+        """
         return self.tokens.without_output()
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """What training adds to the loss: name -> (weight, scalar)."""
+        """Return what training adds to the loss: name -> (weight, scalar)."""
         learned = self.tokens.learned()
         return {} if learned is None else self.policy.losses(self, learned, output)
 
@@ -244,7 +246,7 @@ class Prefill:
             return self.policy.decide(view)
 
     def _is_scored(self, layer: int) -> bool:
-        """Whether a decision that is still to be made looks at the attention of a layer."""
+        """Return whether a decision that is still to be made looks at the attention of a layer."""
         return any(
             later > layer and layer in numbers.values() and self._needs_decision(later)
             for later, numbers in self.policy.attention_layers.items()
@@ -272,7 +274,7 @@ class Prefill:
     # -- what the host hands to a layer -----------------------------------------------------------
 
     def _narrow_hidden(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states of the tokens that enter a layer.
+        """Return the hidden states of the tokens that enter a layer.
 
         In front of layers that reuse keys, the host may cut everything to the last tokens of the
         sequence, for which alone it wants logits. Of hidden states that it takes for whole, it
@@ -316,7 +318,7 @@ class Prefill:
         return self.host.query_factor(attention, survivors, kwargs.get("past_key_values"))
 
     def _cut(self, output: Any, survivors: Survivors, rows: int) -> Any:
-        """The output of the last ``rows`` tokens, with zeros at pruned places."""
+        """Return the output of the last ``rows`` tokens, with zeros at pruned places."""
         alive = survivors.mask(self.layout.length)[:, -rows:, None]
 
         def zeroed(states: Tensor) -> Tensor:

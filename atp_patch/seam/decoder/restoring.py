@@ -19,7 +19,8 @@ def restored(
     *,
     square: bool,
 ) -> Any:
-    """The decoder's output with zeros at pruned places; None where it has its full length already.
+    """Return the decoder's output with zeros at pruned places, or None where it has its full length
+    already.
 
     Args:
         output: what the decoder returned.

@@ -38,14 +38,17 @@ class RowColumnRotary:
 
     @staticmethod
     def _places(layout: Layout, visual: Tensor) -> Tensor:
-        """(B, L) int64: the place of each token, and for visual tokens the given one (B, V)."""
+        """Return (B, L) int64: the place of each token, and for visual tokens the given one (B,
+        V).
+        """
         batch, length = layout.valid.shape[0], layout.length
         own = torch.arange(length + 1, device=visual.device).repeat(batch, 1)
         column = torch.where(layout.valid, layout.position, length)
         return own.scatter(1, column, visual)[:, :length]
 
     def tables(self, host: Any) -> Any:
-        """The tables (cos, sin) that a layer gets in place of the host's; they are made once.
+        """Return the tables (cos, sin) that a layer gets in place of the host's; they are made
+        once.
 
         Raises:
             UnsupportedModelError: where the layout of the host's tables is not known.

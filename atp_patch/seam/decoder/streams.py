@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 def by_stream(change: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Hidden states of which each stream, (B, L, D), has been changed; the same object if none is.
+    """Return hidden states in which each stream (B, L, D) has been changed, or the same object if
+    none is.
 
     Args:
         change: a function of the states of one stream.
@@ -28,5 +29,5 @@ def by_stream(change: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
 
 
 def first_stream(hidden: Tensor) -> Tensor:
-    """(B, L, D): the stream that the embeddings enter, which attention reads in Gemma 3n."""
+    """Return (B, L, D): the stream that the embeddings enter, which attention reads in Gemma 3n."""
     return hidden if hidden.ndim == 3 else hidden[0]

@@ -30,7 +30,7 @@ class Survivors:
     narrowed: dict[Any, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Survivors:
-        """The same survivors on another device."""
+        """Return the same survivors on another device."""
         valid = None if self.valid is None else self.valid.to(device)
         return Survivors(self.index.to(device), valid, self.padding_last)
 
@@ -45,17 +45,19 @@ class Survivors:
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
     def columns(self, length: int) -> Tensor:
-        """(B, length) int64: the slot of each position of the sequence, -1 where it has none."""
+        """Return (B, length) int64: the slot of each position of the sequence, -1 where it has
+        none.
+        """
         return self.once("slots", None, lambda: local_index(self.index, self.all_valid, length))
 
     def mask(self, length: int) -> Tensor:
-        """(B, length) bool: the positions that survive."""
+        """Return (B, length) bool: the positions that survive."""
         column = torch.where(self.all_valid, self.index, length)
         mask = torch.zeros(column.shape[0], length + 1, dtype=torch.bool, device=column.device)
         return mask.scatter_(1, column, True)[:, :length]
 
     def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
-        """The result of ``make()``, which runs once for each key.
+        """Return the result of ``make()``, which runs once for each key.
 
         The source object is kept alive, so that a key that holds its id stays unique.
         """
@@ -64,12 +66,15 @@ class Survivors:
         return self.narrowed[key][1]
 
     def restore_hidden(self, hidden: Tensor, length: int) -> Tensor:
-        """(B, length, *) states with zeros at pruned places, from (B, n, *) of the survivors."""
+        """Return (B, length, *) states with zeros at pruned places, made from (B, n, *) of the
+        survivors.
+        """
         here = self.to(hidden.device)
         return scatter_tokens(hidden, here.index, here.all_valid, length)
 
     def restore_attention(self, weights: Tensor, length: int, *, square: bool) -> Tensor:
-        """(B, H, length, K) attention weights with zeros at pruned places, from (B, H, n, K).
+        """Return (B, H, length, K) attention weights with zeros at pruned places, made from (B, H,
+        n, K).
 
         Args:
             weights: (B, H, n, K).

@@ -32,7 +32,7 @@ class VisualTokens:
 
     @classmethod
     def all_of(cls, layout: Layout) -> VisualTokens:
-        """All visual tokens of a layout."""
+        """Return all visual tokens of a layout."""
         columns = torch.arange(layout.valid.shape[1], device=layout.valid.device)
         return cls(layout, columns.expand_as(layout.valid), layout.valid, layout.totals)
 
@@ -42,7 +42,7 @@ class VisualTokens:
         return self.layout.position.gather(1, self.token)
 
     def keeping(self, keep: Tensor, kept: Sequence[int]) -> VisualTokens:
-        """The visual tokens that are kept.
+        """Return only those visual tokens that are kept.
 
         Args:
             keep: (B, V) bool.
@@ -52,7 +52,7 @@ class VisualTokens:
         return VisualTokens(self.layout, self.token.gather(1, chosen), valid, tuple(kept))
 
     def to(self, device: torch.device) -> VisualTokens:
-        """The same tokens on another device."""
+        """Return the same tokens on another device."""
         layout = self.layout.to(device)
         return VisualTokens(layout, self.token.to(device), self.valid.to(device), self.left)
 
@@ -76,7 +76,7 @@ class Choice:
     survivors: Survivors | None
 
     def merged(self, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states of all tokens that reached the layer.
+        """Return (B, L', D) hidden states of all tokens that reached the layer.
 
         A token that takes in others has their weighted sum in place of its own state.
         """
@@ -125,54 +125,62 @@ class TokenState(Protocol):
         """Carry out a decision before ``layer``."""
 
     def columns(self, layer: int, position: Tensor) -> Tensor:
-        """(B, n) int64: the places of positions (B, n) of the sequence among the tokens that a
-        layer runs on.
+        """Return (B, n) int64: the places of positions (B, n) of the sequence among the tokens that
+        a layer runs on.
         """
 
     def gone(self, layer: int) -> Tensor | None:
-        """(B, L') bool: the tokens that a layer runs on but no score may see; None without any."""
+        """Return (B, L') bool: the tokens that a layer runs on but no score may see, or None
+        without any.
+        """
 
     def seen(self, view: View) -> View:
         """Take note of the view of a method, and return it as the method is to see it."""
 
     def entering(self, layer: int) -> Survivors | None:
-        """The tokens that a layer runs on; None where it runs on all.
+        """Return the tokens that a layer runs on, or None where it runs on all.
 
-        It is the same when gradient checkpointing replays the layer.
+        The result is the same when gradient checkpointing replays the layer.
         """
 
     def survivors(self, layer: int) -> Survivors | None:
-        """The tokens that were chosen before a layer or earlier; None before the first pruning."""
+        """Return the tokens that were chosen before a layer or earlier, or None before the first
+        pruning.
+        """
 
     def merged(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L', D) hidden states of all tokens that reached a layer, where those that stay have
-        taken in others.
+        """Return (B, L', D) hidden states of all tokens that reached a layer, where those that stay
+        have taken in others.
         """
 
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L'', D) hidden states that enter a layer, from (B, L', D) of those before it."""
+        """Return (B, L'', D) hidden states that enter a layer, from (B, L', D) of those before
+        it.
+        """
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
-        """The attention that a layer uses; None for the host's own."""
+        """Return the attention that a layer uses, or None for the host's own."""
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: the tokens that are left in ``layer``, in their original positions.
+        """Return (B, L) bool: the tokens that are left in ``layer``, in their original positions.
 
-        It is False at padding.
+        The result is False at padding.
         """
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: the places that have no output of their own; None where all have one."""
+        """Return (B, L) bool: the places that have no output of their own, or None where all have
+        one.
+        """
 
     def learned(self) -> Learned | None:
-        """What losses are made of; None where nothing is learned."""
+        """Return what losses are made of, or None where nothing is learned."""
 
     def move_to(self, device: torch.device) -> None:
         """Move the state to the device on which the decoder goes on."""
 
 
 def kept_in(state: TokenState, layer: int) -> Tensor:
-    """The result of :meth:`TokenState.kept`, from the survivors."""
+    """Compute what :meth:`TokenState.kept` returns from the survivors."""
     layout, survivors = state.visual.layout, state.survivors(layer)
     if survivors is not None:
         return survivors.mask(layout.length)
@@ -183,6 +191,6 @@ def kept_in(state: TokenState, layer: int) -> Tensor:
 
 
 def survivors_of(choices: dict[int, Choice], layer: int) -> Survivors | None:
-    """The result of :meth:`TokenState.survivors`, from the choices."""
+    """Compute what :meth:`TokenState.survivors` returns from the choices."""
     made = [number for number in choices if number <= layer]
     return choices[max(made)].survivors if made else None

@@ -28,10 +28,10 @@ class DoorPolicy(Protocol):
     view_minimums: dict[str, int]
 
     def door_counts(self, layout: Layout) -> tuple[int, ...] | None:
-        """How many visual tokens of each sample enter, or None where the method decides."""
+        """Return how many visual tokens of each sample enter, or None where the method decides."""
 
     def decide_at_door(self, view: DoorView) -> Decision:
-        """The method's choice."""
+        """Ask the method for its decision."""
 
 
 def choose(
@@ -42,7 +42,7 @@ def choose(
     embeds: Tensor,
     tower: Callable[[], Mapping[float, TowerTokens]],
 ) -> Decision | None:
-    """The visual tokens that enter the decoder; None where the budget lets all enter.
+    """Return the visual tokens that enter the decoder, or None where the budget lets all enter.
 
     Args:
         policy: what the rest of the package says about the door.

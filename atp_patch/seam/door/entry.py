@@ -49,7 +49,7 @@ class PromptPolicy(Protocol):
     explicit: bool
 
     def grids(self, query: GridQuery) -> Sequence[Sequence[VisualGrid]]:
-        """The grids of each sample's visual tokens."""
+        """Return the grids of each sample's visual tokens."""
 
 
 class PrefillPolicy(PromptPolicy, DoorPolicy, LayerPolicy, Protocol):
@@ -70,7 +70,9 @@ class TowerOutputs(Protocol):
     """Reads the vision tower for a method at the door."""
 
     def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> Mapping[float, TowerTokens]:
-        """What each block did, in the layout's places, by the number that the method asked for."""
+        """Return what each block did, in the layout's places, by the number that the method asked
+        for.
+        """
 
 
 def prefill_of(
@@ -82,7 +84,7 @@ def prefill_of(
     session: Session | None,
     kwargs: dict[str, Any],
 ) -> Prefill | None:
-    """The state of a forward pass with images; None for a pass without any.
+    """Return the state of a forward pass with images, or None for a pass without any.
 
     Tombstones of tokens that were dropped before the decoder are taken out of ``inputs_embeds``. A
     method at the door makes its choice here, with what ``tower_outputs`` has read.
@@ -207,7 +209,7 @@ def prefill_of(
 def _tower(
     tower_outputs: TowerOutputs | None, policy: PromptPolicy, prompt: Prompt, layout: Layout
 ) -> Mapping[float, TowerTokens]:
-    """What the vision tower did in the blocks that the method asks for."""
+    """Return what the vision tower did in the blocks that the method asks for."""
     if tower_outputs is None:
         return {}
     image = policy.visual_token_ids[0]  # the ids of videos follow it
@@ -248,7 +250,7 @@ def _check_later_turn(parts: Parts, cache: Cache, total: int) -> None:
 
 
 def filled_window(parts: Parts, tokens: int) -> int | None:
-    """The narrowest sliding window of the decoder that so many tokens fill, or None.
+    """Return the narrowest sliding window of the decoder that so many tokens fill, or None.
 
     A full window has dropped its oldest key already.
     """
@@ -257,7 +259,7 @@ def filled_window(parts: Parts, tokens: int) -> int | None:
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
-    """The window of a layer in tokens, or None where it attends to everything before.
+    """Return the window of a layer in tokens, or None where it attends to everything before.
 
     A layer that attends within chunks sees no more than a chunk.
     """

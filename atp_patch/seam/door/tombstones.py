@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def with_tombstones(features: Tensor, rows: Tensor, parity: Tensor) -> Tensor:
-    """Features with tombstones in some rows.
+    """Return the features with tombstones in some rows.
 
     Args:
         features: (N, D).
@@ -31,13 +31,15 @@ def with_tombstones(features: Tensor, rows: Tensor, parity: Tensor) -> Tensor:
 
 
 def find_tombstones(embeds: Tensor) -> Tensor:
-    """(B, L) bool: which of the embeddings (B, L, D) are tombstones."""
+    """Return (B, L) bool: which of the embeddings (B, L, D) are tombstones."""
     even, odd = embeds.detach()[..., 0], embeds.detach()[..., 1]
     return (even.isnan() & (odd == 0)) | ((even == 0) & odd.isposinf())
 
 
 def are_mixed(features: Tensor) -> bool:
-    """Whether some of these features (n, D) are tombstones that were mixed with other features."""
+    """Return whether some of these features (n, D) are tombstones that were mixed with other
+    features.
+    """
     even, odd = features[:, 0::2], features[:, 1::2]
     of_even = even.isnan().all(1) & ~odd.isnan().any(1)
     of_odd = odd.isposinf().all(1) & even.isfinite().all(1)
@@ -45,7 +47,9 @@ def are_mixed(features: Tensor) -> bool:
 
 
 def without_tombstones(features: Any) -> Any:
-    """Features, or lists of them, with zeros in place of tombstones; anything else as it is."""
+    """Return features, or lists of them, with zeros in place of tombstones; anything else is
+    returned as it is.
+    """
     if isinstance(features, Tensor):
         return features.masked_fill(find_tombstones(features)[..., None], 0)
     if isinstance(features, (list, tuple)):

@@ -108,12 +108,14 @@ class PrunedDynamicLayer(PrunedKeys, DynamicLayer):
     values: Any
 
     def get_seq_length(self) -> int:
-        """The logical length, which counts all positions so far, pruned ones included."""
+        """Return the logical length, which counts all positions so far, pruned ones included."""
         stored = super().get_seq_length()
         return stored + self.dropped if stored else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask that the host builds for ``query_length`` new tokens."""
+        """Return (length, offset) of the mask that the host builds for ``query_length`` new
+        tokens.
+        """
         return self.get_seq_length() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -165,7 +167,7 @@ class PrunedStaticLayer(PrunedKeys, StaticLayer):
         return int(self.max_cache_len)
 
     def get_seq_length(self) -> Any:
-        """The logical length, which counts all positions so far, pruned ones included."""
+        """Return the logical length, which counts all positions so far, pruned ones included."""
         return self.cumulative_length + self.dropped if self.is_initialized else 0
 
 
@@ -178,7 +180,7 @@ _REPLACEABLE = {
 
 
 def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
-    """The cache's layer where it holds a pruned prompt, else None; this takes constant time.
+    """Return the cache's layer where it holds a pruned prompt, else None, in constant time.
 
     Gradient checkpointing leaves the layer of a pruned prompt empty.
     """
@@ -223,7 +225,9 @@ def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
 
 
 def capacity(cache: Cache | None, layer_idx: int = 0) -> int | None:
-    """How many slots a preallocated layer has, the host's own included; None for one that grows."""
+    """Return how many slots a preallocated layer has, the host's own included, or None for one that
+    grows.
+    """
     layers = [] if cache is None else cache.layers
     layer: Any = layers[layer_idx] if layer_idx < len(layers) else None
     if isinstance(layer, PrunedKeys):
@@ -256,7 +260,8 @@ def check_cache(cache: Cache | None, first_layer: int | None) -> None:
 def stored_positions(
     cache: Cache, layer_idx: int, batch: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The logical positions of the keys that a layer holds already; None where it is empty.
+    """Return the logical positions of the keys that a layer holds already, or None where it is
+    empty.
 
     Returns:
         (B, P) int64, and (B, P) bool or None where every key is a token.
@@ -279,7 +284,7 @@ def stored_positions(
 
 
 def columns(layer: PrunedLayer, width: int) -> tuple[Tensor, Tensor | None]:
-    """The logical position of each key of a layer.
+    """Return the logical position of each key of a layer.
 
     Args:
         layer: a cache layer that holds a pruned prompt.

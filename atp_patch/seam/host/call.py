@@ -124,7 +124,9 @@ class Call:
         return self
 
     def sizes(self, batch: int) -> Any:
-        """The (frames, height, width) that were given for the images of each sample, or None."""
+        """Return the (frames, height, width) that were given for the images of each sample, or
+        None.
+        """
         given = self.visual_grids
         if not given or self.prompt_length is None or batch % len(given):
             return given
@@ -132,7 +134,7 @@ class Call:
         return [sample for sample in given for _ in range(repeats)]
 
     def ids(self, batch: int, length: int) -> Tensor | None:
-        """(batch, length) ids of this pass, or of the prompt whose embeddings it is given.
+        """Return (batch, length) ids of this pass, or of the prompt whose embeddings it is given.
 
         A ``visual_mask`` says more about embeddings than ids beside them do.
         """
@@ -145,8 +147,8 @@ class Call:
         return prompt.repeat_interleave(batch // samples, 0)  # beams and returned sequences
 
     def given_sizes(self, batch: int) -> tuple[dict[str, Tensor], int]:
-        """What this pass or its prompt was told of the pictures' sizes, and how many rows share one
-        sample's pictures.
+        """Return what this pass or its prompt was given of the pictures' sizes, and how many rows
+        share one sample's pictures.
         """
         session = self.session
         if self.picture_sizes or session is None or not session.samples:

@@ -13,14 +13,15 @@ _EXTENDS = "embed_tokens_extend"
 
 
 def embeds_itself(decoder: Any) -> bool:
-    """Whether the decoder is given pixels, and makes features of them."""
+    """Return whether the decoder is given pixels, and makes features of them."""
     return hasattr(decoder, _EXTENDS)
 
 
 def embedded(decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's arguments with embeddings, features among them, in place of ids and pixels.
+    """Return the decoder's arguments with embeddings, features among them, in place of ids and
+    pixels.
 
-    They are returned as they are where they hold embeddings already.
+    The arguments are returned as they are where they hold embeddings already.
     """
     ids = kwargs.get("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:

@@ -78,7 +78,7 @@ _STATES = ("linear_attention", "conv")
 
 
 def attends(layer: Any) -> bool:
-    """Whether a decoder layer has an attention, and so keys."""
+    """Return whether a decoder layer has an attention, and so keys."""
     return hasattr(layer, "self_attn")
 
 
@@ -119,7 +119,7 @@ def decoder_shape(config: Any, layers: Iterable[nn.Module] = ()) -> DecoderShape
 
 
 def _head_dim(config: Any, heads: int) -> int:
-    """The size of a head; the mean of a key's and a value's where keys and values differ in it."""
+    """Return the size of a head, or the mean of a key's and a value's size where these differ."""
     if getattr(config, "kv_lora_rank", None):
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         return int(key + config.v_head_dim) // 2
@@ -127,7 +127,7 @@ def _head_dim(config: Any, heads: int) -> int:
 
 
 def _mixer_weights(layer: Any) -> int:
-    """How many weights the matrices of a layer's attention have, or of what stands in its place."""
+    """Count the weights in the matrices of a layer's attention, or of what stands in its place."""
     mixers = (getattr(layer, name, None) for name in ("self_attn", "linear_attn", "conv"))
     mixer: nn.Module = next(mixer for mixer in mixers if mixer is not None)
     return sum(
@@ -138,7 +138,7 @@ def _mixer_weights(layer: Any) -> int:
 
 
 def _layer_configs(config: Any) -> list[Any]:
-    """For each layer, the config that its sizes are read from.
+    """Return for each layer the config that its sizes are read from.
 
     A config whose layers differ does not give such sizes itself, and has one config a layer. In
     early versions of transformers it names the sizes of Gemma 4's full layers apart.
@@ -156,7 +156,7 @@ def _layer_configs(config: Any) -> list[Any]:
 
 
 def _mlp_sizes(config: Any) -> tuple[int, ...]:
-    """The inner size of each layer's MLP, for costs.
+    """Return the inner size of each layer's MLP, for costs.
 
     In a mixture of experts it is that of all experts that a token visits, under whichever names the
     config has for them.
@@ -196,7 +196,7 @@ def _mlp_sizes(config: Any) -> tuple[int, ...]:
 
 
 def _adjusted(config: Any, size: int) -> int:
-    """The inner size of an MLP, which LFM2 computes from the one in its config."""
+    """Return the inner size of an MLP, which LFM2 computes from the one in its config."""
     if not getattr(config, "block_auto_adjust_ff_dim", False):
         return size
     size = int(2 * size / 3)
@@ -256,7 +256,9 @@ def check_uncompiled(parts: Parts, around: Iterable[nn.Module] = ()) -> None:
 
 
 def _inside(model: Any, name: str, outer: Outer) -> Parts:
-    """The parts of a model of another package: it or its language model is the top."""
+    """Return the parts of a model of another package, which is the top itself or holds its language
+    model.
+    """
     wanted = [name for name in (outer.decoder, outer.embed, outer.image_token) if name is not None]
     missing = [attribute for attribute in wanted if not hasattr(model, attribute)]
     if missing:
@@ -276,7 +278,7 @@ def _inside(model: Any, name: str, outer: Outer) -> Parts:
 
 
 def _decoder(model: Any) -> tuple[Any, Any]:
-    """The decoder and its ``layers``, None where it has none."""
+    """Return the decoder and its ``layers``, None where it has none."""
     decoder = model.get_decoder()
     while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
         decoder = decoder.model
@@ -284,7 +286,8 @@ def _decoder(model: Any) -> tuple[Any, Any]:
 
 
 def _key_layers(layers: nn.ModuleList) -> tuple[int, ...]:
-    """For each layer the number of the layer whose keys it attends to; its own if it has no keys.
+    """Return for each layer the number of the layer whose keys it attends to, or its own without
+    keys.
 
     A layer that reuses keys attends to those of the last layer of its kind that makes its own.
     """

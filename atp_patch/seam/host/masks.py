@@ -15,7 +15,9 @@ from atp_patch.seam.host.cache import PrunedLayer, columns
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether an attention implementation takes 2D masks and looks for packed sequences itself."""
+    """Return whether an attention implementation takes 2D masks and looks for packed sequences
+    itself.
+    """
     return "flash" in implementation
 
 
@@ -29,7 +31,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def gather_rows(mask: Tensor, index: Tensor) -> Tensor:
-    """Rows of a mask: (B or 1, h, Q, K) and index (B, n) -> (B, h, n, K)."""
+    """Return some rows of a mask: (B or 1, h, Q, K) and index (B, n) give (B, h, n, K)."""
     batch, n = index.shape
     _, heads, _, width = mask.shape
     wide = mask.expand(batch, -1, -1, -1)
@@ -37,7 +39,7 @@ def gather_rows(mask: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    """Columns of a mask; columns outside of it, and invalid ones, are hidden.
+    """Return some columns of a mask; columns outside of it, and invalid ones, are hidden.
 
     Args:
         mask: (B or 1, h, Q, W), or (B, W).
@@ -64,7 +66,8 @@ def gather_columns(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def causal_mask(rows: Tensor, keys: Tensor, valid: Tensor | None, *, flat: bool) -> Tensor | None:
-    """The causal mask of survivors whose padding slots do not stand last, where the host has none.
+    """Return the causal mask of survivors whose padding slots do not stand last, where the host has
+    none.
 
     Args:
         rows: (B, n) int64 positions of the survivors.
@@ -89,7 +92,7 @@ def prefill_mask(
     total: int,
     causal_suffices: bool,
 ) -> Tensor | None:
-    """The mask of the layers that run on survivors alone; None where they need none.
+    """Return the mask of the layers that run on survivors alone, or None where they need none.
 
     Args:
         mask: what the host gives these layers for the whole sequence.
@@ -112,9 +115,9 @@ def prefill_mask(
 def decode_mask(
     mask: Tensor | None, layer: PrunedLayer, query_length: int, *, flash: bool
 ) -> Tensor | None:
-    """The mask of a layer that holds a pruned prompt, for ``query_length`` new tokens.
+    """Return the mask of a layer that holds a pruned prompt, for ``query_length`` new tokens.
 
-    It is None, which takes constant time, where the host needs no mask and no slot is empty.
+    The result is None where the host needs no mask and no slot is empty; this takes constant time.
     """
     if mask is None and layer.valid is None:
         return None

@@ -60,16 +60,16 @@ class Outside:
         return (parts.top if parts.outer is None else _language_model(parts)).generation_config
 
     def named(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of a method of the top module, by name."""
+        """Return the arguments of a call of a method of the top module, by name."""
         if not args:
             return kwargs
         names = list(inspect.signature(getattr(type(self.parts.top), method)).parameters)[1:]
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def visual(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, L) bool: the visual positions in what a method of the top module is given.
+        """Return (B, L) bool: the visual positions in what a method of the top module is given.
 
-        It is None for models of transformers, and where the call holds no images.
+        The result is None for models of transformers, and where the call holds no images.
 
         Raises:
             InputError: where the outer model's placeholder is not set yet, or where it packed
@@ -127,6 +127,6 @@ class Outside:
 
 
 def _language_model(parts: Parts) -> Any:
-    """The causal language model that a model of another package holds."""
+    """Return the causal language model that a model of another package holds."""
     assert parts.outer is not None
     return getattr(parts.model, parts.outer.decoder)

@@ -19,7 +19,7 @@ SEQUENCES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "
 
 
 def sequences_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward pass that tell where sequences begin, by name."""
+    """Return the arguments of a forward pass that tell where sequences begin, by name."""
     return {name: given[name] for name in SEQUENCES if given.get(name) is not None}
 
 
@@ -46,7 +46,7 @@ def refuse_packed(
 
 
 def _said(sequences: Mapping[str, Any]) -> str | None:
-    """What the arguments say about several sequences in a row, if they do."""
+    """Return what the arguments say about several sequences in a row, if they say anything."""
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         count = len(sequences.get(name, ())) - 1
         if count > 1:
@@ -58,7 +58,7 @@ def _said(sequences: Mapping[str, Any]) -> str | None:
 
 
 def _begins_again(position_ids: Tensor, attended: Tensor) -> str | None:
-    """Where position ids that had counted up go down again, if they do.
+    """Say where position ids that had counted up go down again, if they do.
 
     Multimodal ids have a row each for time, row and column, and all of them go down where a sample
     begins; within one sample, time never does. A row of text positions in front says it alone.

@@ -42,7 +42,7 @@ class Prompt:
         return self.attended.sum(1).tolist()
 
     def spans(self) -> list[list[Span]]:
-        """The runs of placeholders of each sample."""
+        """Return the runs of placeholders of each sample."""
         ids = torch.zeros_like(self.visual, dtype=torch.long) if self.ids is None else self.ids
         # A run ends where the id changes; -1 is the id of everything that is no placeholder.
         marked = torch.where(self.visual & self.attended, ids, -1)
@@ -55,14 +55,18 @@ class Prompt:
         return found
 
     def cut(self) -> tuple[int, int] | None:
-        """(sample, position) where a run of placeholders is hidden in part; None where none is."""
+        """Return (sample, position) where a run of placeholders is hidden in part, or None where
+        none is.
+        """
         placeholder = self.visual | self.hidden
         both = placeholder[:, 1:] & placeholder[:, :-1]
         positions = torch.nonzero(both & (self.hidden[:, 1:] != self.hidden[:, :-1]))
         return (int(positions[0, 0]), int(positions[0, 1])) if len(positions) else None
 
     def text(self) -> Tensor:
-        """(B, L) bool: the text that scores visual tokens, which stands behind the first one."""
+        """Return (B, L) bool: the text that scores visual tokens, which stands behind the first
+        one.
+        """
         after_first = self.visual.cumsum(1) > 0
         return self.attended & self.scored & ~self.visual & after_first
 
@@ -99,6 +103,6 @@ class TextRows:
         return cls(position.to(device), valid.to(device), last.to(device), key.to(device))
 
     def to(self, device: torch.device) -> TextRows:
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         tensors = (self.position, self.valid, self.last, self.sample_key)
         return TextRows(*(t.to(device) for t in tensors))

@@ -18,7 +18,7 @@ from atp_patch.seam.host.prompt import Prompt
 
 
 def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: int) -> Prompt:
-    """The prompt of a forward pass on the CPU.
+    """Read the prompt of a forward pass, on the CPU.
 
     Args:
         call: the arguments of the pass.
@@ -69,7 +69,7 @@ def read_prompt(call: Call, token_ids: tuple[int, ...], embeds: Tensor, past: in
 
 
 def _finite(embeds: Tensor) -> Tensor:
-    """(B, L) bool: the embeddings (B, L, D) that hold neither NaN nor infinity.
+    """Return (B, L) bool: the embeddings (B, L, D) that hold neither NaN nor infinity.
 
     A sum over the channels is NaN or infinite then, and needs no table of the embeddings' size.
     float16 alone could overflow in the sum. A CPU takes thirty times as long to sum bfloat16 in
@@ -80,7 +80,8 @@ def _finite(embeds: Tensor) -> Tensor:
 
 
 def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Tensor:
-    """(B, L) bool: the tokens that a prompt at inference would hold, which ends before the answer.
+    """Return (B, L) bool: the tokens that a prompt at inference would hold, which ends before the
+    answer.
 
     The answer is the first one behind the last image; later text has read it already. Where all
     text behind the images is supervised, labels do not tell an answer from its question, and all
@@ -96,7 +97,7 @@ def _before_answers(supervised: Tensor, visual: Tensor, attended: Tensor) -> Ten
 def grid_query(
     parts: Parts, call: Call, prompt: Prompt, kwargs: dict[str, Any], newline: str | None
 ) -> GridQuery:
-    """What a family may look at, on the CPU, from what the decoder is about to get.
+    """Collect what a family may look at, on the CPU, from what the decoder is about to get.
 
     Args:
         parts: the model's modules.
@@ -131,7 +132,7 @@ def grid_query(
 def find_grids(
     find: Callable[[GridQuery], Sequence[Sequence[VisualGrid]]], query: GridQuery, prompt: Prompt
 ) -> Sequence[Sequence[VisualGrid]]:
-    """The grids that a family finds.
+    """Return the grids that a family finds.
 
     Raises:
         InputError: where it finds none because the attention mask hides a part of an image.
@@ -151,7 +152,9 @@ def find_grids(
 
 
 def _placeholders_among(call: Call, token_ids: tuple[int, ...]) -> Tensor:
-    """(B, L) bool: the embeddings that equal those of placeholders, as the host finds them too."""
+    """Return (B, L) bool: the embeddings that equal those of placeholders, as the host finds them
+    too.
+    """
     embeds, embedding = call.inputs_embeds, call.embedding
     assert embeds is not None
     assert embedding is not None

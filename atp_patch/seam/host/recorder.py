@@ -55,7 +55,7 @@ class Recording:
     sinks: Tensor | None = None
 
     def to(self, device: torch.device) -> Recording:
-        """The same on another device (a model may span several)."""
+        """Return the same recording on another device (a model may span several)."""
         if self.query.device == device:
             return self
         moved = {
@@ -71,7 +71,7 @@ class Recording:
         return replace(self, **moved, rotary=tables)
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
-        """The queries and keys of this pass's own tokens before rotary embedding.
+        """Return the queries and keys of this pass's own tokens before rotary embedding.
 
         They are rotated back by the host's own function with negated angles, so that any convention
         of the host is followed.
@@ -191,12 +191,12 @@ class Recorder:
         self._thread.call = None
 
     def expects(self, view: Any) -> bool:
-        """Whether the running thread expects a call of the module with this config."""
+        """Return whether the running thread expects a call of the module with this config."""
         call = self._thread.call
         return call is not None and call.view is view
 
     def awaits(self, attention: Any) -> bool:
-        """Whether the next call of a module is to be recorded."""
+        """Return whether the next call of a module is to be recorded."""
         call = self._thread.call
         return call is not None and call.view is attention.config and call.sink is not None
 
@@ -217,7 +217,7 @@ class Recorder:
         call.sink(recording)
 
     def take(self) -> _Expected | None:
-        """The expected call, which is expected no longer."""
+        """Return the expected call and expect it no longer."""
         call = self._thread.call
         self.forget()
         return call
@@ -258,7 +258,7 @@ class _View:
         self._atp_host._attn_implementation = value
 
     def __copy__(self) -> Any:
-        """A copy of the host's config, which no recorder watches."""
+        """Return a copy of the host's config, which no recorder watches."""
         return copy.copy(self._atp_host)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -269,7 +269,7 @@ class _View:
 
 
 def _viewed(host: Any, recorder: Recorder) -> Any:
-    """A view of a config."""
+    """Return a view of a config."""
     kind = type(host)
     names = {"__slots__": ("_atp_host", "_atp_recorder"), "__module__": kind.__module__}
     made: Any = object.__new__(type(kind.__name__, (_View, kind), names))
@@ -288,7 +288,7 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Our attention function: record the call where it is expected, then attend.
+    """Record the call where it is expected, then attend. This is our attention function.
 
     It attends with the function in the keyword ``ATTEND`` where there is one, else as the host.
     Queries are multiplied by ``QUERY_FACTOR`` where that is given.
@@ -334,7 +334,7 @@ def _attend(
 
 
 def _eager_function(module: Any) -> Callable[..., Any]:
-    """The eager attention of the file that defines the attention module."""
+    """Return the eager attention of the file that defines the attention module."""
     home = sys.modules[type(module).__module__]
     function = getattr(home, "eager_attention_forward", None)
     if function is None:

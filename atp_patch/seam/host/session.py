@@ -95,15 +95,15 @@ class Session:
 
 
 def sizes_given(given: dict[str, Any]) -> dict[str, Tensor]:
-    """Those of the arguments ``PICTURE_SIZES`` that a call was given, as tensors."""
+    """Return those of the arguments ``PICTURE_SIZES`` that a call was given, as tensors."""
     return {
         name: torch.as_tensor(given[name]) for name in PICTURE_SIZES if given.get(name) is not None
     }
 
 
 def _chunk_size(given: dict[str, Any], own: Any) -> int | None:
-    """The size of chunks as ``generate`` finds it: from its arguments, from the configuration that
-    it is given, or from the model's ``own``.
+    """Return the size of chunks as ``generate`` finds it: from its arguments, from the
+    configuration that it is given, or from the model's ``own``.
     """
     name = "prefill_chunk_size"
     if name in given:

@@ -18,9 +18,9 @@ QUERY_FACTOR = "atp_patch_query_factor"
 def query_factor(
     attention: Any, positions: Tensor, cache: Cache | None, total: int
 ) -> Tensor | None:
-    """(B, n) float32: by what each query is multiplied so that it has its own position's scale.
+    """Return (B, n) float32, the factor that gives each query its own position's scale.
 
-    It is None where the attention scales no queries, or has the same scale for all of them.
+    The result is None where the attention scales no queries, or has the same scale for all of them.
 
     Args:
         attention: the attention module of a decoder layer.

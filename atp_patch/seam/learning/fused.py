@@ -43,7 +43,9 @@ class FusedWeightedAttention(torch.autograd.Function):
         mask: Tensor,
         scaling: float,
     ) -> Tensor:
-        """The weighted mean of the values; what the backward pass needs of each row is saved."""
+        """Return the weighted mean of the values, and save what the backward pass needs of each
+        row.
+        """
         out = torch.empty_like(value)
         # For each row: the greatest logit of the keys that count, and the log of the sum.
         highest = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -75,7 +77,9 @@ class FusedWeightedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value and weight; those of keys that do not count included."""
+        """Return the gradients of query, key, value and weight, those of keys that do not count
+        included.
+        """
         query, key, value, weight, mask, out, highest, total, own = ctx.saved_tensors
         grad = grads[0].to(value.dtype)
         mean = (grad.float() * out.float()).sum(-1)
@@ -145,7 +149,7 @@ class _Keys:
     def of(
         cls, sample: int, chosen: Tensor, key: Tensor, value: Tensor, mask: Tensor, row: Tensor
     ) -> _Keys:
-        """The chosen keys of a sample, for some of its rows.
+        """Return the chosen keys of a sample, for some of its rows.
 
         Args:
             sample: the number of the sample.
@@ -162,7 +166,9 @@ class _Keys:
         return cls(place, k, v, seen, bias)
 
     def blocks(self) -> Iterator[tuple[slice, slice, int]]:
-        """Blocks of rows and heads, each with the number of keys in front that its rows may see."""
+        """Return blocks of rows and heads, each with the number of keys in front that its rows may
+        see.
+        """
         length, cpu = self.seen.shape[1], self.key.device.type == "cpu"
         high = max(1, min(length, _CPU_ROWS if cpu else _GPU_ROWS))
         numbers = _CPU_NUMBERS if cpu else _GPU_NUMBERS
@@ -175,11 +181,11 @@ class _Keys:
                 yield rows, slice(head, head + wide), n
 
     def part(self, rows: slice, heads: slice, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's part of ``seen`` (h or 1, r, n), and its keys and values (h, n, d)."""
+        """Return a block's part of ``seen`` (h or 1, r, n), and its keys and values (h, n, d)."""
         return _of(self.seen, rows, heads, n), self.key[heads, :n], self.value[heads, :n]
 
     def biased(self, logits: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
-        """The logits (h, r, n) in float32 with the bias of the mask."""
+        """Return the logits (h, r, n) in float32 with the bias of the mask."""
         logits = logits.float()
         return logits if self.bias is None else logits.add_(_of(self.bias, rows, heads, n))
 
@@ -187,7 +193,8 @@ class _Keys:
 def _way_back(
     rows: _Rows, keys: _Keys, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the keys' weights (n,), of the queries, of the keys and of the values.
+    """Return the gradients of the keys' weights (n,), of the queries, of the keys and of the
+    values.
 
     The last three are zero for keys of weight 0, for which ``weight`` is None.
     """
@@ -213,17 +220,19 @@ def _way_back(
 
 
 def _of_sample(mask: Tensor, sample: int) -> Tensor:
-    """One sample's part (H or 1, L, L) of a mask (B or 1, H or 1, L, L)."""
+    """Return one sample's part (H or 1, L, L) of a mask (B or 1, H or 1, L, L)."""
     return mask[sample if len(mask) > 1 else 0]
 
 
 def _of(table: Tensor, rows: slice, heads: slice, n: int) -> Tensor:
-    """A block's part (h or 1, r, n) of a table (H or 1, L, keys)."""
+    """Return a block's part (h or 1, r, n) of a table (H or 1, L, keys)."""
     return table[heads if len(table) > 1 else slice(None), rows, :n]
 
 
 def _own_logits(scaled: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """(B, H, L) float32: each token's logit with itself, the least number where it is hidden."""
+    """Return (B, H, L) float32: each token's logit with itself, or the smallest number where it is
+    hidden.
+    """
     own = (scaled * key).sum(-1).float()
     diagonal = mask.diagonal(dim1=-2, dim2=-1)
     if mask.dtype != torch.bool:

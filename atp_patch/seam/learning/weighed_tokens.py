@@ -72,43 +72,46 @@ class WeighedTokens:
         self.visual = tokens.keeping(keep, kept)
 
     def columns(self, layer: int, position: Tensor) -> Tensor:
-        """The positions themselves, since every token keeps its place."""
+        """Return the positions themselves, since every token keeps its place."""
         return position
 
     def gone(self, layer: int) -> Tensor | None:
-        """(B, L) bool: the tokens that are pruned before a layer or earlier, and padding."""
+        """Return (B, L) bool: the tokens that are pruned before a layer or earlier, and padding."""
         pruned = any(number <= layer for number in self.choices)
         return ~self.kept(layer) if pruned else None
 
     def seen(self, view: View) -> View:
-        """The view with ``learning`` set; it is kept for the losses."""
+        """Return the view with ``learning`` set, and keep it for the losses."""
         self._views[view.layer] = replace(view, learning=True)
         return self._views[view.layer]
 
     def entering(self, layer: int) -> Survivors | None:
-        """None, since layers run on all tokens."""
+        """Return None, since layers run on all tokens."""
         return None
 
     def survivors(self, layer: int) -> Survivors | None:
-        """The tokens that were chosen before a layer or earlier; None before the first pruning."""
+        """Return the tokens that were chosen before a layer or earlier, or None before the first
+        pruning.
+        """
         return survivors_of(self.choices, layer)
 
     def merged(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, L, D) hidden states of all tokens, where some may have taken in others."""
+        """Return (B, L, D) hidden states of all tokens, where some may have taken in others."""
         choice = self.choices.get(layer)
         return hidden if choice is None else choice.merged(hidden)
 
     def narrow_hidden(self, layer: int, hidden: Tensor) -> Tensor:
-        """The hidden states, since every token keeps its place."""
+        """Return the hidden states unchanged, since every token keeps its place."""
         return hidden
 
     def attention_in(self, layer: int, device: torch.device) -> Callable[..., Any] | None:
-        """Weighted attention from the first pruning layer on; None before it."""
+        """Return weighted attention from the first pruning layer on, and None before it."""
         weight = self._weight_in(layer)
         return None if weight is None else partial(weighted_attention, weight=weight.to(device))
 
     def _weight_in(self, layer: int) -> Tensor | None:
-        """(B, L) float32: the weights of the keys in a layer; None before the first pruning layer.
+        """Return (B, L) float32: the weights of the keys in a layer, or None before the first
+        pruning layer.
 
         They are the same when gradient checkpointing replays the layer.
         """
@@ -116,15 +119,17 @@ class WeighedTokens:
         return self._weights[max(made)].to(self.visual.layout.mask.device) if made else None
 
     def kept(self, layer: int) -> Tensor:
-        """(B, L) bool: the tokens that are left in ``layer``, in their original positions."""
+        """Return (B, L) bool: the tokens that are left in ``layer``, in their original
+        positions.
+        """
         return kept_in(self, layer)
 
     def without_output(self) -> Tensor | None:
-        """(B, L) bool: the tokens that are pruned in the end, and padding."""
+        """Return (B, L) bool: the tokens that are pruned in the end, and padding."""
         return ~self.kept(max(self.choices)) if self.choices else None
 
     def learned(self) -> Learned:
-        """What the losses are made of."""
+        """Return what the losses are made of."""
         return Learned(self._soft_counts, self._views)
 
     def move_to(self, device: torch.device) -> None:

@@ -24,7 +24,8 @@ def weighted_attention(
     sinks: Tensor | None = None,
     probabilities: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention whose exponentials are multiplied by each key's weight before the sum.
+    """Compute softmax attention whose exponentials are multiplied by each key's weight before the
+    sum.
 
     A token always sees itself. With weights of 0 and 1 this is attention without the keys of
     weight 0. The weights of those keys still get a gradient, which adding ``log(weight)`` to the

@@ -64,7 +64,7 @@ class Packer:
             self._replaced.restore()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the host's method, and let what was read of the tower follow."""
+        """Call the host's method, and apply it to what was read of the tower too."""
         assert self._replaced is not None
         method = self._replaced.original
         output = method(*args, **kwargs)
@@ -75,7 +75,7 @@ class Packer:
 def _repacked(
     method: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], groups: Groups
 ) -> Groups:
-    """The groups, packed as the method packs features.
+    """Return the groups, packed as the method packs features.
 
     Args:
         method: the host's method.
@@ -100,7 +100,7 @@ def _repacked(
 
 
 def _whole_and_picture(rows: Tensor, size: tuple[int, int]) -> Iterator[ReadGroup]:
-    """The view of the whole, and the unpadded picture if it has a row and a column.
+    """Return the view of the whole, and the unpadded picture if it has a row and a column.
 
     Args:
         rows: (tokens and newlines of one picture, channels + 1).

@@ -47,7 +47,7 @@ class Videos:
         return inspect.signature(self._replaced.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the host's method; :attr:`being_read` is True meanwhile."""
+        """Call the host's method, and let :attr:`being_read` be True meanwhile."""
         assert self._replaced is not None
         self._here.under_way = True
         try:

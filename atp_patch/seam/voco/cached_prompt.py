@@ -15,12 +15,12 @@ from atp_patch.seam.host.cache import adopt
 
 
 def for_model(positions: Tensor) -> Tensor:
-    """Positions (r, B, L) as a model takes them, which is (B, L) where there is one row."""
+    """Return positions (r, B, L) as a model takes them, which is (B, L) where there is one row."""
     return positions[0] if len(positions) == 1 else positions
 
 
 def prompt_positions(base: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
-    """(r, B, L) int64: the positions of a prompt as ``generate`` would make them, from 0.
+    """Return (r, B, L) int64: the positions of a prompt as ``generate`` would make them, from 0.
 
     There is one row where the model counts tokens. Else there are four, of which the first counts
     tokens and the others are (t, h, w).
@@ -65,7 +65,7 @@ def read_ahead(
 
 
 def following(positions: Tensor, mask: Tensor) -> Tensor:
-    """(r, B) int64: the position that follows the tokens of a prompt.
+    """Return (r, B) int64: the position that follows the tokens of a prompt.
 
     Args:
         positions: (r, B, L) int64.
@@ -106,7 +106,7 @@ class CachedPrompt:
         return cls(keys, values, first.positions, valid, first.covered)
 
     def cache(self, repeats: int = 1) -> Cache:
-        """A new cache that holds the same, with each sample ``repeats`` times."""
+        """Return a new cache that holds the same, with each sample ``repeats`` times."""
         cache = DynamicCache()
         every = bool(self.valid.all())
         for number, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):

@@ -128,11 +128,11 @@ class VoCoPass:
         return self.restore(output)
 
     def without_output(self) -> Tensor | None:
-        """None, since every place has an output."""
+        """Return None, since every place has an output."""
         return None
 
     def losses(self, output: Any) -> dict[str, tuple[float, Tensor]]:
-        """Nothing, since VoCo tokens learn from the host's own loss."""
+        """Return no losses, since VoCo tokens learn from the host's own loss."""
         return {}
 
     def evict(self, cache: Cache) -> None:
@@ -165,7 +165,7 @@ class VoCoPass:
             layer.hold(positions.to(device), None if every else valid.to(device), covered)
 
     def restore(self, output: Any) -> Any:
-        """The decoder's output in the public length."""
+        """Return the decoder's output in the public length."""
         public = output_columns(self.sequence, self.layout.length)
 
         def rows(states: Tensor) -> Tensor:
@@ -195,7 +195,8 @@ def voco_pass_of(
     call: Call,
     kwargs: dict[str, Any],
 ) -> tuple[VoCoPass, dict[str, Any]] | None:
-    """The state of a pass with images and the arguments of the decoder; None without images.
+    """Return the state of a pass with images and the arguments of the decoder, or None without
+    images.
 
     Args:
         parts: the model's modules.
@@ -261,7 +262,9 @@ def voco_pass_of(
 def _segments(
     spans: Sequence[Span], grids: Sequence[VisualGrid], frames: int | None
 ) -> list[tuple[int, int]]:
-    """Each run of placeholders as one segment, or a video's run in parts of ``frames`` frames."""
+    """Return each run of placeholders as one segment, or a video's run in parts of ``frames``
+    frames.
+    """
     found = []
     for span in spans:
         cuts = [span.start]
@@ -295,7 +298,7 @@ def _check(
 def _past(
     parts: Parts, cache: Cache | None, past_length: int, sequence: VoCoSequence
 ) -> Past | None:
-    """What the cache holds of earlier turns; None where it is empty.
+    """Return what the cache holds of earlier turns, or None where it is empty.
 
     Raises:
         CacheError: where the cache cannot hold a compressed prompt.
@@ -324,7 +327,9 @@ def _past(
 
 
 def _past_visible(past: Past, call: Call, visible: Tensor) -> Tensor:
-    """(B, n, P) bool: the cached keys that are visible, which are the same for every query."""
+    """Return (B, n, P) bool: the cached keys that are visible, which are the same for every
+    query.
+    """
     seen = torch.ones_like(past.positions, dtype=torch.bool) if past.valid is None else past.valid
     if call.attention_mask is not None:
         columns = call.attention_mask.to(past.positions.device).bool()
