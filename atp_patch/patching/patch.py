@@ -70,6 +70,18 @@ class Patch:
         config: the configuration that an adapter's JSON holds; calibration changes its budget.
         learned_module: the module that the method learns, or None.
         layers: the pruning layers.
+        attention_layers: for each pruning layer, the earlier layers whose attention the method
+            reads, each with the layer that is read for it.
+        view_minimums: the fields of a view that say how many tokens are kept at least, by name.
+        visual_token_ids: the ids of visual placeholders; those of images come before videos'.
+        causal: whether the decoder attends causally everywhere.
+        newline: the name of the model's parameter that ends each row of features, or None.
+        explicit: whether the caller must say which tokens are visual, since no id marks them.
+        learned: whether the method inside the decoder learns a module.
+        leaves_tombstones: whether tokens are dropped before or on the vision tower, which leaves
+            tombstones in their place.
+        chooses_at_door: whether a method chooses among features before layer 0.
+        rope_2d: whether the rotary embedding of visual tokens goes by row and column.
         voco: what the seam needs to know about VoCo tokens, or None.
         thread: what is stored for the running thread.
         seam: the hooks on the model.

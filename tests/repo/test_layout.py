@@ -130,6 +130,16 @@ def test_no_arrow_leads_back() -> None:
         left = {room: below for room, below in left.items() if room not in free}
 
 
+def test_every_room_is_on_the_page_of_rooms() -> None:
+    """A room of the top level is drawn as its folder, and a loose module is named."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, drawing, rest = page.split("```", 2)
+    tops = {room.split("/")[0] for room in ALLOWED} - {"__init__"}
+    folders = {room for room in tops if (PACKAGE / room).is_dir()}
+    assert not [room for room in sorted(folders) if not re.search(rf"\b{room}/", drawing)]
+    assert not [room for room in sorted(tops - folders) if f"`{room}.py`" not in rest]
+
+
 @pytest.mark.parametrize("room", sorted(ALLOWED))
 def test_imports_flow_one_way(room: str) -> None:
     for path in (path for path in SOURCES if room_of(path) == room):
