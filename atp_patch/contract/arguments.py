@@ -137,7 +137,9 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _encodable(text: str) -> bool:
-    """Whether the text can be encoded; JSON's escapes can name one half of a surrogate pair."""
+    """Return whether the text can be encoded; JSON's escapes can name one half of a surrogate
+    pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -44,7 +44,7 @@ class VisualGrid:
         return self.frames * self.height * self.width
 
     def coordinates(self) -> Tensor:
-        """(4, length) int64: each token's position in the sequence, frame, row and column.
+        """Return (4, length) int64: each token's position in the sequence, frame, row and column.
 
         Tokens are in the order of the sequence.
         """
@@ -107,7 +107,7 @@ class Layout:
         return cls(length, frozen, position, image, frame, row, column, valid.to(device))
 
     def to(self, device: torch.device) -> Layout:
-        """The same layout on another device."""
+        """Return the same layout on another device."""
         tensors = (self.position, self.image, self.frame, self.row, self.column, self.valid)
         return Layout(self.length, self.grids, *(t.to(device) for t in tensors))
 

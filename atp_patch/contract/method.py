@@ -82,7 +82,7 @@ class Method(ABC):
         return True
 
     def options(self) -> dict[str, Any]:
-        """The fields by name, as an adapter's JSON holds them."""
+        """Return the fields by name, as an adapter's JSON holds them."""
         return asdict(self)
 
 
@@ -239,7 +239,7 @@ class LayerMethod(Method):
     default_keep: ClassVar[float | None] = None
 
     def attention_layers(self, layer: int) -> tuple[int, ...]:
-        """The decoder layers whose attention the method needs to prune before ``layer``.
+        """Return the decoder layers whose attention the method needs to prune before ``layer``.
 
         By default this is the layer just before. A method may name earlier layers, or none, and
         then no attention is recorded for it. A layer that keeps a state in place of keys has no
@@ -248,7 +248,7 @@ class LayerMethod(Method):
         return (layer - 1,)
 
     def stage_before(self) -> DoorMethod | None:
-        """The part of a method of two stages that prunes at the decoder's door, or None."""
+        """Return the part of a method of two stages that prunes at the decoder's door, or None."""
         return None
 
     @abstractmethod
@@ -276,7 +276,7 @@ class LayerMethod(Method):
         num_layers: int,
         target: float,
     ) -> dict[str, tuple[float, Tensor]]:
-        """Losses that training adds to the host's loss, from the numbers of tokens alone.
+        """Return losses that training adds to the host's loss, from the numbers of tokens alone.
 
         ``S`` is the number of samples with visual tokens.
 
@@ -293,7 +293,8 @@ class LayerMethod(Method):
         return {}
 
     def step_losses(self, step: LearningStep) -> dict[str, tuple[float, Tensor]]:
-        """Losses that training adds to the host's loss, from everything that a forward pass shows.
+        """Return losses that training adds to the host's loss, from everything that a forward pass
+        shows.
 
         By default these are the :meth:`losses`.
 
@@ -303,7 +304,7 @@ class LayerMethod(Method):
         return self.losses(step.counts, step.totals, step.layers, step.num_layers, step.target)
 
     def margins(self, decision: Decision) -> Tensor:
-        """(B, V) floating point: how far each token is above the threshold that drops it.
+        """Return (B, V) floating point: how far each token is above the threshold that drops it.
 
         The unit is that of :meth:`LearnedThresholds.shift <atp_patch.LearnedThresholds.shift>`;
         numbers above 30 and below -30 count as infinite. By default the unit is a logit: scores and

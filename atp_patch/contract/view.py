@@ -83,7 +83,7 @@ class TokenView:
         return table.scatter(1, column, values)[:, :width]
 
     def counts_tensor(self) -> Tensor:
-        """(B,) int64: the ``counts`` as a tensor on the device of the tokens.
+        """Return (B,) int64: the ``counts`` as a tensor on the device of the tokens.
 
         Raises:
             ConfigError: if the patch was made without a budget.
@@ -254,7 +254,7 @@ class View(TokenView):
         return self.previous_attention.key_offset
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
-        """Query and key of the layer before, without rotary embedding.
+        """Return the queries and keys of the layer before, without rotary embedding.
 
         Returns:
             (B, H, L', d) queries and (B, Hk, L', d) keys of this forward pass.
@@ -262,7 +262,7 @@ class View(TokenView):
         return self.previous_attention.unrotated()
 
     def mask_rows(self, rows: Tensor) -> Tensor:
-        """The attention mask of some rows in the layer before.
+        """Return the attention mask of some rows in the layer before.
 
         Args:
             rows: (B, T) int64, places among the tokens that are left, such as ``text`` or

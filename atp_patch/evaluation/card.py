@@ -66,10 +66,10 @@ def _section(mine: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
         plain = [r for r in rows if r["method"] == UNPRUNED and r["group"] == row["group"]]
         total = row["visual_tokens"]
         share = 100 * row["average_tokens"] / total
-        told = f"{row['average_tokens']:.1f} of {total:g} ({share:.1f} %)"
+        tokens = f"{row['average_tokens']:.1f} of {total:g} ({share:.1f} %)"
         unpruned = f"; unpruned {100 * plain[0]['mean_accuracy'][0]:.1f} %" if plain else ""
         lines.append(
-            f"| {row['group']}, {sum(row['questions'].values())} | {told} | "
+            f"| {row['group']}, {sum(row['questions'].values())} | {tokens} | "
             f"{_percent(row['mean_accuracy'])}{unpruned} | {_percent(row['retention'])} |"
         )
     one = mine[0]

@@ -254,5 +254,5 @@ def _check_options(options: dict[str, Any], names: Sequence[str]) -> None:
             (field or owner) in _fields_of(n) for n in chosen
         ):
             known = {n: sorted(_fields_of(n)) for n in dict.fromkeys(names)}
-            told = "; ".join(f"{n}: {', '.join(f) or 'none'}" for n, f in known.items())
-            raise ConfigError(f"--option: no chosen method has {option!r}; they have {told}.")
+            listed = "; ".join(f"{n}: {', '.join(f) or 'none'}" for n, f in known.items())
+            raise ConfigError(f"--option: no chosen method has {option!r}; they have {listed}.")

@@ -122,12 +122,13 @@ class Adapter(ModelHubMixin):
         return ModelCard(self.card(), ignore_metadata_errors=True)
 
     def to_json(self) -> str:
-        """The JSON of the configuration file, with what the adapter was made with."""
+        """Return the JSON of the configuration file, with what the adapter was made with."""
         data = json.loads(self.pruning.to_json())
         return json.dumps({**data, KEY: asdict(self.made_with)}, indent=2) + "\n"
 
     def card(self, folder: str = "my-adapter") -> str:
-        """The model card, for an adapter that is loaded from ``place``, or else from a folder.
+        """Return the model card, for an adapter that is loaded from ``place``, or else from a
+        folder.
 
         Of an absolute path it names the last folder alone: the others say where its author works.
         """
@@ -186,6 +187,8 @@ def adapter_of(
 
 
 def _in_parts(tensor: Tensor) -> bool:
-    """Whether a tensor is only a part, as shards of FSDP2 and unused parameters of ZeRO-3 are."""
+    """Return whether a tensor is only a part, as shards of FSDP2 and unused parameters of ZeRO-3
+    are.
+    """
     shard = hasattr(tensor, "full_tensor")
     return shard or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())

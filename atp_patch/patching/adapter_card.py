@@ -112,7 +112,7 @@ def _metadata(base: str | None, license: str | None) -> str:  # noqa: A002
 
 
 def _base(pruning: PruningConfig, made_with: MadeWith) -> str:
-    """The model that an adapter is for, with a link where it is on the Hub."""
+    """Return the model that an adapter is for, with a link where it is on the Hub."""
     base, name = pruning.base, made_with.base_model
     shape = (
         f"a `{base.family}` model with {base.num_layers} decoder layers of hidden size "
@@ -128,7 +128,7 @@ def _base(pruning: PruningConfig, made_with: MadeWith) -> str:
 
 
 def _loading(base: str | None, beside: Beside | None, place: str) -> str:
-    """The lines that load model, processor and adapter."""
+    """Return the lines that load model, processor and adapter."""
     where = json.dumps(place)
     last = f"atp_patch.patch_model(model, weights={where})"
     if beside == "lora":
@@ -152,7 +152,7 @@ def _loading(base: str | None, beside: Beside | None, place: str) -> str:
 
 
 def _limits(pruning: PruningConfig, made_with: MadeWith, beside: Beside | None) -> str:
-    """What a user must know before relying on the adapter."""
+    """Return what a user must know before relying on the adapter."""
     limits = [
         "It fits the model above alone: another family, depth or hidden size is refused, and other "
         "weights of the same shapes raise a warning"

@@ -75,7 +75,7 @@ class AdapterSource:
         return cls(str(weights), **arguments)
 
     def __str__(self) -> str:
-        """The source as error messages call it."""
+        """Return the source as error messages call it."""
         place = f"{self.place}/{self.subfolder}" if self.subfolder else self.place
         return place if self.revision is None else f"{place}@{self.revision}"
 
@@ -128,7 +128,7 @@ class AdapterSource:
         return replace(self, revision=commit)
 
     def _downloaded(self, patterns: tuple[str, ...]) -> str:
-        """The folder of the repository's files in the cache."""
+        """Return the folder of the repository's files in the cache."""
         inside = PurePosixPath(self.subfolder)
         try:
             return snapshot_download(
@@ -159,7 +159,7 @@ class _Bar(tqdm):
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether a folder of this name exists; False for names that are not valid paths."""
+    """Return whether a folder of this name exists; False for names that are not valid paths."""
     try:
         return Path(source).is_dir()
     except (OSError, ValueError):

@@ -126,7 +126,9 @@ def _methods_of(
 
 
 def _expected(config: PruningConfig, methods: MethodSet) -> dict[str, Tensor]:
-    """The tensors that an adapter of this configuration must hold, by name, on the meta device."""
+    """Return the tensors that an adapter of this configuration must hold, by name, on the meta
+    device.
+    """
     module: nn.Module | None = None
     with torch.device("meta"):
         if methods.layer is not None:

@@ -200,7 +200,7 @@ def last_trace(model: nn.Module) -> PruningTrace:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a model, or the model in a wrapper or around a part, is patched."""
+    """Return whether a model, or the model in a wrapper or around a part, is patched."""
     return attached(model) is not None
 
 

@@ -75,7 +75,7 @@ class ClipRelevance:
         )
 
     def of(self, view: DoorView) -> Tensor:
-        """(B, V) float32: the cosine of each visual token with the question.
+        """Return (B, V) float32: the cosine of each visual token with the question.
 
         The question is the text behind the first visual token, cut to CLIP's longest text.
 
@@ -112,7 +112,7 @@ class ClipRelevance:
 
 
 def _loaded(cls: Any, option: str, name: str, **how: Any) -> Any:
-    """What ``from_pretrained`` makes of a path or id that an option gave."""
+    """Return what ``from_pretrained`` makes of a path or id that an option gave."""
     try:
         return cls.from_pretrained(name, trust_remote_code=False, **how)
     except (OSError, ValueError, KeyError) as error:

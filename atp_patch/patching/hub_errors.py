@@ -86,7 +86,7 @@ def explained(
 
 
 def _refused(error: HfHubHTTPError, name: str, writing: bool) -> str:
-    """What a status of an HTTP answer means."""
+    """Return what a status of an HTTP answer means."""
     status = error.response.status_code
     unknown = isinstance(error, RepositoryNotFoundError)
     if unknown and status == 401:
@@ -120,6 +120,6 @@ def _refused(error: HfHubHTTPError, name: str, writing: bool) -> str:
 
 
 def _said(error: HfHubHTTPError) -> str:
-    """What the server said, or the first line of the error."""
+    """Return what the server said, or the first line of the error."""
     said = error.response.headers.get("X-Error-Message") or error.server_message
     return first_line(error) if not isinstance(said, str) else said

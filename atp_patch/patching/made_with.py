@@ -127,7 +127,7 @@ def _at(revision: str | None) -> str:
 
 
 def checkpoint_of(model: Any) -> tuple[str | None, str | None]:
-    """The name on the Hub and the commit from which transformers loaded a model.
+    """Return the name on the Hub and the commit from which transformers loaded a model.
 
     Returns:
         None for what is not known. The path of a folder is no name: it says nothing elsewhere.
@@ -149,7 +149,7 @@ def checkpoint_of(model: Any) -> tuple[str | None, str | None]:
 
 @torch.no_grad()
 def fingerprint(model: Any, decoder: nn.Module) -> str | None:
-    """A hash of numbers from every parameter of a decoder.
+    """Return a hash of numbers from every parameter of a decoder.
 
     It stays the same under PEFT's LoRA, under wrappers, on other devices, and in float32, bfloat16
     and the dtype of the checkpoint's files. Other weights change it.

@@ -95,7 +95,7 @@ def door_counts(
 
 
 def group_minimum(config: PruningConfig) -> int:
-    """The number of tokens that each group keeps at least if its sample is not known."""
+    """Return the number of tokens that each group keeps at least if its sample is not known."""
     return max(config.min_tokens, config.min_tokens_per_image)
 
 

@@ -254,7 +254,7 @@ class PruningTrace:
         return totals[:, None].expand(-1, self.shape.num_layers)
 
     def _lengths(self, visual: Tensor) -> list[list[int]]:
-        """For each sample and each layer, the number of tokens, text included."""
+        """Return, for each sample and layer, the number of tokens, text included."""
         return (visual + torch.tensor(self.text_tokens)[:, None]).tolist()
 
     def _flops(self, tokens_per_layer: list[int]) -> float:

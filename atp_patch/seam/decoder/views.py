@@ -28,7 +28,7 @@ def view_before(
     hidden: Tensor,
     **more: Any,
 ) -> View:
-    """The view of a method that chooses before ``layer``.
+    """Make the view of a method that chooses before ``layer``.
 
     Args:
         layer: the number of the layer.
@@ -62,7 +62,7 @@ def view_before(
 
 
 def _indices(layer: int, tokens: TokenState, text: TextRows) -> dict[str, Any]:
-    """The fields of a view that say where tokens are among those that a layer runs on."""
+    """Return the fields of a view that say where tokens are among those that a layer runs on."""
     return {
         "slot": tokens.columns(layer, tokens.visual.position),
         "text": tokens.columns(layer, text.position),
@@ -78,7 +78,7 @@ def _attention(
     host: HostPass,
     recording: Recording,
 ) -> Attention:
-    """The attention of a layer, for the tokens that are left now.
+    """Return the attention of a layer, for the tokens that are left now.
 
     Where the layer itself does not attend, it is that of layer ``source``, an earlier one,
     among the tokens that entered the layer.
@@ -105,7 +105,7 @@ def _attention(
 
 
 def _among(entered: Survivors, column: Tensor, recording: Recording) -> Recording:
-    """The attention of a layer among fewer tokens than the layer ran on.
+    """Return the attention of a layer among fewer tokens than the layer ran on.
 
     Args:
         entered: the tokens that are left.

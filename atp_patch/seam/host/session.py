@@ -12,8 +12,8 @@ from atp_patch.contract import Decision
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.seam.host.outside import Outside
 
-#: The arguments of a model that say how large the pictures of a call are. A family's grids may hang
-#: on them; :class:`~atp_patch.contract.GridQuery` says what they hold.
+#: The arguments of a model that say how large the pictures of a call are. A family's grids may
+#: depend on them; :class:`~atp_patch.contract.GridQuery` says what they hold.
 PICTURE_SIZES = (
     "image_grid_thw",
     "video_grid_thw",

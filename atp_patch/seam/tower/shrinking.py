@@ -22,7 +22,7 @@ class GridChooser(Protocol):
     """Chooses the grid that a larger one becomes, of about ``count`` and >= ``minimum`` tokens."""
 
     def __call__(self, height: int, width: int, count: int, minimum: int, *, square: bool) -> Size:
-        """(height, width) of the smaller grid."""
+        """Return (height, width) of the smaller grid."""
 
 
 class _Shrinking(PerThread):
@@ -83,7 +83,7 @@ class ShrinkHooks:
     # -- towers that get pictures -----------------------------------------------------------------
 
     def shrink(self, pixels: Tensor, lead: int) -> Tensor:
-        """Smaller pictures, or the same ones where nothing changes.
+        """Return smaller pictures, or the same ones where nothing changes.
 
         Args:
             pixels: (N, 3, H, W) pictures of one size.
@@ -142,7 +142,9 @@ class ShrinkHooks:
         return (), {**kwargs, **replaced}
 
     def _repatched(self, patches: Tensor, film: tuple[int, int, int], size: Size) -> Tensor:
-        """(patches, C * frames * p * p) of one image or video -> those of its smaller pictures."""
+        """Turn the patches (patches, C * frames * p * p) of one image or video into those of its
+        smaller pictures.
+        """
         cell, side, frames = self.tower.cell, self.tower.patch, self.tower.frames
         t, h, w = film
         # The dimensions: time, row and column of cells; row and column in the cell; channel, frame,
@@ -191,8 +193,8 @@ class _Before:
 
 
 def spread_slots(grid: Size, small: Size) -> Tensor:
-    """(rows * columns of ``small``,) int64: the place in ``grid`` under the centre of each place of
-    ``small``.
+    """Return (rows * columns of ``small``,) int64: the place in ``grid`` under the centre of each
+    place of ``small``.
 
     These are distinct, because a smaller grid never has two centres in one place of the larger one.
     """
@@ -204,7 +206,7 @@ def spread_slots(grid: Size, small: Size) -> Tensor:
 
 
 def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
-    """The features (tokens of the smaller grids, D) as (tokens of all grids, D).
+    """Return the features (tokens of the smaller grids, D) as (tokens of all grids, D).
 
     The other places hold tombstones.
     """
@@ -223,6 +225,8 @@ def _spread(features: Tensor, sizes: Sequence[tuple[Size, Size]]) -> Tensor:
 
 
 def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
-    """(N, C, H, W) pictures resampled by a bilinear filter that is widened against aliasing."""
+    """Return (N, C, H, W) pictures resampled by a bilinear filter that is widened against
+    aliasing.
+    """
     small = interpolate(pictures.float(), (height, width), mode="bilinear", antialias=True)
     return small.to(pictures.dtype)
