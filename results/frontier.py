@@ -3,8 +3,9 @@
     python results/frontier.py results/every results/builtin \
         --choosing results/every/choosing.json > results/every/frontier.md
 
-Each folder holds a summary of `python -m atp_patch.evaluate`, all of one model and the same
-questions. A method that several folders have at a budget is read from the first of them. Later
+Each folder holds a summary of `python -m atp_patch.evaluate`, all of one model and one split. The
+questions of one folder may be the first of those of another: each row says how many it answers. A
+method that several folders have at a budget is read from the first of them. Later
 folders add methods before the layers that the first folder has at that budget, and methods before
 the decoder. Differences to `atp` are paired by question. They are left out where a later folder
 compared a method with `atp` before other layers.
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 FIRST = "atp"
 HEAD = (
     *("method", "before layers", "mean accuracy", "of the unpruned", f"minus {FIRST}"),
-    *("tokens", "in working layers", "ms to choose"),
+    *("tokens", "in working layers", "ms to choose", "questions a task"),
 )
 
 
@@ -70,6 +71,7 @@ def percent(estimate: list[float] | None, sign: str = "") -> str:
 def table(rows: list[Row], budget: float, choosing: dict[str, dict[str, float]]) -> str:
     """The table of one budget as Markdown."""
     lines = [HEAD, ("---",) * 2 + ("--:",) * (len(HEAD) - 2)]
+    timed = HEAD.index("ms to choose")
     for row in rows:
         name, took = row["method"], choosing.get(row["method"], {}).get(f"{budget:g}")
         lines.append(
@@ -82,8 +84,11 @@ def table(rows: list[Row], budget: float, choosing: dict[str, dict[str, float]])
                 f"{row['average_tokens']:.1f}",
                 f"{row['working_tokens']:.1f}",
                 "" if took is None else f"{took:.1f}",
+                str(max(row["questions"].values())),
             )
         )
+    if not choosing:
+        lines = [(*cells[:timed], *cells[timed + 1 :]) for cells in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -98,15 +103,14 @@ def main(arguments: list[str] | None = None) -> None:
     folders = [read(folder) for folder in given.folders]
     choosing = {} if given.choosing is None else json.loads(given.choosing.read_text())
     plain = next(row for row in folders[0] if row["method"] == "unpruned")
-    counts = sorted(set(plain["questions"].values()))
     print(f"# Every method: {plain['model']}\n")
     print(
-        f"Split {plain['split']}, {' to '.join(map(str, counts))} questions a task, "
-        f"{len(plain['questions'])} tasks. The unpruned model answers "
+        f"Split {plain['split']}, {len(plain['questions'])} tasks. The unpruned model answers "
         f"{percent(plain['mean_accuracy'])} % of them and has {plain['visual_tokens']:.0f} visual "
         "tokens. Brackets: 95 % bootstrap intervals over images; differences are paired by "
         "question. *Tokens*: mean over all decoder layers. *In working layers*: mean over the "
-        "layers that change anything. *ms to choose*: CPU time of one core for one picture."
+        "layers that change anything."
+        + (" *ms to choose*: CPU time of one core for one picture." if choosing else "")
     )
     for budget, rows in gathered(folders).items():
         print(f"\n## {100 * budget:g} %\n\n{table(rows, budget, choosing)}")

@@ -76,7 +76,7 @@ def test_one_row_for_each_method(
         ("`divprune`", "-", "-10.0 [-20.0, -5.0]", "3.2"),
         ("`prumerge`", "-", "", ""),
     ]
-    assert cells[0][2:] == ["80.0 [70.0, 90.0]"] * 2 + ["", "144.0", "200.0", ""]
+    assert cells[0][2:] == ["80.0 [70.0, 90.0]"] * 2 + ["", "144.0", "200.0", "", "500"]
 
 
 def test_folders_that_differ_are_refused(frontier: dict[str, Any], tmp_path: Path) -> None:
