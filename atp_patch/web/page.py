@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -26,6 +27,7 @@ HOST = "127.0.0.1"  # no other computer reaches the page
 SCENES = (53, 0, 1, 2, 3, 6)
 _WAITING = 16  # the most requests that wait for their turn
 _HOUR_S = 3600
+_GRACE_S = 3  # after Ctrl-C, for requests that have begun
 _FONTS = ["system-ui", "sans-serif"]  # of this computer, so that none is fetched
 SHARE = 0.25  # of the visual tokens, the budget that the page begins with
 _WORKING = "<p>Working ...</p>"
@@ -39,6 +41,15 @@ Pick a scene or upload a picture, and ask. The model **{name}** answers twice: w
 tokens, and with those that the method keeps. Below you see which ones they are, and what was saved.
 """
 _SINGLE = "This small model knows generated scenes, and takes each question by itself."
+
+
+class _Ending(Server):
+    """A server that ends while a tab is open, whose connection would last as long as the tab."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is open, without a traceback for each connection that is cut."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def serve(engine: Engine, builtin: str | None, start: Pruning, port: int) -> None:
@@ -82,7 +93,8 @@ def serve(engine: Engine, builtin: str | None, start: Pruning, port: int) -> Non
         )
         address = f"http://{HOST}:{door.getsockname()[1]}"
         print(f"Open {address} in a browser on this computer. Ctrl-C ends it.", file=sys.stderr)
-        Server(Config(served, log_level="warning")).run(sockets=[door])
+        settings = Config(served, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+        _Ending(settings).run(sockets=[door])
 
 
 def build(engine: Engine, builtin: str | None, start: Pruning) -> Any:

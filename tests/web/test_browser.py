@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     address = re.search(r"http://127\.0\.0\.1:\d+", told)
     assert address, told + process.stderr.read()
     yield Server(address[0], process, folder / "talked")
+    tab = HTTPConnection(address[0].removeprefix("http://"))  # which is still open at the end
+    tab.request("GET", "/gradio_api/heartbeat/open")
+    assert tab.getresponse().status == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
+    tab.close()
     rest = process.stderr.read()
     assert "Traceback" not in rest, rest
     assert list(uploads.glob("atp_patch-web-*")) == []
