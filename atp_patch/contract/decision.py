@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atp_patch.contract.checks import LOOK_AT_FEATURES, check_tensor, raise_first
 from atp_patch.contract.errors import DecisionError
 from atp_patch.contract.view import TokenView
 
@@ -93,37 +94,17 @@ def check_decision(decision: Any, view: TokenView, method: str) -> Decision:
             f"{method}: decide() returned {type(decision).__name__}; return an atp_patch.Decision."
         )
     _check_forms(decision, view, method)
-    wrong = _wrong_values(decision, view)
-    found = torch.stack([value.to(view.slot_valid.device) for value in wrong.values()]).tolist()
-    for (what, mend), is_wrong in zip(wrong, found, strict=True):
-        if is_wrong:
-            raise DecisionError(f"{method}: {what}; {mend}.")
+    raise_first(_wrong_values(decision, view), method, view.slot_valid)
     return decision
 
 
 def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
     """Check shapes, dtypes and devices; no value is read from the device."""
     batch, tokens = view.slot_valid.shape
-    device = view.slot_valid.device
 
     def check(name: str, value: Any, shape: tuple[int, ...], kind: str) -> None:
-        if not isinstance(value, Tensor):
-            raise DecisionError(f"{method}: {name} is {type(value).__name__}; give a tensor.")
-        kinds = {
-            "bool": value.dtype == torch.bool,
-            "int64": value.dtype == torch.int64,
-            "floating point": value.is_floating_point(),
-        }
-        if tuple(value.shape) != shape or not kinds[kind]:
-            raise DecisionError(
-                f"{method}: {name} is {tuple(value.shape)} {value.dtype}; it must be {shape} "
-                f"{kind}, for the {batch} samples and up to {tokens} visual tokens of the view."
-            )
-        if value.device != device:
-            raise DecisionError(
-                f"{method}: {name} is on {value.device}, the view's tokens on {device}; move it "
-                "there."
-            )
+        told = f"for the {batch} samples and up to {tokens} visual tokens of the view"
+        check_tensor(f"{method}: {name}", value, shape, kind, told, view.slot_valid)
 
     of_tokens = (batch, tokens)
     check("keep", decision.keep, of_tokens, "bool")
@@ -168,16 +149,16 @@ def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], 
     keep = decision.keep & valid
     for name, scores in decision.scores.items():
         what = f"scores[{name!r}] holds numbers that are not finite"
-        wrong[what, _LOOK_AT_FEATURES] = (~scores.detach().isfinite() & valid).any()
+        wrong[what, LOOK_AT_FEATURES] = (~scores.detach().isfinite() & valid).any()
     seen = valid.any(1)
     for name, thresholds in decision.thresholds.items():
         what = f"thresholds[{name!r}] holds numbers that are not finite"
-        wrong[what, _LOOK_AT_FEATURES] = (~thresholds.detach().isfinite() & seen).any()
+        wrong[what, LOOK_AT_FEATURES] = (~thresholds.detach().isfinite() & seen).any()
     for name in ("soft", "counted"):
         mask = getattr(decision, name)
         if mask is not None:
             what = f"{name} holds numbers that are not finite"
-            wrong[what, _LOOK_AT_FEATURES] = (~mask.detach().isfinite() & valid).any()
+            wrong[what, LOOK_AT_FEATURES] = (~mask.detach().isfinite() & valid).any()
     left = valid.sum(1)
     fewer = keep.sum(1) < left.clamp(max=view.min_tokens)
     what = f"a sample keeps fewer than min_tokens={view.min_tokens} visual tokens"
@@ -209,12 +190,5 @@ def _wrong_values(decision: Decision, view: TokenView) -> dict[tuple[str, str], 
         what = "recycled.column names a token twice"
         wrong[what, "give each token that takes in others one column"] = (named > 1).any()
         what = "recycled.weight holds numbers that are not finite"
-        wrong[what, _LOOK_AT_FEATURES] = (
-            ~recycled.weight.isfinite().all(-1) & recycled.valid
-        ).any()
+        wrong[what, LOOK_AT_FEATURES] = (~recycled.weight.isfinite().all(-1) & recycled.valid).any()
     return wrong
-
-
-_LOOK_AT_FEATURES = (
-    "look for NaN or infinity in the model's weights, in the pixel values, or in the method"
-)

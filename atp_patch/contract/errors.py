@@ -44,7 +44,7 @@ class InputError(ATPError, ValueError):
 
 
 class DecisionError(ATPError):
-    """A method returned a decision that is not valid for the tokens that it saw."""
+    """A method returned a decision, merge or grid that is not valid for the tokens that it saw."""
 
 
 def first_line(error: BaseException) -> str:

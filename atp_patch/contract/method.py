@@ -106,6 +106,8 @@ class PictureMethod(Method):
     ) -> tuple[int, int]:
         """Return the height and width of the grid that replaces one of ``height`` x ``width``.
 
+        Neither may be larger than before. What is returned is checked (``DecisionError``).
+
         Args:
             height, width: the size of the grid in tokens.
             count: number of tokens that the new grid should have approximately.
@@ -136,7 +138,10 @@ class TowerMethod(Method):
 
     @abstractmethod
     def merge(self, groups: TokenGroups) -> Merge:
-        """Choose the tokens to keep in each group, and what is merged into each of them."""
+        """Choose the tokens to keep in each group, and what is merged into each of them.
+
+        What is returned is checked (``DecisionError``).
+        """
 
 
 @dataclass(frozen=True)

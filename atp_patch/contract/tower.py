@@ -154,7 +154,8 @@ class TokenGroups:
         row, column: (G, n) int64, each token's place in its grid.
         heights, widths: number of rows and of columns of each group's grid.
         counts: for each group, the number of tokens to keep; None if the method decides it.
-        minimum: number of tokens that every group must keep at least.
+        minimum: number of tokens that every group must keep at least, or its number in ``counts``
+            where that is smaller.
     """
 
     attention: Tensor
@@ -173,12 +174,12 @@ class Merge:
     """Which tokens of each group are kept, and what is merged into each of them.
 
     Attributes:
-        keep: (G, n) bool, True for tokens that are kept.
+        keep: (G, n) bool, True for tokens that are kept. Values in padding slots are ignored.
         index: (G, m) int64, the columns of the kept tokens in order; 0 in unused slots.
         weight: (G, m, n) float32, the weight of each token of the group in the feature of each kept
             token.
         changed: (G, m) bool, True where the feature of a kept token is replaced by that weighted
-            sum, False where it stays unchanged.
+            sum, False where it stays unchanged and in unused slots.
     """
 
     keep: Tensor

@@ -16,12 +16,15 @@ from atp_patch.contract import (
     LayerMethod,
     Layout,
     LearningStep,
+    Merge,
     PictureMethod,
     Quota,
+    TokenGroups,
     TowerMethod,
     View,
     VisualGrid,
 )
+from atp_patch.contract.before_decoder import check_grid, check_merge
 from atp_patch.contract.decision import check_decision
 from atp_patch.contract.errors import ConfigError
 from atp_patch.families.marks import with_marks
@@ -163,9 +166,23 @@ class Patch:
             )
         base, shares, minimum = self.parts.base, self.quotas, group_minimum(self.config)
         if methods.picture is not None:
-            return ShrinkHooks(base, plan.vision, methods.picture.grid, shares, active)
-        assert methods.tower is not None
-        return MergeHooks(base, plan.vision, methods.tower.merge, shares, minimum, active, recorder)
+            return ShrinkHooks(base, plan.vision, self.smaller_grid, shares, active)
+        return MergeHooks(base, plan.vision, self.merge, shares, minimum, active, recorder)
+
+    def smaller_grid(
+        self, height: int, width: int, count: int, minimum: int, *, square: bool
+    ) -> tuple[int, int]:
+        """Return the checked grid of the picture method."""
+        picture = self.plan.methods.picture
+        assert picture is not None
+        grid = picture.grid(height, width, count, minimum, square=square)
+        return check_grid(grid, height, width, minimum, square=square, method=picture.name)
+
+    def merge(self, groups: TokenGroups) -> Merge:
+        """Return the checked merge of the tower method."""
+        tower = self.plan.methods.tower
+        assert tower is not None
+        return check_merge(tower.merge(groups), groups, tower.name)
 
     def reads_videos(self) -> bool:
         """Whether the model reads videos in the running thread."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import atp_patch
 from atp_patch.contract import Recycled
+from atp_patch.contract.before_decoder import check_grid
 from atp_patch.methods import METHODS, MethodSet, keep_best, make_method, make_methods
 from tests.helpers import inputs as made
 from tests.helpers.run import forward
@@ -445,3 +446,160 @@ def test_tables_over_the_layout_come_back_for_the_tokens_left() -> None:
 
     model = patched(Check())
     forward(model, made.batch(model, made.MIXED))
+
+
+# -- what tower and picture methods answer --------------------------------------------------------
+
+ChangeMerge = Callable[[atp_patch.TokenGroups, atp_patch.Merge], Any]
+
+
+@dataclass(frozen=True)
+class FirstOfTower(atp_patch.TowerMethod):
+    """A right merge of the first tokens of each group, and what a test makes of it."""
+
+    name = "first-but"
+    summary = "the first tokens of each group, changed by a test"
+    change: Any = None
+
+    def merge(self, groups: atp_patch.TokenGroups) -> Any:
+        assert groups.counts is not None
+        counts = torch.tensor(groups.counts)
+        place = torch.arange(groups.valid.shape[1])
+        keep = (place < counts[:, None]) & groups.valid
+        index = place[: max(groups.counts)].expand(len(keep), -1)
+        index = index.masked_fill(index >= counts[:, None], 0)
+        weight = torch.ones(*index.shape, keep.shape[1]) / keep.shape[1]
+        changed = index == 0
+        changed[:, 1:] = False
+        right = atp_patch.Merge(keep, index, weight, changed)
+        if self.change is None:
+            return right
+        changed_by = self.change(groups, right)
+        if not isinstance(changed_by, dict):
+            return changed_by
+        return atp_patch.Merge(**{**vars(right), **changed_by})
+
+
+def put(table: Tensor, place: tuple[int, ...], value: Any) -> Tensor:
+    """The same table with one other value."""
+    table = table.clone()
+    table[place] = value
+    return table
+
+
+WRONG_MERGES: dict[str, tuple[ChangeMerge, str]] = {
+    "no merge": (lambda g, m: None, r"merge\(\) returned NoneType; return an atp_patch.Merge"),
+    "only keep": (lambda g, m: m.keep, r"merge\(\) returned Tensor"),
+    "none": (lambda g, m: {"keep": m.keep & False}, "a group keeps fewer than minimum=3"),
+    "floats": (lambda g, m: {"keep": m.keep.float()}, "keep is .*float32; it must be .* bool"),
+    "short": (lambda g, m: {"keep": m.keep[:, :-1]}, r"keep is \(2, 35\) torch.bool"),
+    "one group": (lambda g, m: {"keep": m.keep[:1]}, r"keep is \(1, 36\)"),
+    "elsewhere": (lambda g, m: {"keep": m.keep.to("meta")}, "keep is on meta"),
+    "others": (lambda g, m: {"keep": m.keep.flip(1)}, "index names tokens that keep drops"),
+    "more": (
+        lambda g, m: {"keep": g.valid},
+        r"a group keeps more tokens than index has room for \(18\)",
+    ),
+    "one twice": (
+        lambda g, m: {"index": put(m.index, (0, 1), 0)},
+        "index does not name the kept tokens in order",
+    ),
+    "from right to left": (
+        lambda g, m: {"index": m.index.flip(1)},
+        "index does not name the kept tokens in order",
+    ),
+    "outside": (
+        lambda g, m: {"index": put(m.index, (0, 1), 500)},
+        "index names tokens outside of the groups' 36",
+    ),
+    "index of floats": (lambda g, m: {"index": m.index.float()}, "index is .* int64"),
+    "a list": (lambda g, m: {"index": m.index.tolist()}, "index is list; give a tensor"),
+    "square weights": (lambda g, m: {"weight": m.weight[..., :2]}, r"weight is \(2, 18, 2\)"),
+    "half weights": (lambda g, m: {"weight": m.weight.half()}, "weight is .*float16; .* float32"),
+    "NaN weights": (
+        lambda g, m: {"weight": m.weight * torch.nan},
+        "weight holds numbers that are not finite",
+    ),
+    "no changed": (lambda g, m: {"changed": None}, "changed is NoneType; give a tensor"),
+    "changed in a free slot": (
+        lambda g, m: {
+            "keep": put(m.keep, (0, 17), False),
+            "changed": put(m.changed, (0, 17), True),
+        },
+        "changed is True in slots of index that no kept token has",
+    ),
+}
+
+
+def tower_pass(method: Any, kind: str = "qwen2_vl", **options: Any) -> Tensor:
+    model = atp_patch.patch_model(tiny_model(kind), method=method, **{"keep": 0.5, **options})
+    return forward(model, made.batch(model, made.RAGGED)).logits
+
+
+@pytest.mark.parametrize("name", WRONG_MERGES)
+def test_a_wrong_merge_is_an_error_that_names_the_method(name: str) -> None:
+    change, message = WRONG_MERGES[name]
+    with pytest.raises(atp_patch.ATPError, match=f"^first-but: {message}"):
+        tower_pass(FirstOfTower(change), "llava-llama", min_tokens=3)
+
+
+def test_what_a_merge_says_of_padding_does_not_count() -> None:
+    def spoil(groups: atp_patch.TokenGroups, right: atp_patch.Merge) -> dict[str, Any]:
+        assert not groups.valid.all()
+        return {
+            "keep": right.keep | ~groups.valid,
+            "weight": right.weight.masked_fill(~right.changed[..., None], torch.nan),
+        }
+
+    assert torch.equal(tower_pass(FirstOfTower(spoil)), tower_pass(FirstOfTower()))
+
+
+@dataclass(frozen=True)
+class Given(atp_patch.PictureMethod):
+    """The grid that a test gives."""
+
+    name = "given"
+    summary = "the grid that a test gives"
+    size: Any = None
+
+    def grid(self, height: int, width: int, count: int, minimum: int, *, square: bool) -> Any:
+        return self.size
+
+
+WRONG_GRIDS: dict[str, tuple[Any, str]] = {
+    "larger": ((100, 100), r"\(100, 100\) for a grid of 6 x 6; return a height from 1 to 6"),
+    "wider": ((6, 7), r"\(6, 7\) for a grid of 6 x 6"),
+    "nothing": ((0, 0), r"\(0, 0\) for a grid"),
+    "less than nothing": ((-1, 2), r"\(-1, 2\) for a grid"),
+    "floats": ((3.0, 3.0), r"\(3.0, 3.0\); return two integers"),
+    "one": ((3,), r"\(3,\); return two integers"),
+    "three": ((1, 3, 3), r"\(1, 3, 3\); return two integers"),
+    "None": (None, "None; return two integers"),
+    "too small": ((1, 1), r"\(1, 1\) for a grid of 6 x 6; return one of at least minimum=4 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GRIDS)
+def test_a_wrong_grid_is_an_error_that_names_the_method(name: str) -> None:
+    size, message = WRONG_GRIDS[name]
+    with pytest.raises(atp_patch.ATPError, match=rf"^given: grid\(\) returned {message}"):
+        tower_pass(Given(size), "llava-llama", min_tokens=4)
+
+
+def test_a_wrong_grid_for_a_tower_of_patches_is_an_error_too() -> None:
+    for size, message in (((100, 100), "for a grid of"), (None, "return two integers")):
+        with pytest.raises(atp_patch.ATPError, match=rf"^given: grid\(\) returned .*{message}"):
+            tower_pass(Given(size))
+
+
+def test_a_grid_that_must_be_square_is_checked_for_it() -> None:
+    given: dict[str, Any] = {"height": 6, "width": 6, "minimum": 1, "method": "given"}
+    assert check_grid((2, 3), **given, square=False) == (2, 3)
+    assert check_grid((2, 2), **given, square=True) == (2, 2)
+    with pytest.raises(atp_patch.ATPError, match=r"^given: .*\(2, 3\).* needs a square one"):
+        check_grid((2, 3), **given, square=True)
+
+
+def test_a_grid_may_be_a_list_and_the_same_as_before() -> None:
+    whole = forward(tiny_model("llava-llama"), made.batch(tiny_model("llava-llama"), made.RAGGED))
+    assert torch.equal(tower_pass(Given([6, 6]), "llava-llama"), whole.logits)

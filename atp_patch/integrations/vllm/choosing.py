@@ -21,6 +21,7 @@ from atp_patch.contract import (
     TowerMethod,
     TowerTokens,
 )
+from atp_patch.contract.before_decoder import check_merge
 from atp_patch.contract.decision import check_decision
 from atp_patch.contract.errors import InputError
 from atp_patch.integrations.vllm.picture import Picture
@@ -144,10 +145,13 @@ def merge_features(
         groups: the tokens of each tile, in reading order, with the counts of :func:`tile_counts`.
         features: (G, n, Dt) the projector's inputs or outputs of the same tokens.
         pictures: how the tokens of each picture lie; each of its grids is one group.
+
+    Raises:
+        DecisionError: if the method's merge is not valid.
     """
     method = settings.method
     assert isinstance(method, TowerMethod), "methods at the door choose after the projector"
-    merge = method.merge(groups)
+    merge = check_merge(method.merge(groups), groups, method.name)
     made = (merge.weight @ features.float()).to(features.dtype)
     table = torch.where(merge.changed[..., None], made, gather_tokens(features, merge.index))
     tiles = zip(table, merge.index, merge.keep.sum(1).tolist(), strict=True)
