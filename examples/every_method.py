@@ -20,6 +20,7 @@ import atp_patch
 from atp_patch import visualize
 from atp_patch.builtin import load_builtin
 from atp_patch.methods import method_class, untrained_methods
+from atp_patch.tools.pictures import read_image
 
 
 def trace_of(
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("every_method.png"))
     given = parser.parse_args()
     model, processor = load_builtin(given.model)
-    image = Image.open(given.image).convert("RGB")
+    image = read_image(given.image)
     traces = {name: trace_of(model, processor, image, name, given.share) for name in given.methods}
     colours = {"text.color": "#e8e8e8", "figure.facecolor": "#16191f"} if given.dark else {}
     with rc_context(colours):

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -43,6 +44,26 @@ def test_the_sheet_of_methods_has_letters_that_are_read(
     caption = pixels.crop((0, pixels.height - 40, pixels.width // 2, pixels.height))
     darkest, lightest = caption.getextrema()
     assert lightest - darkest > 180
+
+
+def test_the_sheet_is_of_the_picture_as_a_person_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 0x8080, dtype=np.uint16)).save(path)
+    monkeypatch.setattr(sys, "argv", ["every_method.py", "--image", str(path)])
+    main = runpy.run_path(str(ROOT / "examples" / "every_method.py"))["main"]
+    shown: list[Image.Image] = []
+
+    def show(model: None, processor: None, image: Image.Image, *more: object) -> None:
+        shown.append(image)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "load_builtin", lambda name: (None, None))
+    monkeypatch.setitem(main.__globals__, "trace_of", show)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert shown[0].getpixel((0, 0)) == (0x80, 0x80, 0x80)
 
 
 def test_they_are_of_modest_size() -> None:
