@@ -47,8 +47,9 @@ def check_pruning(args: argparse.Namespace) -> None:
         ConfigError: if one is wrong; the message names it and the mend.
     """
     from atp_patch.methods import untrained_methods
+    from atp_patch.tools.method_spec import stages
 
-    if args.method is not None and not set(args.method.split("/")) <= set(untrained_methods()):
+    if args.method is not None and not set(stages(args.method)) <= set(untrained_methods()):
         raise ConfigError(
             f"--method {args.method!r}: give one of {', '.join(untrained_methods())}; one that has "
             "to be trained comes with --weights."
@@ -78,10 +79,12 @@ def patch_settings(args: argparse.Namespace, found: Trained | None) -> dict[str,
         args: the arguments.
         found: what :func:`trained` has found.
     """
+    from atp_patch.tools.method_spec import method_argument
+
     method = args.method
     settings = {
         "layers": args.layers,
-        "method": method.split("/") if method is not None and "/" in method else method,
+        "method": None if method is None else method_argument(method),
         "keep": args.keep[0] if args.keep is not None and len(args.keep) == 1 else args.keep,
         "target_tokens": args.target_tokens,
         "weights": None if found is None else found.adapter,

@@ -38,6 +38,7 @@ from atp_patch.integrations.chat import Answer, ChatModel, Generation, Score, Us
 from atp_patch.integrations.videos import Chat
 from atp_patch.patching.api import patch_model
 from atp_patch.tools.loading import choose_device, choose_dtype, load_model
+from atp_patch.tools.method_spec import method_argument
 from atp_patch.tools.trained import load_trained
 
 PLAIN = "plain"
@@ -304,7 +305,7 @@ def _patch_arguments(
         return None
     arguments = {name: _listed(name, value) for name, value in patch.items()}
     if method is not None:
-        arguments["method"] = method.split("/") if "/" in method else method
+        arguments["method"] = method_argument(method)
     return arguments
 
 

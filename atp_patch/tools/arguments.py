@@ -194,22 +194,35 @@ def seed(text: str) -> int:
 
 
 def named_values(given: list[str]) -> dict[str, Any]:
-    """Read options such as "name=value" into a mapping. A value is read as JSON, or else as a word.
+    """Read options such as "name=value" into a mapping, as :func:`named_value` reads each.
 
     Raises:
         ConfigError: where there is no "=".
     """
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--option {text}: give NAME=VALUE, for example slope=10.")
-        try:
-            parsed = parse_json(value)
-            options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-        except ValueError:
-            options[name] = value
-    return options
+    try:
+        return dict(map(named_value, given))
+    except ValueError as error:
+        raise ConfigError(f"--option {error}: give NAME=VALUE, for example slope=10.") from error
+
+
+def named_value(text: str) -> tuple[str, Any]:
+    """Read "name=value".
+
+    Returns:
+        The name, and the value: what it is in JSON, where a list becomes a tuple, a truth value as
+        Python writes it, or else a word.
+
+    Raises:
+        ValueError: where there is no name or no "="; the message is the text.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not (name and equals):
+        raise ValueError(text)
+    try:
+        parsed = parse_json(value.lower() if value in ("True", "False") else value)
+    except ValueError:
+        return name, value
+    return name, tuple(parsed) if isinstance(parsed, list) else parsed
 
 
 def check_text(text: str, name: str) -> None:

@@ -34,6 +34,12 @@ def stages(name: str) -> list[str]:
     return name.split("/")
 
 
+def method_argument(name: str) -> str | list[str]:
+    """What ``patch_model(method=...)`` takes for a name: a list of both for "FIRST/SECOND"."""
+    found = stages(name)
+    return found if len(found) > 1 else name
+
+
 def read_method_spec(text: str) -> MethodSpec:
     """Read one of the methods that ``--methods`` names.
 

@@ -18,6 +18,7 @@ from atp_patch.patching.api import is_patched, last_trace, patch_model, unpatch_
 from atp_patch.patching.trace import PruningTrace
 from atp_patch.tools.generation import GREEDY
 from atp_patch.tools.loading import encode
+from atp_patch.tools.method_spec import method_argument
 from atp_patch.visualize import with_pictures
 
 Turn = tuple[str, str]  # a question and its answer
@@ -41,9 +42,8 @@ class Pruning:
     @property
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of ``patch_model``."""
-        names = self.method.split("/")
         return {
-            "method": names if len(names) > 1 else self.method,
+            "method": method_argument(self.method),
             "layers": self.layers or None,
             "target_share": self.share,
         }

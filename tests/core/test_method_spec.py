@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atp_patch.contract.errors import ConfigError
-from atp_patch.tools.method_spec import MethodSpec, read_method_spec
+from atp_patch.tools.method_spec import MethodSpec, method_argument, read_method_spec
 
 ENDS = ("@", "@2+", "@x", "@1.5", ":", ":0", ":1.1", ":nan", ":x", ":0.5+", ":-1", "@2:")
 
@@ -44,3 +44,8 @@ def test_what_is_no_name_is_one_error(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=r"--methods|give one method") as raised:
         read_method_spec(text)
     assert said in str(raised.value)
+
+
+def test_what_patch_model_is_given() -> None:
+    assert method_argument("prumerge+") == "prumerge+"
+    assert method_argument("prumerge+/atp") == ["prumerge+", "atp"]

@@ -29,6 +29,7 @@ from atp_patch.integrations.vllm.plugin import SERVED, check_engine, check_model
 from atp_patch.integrations.vllm.positions import prompt_positions, split_steps, with_steps
 from atp_patch.integrations.vllm.settings import SERVED_METHODS, VARIABLE, Settings
 from atp_patch.methods import METHODS, DivPrune, VisionZip
+from atp_patch.tools.arguments import named_values
 from tests.families.anyres import KINDS as ANYRES
 from tests.families.kinds import Kind, Words, make, sample
 from tests.families.kinds import Picture as Shown
@@ -58,6 +59,21 @@ WRONG = {
     "method=voco,keep=0.5": "cannot be served",
 }
 INSIDE = sorted({cls.name for cls in METHODS if cls.where == "layer"} - {"random", "uniform"})
+
+
+def test_values_are_read_as_those_of_commands_are() -> None:
+    deep = "[" * 100_000
+    with pytest.raises(ConfigError, match="give a number"):
+        Settings.parse(f"method=divprune,keep={deep}")
+    assert named_values(["a=True", " b = False ", "c=1e-1", f"d={deep}"]) == {
+        "a": True,
+        "b": False,
+        "c": 0.1,
+        "d": deep,
+    }
+    for empty in ("keep=", "=0.5", "keep"):
+        with pytest.raises(ConfigError, match="is not one name=value"):
+            Settings.parse(f"method=divprune,{empty}")
 
 
 @pytest.mark.parametrize(("text", "said"), WRONG.items())

@@ -8,7 +8,6 @@ picture between all prompts that hold it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,6 +17,7 @@ from atp_patch.contract.arguments import MOST_TOKENS, as_kind, shown
 from atp_patch.contract.errors import ConfigError
 from atp_patch.integrations.vllm.baselines import BASELINES, BaselineAtDoor
 from atp_patch.methods import CDPruner, make_method
+from atp_patch.tools.arguments import named_value
 
 VARIABLE = "ATP_PATCH_VLLM"
 EXAMPLE = f'{VARIABLE}="method=divprune,keep=0.25"'
@@ -96,21 +96,16 @@ def _pairs(text: str) -> dict[str, Any]:
     """The names and values of ``name=value,name=value``."""
     found: dict[str, Any] = {}
     for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and value) or name in found:
+        try:
+            name, value = named_value(part)
+        except ValueError:
+            name, value = "", ""
+        if not name or value == "" or name in found:
             raise ConfigError(
                 f"{VARIABLE}={shown(text)}: {shown(part)} is not one name=value; write {EXAMPLE}."
             )
-        found[name] = _value(value)
+        found[name] = value
     return found
-
-
-def _value(text: str) -> Any:
-    """A number or truth value where the text is one, otherwise the text."""
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        return text
 
 
 def _served(name: str, options: Mapping[str, Any]) -> DoorMethod | TowerMethod:
