@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,11 @@ import pytest
 import atp_patch
 from atp_patch import scaled_layers
 from atp_patch.families import FAMILIES
+from atp_patch.patching.api import require_patch
 from atp_patch.patching.config import BaseModel, PruningConfig
+from tests.helpers import tiny
+from tests.helpers.inputs import SINGLE, batch
+from tests.helpers.run import forward
 
 BASE = BaseModel("llava", 32, 4096)
 
@@ -131,6 +136,25 @@ def test_default_layers_are_in_proportion_and_where_the_family_can_be_pruned(
     family = replace(FAMILIES[0], late_layers=lambda config: late)
     assert family.default_layers(None, depth) == places
     family.check_layers(None, places)
+
+
+ODD_LISTS = ([1], [7], [5, 6], [1, 3, 7], (2, 3, 4, 5, 6, 7))
+
+
+@pytest.mark.parametrize("given", ODD_LISTS, ids=str)
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_an_explicit_list_of_layers_is_never_changed(kind: str, given: Sequence[int]) -> None:
+    model = atp_patch.patch_model(tiny.tiny_model(kind), given, "fastv", keep=0.75)
+    assert require_patch(model).config.layers == tuple(given)
+    forward(model, batch(model, SINGLE))
+    assert tuple(atp_patch.last_trace(model).layers) == tuple(given)
+
+
+@pytest.mark.parametrize(("given", "late"), [([1, 4], 3), ([2], 3), ([3, 5], 4)])
+def test_a_list_that_begins_too_early_is_refused_not_moved(given: list[int], late: int) -> None:
+    family = replace(FAMILIES[0], late_layers=lambda config: late)
+    with pytest.raises(atp_patch.ConfigError, match=f"no token can go before layer {late}"):
+        family.check_layers(None, given)
 
 
 @pytest.mark.parametrize(
