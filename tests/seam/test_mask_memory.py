@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import atp_patch
 from tests.families.kinds import TEXT
@@ -40,10 +40,29 @@ def test_a_long_prompt_needs_no_table_of_its_own_square(method: str) -> None:
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
     options: dict[str, Any] = {"seed": 0} if method == "random" else {}
     atp_patch.patch_model(model, [1], method, family="generic", keep=0.01, **options)
-    side = 140
-    visual = torch.zeros(1, TOKENS, dtype=torch.bool)
+    assert largest_tensor(model, TOKENS, side=140) < TOKENS**2 / 8
+    assert atp_patch.last_trace(model).layers[1].kept_counts == (196,)
+
+
+def test_nor_where_layers_that_keep_states_hear_an_earlier_one() -> None:
+    """Before layer 2 the attention of layer 0 is read among the tokens that entered layer 1."""
+    torch.manual_seed(0)
+    types = ["full_attention", "conv", "conv"]
+    small = {**TEXT, "num_hidden_layers": 3, "max_position_embeddings": 2**15}
+    config = Lfm2Config(**small, layer_types=types, conv_L_cache=3, block_auto_adjust_ff_dim=False)
+    model = Lfm2ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    atp_patch.patch_model(model, [1, 2], "fastv", family="generic", keep=[0.5, 0.02])
+    tokens = 3_700
+    assert largest_tensor(model, tokens, side=60) < tokens**2 / 8
+    layers = atp_patch.last_trace(model).layers
+    assert [layers[layer].kept_counts for layer in (1, 2)] == [(1800,), (36,)]
+
+
+def largest_tensor(model: Any, tokens: int, side: int) -> int:
+    """The elements of the largest tensor that is made in a pass with one picture."""
+    visual = torch.zeros(1, tokens, dtype=torch.bool)
     visual[:, 8 : 8 + side**2] = True
-    embeds = torch.randn(1, TOKENS, config.hidden_size) * 0.1
+    embeds = torch.randn(1, tokens, model.config.hidden_size) * 0.1
     with torch.no_grad(), Largest() as largest:
         model(
             inputs_embeds=embeds,
@@ -51,5 +70,4 @@ def test_a_long_prompt_needs_no_table_of_its_own_square(method: str) -> None:
             visual_grids=[[(1, side, side)]],
             logits_to_keep=1,
         )
-    assert atp_patch.last_trace(model).layers[1].kept_counts == (196,)
-    assert largest.elements < TOKENS**2 / 8
+    return largest.elements

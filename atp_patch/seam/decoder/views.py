@@ -14,7 +14,6 @@ from atp_patch.maths import gather_heads, gather_tokens
 from atp_patch.seam.decoder.host_pass import HostPass
 from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.decoder.visual_tokens import TokenState
-from atp_patch.seam.host.masks import gather_columns, gather_rows
 from atp_patch.seam.host.prompt import TextRows
 from atp_patch.seam.host.recorder import Recording
 
@@ -87,15 +86,15 @@ def _attention(
     new = recording.query.shape[2]
     keys = new + host.earlier_keys(source, new)
     recording = replace(recording, key=recording.key[:, :, :keys])
+    mask = AttentionMask(recording.mask, new, keys, tokens.gone(layer))
     entered = tokens.entering(layer)
     if entered is not None and entered is not tokens.entering(source):
-        recording = _among(entered, tokens.columns(source, entered.index), recording)
-    query = recording.query
-    keys = recording.key.shape[2]
+        column = tokens.columns(source, entered.index)
+        recording, mask = _among(entered, column, recording, mask)
     return Attention(
-        query=query,
+        query=recording.query,
         key=recording.key,
-        mask=AttentionMask(recording.mask, query.shape[2], keys, tokens.gone(layer)),
+        mask=mask,
         scaling=recording.scaling,
         softcap=recording.softcap,
         sinks=recording.sinks,
@@ -104,26 +103,28 @@ def _attention(
     )
 
 
-def _among(entered: Survivors, column: Tensor, recording: Recording) -> Recording:
-    """Return the attention of a layer among fewer tokens than the layer ran on.
+def _among(
+    entered: Survivors, column: Tensor, recording: Recording, mask: AttentionMask
+) -> tuple[Recording, AttentionMask]:
+    """Return the attention of a layer, and its mask, among fewer tokens than the layer ran on.
 
     Args:
         entered: the tokens that are left.
         column: (B, n) int64, their places among the tokens that the layer ran on.
         recording: the layer's attention.
+        mask: its mask.
     """
     column = column.to(recording.query.device)
     new = recording.query.shape[2]
     earlier, own = recording.key.split([recording.key.shape[2] - new, new], dim=2)
-    mask = AttentionMask(recording.mask, new, recording.key.shape[2]).whole(column.device)
     before = torch.arange(earlier.shape[2], device=column.device).expand(len(column), -1)
     keys = torch.cat([before, column + earlier.shape[2]], dim=1)
     valid = torch.cat([torch.ones_like(before, dtype=torch.bool), entered.all_valid], dim=1)
     tables: Any = recording.rotary and tuple(gather_tokens(x, column) for x in recording.rotary)
-    return replace(
+    fewer = replace(
         recording,
         query=gather_heads(recording.query, column),
         key=torch.cat([earlier, gather_heads(own, column)], dim=2),
-        mask=gather_columns(gather_rows(mask, column), keys, valid),
         rotary=tables,
     )
+    return fewer, mask.among(column, keys, ~valid)
