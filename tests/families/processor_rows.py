@@ -1197,6 +1197,7 @@ MORE = (
         text="<|image|>",
         video="<|video|>",
         ids=(tiny.IMAGE,),
+        one_film=True,
         torchvision=True,
     ),
     Real(

@@ -124,6 +124,7 @@ class Real:
         ids: of the placeholders.
         least: the smallest picture that the processor itself takes.
         most: the largest number of pictures that it takes in a prompt.
+        one_film: whether a prompt may have no more than one video.
         even: whether the videos of a call must have as many frames.
         batches: whether a call takes several prompts with pictures.
         nested: whether it wants a list of pictures for each prompt.
@@ -150,6 +151,7 @@ class Real:
     nested: bool = False
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     config: Callable[[], Any] | None = None
+    one_film: bool = False
     even: bool = False
     batches: bool = True
     since: str = "0"
