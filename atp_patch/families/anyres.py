@@ -21,7 +21,7 @@ from atp_patch.families.towers import square_tower
 
 
 def _side(config: Any) -> int:
-    """Tokens along a side of one tile; Granite 4 Vision's are a share of its patches."""
+    """Return the tokens along a side of one tile; Granite 4 Vision's are a share of its patches."""
     vision = config.vision_config
     patches = int(vision.image_size) // int(vision.patch_size)
     return int(patches * Fraction(getattr(config, "downsample_rate", None) or 1))
@@ -35,7 +35,7 @@ def _refuse(span: Span) -> InputError:
 
 
 def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
-    """The views and unpadded pictures of one run of placeholders.
+    """Return the views and unpadded pictures of one run of placeholders.
 
     Args:
         span: the run of placeholders.
@@ -70,14 +70,14 @@ def _images(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
 
 
 def _frames(span: Span, start: int, stop: int, side: int) -> VisualGrid:
-    """A video whose frames are squares that follow each other without gaps."""
+    """Return a video whose frames are squares that follow each other without gaps."""
     if (stop - start) % side**2:
         raise _refuse(span)
     return VisualGrid(start, (stop - start) // side**2, side, side)
 
 
 def _videos(span: Span, newlines: list[int], side: int) -> list[VisualGrid]:
-    """The videos of one run of placeholders.
+    """Return the videos of one run of placeholders.
 
     Each video of LLaVA-OneVision ends in a newline; a run of LLaVA-NeXT-Video is one video.
     """

@@ -57,7 +57,7 @@ def _pictures(query: GridQuery, name: str, cell: int) -> Films:
 
 
 def _tower(config: Any) -> Tower | None:
-    """The tower of Gemma 4, which the unified model has not."""
+    """Return the tower of Gemma 4, which the unified model has not."""
     if config.model_type != "gemma4" or config.vision_config is None:
         return None
     return read_tower(

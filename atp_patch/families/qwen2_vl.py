@@ -72,7 +72,7 @@ def _deepstack_layers(config: Any) -> int:
 
 
 def _projected_tower(config: Any) -> Tower:
-    """PaddleOCR-VL's tower, whose patches lie row by row, and Cosmos's."""
+    """Return PaddleOCR-VL's tower, whose patches lie row by row, or Cosmos's."""
     return read_tower(
         config,
         modules=("visual",),
@@ -84,7 +84,7 @@ def _projected_tower(config: Any) -> Tower:
 
 
 def _ernie_tower(config: Any) -> Tower:
-    """ERNIE's tower sees each frame for itself; its resampler joins two."""
+    """Return ERNIE's tower, which sees each frame for itself; its resampler joins two."""
     vision = config.vision_config
     return read_tower(
         config,

@@ -216,7 +216,7 @@ def _pooled(query: GridQuery) -> Grids:
 
 
 def _exaone_tower(config: Any) -> Tower | None:
-    """The tower of Qwen2.5-VL; HyperCLOVA X SEED has a further layer behind its merger."""
+    """Return the tower of Qwen2.5-VL; HyperCLOVA X SEED has a further layer behind its merger."""
     if config.model_type == "exaone4_5":
         return packed_tower(config)
     if not str(config.vision_config.model_type).startswith("qwen2_5_vl"):

@@ -100,7 +100,9 @@ def _idefics3_tower(config: Any) -> Tower:
 
 
 def _granite_docling_tower(config: Any) -> Tower:
-    """The connector, which belongs to the tower, ends in a layer that knows each tile apart."""
+    """Return the tower, whose last part is the connector; that ends in a layer that is given each
+    tile apart.
+    """
     return read_tower(
         config,
         modules=("vision_model",),
@@ -111,7 +113,7 @@ def _granite_docling_tower(config: Any) -> Tower:
 
 
 def _ovis2_tower(config: Any) -> Tower:
-    """The tower itself makes a distribution over visual words for each token."""
+    """Return the tower, which makes a distribution over visual words for each token."""
     return read_tower(
         config,
         blocks="transformer.encoder.layers",
@@ -122,7 +124,7 @@ def _ovis2_tower(config: Any) -> Tower:
 
 
 def _llama4_tower(config: Any) -> Tower:
-    """The class token stands behind the patches; the adapter joins cells of patches."""
+    """Return the tower; its class token stands behind the patches, and the adapter joins cells."""
     return read_tower(
         config,
         modules=("vision_model",),

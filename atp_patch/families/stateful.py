@@ -68,7 +68,7 @@ def _missing(names: str) -> InputError:
 
 
 def _lfm3_tower(config: Any) -> Tower | None:
-    """Some blocks of LFM3-VL's tower are convolutions."""
+    """Return LFM3-VL's tower, some of whose blocks are convolutions."""
     return mixed_tower(config, cell=int(config.vision_config.spatial_merge_size))
 
 

@@ -11,7 +11,7 @@ _PROJECTOR = "multi_modal_projector"
 
 
 def feature_block(config: Any, *names: str) -> int:
-    """The number of the tower's block whose output the model uses; of several the deepest.
+    """Return the number of the tower's block whose output the model uses; of several the deepest.
 
     Args:
         config: the config of the whole model.
@@ -33,7 +33,7 @@ def feature_block(config: Any, *names: str) -> int:
 
 
 def square_tower(config: Any, *modules: str, packers: tuple[str, ...] = ()) -> Tower | None:
-    """A CLIP or SigLIP tower whose projector works token by token; None for other towers.
+    """Return a CLIP or SigLIP tower whose projector works token by token, or None for other towers.
 
     A tower for videos hands on the class token of every frame; others do so under the strategy
     "full".
@@ -66,7 +66,7 @@ def square_tower(config: Any, *modules: str, packers: tuple[str, ...] = ()) -> T
 
 
 def siglip_cells(config: Any, cell: int, **more: Any) -> Tower | None:
-    """A SigLIP tower whose projector joins cells of patches; None for other towers.
+    """Return a SigLIP tower whose projector joins cells of patches, or None for other towers.
 
     Args:
         config: the config of the whole model.
@@ -91,7 +91,7 @@ def siglip_cells(config: Any, cell: int, **more: Any) -> Tower | None:
 
 
 def pixtral_tower(config: Any, **names: str) -> Tower:
-    """Pixtral's tower, which takes all pictures in one row and is told their sizes in pixels.
+    """Return Pixtral's tower, which takes all pictures in one row, and their sizes in pixels.
 
     Methods may read it.
 
@@ -119,7 +119,9 @@ def pixtral_tower(config: Any, **names: str) -> Tower:
 
 
 def naflex_tower(config: Any) -> Tower | None:
-    """SigLIP 2's tower for pictures of any size (NaFlex), which methods may read; else None."""
+    """Return SigLIP 2's tower for pictures of any size (NaFlex), which methods may read, or
+    None.
+    """
     if config.vision_config.model_type != "siglip2_vision_model":
         return None
     return Tower(
@@ -137,12 +139,13 @@ def naflex_tower(config: Any) -> Tower | None:
 
 
 def last_block(config: Any) -> int:
-    """The number of the tower's last block."""
+    """Return the number of the tower's last block."""
     return int(config.vision_config.num_hidden_layers) - 1
 
 
 def shuffled_tower(config: Any) -> Tower:
-    """InternVL's tower, which has a class token and joins cells of patches before the projector.
+    """Return InternVL's tower, which has a class token and joins cells of patches before the
+    projector.
 
     Qianfan-OCR's holds its blocks by another name.
     """
@@ -163,7 +166,7 @@ def shuffled_tower(config: Any) -> Tower:
 
 
 def packed_tower(config: Any, *, mergeable: bool = True) -> Tower:
-    """The tower of Qwen2-VL and Qwen2.5-VL, which takes all images in one row.
+    """Return the tower of Qwen2-VL and Qwen2.5-VL, which takes all images in one row.
 
     Its merger joins cells of patches. In a tower with windows the last block without windows
     counts.
@@ -193,7 +196,7 @@ def packed_tower(config: Any, *, mergeable: bool = True) -> Tower:
 
 
 def read_tower(config: Any, **facts: Any) -> Tower:
-    """A tower that methods may read and not merge.
+    """Return a tower that methods may read and not merge.
 
     It takes all images in one row, cell by cell, if ``facts`` say nothing else.
 
@@ -218,7 +221,8 @@ def read_tower(config: Any, **facts: Any) -> Tower:
 
 
 def mixed_tower(config: Any, **facts: Any) -> Tower | None:
-    """A tower whose layer types say which blocks attend to whole pictures; None if none does.
+    """Return a tower whose layer types say which blocks attend to whole pictures, or None if none
+    does.
 
     Args:
         config: the config of the whole model.

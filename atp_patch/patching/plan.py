@@ -171,7 +171,7 @@ def make_plan(
 
 
 def default_layers(model: Any) -> tuple[int, ...]:
-    """The pruning layers of a model where the caller names none."""
+    """Return the pruning layers of a model where the caller names none."""
     kind = family_of(model.config)
     return _default_layers(kind, locate(model, kind.outer, bare=not kind.model_types))
 
@@ -179,7 +179,7 @@ def default_layers(model: Any) -> tuple[int, ...]:
 def _default_layers(
     kind: Family, parts: Parts, depths: Sequence[float] | None = None
 ) -> tuple[int, ...]:
-    """The family's pruning layers, and none behind a layer whose keys later layers reuse.
+    """Return the family's pruning layers, and none behind a layer whose keys later layers reuse.
 
     Where a method's own paper names other layers, ``depths`` holds their shares of the depth.
     """
@@ -188,7 +188,9 @@ def _default_layers(
 
 
 def follows_budget(method: LayerMethod | None, config: PruningConfig) -> bool:
-    """Whether a method inside the decoder keeps the numbers of tokens that the budget gives."""
+    """Return whether a method inside the decoder keeps the numbers of tokens that the budget
+    gives.
+    """
     if method is None:
         return False
     return method.needs_budget or (method.takes_budget and config.has_budget)

@@ -37,7 +37,7 @@ class PatchGrid(NamedTuple):
 
 
 def blocks_of(tower: nn.Module, about: Tower) -> Any:
-    """The list of a tower's blocks."""
+    """Return the list of a tower's blocks."""
     # In early versions of transformers the tower is a model around the one that has the blocks.
     inner: Any = getattr(tower, "vision_model", tower)
     return inner.get_submodule(about.blocks)
@@ -54,7 +54,8 @@ def tower_groups(
     *,
     every_query: bool = False,
 ) -> tuple[TokenGroups, Tensor]:
-    """The groups of one call of a tower, and (G, n) int64 the row of each token among its features.
+    """Return the groups of one call of a tower, and (G, n) int64 the row of each token among its
+    features.
 
     Args:
         about: where the tower's parts are, and what its tokens are like.
@@ -81,7 +82,7 @@ def _square(
     minimum: int,
     every_query: bool,
 ) -> tuple[TokenGroups, Tensor]:
-    """The groups of a tower that takes square pictures."""
+    """Return the groups of a tower that takes square pictures."""
     number, rows = shape[0], math.prod(shape[1:])
     lead = int(about.class_token)
     patches = recording.key.shape[2] - lead
@@ -127,7 +128,7 @@ def _packed(
     counts: Counter,
     minimum: int,
 ) -> tuple[TokenGroups, Tensor]:
-    """The groups of a tower that takes pictures of any size."""
+    """Return the groups of a tower that takes pictures of any size."""
     pictures = list(_pictures(about, recorded, grids))
     frames = [size for size, _, _ in pictures]
     tokens = [height * width for height, width in frames]
@@ -157,7 +158,8 @@ def _packed(
 def _pictures(
     about: Tower, recorded: Sequence[Recording], grids: Sequence[PatchGrid]
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """Of each frame its rows and columns of tokens, (n,) their attention and (n, d) their keys.
+    """Return, for each frame, its rows and columns of tokens, their attention (n,) and their keys
+    (n, d).
 
     All pictures stand in one row, or each stands in one of its own with padding behind it.
     """
@@ -187,7 +189,7 @@ def _pictures(
 
 
 def _cell_by_cell(about: Tower, grid: PatchGrid) -> Tensor:
-    """(patches,) int64: where the patches of a frame stand, cell by cell."""
+    """Return (patches,) int64: where the patches of a frame stand, cell by cell."""
     place, cell = torch.arange(grid.height * grid.width), grid.cell
     if not about.by_rows:
         return place
@@ -196,7 +198,7 @@ def _cell_by_cell(about: Tower, grid: PatchGrid) -> Tensor:
 
 
 def window_order(height: int, width: int, window: int) -> Tensor:
-    """(height * width,) int64: the grid's places, window by window, each in reading order.
+    """Return (height * width,) int64: the grid's places, window by window, each in reading order.
 
     Args:
         height, width: the grid's rows and columns.
@@ -211,7 +213,8 @@ def window_order(height: int, width: int, window: int) -> Tensor:
 
 
 def _received(recording: Recording, lead: int, every_query: bool = False) -> tuple[Tensor, Tensor]:
-    """The attention that each patch gets (G, n), and all heads' keys of it (G, n, d), float32.
+    """Return the attention that each patch gets (G, n), and all heads' keys of it (G, n, d),
+    float32.
 
     With a class token (``lead`` is 1) it is the class token's attention among the patches (PruMerge
     eq. 2), else the attention of all patches on average; with ``every_query`` it is that of all
@@ -239,7 +242,7 @@ def _received(recording: Recording, lead: int, every_query: bool = False) -> tup
 
 
 def _seen(recording: Recording) -> Tensor:
-    """(G, n) bool: the patches that at least one patch of their picture may see."""
+    """Return (G, n) bool: the patches that at least one patch of their picture may see."""
     mask, key = recording.mask, recording.key
     if mask is None:
         return torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)

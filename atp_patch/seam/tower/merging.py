@@ -29,7 +29,7 @@ class QuotaRule(Protocol):
     def __call__(
         self, tokens: Sequence[int], placeholders: Sequence[int]
     ) -> tuple[Quota, ...] | None:
-        """The quota of each group, or None where the method decides."""
+        """Return the quota of each group, or None where the method decides."""
 
 
 class VisionHooks(Protocol):
@@ -147,7 +147,7 @@ class MergeHooks:
     # -- groups -----------------------------------------------------------------------------------
 
     def _merge_rows(self, features: Tensor, groups: TokenGroups, place: Tensor) -> Tensor:
-        """Features (..., D) whose kept rows are merged.
+        """Return features (..., D) whose kept rows are merged.
 
         The rows that are dropped become tombstones behind the projector.
 
@@ -170,7 +170,9 @@ class MergeHooks:
         return None if quotas is None else tuple(quota.tokens for quota in quotas)
 
     def _groups(self, features: Tensor) -> tuple[TokenGroups, Tensor]:
-        """The groups of tokens, and (G, n) int64 the row of each token among the features."""
+        """Return the groups of tokens, and (G, n) int64 the row of each token among the
+        features.
+        """
         here = self._here
         recorded, here.recorded = here.recorded, []
         return tower_groups(

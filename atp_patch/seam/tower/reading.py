@@ -132,7 +132,7 @@ class ReadingHooks:
         return [self.base.get_submodule(name) for name in self.tower.modules]
 
     def _watched(self, tower: nn.Module) -> Iterator[tuple[int, Any, Any]]:
-        """The number, the module and the attention of each block that is read."""
+        """Return the number, the module and the attention of each block that is read."""
         blocks = blocks_of(tower, self.tower)
         for number in sorted(set(self.blocks.values())):
             yield number, blocks[number], blocks[number].get_submodule(self.tower.attention)
@@ -153,8 +153,8 @@ class ReadingHooks:
         ]
 
     def _sized(self, args: Any, kwargs: dict[str, Any]) -> list[PatchGrid]:
-        """The grids of pictures whose sizes the tower is told; without them all are as large as the
-        pixel values.
+        """Return the grids of pictures whose sizes the tower is told; without them all are as large
+        as the pixel values.
         """
         about, sizes = self.tower, kwargs.get(self.tower.sizes)
         if sizes is None:
@@ -222,7 +222,8 @@ class ReadingHooks:
     # -- places -----------------------------------------------------------------------------------
 
     def read(self, layout: Layout, videos: Sequence[Sequence[bool]]) -> dict[float, TowerTokens]:
-        """What each block did, in the layout's places, by the number that the method asked for.
+        """Return what each block did, in the layout's places, by the number that the method asked
+        for.
 
         Args:
             layout: where the visual tokens lie.
@@ -237,11 +238,11 @@ class ReadingHooks:
 
 
 def _no_counts(tokens: Sequence[int], placeholders: Sequence[int]) -> None:
-    """The budget of a method at the door is not divided among groups."""
+    """Return None, since the budget of a method at the door is not divided among groups."""
 
 
 def numbered_block(number: float, tower: Tower, depth: int) -> int:
-    """The number from the front of the block that a door method names.
+    """Return the number from the front of the block that a door method names.
 
     Args:
         number: a member of :attr:`DoorMethod.tower_blocks`.
@@ -274,7 +275,7 @@ def numbered_block(number: float, tower: Tower, depth: int) -> int:
 def _groups(
     made: TokenGroups, classes: Tensor | None, states: Tensor | None
 ) -> Iterator[ReadGroup]:
-    """The groups of one call of the tower, as one block made them.
+    """Return the groups of one call of the tower, as one block made them.
 
     Args:
         made: the tokens with the attention that they got.
@@ -296,7 +297,7 @@ def _groups(
 def _placed(
     calls: Sequence[_TowerCall], block: int, layout: Layout, videos: Sequence[Sequence[bool]]
 ) -> TowerTokens:
-    """The groups of one block, in the layout's places."""
+    """Return the groups of one block, in the layout's places."""
     groups = {
         kind: [group for call in calls if call.videos == kind for group in call.groups[block]]
         for kind in (False, True)
