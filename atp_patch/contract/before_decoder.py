@@ -75,9 +75,9 @@ def check_merge(merge: Any, groups: TokenGroups, method: str) -> Merge:
     slots = _slots(merge, number, method)
 
     def check(name: str, shape: tuple[int, ...], kind: str) -> None:
-        told = f"for the {number} groups of up to {longest} tokens"
+        basis = f"for the {number} groups of up to {longest} tokens"
         value = getattr(merge, name)
-        check_tensor(f"{method}: {name}", value, shape, kind, told, groups.valid)
+        check_tensor(f"{method}: {name}", value, shape, kind, basis, groups.valid)
 
     check("keep", (number, longest), "bool")
     check("index", (number, slots), "int64")

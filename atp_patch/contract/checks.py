@@ -16,7 +16,7 @@ LOOK_AT_FEATURES = (
 
 
 def check_tensor(
-    where: str, value: Any, shape: tuple[int, ...], kind: str, told: str, like: Tensor
+    where: str, value: Any, shape: tuple[int, ...], kind: str, basis: str, like: Tensor
 ) -> None:
     """Check the type, shape, dtype and device of a tensor; none of its values is read.
 
@@ -25,7 +25,7 @@ def check_tensor(
         value: what the method gave.
         shape: the shape that it must have.
         kind: "bool", "int64", "float32" or "floating point".
-        told: what the shape follows from, for the message.
+        basis: what the shape follows from, for the message.
         like: a tensor on the device that it must be on.
 
     Raises:
@@ -41,7 +41,7 @@ def check_tensor(
     }
     if tuple(value.shape) != shape or not is_kind[kind]:
         raise DecisionError(
-            f"{where} is {tuple(value.shape)} {value.dtype}; it must be {shape} {kind}, {told}."
+            f"{where} is {tuple(value.shape)} {value.dtype}; it must be {shape} {kind}, {basis}."
         )
     if value.device != like.device:
         raise DecisionError(

@@ -103,8 +103,8 @@ def _check_forms(decision: Decision, view: TokenView, method: str) -> None:
     batch, tokens = view.slot_valid.shape
 
     def check(name: str, value: Any, shape: tuple[int, ...], kind: str) -> None:
-        told = f"for the {batch} samples and up to {tokens} visual tokens of the view"
-        check_tensor(f"{method}: {name}", value, shape, kind, told, view.slot_valid)
+        basis = f"for the {batch} samples and up to {tokens} visual tokens of the view"
+        check_tensor(f"{method}: {name}", value, shape, kind, basis, view.slot_valid)
 
     of_tokens = (batch, tokens)
     check("keep", decision.keep, of_tokens, "bool")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "every_method.py"
-PANELS = 3
+PANELS, DPI = 3, 120
 
 
 def test_it_draws_what_each_method_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,8 +19,9 @@ def test_it_draws_what_each_method_leaves(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.argv", argv)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     sheet = np.asarray(Image.open(out).convert("L"))
-    assert sheet.shape[1] == pytest.approx(72 * (PANELS * 2.4 + 2 * 0.12 + 0.2), abs=1)
-    pictures = np.split(sheet[28:190, 7 : 7 + (sheet.shape[1] - 8) // PANELS * PANELS], PANELS, 1)
+    assert sheet.shape[1] == pytest.approx(DPI * (PANELS * 2.4 + 2 * 0.12 + 0.2), abs=1)
+    wide = (sheet.shape[1] - 13) // PANELS * PANELS
+    pictures = np.split(sheet[47:317, 12 : 12 + wide], PANELS, 1)
     dark = [float((picture < 100).mean()) for picture in pictures]
     # At the same average uniform leaves few tokens in the last layers, prunesid a quarter in all.
     assert 0 < dark[0] < dark[1] < 0.3

@@ -129,6 +129,8 @@ def check_command(line: str) -> None:
     words = shlex.split(line)
     if words[0].startswith(f"{VARIABLE}="):
         Settings.parse(words.pop(0).partition("=")[2])
+    if words[0].startswith("PYTHONPATH="):
+        words.pop(0)
     name = Path(words[0]).name
     if words[:2] == ["python", "-m"] and words[2].startswith("atp_patch."):
         name, words = "atp-patch", ["atp-patch", words[2].partition(".")[2], *words[3:]]
