@@ -86,6 +86,7 @@ def test_folders_that_differ_are_refused(frontier: dict[str, Any], tmp_path: Pat
         frontier["main"]([first, later])
 
 
+@pytest.mark.slow
 def test_what_choosing_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of methods inside, at the door and on the tower, where the budget can be met."""
     choosing = runpy.run_path(str(ROOT / "results" / "choosing.py"))

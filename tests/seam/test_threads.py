@@ -28,7 +28,6 @@ from tests.helpers.run import FASTV, patched
 from tests.helpers.voco import voco_model
 
 THREADS, CALLS, FEW = 8, 50, 4
-ALWAYS = "in the decoder"  # makes all calls where slow tests do not run; the others make a few
 TOLERANCE = 1e-6
 
 
@@ -128,8 +127,8 @@ def switching() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "each"),
     [
-        *((name, CALLS if name == ALWAYS else FEW) for name in SUBJECTS),
-        *(pytest.param(name, CALLS, marks=pytest.mark.slow) for name in SUBJECTS if name != ALWAYS),
+        *((name, FEW) for name in SUBJECTS),
+        *(pytest.param(name, CALLS, marks=pytest.mark.slow) for name in SUBJECTS),
     ],
 )
 @pytest.mark.usefixtures("switching")
