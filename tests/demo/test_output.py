@@ -86,6 +86,7 @@ def test_options_reach_the_patch(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_the_seed_draws_other_tokens(
     scene: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,7 @@ def run(toy: Path, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_program_tells_killed_from_survivors(toy: Path) -> None:
     status, told = run(toy)
     assert status == 0, told
@@ -159,6 +160,7 @@ def test_tests_that_fail_on_the_source_are_refused(toy: Path) -> None:
     assert "the tests do not pass on the source as it is" in told
 
 
+@pytest.mark.slow
 def test_a_mutant_that_does_not_end_is_ended(toy: Path) -> None:
     source = "def count():\n    n = 3\n    while n > 0:\n        n -= 1\n    return n\n"
     (toy / "toy" / "source.py").write_text(source, encoding="utf-8")
