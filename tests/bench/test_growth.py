@@ -83,6 +83,7 @@ def test_pruning_pays_from_the_size_where_it_pays_in_all_larger_ones() -> None:
 
 
 @pytest.mark.usefixtures("_tiny")
+@pytest.mark.slow
 def test_the_command_writes_growth_plot_and_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
