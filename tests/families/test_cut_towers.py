@@ -18,7 +18,7 @@ from torch import Tensor
 import atp_patch
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, snapshot
-from tests.helpers.doors import TowerReader
+from tests.helpers.doors import TowerReader, view_of_the_tower
 from tests.helpers.inputs import Inputs, real_mask
 from tests.helpers.run import forward, generate, kept_of
 from tests.seam.vision_cases import CASES, FILMS, KINDS, Case, groups, make, part_of, read
@@ -123,18 +123,7 @@ def test_what_is_read_stands_where_the_tokens_do(row: str) -> None:
     case = ROWS[row]
     plain = case.build()
     inputs = case.feed(plain, "left")
-    views: list[atp_patch.DoorView] = []
-
-    class Looks(TowerReader):
-        name = "looks"
-
-        def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
-            views.append(view)
-            return super().decide(view)
-
-    model = atp_patch.patch_model(case.build(), method=Looks(), keep=0.5)
-    forward(model, inputs)
-    (view,) = views
+    view = view_of_the_tower(case.build(), inputs, keep=0.5)
     assert view.slot_valid.any()
     calls = read(case, plain, inputs)
     tables = []

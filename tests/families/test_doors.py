@@ -18,7 +18,7 @@ from tests.families.kinds import MIXED, Kind, make
 from tests.families.tables import every_kind, one_of_each_table, with_videos
 from tests.families.test_every_family import placed
 from tests.helpers.compare import assert_close, snapshot
-from tests.helpers.doors import Asked, TowerReader, told
+from tests.helpers.doors import Asked, TowerReader, told, view_of_the_tower
 from tests.helpers.inputs import real_mask
 from tests.helpers.run import forward, generate, kept_of
 from tests.seam.vision_cases import (
@@ -129,18 +129,7 @@ def test_the_tower_is_read_or_the_families_are_named_where_it_can_be(kind: Kind)
 def test_attention_and_keys_of_the_tower_stand_where_the_tokens_do(case: Case) -> None:
     plain = case.build()
     inputs = case.feed(plain, "right" if case.name == "video_llava" else "left")
-    views: list[atp_patch.DoorView] = []
-
-    class Looks(TowerReader):
-        name = "looks"
-
-        def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
-            views.append(view)
-            return super().decide(view)
-
-    model = atp_patch.patch_model(case.build(), method=Looks(), keep=0.5)
-    forward(model, inputs)
-    (view,) = views
+    view = view_of_the_tower(case.build(), inputs, keep=0.5)
     tower, seen = view.tower[-1], torch.zeros_like(view.slot_valid)
     traced = rows_in_sequence(plain, case.projector, inputs)
     for one, where in zip(read(case, plain, inputs), traced, strict=True):
@@ -231,18 +220,9 @@ def test_towers_without_class_tokens_and_wrong_blocks() -> None:
             atp_patch.patch_model(cases[name].build(), method=Block(number=number))
     with pytest.raises(atp_patch.UnsupportedModelError, match="within windows"):
         atp_patch.patch_model(cases["qwen2_5_vl"].build(), method=Block(number=-2))
-    seen: list[Any] = []
-
-    class Looks(TowerReader):
-        name = "looks"
-
-        def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
-            seen.append(view.tower[-1].class_token)
-            return super().decide(view)
-
-    model = atp_patch.patch_model(cases["qwen2_vl"].build(), method=Looks())
-    forward(model, cases["qwen2_vl"].feed(model, "left"))
-    assert seen == [None]
+    model = cases["qwen2_vl"].build()
+    view = view_of_the_tower(model, cases["qwen2_vl"].feed(model, "left"))
+    assert view.tower[-1].class_token is None
 
 
 def test_a_tower_that_did_not_run_is_named() -> None:

@@ -33,7 +33,7 @@ from tests.families.kinds import (
 )
 from tests.families.tables import EVERY
 from tests.helpers.compare import assert_close
-from tests.helpers.doors import TowerReader
+from tests.helpers.doors import TowerReader, view_of_the_tower
 from tests.helpers.inputs import Inputs, real_mask
 from tests.helpers.run import forward, kept_of
 from tests.seam.vision_cases import part_of
@@ -203,17 +203,7 @@ def kind_of(name: str) -> Kind:
 
 def view_of(kind: Kind, inputs: Inputs) -> atp_patch.DoorView:
     """What a method that reads the tower sees."""
-    views: list[atp_patch.DoorView] = []
-
-    class Looks(TowerReader):
-        name = "looks"
-
-        def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
-            views.append(view)
-            return super().decide(view)
-
-    forward(atp_patch.patch_model(kind.build(), method=Looks(), keep=0.5), inputs)
-    return views[0]
+    return view_of_the_tower(kind.build(), inputs, keep=0.5)
 
 
 @by_row

@@ -16,6 +16,7 @@ from atp_patch.methods import keep_best
 from atp_patch.seam import locate
 from tests.helpers.inputs import Inputs
 from tests.helpers.oracle import Kept, masked_logits
+from tests.helpers.run import forward
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,22 @@ class TowerReader(atp_patch.DoorMethod):
             keep_best(view, seen.attention),
             scores={"attention": seen.attention, "key": seen.key.norm(dim=-1)},
         )
+
+
+def view_of_the_tower(model: Any, inputs: Any, **options: Any) -> atp_patch.DoorView:
+    """Patch the model with a reader of its tower, and return what that sees of one call."""
+    views: list[atp_patch.DoorView] = []
+
+    class Looks(TowerReader):
+        name = "looks"
+
+        def decide(self, view: atp_patch.DoorView) -> atp_patch.Decision:
+            views.append(view)
+            return super().decide(view)
+
+    forward(atp_patch.patch_model(model, method=Looks(), **options), inputs)
+    (view,) = views
+    return view
 
 
 def joined_by_hand(embeds: Tensor, layout: Any, kept: Tensor) -> list[dict[int, list[int]]]:
