@@ -89,12 +89,12 @@ def _aligned_tower(config: Any) -> Tower:
     )
 
 
-def _idefics3_tower(config: Any) -> Tower:
+def _idefics3_tower(config: Any, projector: str = "connector") -> Tower:
     return read_tower(
         config,
         modules=("vision_model",),
         blocks="encoder.layers",
-        projector="connector",
+        projector=projector,
         packed=False,
     )
 
@@ -103,13 +103,7 @@ def _granite_docling_tower(config: Any) -> Tower:
     """Return the tower, whose last part is the connector; that ends in a layer that is given each
     tile apart.
     """
-    return read_tower(
-        config,
-        modules=("vision_model",),
-        blocks="encoder.layers",
-        projector="vision_model.connector.mlp_fc2",
-        packed=False,
-    )
+    return _idefics3_tower(config, "vision_model.connector.mlp_fc2")
 
 
 def _ovis2_tower(config: Any) -> Tower:
