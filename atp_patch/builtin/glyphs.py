@@ -35,7 +35,7 @@ _ROWS: dict[str, str] = {
 
 @cache
 def glyph(character: str, font: str = "regular") -> NDArray[np.bool_]:
-    """(24, 16) bool, the pixels of a character that are ink.
+    """Return (24, 16) bool, the pixels of a character that are ink.
 
     Raises:
         ValueError: if the character or the font is unknown.

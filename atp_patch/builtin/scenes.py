@@ -228,7 +228,7 @@ def sample_layout(rng: np.random.Generator, config: SceneConfig) -> Layout:
 
 
 def pick(rng: np.random.Generator, items: tuple[str, ...] | list[str]) -> str:
-    """One of the words, each as likely as the others."""
+    """Return one of the words, each as likely as the others."""
     return items[int(rng.integers(len(items)))]
 
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> Calibration:
 
 
 def _batches(args: argparse.Namespace, name: str, model: Any, processor: Any) -> list[Any]:
-    """The first samples of the data as inputs of the model."""
+    """Return the first samples of the data as inputs of the model."""
     settings = Settings(
         model=name,
         data=str(args.data),

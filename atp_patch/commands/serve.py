@@ -94,7 +94,7 @@ def load(args: argparse.Namespace, found: Trained | None) -> tuple[Any, Any]:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that takes connections, before time is spent on loading a model."""
+    """Return a socket that takes connections, before time is spent on loading a model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

@@ -89,7 +89,7 @@ def check_merge(merge: Any, groups: TokenGroups, method: str) -> Merge:
 
 
 def _slots(merge: Merge, number: int, method: str) -> int:
-    """The number of kept tokens for which a merge has room, as its ``index`` says."""
+    """Return the number of kept tokens for which a merge has room, as its ``index`` says."""
     index: Any = merge.index
     if not isinstance(index, Tensor) or index.ndim != 2:
         found = tuple(index.shape) if isinstance(index, Tensor) else type(index).__name__

@@ -38,7 +38,7 @@ class AttentionMask:
     key_index: Tensor | None = None
 
     def among(self, query_index: Tensor, key_index: Tensor, gone: Tensor | None) -> AttentionMask:
-        """The mask for some of the queries and keys; nothing is built.
+        """Return the mask for some of the queries and keys; nothing is built.
 
         Args:
             query_index: (B, n) int64, numbers of queries.
@@ -72,7 +72,7 @@ class AttentionMask:
         return self.rows(torch.arange(self.queries, device=device)[None])
 
     def _of_call(self, index: Tensor) -> Tensor:
-        """Rows of the call's own mask, (B, h, T, K), for (B, T) numbers of its queries."""
+        """Return rows of the call's own mask, (B, h, T, K), for (B, T) numbers of its queries."""
         if self.given is not None and self.given.ndim == 4:
             wide = self.given[..., : self.keys].expand(len(index), -1, -1, -1)
             _, heads, _, keys = wide.shape

@@ -151,7 +151,7 @@ def _vision_config(old: Mapping[str, Any]) -> InternVLVisionConfig:
 
 
 def _tokenizer(folder: Path, vocabulary: int) -> Any:
-    """The tokenizer, which must have the special words for an image and around it."""
+    """Return the tokenizer, which must have the special words for an image and around it."""
     tokenizer = tokenizer_of(folder)
     known = {} if tokenizer is None else tokenizer.get_vocab()
     missing = [word for word in IMAGE_WORDS if known.get(word, vocabulary) >= vocabulary]

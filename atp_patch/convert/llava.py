@@ -151,7 +151,7 @@ def llava_plan(folder: Path, tower: Path | None = None) -> Plan:
 
 
 def _text_class(old: Mapping[str, Any]) -> Any:
-    """The class of the language model's configuration."""
+    """Return the class of the language model's configuration."""
     name = next(iter(old.get("architectures") or ()), None)
     if name not in TEXT_CONFIGS:
         raise UnsupportedModelError(
@@ -172,7 +172,7 @@ def _text_class(old: Mapping[str, Any]) -> Any:
 
 
 def _projector(folder: Path, old: Mapping[str, Any], split: bool) -> str:
-    """The kind of the projector, which is a key of ``ACTIVATIONS``."""
+    """Return the kind of the projector, which is a key of ``ACTIVATIONS``."""
     kind = old.get("mm_projector_type")
     if split:
         own = read_json(folder / "mm_projector" / "config.json", "the projector's")
@@ -201,7 +201,7 @@ def _tower_name(old: Mapping[str, Any]) -> str:
 
 
 def _vision_config(folder: Path | None, old: Mapping[str, Any]) -> Any:
-    """The tower's configuration: its own, or the known one of a tower with its name."""
+    """Return the tower's configuration: its own, or the known one of a tower with its name."""
     if folder is None:
         name = Path(_tower_name(old)).name
         if name not in TOWERS:
@@ -230,7 +230,7 @@ def _strategy(old: Mapping[str, Any]) -> str:
 
 
 def _image_token(tokenizer: Any, vocabulary: int) -> tuple[int, int]:
-    """The id of the placeholder, and the number of words that the model has with it."""
+    """Return the id of the placeholder, and the number of words that the model has with it."""
     if tokenizer is None:
         return vocabulary, vocabulary + 1
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

@@ -34,7 +34,7 @@ class Rule:
     targets: tuple[str, ...] = ()
 
     def apply(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
-        """The new names and tensors, or None where the rule does not fit the name."""
+        """Return the new names and tensors, or None where the rule does not fit the name."""
         match = re.fullmatch(self.pattern, name)
         if match is None:
             return None
@@ -75,7 +75,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def renamed(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
-        """The names and tensors that an old tensor becomes; None where no rule fits its name."""
+        """Return the names and tensors that an old tensor becomes; None where no rule fits its
+        name.
+        """
         for rule in self.rules:
             found = rule.apply(name, tensor)
             if found is not None:
@@ -83,7 +85,7 @@ class Plan:
         return None
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """All new names and tensors, each read when it is asked for.
+        """Return all new names and tensors, each read when it is asked for.
 
         Args:
             dtype: the dtype of the tensors that no source holds.
@@ -158,13 +160,13 @@ class Plan:
 
     @staticmethod
     def dtype(found: Mapping[str, Tensor]) -> torch.dtype:
-        """The dtype of the language model's embeddings."""
+        """Return the dtype of the language model's embeddings."""
         embeddings = (x.dtype for name, x in found.items() if name.endswith("embed_tokens.weight"))
         return next(embeddings, torch.float32)
 
 
 def _in_memory(name: str, wanted: Mapping[str, Any]) -> str:
-    """The name that a tensor has in the model in memory, by its name in files on the Hub."""
+    """Return the name that a tensor has in the model in memory, by its name in files on the Hub."""
     name = name.replace("language_model.lm_head.", "lm_head.")
     name = name.replace("language_model.model.", "language_model.")
     name = name if name.startswith("lm_head.") else f"model.{name}"

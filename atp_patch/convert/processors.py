@@ -38,7 +38,7 @@ INTERNVL_TOKENS = {
 
 
 def tokenizer_of(folder: Path, **options: Any) -> Any:
-    """The tokenizer in a folder, or None where there is no file of one.
+    """Return the tokenizer in a folder, or None where there is no file of one.
 
     Raises:
         ConfigError: where there is one that cannot be read.

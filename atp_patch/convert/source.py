@@ -55,7 +55,7 @@ class Source:
     prefix: str = ""
 
     def files(self) -> list[Path]:
-        """The weight files in order.
+        """Return the weight files in order.
 
         Raises:
             WeightsError: where there are none, or not all that the index names.
@@ -85,14 +85,18 @@ class Source:
         return files
 
     def meta(self) -> Iterator[tuple[str, Tensor]]:
-        """The names of all tensors, and for each a tensor of its shape and dtype without data."""
+        """Return the names of all tensors, and for each a tensor of its shape and dtype without
+        data.
+        """
         for path in self.files():
             with _open(path) as file:
                 for name in file.names():
                     yield self.prefix + name, file.meta(name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All names and tensors in the order of :meth:`meta`, each read when it is asked for."""
+        """Return all names and tensors in the order of :meth:`meta`, each read when it is asked
+        for.
+        """
         for path in self.files():
             with _open(path) as file:
                 for name in file.names():

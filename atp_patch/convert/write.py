@@ -86,7 +86,7 @@ def _write_weights(plan: Plan, found: Mapping[str, Tensor], folder: Path, limit:
 
 
 def _shards(found: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-    """The names in each shard, in order."""
+    """Return the names in each shard, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in found.items():

@@ -10,7 +10,7 @@ _PAPER_COUNTS = (126.0, 88.0, 20.0)
 
 
 def paper_proportions(layers: int) -> tuple[float, ...]:
-    """The paper's counts relative to the first, resampled to any number of pruning layers."""
+    """Return the paper's counts relative to the first, resampled to a number of pruning layers."""
     if layers == 1:
         return (1.0,)
     last = len(_PAPER_COUNTS) - 1
@@ -26,7 +26,7 @@ def paper_proportions(layers: int) -> tuple[float, ...]:
 def average_tokens(
     total: float, counts: Sequence[float], layers: Sequence[int], num_layers: int
 ) -> float:
-    """Visual tokens averaged over all decoder layers (Nbar of eq. 13).
+    """Return visual tokens averaged over all decoder layers (Nbar of eq. 13).
 
     >>> average_tokens(576, [126, 88, 20], [4, 14, 24], 32)
     143.875
@@ -38,7 +38,9 @@ def average_tokens(
 
 
 def minimum_target(total: int, layers: Sequence[int], num_layers: int, minimum: int = 1) -> float:
-    """The smallest possible average: all tokens before the first pruning, ``minimum`` after it."""
+    """Return the smallest possible average: all tokens before the first pruning, ``minimum`` after
+    it.
+    """
     return average_tokens(total, [min(minimum, total)] * len(layers), layers, num_layers)
 
 
@@ -50,7 +52,7 @@ def target_counts(
     proportions: Sequence[float] | None = None,
     minimum: int = 1,
 ) -> tuple[int, ...]:
-    """Counts after each pruning layer whose average over all layers is ``target``.
+    """Return counts after each pruning layer whose average over all layers is ``target``.
 
     Args:
         total: how many visual tokens there are before pruning.
@@ -105,7 +107,7 @@ def target_counts(
 def starting_thresholds(
     shares: Sequence[float], spatial_share: float, lambda_sample: float
 ) -> list[tuple[float, float]]:
-    """Thresholds, the same for every image, that are expected to leave the given shares.
+    """Return thresholds, the same for every image, that are expected to leave the given shares.
 
     The spatial score of the j-th of V places is ``1 - lambda_sample (j + 1) / V`` (eq. 5 with every
     rate) and never below 0, so that it can keep at most ``1 / lambda_sample`` of the places. The
@@ -132,7 +134,7 @@ def starting_thresholds(
 
 
 def keep_counts(total: int, keep: Sequence[float], minimum: int = 1) -> tuple[int, ...]:
-    """Counts where each pruning layer keeps a share of the tokens that reached it.
+    """Return counts where each pruning layer keeps a share of the tokens that reached it.
 
     Args:
         total: how many visual tokens there are before pruning.

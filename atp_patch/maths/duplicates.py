@@ -20,7 +20,7 @@ def without_duplicates(
     counts: Sequence[int],
     steps: Sequence[int],
 ) -> Tensor:
-    """The tokens that are left when those most similar to another go (VisPruner §3.3).
+    """Return the tokens that are left when those most similar to another go (VisPruner §3.3).
 
     In each step the tokens that are left form two halves, every second one in each. Each token of
     the first half looks for its largest similarity to a token of the second, and the tokens of the

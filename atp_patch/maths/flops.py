@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def paper_layer_flops(tokens: float, hidden_size: int, mlp_size: int) -> float:
-    """FLOPs of one layer by ATP-LLaVA's eq. 15 as printed: ``4 L D^2 + 2 L^2 D + 2 L D m``.
+    """Return FLOPs of one layer by ATP-LLaVA's eq. 15 as printed: ``4 L D^2 + 2 L^2 D + 2 L D m``.
 
     The equation counts a multiply-add as one operation, and two matrices of the MLP.
     :func:`layer_flops` is exact.
@@ -31,7 +31,7 @@ def paper_flops_reduction(
     hidden_size: int,
     mlp_size: int,
 ) -> float:
-    """The FLOPs that pruning saves over the whole decoder, by ATP-LLaVA's eq. 16.
+    """Return the FLOPs that pruning saves over the whole decoder, by ATP-LLaVA's eq. 16.
 
     Args:
         tokens: how many tokens enter the decoder.
@@ -61,7 +61,7 @@ def layer_flops(
     mixer_weights: int | None = None,
     attends: bool = True,
 ) -> float:
-    """Exact FLOPs of one decoder layer, with 2 for each multiply-add.
+    """Return exact FLOPs of one decoder layer, with 2 for each multiply-add.
 
     The attention products are counted over all queries and keys, as kernels that do not skip hidden
     keys compute them. Norms, rotary embedding and softmax are left out, and so are the convolution
@@ -98,7 +98,7 @@ def prefill_flops(
     mixer_weights: Sequence[int] = (),
     queries_per_layer: Sequence[float] = (),
 ) -> float:
-    """Exact FLOPs of a prefill of one sample, and of the head for ``logits_rows`` tokens.
+    """Return exact FLOPs of a prefill of one sample, and of the head for ``logits_rows`` tokens.
 
     Args:
         tokens_per_layer: how many tokens enter each decoder layer, text included.
@@ -148,7 +148,7 @@ def kv_bytes(
     head_dim: int | Sequence[int],
     bytes_per_element: int,
 ) -> int:
-    """Bytes of the keys and values of all layers.
+    """Return bytes of the keys and values of all layers.
 
     ``num_kv_heads`` and ``head_dim`` hold for all layers, or are given for each.
 
@@ -162,6 +162,6 @@ def kv_bytes(
 
 
 def _of_layers(count: int, *sizes: int | Sequence[int]) -> list[tuple[int, ...]]:
-    """The sizes of each of ``count`` layers, where each is given for all layers or for each."""
+    """Return the sizes of each of ``count`` layers, where each is given once or for each layer."""
     each = [[size] * count if isinstance(size, int) else size for size in sizes]
     return list(zip(*each, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def pack(keep: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """The positions of the True entries of each row, in order, packed to the left.
+    """Return the positions of the True entries of each row, in order, packed to the left.
 
     Args:
         keep: (B, L) bool.
@@ -36,7 +36,7 @@ def pack(keep: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of a sequence: (B or 1, L, *) and index (B, n) -> (B, n, *)."""
+    """Return rows of a sequence: (B or 1, L, *) and index (B, n) -> (B, n, *)."""
     # This copies whole rows at once; `gather` would copy number by number.
     if x.shape[0] > 1:
         index = index + x.shape[1] * torch.arange(x.shape[0], device=index.device)[:, None]
@@ -44,7 +44,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_heads(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each head's sequence: (B, H, L, d) and index (B, n) -> (B, H, n, d)."""
+    """Return rows of each head's sequence: (B, H, L, d) and index (B, n) -> (B, H, n, d)."""
     rows = x.transpose(1, 2)
     if rows.is_contiguous():  # as queries and keys are before they are cached
         return gather_tokens(rows, index).transpose(1, 2)
@@ -69,13 +69,13 @@ def scatter_tokens(
 
 
 def local_index(index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """(B, length) int64: the slot of each position, -1 if it was not kept; inverts :func:`pack`."""
+    """Return, as (B, length) int64, the slot of each position, or -1; it inverts :func:`pack`."""
     slots = torch.arange(index.shape[1], device=index.device).expand(index.shape)
     return scatter_tokens(slots, index, valid, length, fill=-1)
 
 
 def top_k_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """The ``counts[b]`` valid tokens of each sample with the highest scores.
+    """Return the ``counts[b]`` valid tokens of each sample with the highest scores.
 
     Args:
         scores: (B, V); of equal scores the earlier token is taken.
@@ -89,7 +89,7 @@ def top_k_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
 
 
 def descending_rank(scores: Tensor, valid: Tensor) -> Tensor:
-    """(B, V) int64: the rank of each token, 0 for the best.
+    """Return, as (B, V) int64, the rank of each token, 0 for the best.
 
     Equal scores are ranked by position, and invalid tokens come last.
     """
@@ -103,7 +103,7 @@ def descending_rank(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def ranked(valid: Tensor, *keys: Tensor) -> Tensor:
-    """(B, V) int64: the rank of each token, 0 for the best, by several keys.
+    """Return, as (B, V) int64, the rank of each token, 0 for the best, by several keys.
 
     Args:
         valid: (B, V) bool; invalid tokens come last.

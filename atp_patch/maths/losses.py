@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def atp_loss(counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int]) -> Tensor:
-    """L_atp of eq. 12: the shares of tokens left, weighted by depth and summed over pruning layers.
+    """Return L_atp of eq. 12: the shares of tokens left, weighted by depth, summed over layers.
 
     Args:
         counts: for each pruning layer (B,) float, the tokens left after it.
@@ -26,7 +26,7 @@ def atp_loss(counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int]) ->
 def layer_averages(
     counts: Sequence[Tensor], totals: Tensor, layers: Sequence[int], num_layers: int
 ) -> Tensor:
-    """(B,) float: tokens averaged over all decoder layers; their mean is ``Nbar`` of eq. 13.
+    """Return (B,) float: tokens averaged over all decoder layers; their mean is ``Nbar`` of eq. 13.
 
     Args:
         counts, totals, layers: as of :func:`atp_loss`.
@@ -39,7 +39,7 @@ def layer_averages(
 
 
 def target_loss(averages: Tensor, total: Tensor, target: float, kind: str) -> Tensor:
-    """L_target of eq. 13: the distance between the average number of tokens and the budget.
+    """Return L_target of eq. 13: the distance between the average number of tokens and the budget.
 
     The average of a batch also differs from the target by chance, and more so where its samples
     differ more. So its square is on average the square for all data plus the samples' variance

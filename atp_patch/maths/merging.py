@@ -16,7 +16,7 @@ from atp_patch.maths.indexing import gather_tokens, pack, top_k_mask
 
 
 def outliers(scores: Tensor, valid: Tensor, minimum: int = 1) -> Tensor:
-    """Tokens above the upper fence ``Q3 + 1.5 * (Q3 - Q1)`` of their group (PruMerge §3.2).
+    """Return tokens above the upper fence ``Q3 + 1.5 * (Q3 - Q1)`` of their group (PruMerge §3.2).
 
     Args:
         scores, valid: (G, n) scores, and bool. Quartiles interpolate linearly between the two
@@ -45,7 +45,7 @@ def outliers(scores: Tensor, valid: Tensor, minimum: int = 1) -> Tensor:
 
 
 def spread_supplement(keep: Tensor, turn: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """Further tokens, sampled evenly in space (PruMerge+ §3.4, algorithm 1 lines 6 to 8).
+    """Return further tokens, sampled evenly in space (PruMerge+ §3.4, algorithm 1 lines 6 to 8).
 
     Args:
         keep: (G, n) bool, the tokens that are chosen already.
@@ -63,7 +63,7 @@ def spread_supplement(keep: Tensor, turn: Tensor, valid: Tensor, counts: Tensor)
 def merge_weights(
     attention: Tensor, key: Tensor, valid: Tensor, keep: Tensor, neighbours: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights that make each kept token (PruMerge §3.3, eq. 4; algorithm 1 lines 9 to 13).
+    """Return the weights that make each kept token (PruMerge §3.3, eq. 4; algorithm 1, lines 9-13).
 
     A kept token takes in those ``neighbours`` of the dropped tokens that are most similar to it by
     the inner product of keys. All of them, itself included, are weighed by the attention that they
@@ -99,7 +99,7 @@ def merge_weights(
 
 
 def even_targets(valid: Tensor, counts: Tensor) -> Tensor:
-    """Every r-th of the valid tokens, in sequence, from the first (VisionZip §3.2).
+    """Return every r-th of the valid tokens, in sequence, from the first (VisionZip §3.2).
 
     Args:
         valid: (G, n) bool.
@@ -115,7 +115,7 @@ def even_targets(valid: Tensor, counts: Tensor) -> Tensor:
 
 
 def nearest_target(key: Tensor, target: Tensor, member: Tensor) -> Tensor:
-    """(G, n) int64: the target whose key has the largest cosine with that of each member.
+    """Return, as (G, n) int64, the target whose key has the largest cosine with each member's.
 
     A target is nearest to itself. Of equally near ones the first is taken. The number is -1 for
     tokens that are no members, and where there is no target.
@@ -167,7 +167,7 @@ def even_counts(
 def shrunk_grid(
     height: int, width: int, count: int, minimum: int = 1, *, square: bool = False
 ) -> tuple[int, int]:
-    """(rows, columns) of the grid of about ``count`` tokens that a larger grid is shrunk to.
+    """Return (rows, columns) of the grid of about ``count`` tokens that a larger grid is shrunk to.
 
     Its proportions are as near to those of the larger grid as whole numbers allow.
 

@@ -14,7 +14,7 @@ _NEGLIGIBLE, _EQUAL = 1e-6, 1e-12
 
 
 def principal_loadings(features: Tensor, valid: Tensor, number: int) -> Tensor:
-    """How much each token contributes to the principal directions of its image.
+    """Return how much each token contributes to the principal directions of its image.
 
     With ``X`` the sigmoid of the features minus its mean over the tokens, and its decomposition
     ``X^T = U S V^T``, these are the absolute values of ``V`` for the largest singular values

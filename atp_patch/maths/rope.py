@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotary_frequencies(table: Tensor) -> Tensor | None:
-    """The number of the frequency that each dimension of a rotary table rotates with.
+    """Return the number of the frequency that each dimension of a rotary table rotates with.
 
     Args:
         table: (B, L, D) cosines or sines. The two dimensions that rotate together hold the same
@@ -28,7 +28,7 @@ def rotary_frequencies(table: Tensor) -> Tensor | None:
 
 
 def turn_by_place(table: Tensor, row: Tensor, column: Tensor, frequency: Tensor) -> Tensor:
-    """A rotary table whose even frequencies rotate by one position and odd ones by another.
+    """Return a rotary table whose even frequencies rotate by one position and odd ones by another.
 
     In this way rows and columns both get frequencies from the whole range. A token whose two
     positions are its own keeps its embedding.

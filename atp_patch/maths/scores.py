@@ -23,7 +23,7 @@ _HELD_ON_CPU, _HELD = 2**22, 2**28
 
 
 def _sample_slices(like: Tensor, elements: int) -> Iterator[slice]:
-    """Slices of the samples that are computed together.
+    """Return slices of the samples that are computed together.
 
     Args:
         like: a tensor with the batch in front, on the device that computes.
@@ -43,7 +43,7 @@ def self_scores(
     causal: bool = False,
     per_head: bool = False,
 ) -> Tensor:
-    """S_self of eq. 3: the mean attention logit that a visual token gets from visual queries.
+    """Return S_self of eq. 3: the mean attention logit that visual queries give a visual token.
 
     The logits are linear in the queries, so their mean is the logit of the mean query, which costs
     O(V d). They are taken before any softcap, which would make it O(V^2 d).
@@ -73,7 +73,9 @@ def self_scores(
 def _summed_logits(
     query: Tensor, key: Tensor, valid: Tensor, causal: bool, per_head: bool
 ) -> Tensor:
-    """(B, V) float32: q k summed over visual queries and heads; (B, H, V) over queries alone."""
+    """Return (B, V) float32: q k summed over visual queries and heads; (B, H, V) over queries
+    alone.
+    """
     groups = query.shape[1] // key.shape[1]
     queries = query.masked_fill(~valid[:, None, :, None], 0.0)
     if per_head:
@@ -105,7 +107,7 @@ def cross_scores(
     per_head: bool = False,
     chunk_rows: int = 64,
 ) -> Tensor:
-    """S_cross of eq. 4: the attention probability a visual token gets, averaged over text rows.
+    """Return S_cross of eq. 4: the mean attention probability that text rows give a visual token.
 
     Args:
         query: (B, H, T, d) of the text rows.
@@ -150,7 +152,7 @@ def cross_rows(
     renormalise: bool = False,
     per_head: bool = False,
 ) -> Tensor:
-    """The attention probability that each text row gives each visual token.
+    """Return the attention probability that each text row gives each visual token.
 
     The arguments are those of :func:`cross_scores`.
 
@@ -175,7 +177,7 @@ def _in_parts(
     chunk_rows: int,
     how: dict[str, Any],
 ) -> Iterator[Iterator[Tensor]]:
-    """:func:`_rows` of ``chunk_rows`` rows at a time, for each slice of samples in turn."""
+    """Return :func:`_rows` of ``chunk_rows`` rows at a time, for each slice of samples in turn."""
     _, heads, rows, _ = query.shape
     per_row = heads * key.shape[2]
 
@@ -199,7 +201,7 @@ def _in_parts(
 
 
 def _mask_of(mask: Tensor | None, samples: slice, rows: slice) -> Tensor | None:
-    """The mask (B or 1, H or 1, T or 1, K) of some samples and rows."""
+    """Return the mask (B or 1, H or 1, T or 1, K) of some samples and rows."""
     if mask is None:
         return None
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
@@ -221,7 +223,7 @@ def _rows(
     renormalise: bool,
     per_head: bool,
 ) -> Tensor:
-    """:func:`cross_rows` of samples that are computed together."""
+    """Return :func:`cross_rows` of samples that are computed together."""
     batch, heads, rows, _ = query.shape
     groups = heads // key.shape[1]
     # Products are float32 too: float16 overflows before scaling, and bfloat16 rounds a logit of 16
@@ -255,7 +257,7 @@ def _rows(
 
 
 def visible_keys(mask: Tensor) -> Tensor:
-    """Where an attention mask lets a key be seen.
+    """Return where an attention mask lets a key be seen.
 
     A bool mask does so where it is True, and a float mask where it is greater than half of its
     dtype's least number.
@@ -292,7 +294,7 @@ def normalise_scores(scores: Tensor, valid: Tensor, mode: str) -> Tensor:
 
 
 def standardise_scores(scores: Tensor, valid: Tensor) -> Tensor:
-    """The scores of each sample with mean 0 and variance 1 over its valid tokens, for eq. 6.
+    """Return the scores of each sample with mean 0 and variance 1 over its valid tokens, for eq. 6.
 
     Args:
         scores, valid: (B, V).
@@ -310,7 +312,7 @@ def standardise_scores(scores: Tensor, valid: Tensor) -> Tensor:
 def redundant_scores(
     s_self: Tensor, s_cross: Tensor, valid: Tensor, *, score: str, norm: str
 ) -> Tensor:
-    """S_redundant: the mean of both scores (below eq. 4), or one of them alone.
+    """Return S_redundant: the mean of both scores (below eq. 4), or one of them alone.
 
     Args:
         s_self, s_cross, valid: (B, V).

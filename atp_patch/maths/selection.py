@@ -28,7 +28,7 @@ _ALL_COMPUTED = 256  # of so few tokens, all gains are computed in each step on 
 
 
 def cosine_similarities(features: Tensor, valid: Tensor, *, rounded: bool = True) -> Tensor:
-    """(G, n, n) float32: the cosine of each pair of tokens; 0 for padding and features of norm 0.
+    """Return the cosine of each pair of tokens, (G, n, n) float32; 0 for padding and norm 0.
 
     Args:
         features, valid: (G, n, D), and (G, n) bool.
@@ -41,7 +41,7 @@ def cosine_similarities(features: Tensor, valid: Tensor, *, rounded: bool = True
 
 
 def max_min_selection(similarity: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """The tokens that are farthest from each other (DivPrune, Alvar et al., 2025, algorithm 1).
+    """Return the tokens that are farthest from each other (DivPrune, Alvar et al., 2025, alg. 1).
 
     The distance is ``1 - similarity``. The first token is the one whose nearest neighbour is
     farthest away. Each further one is the token whose distance to the nearest of those that are
@@ -74,7 +74,7 @@ def max_min_selection(similarity: Tensor, valid: Tensor, counts: Tensor) -> Tens
 def determinantal_selection(
     similarity: Tensor, quality: Tensor, valid: Tensor, counts: Tensor
 ) -> Tensor:
-    """The most probable subset of a determinantal point process, found greedily.
+    """Return the most probable subset of a determinantal point process, found greedily.
 
     The kernel is ``diag(quality) similarity diag(quality)`` (CDPruner, Zhang et al., 2025),
     and each step takes the token that makes the determinant of the taken ones largest, by the
@@ -122,7 +122,7 @@ def determinantal_selection(
 
 
 def coverage_selection(similarity: Tensor, weight: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """The tokens that cover the others best (SCOPE, Deng et al., 2025).
+    """Return the tokens that cover the others best (SCOPE, Deng et al., 2025).
 
     The coverage of a set is the sum, over all tokens, of the similarity to the nearest member, or 0
     where that is negative. Each step takes the token with the largest gain of coverage, times its
@@ -163,7 +163,7 @@ def coverage_selection(similarity: Tensor, weight: Tensor, valid: Tensor, counts
 def _largest_gain(
     rows: _Rows, covered: Tensor, weight: Tensor, bound: Tensor, width: int
 ) -> Tensor:
-    """(G,) int64: the token with the largest gain, computing few of them.
+    """Return, as (G,) int64, the token with the largest gain, computing few of them.
 
     Args:
         rows: the similarities.
@@ -197,23 +197,25 @@ class _Rows:
         self.first = size * torch.arange(number, device=matrix.device) if number > 1 else None
 
     def of(self, pick: Tensor) -> Tensor:
-        """(G, n): one row of each sample, for indices (G,)."""
+        """Return (G, n): one row of each sample, for indices (G,)."""
         return self.flat.index_select(0, pick if self.first is None else pick + self.first)
 
     def gain(self, index: Tensor, covered: Tensor) -> Tensor:
-        """(G, w): how much more than ``covered`` (G, n) the tokens of ``index`` (G, w) cover."""
+        """Return (G, w): how much more than ``covered`` (G, n) the tokens of ``index`` (G, w)
+        cover.
+        """
         place = index if self.first is None else index + self.first[:, None]
         rows = self.flat.index_select(0, place.flatten())
         return (rows.unflatten(0, index.shape) - covered[:, None]).clamp_(min=0).sum(2)
 
 
 def _steps(counts: Tensor, valid: Tensor) -> int:
-    """How many steps the sample needs that takes most."""
+    """Return how many steps the sample needs that takes most."""
     return int(torch.minimum(counts, valid.sum(1)).max()) if valid.numel() else 0
 
 
 def _mask(taken: Iterable[Tensor], valid: Tensor, counts: Tensor) -> Tensor:
-    """(G, n) bool: the first ``counts`` of the tokens that were taken, given step by step (G,)."""
+    """Return, as (G, n) bool, the first ``counts`` tokens that were taken; a step's are (G,)."""
     steps = list(taken)
     if not steps:
         return torch.zeros_like(valid)

@@ -13,7 +13,7 @@ from atp_patch.maths.indexing import gather_tokens, pack, top_k_mask
 
 
 def raters(visual: Tensor, visual_valid: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
-    """The text tokens that the image is about: those of at least average relevance.
+    """Return the text tokens that the image is about: those of at least average relevance.
 
     The relevance of a text token is its share in ``softmax(H_v H_t^T)``, the softmax of each visual
     token over the text tokens, averaged over the visual tokens.
@@ -39,7 +39,7 @@ def raters(visual: Tensor, visual_valid: Tensor, text: Tensor, text_valid: Tenso
 
 
 def attention_rank(rows: Tensor, tolerance: float) -> Tensor:
-    """(B,) int64: the rank of each sample's matrix of attention.
+    """Return, as (B,) int64, the rank of each sample's matrix of attention.
 
     Args:
         rows: (B, T, V) attention; rows and columns of zeros do not change the rank.
@@ -105,7 +105,7 @@ def density_peaks(x: Tensor, valid: Tensor, counts: Tensor, neighbours: int) -> 
 def cluster_weights(
     index: Tensor, centre: Tensor, columns: int, *, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights that make one token of each cluster.
+    """Return the weights that make one token of each cluster.
 
     Args:
         index: (B, P) int64, the column of each token among ``columns``.

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 @lru_cache(maxsize=256)
 def progressive_order(height: int, width: int) -> Tensor:
-    """An order of a grid's places whose first n places cover the grid evenly, for every n.
+    """Return an order of a grid's places whose first n places cover the grid evenly, for every n.
 
     It begins at the centre, and each next place is the one farthest from all before it. Of equally
     far places (a grid has many) it is the least crowded one, by the sum of inverse squared
@@ -50,7 +50,7 @@ def progressive_order(height: int, width: int) -> Tensor:
 def spatial_scores(
     height: int, width: int, *, order: str = "progressive", lambda_sample: float = 3.0
 ) -> Tensor:
-    """S_spatial of eq. 5, ``1 - R * lambda_sample`` clipped to [0, 1], for each place of a grid.
+    """Return S_spatial of eq. 5, ``1 - R * lambda_sample`` in [0, 1], for each place of a grid.
 
     Args:
         height, width: the grid's rows and columns.

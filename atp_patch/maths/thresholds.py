@@ -16,7 +16,7 @@ def hard_keep(
     theta_spatial: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """ATP-LLaVA's eq. 9-11 at inference: a token stays where either score reaches its threshold.
+    """Return which tokens stay: those of which either score reaches its threshold (eq. 9-11).
 
     Args:
         s_redundant, s_spatial, valid: (B, V) scores, and bool.
@@ -38,7 +38,7 @@ def soft_mask(
     valid: Tensor,
     temperature: float | Tensor,
 ) -> Tensor:
-    """ATP-LLaVA's eq. 9-11: ``max(sigmoid((S_r - theta_r) T), sigmoid((S_s - theta_s) T))``.
+    """Return ATP-LLaVA's eq. 9-11: ``max(sigmoid((S_r - theta_r) T), sigmoid((S_s - theta_s) T))``.
 
     The masks of earlier pruning layers are not multiplied in. With the paper's ``T = 1e6`` the
     gradient vanishes almost everywhere; :func:`straight_through_mask` has one that does not.
@@ -69,7 +69,7 @@ def straight_through_mask(
     valid: Tensor,
     slope: float | Tensor,
 ) -> Tensor:
-    """ATP-LLaVA's eq. 9-11 with the decision of inference and the gradient of a soft mask.
+    """Return ATP-LLaVA's eq. 9-11 with the decision of inference and the gradient of a soft mask.
 
     The forward pass is exactly :func:`hard_keep`, and the backward pass that of :func:`soft_mask`
     with temperature ``slope``.
@@ -90,7 +90,7 @@ def straight_through_mask(
 def budget_thresholds(
     s_redundant: Tensor, s_spatial: Tensor, valid: Tensor, counts: Tensor, spatial_share: float
 ) -> tuple[Tensor, Tensor]:
-    """Thresholds with which :func:`hard_keep` keeps exactly ``counts`` tokens of each sample.
+    """Return thresholds at which :func:`hard_keep` keeps exactly ``counts`` tokens of each sample.
 
     Args:
         s_redundant: (B, V) float32, distinct within a sample (ranks).
@@ -124,7 +124,7 @@ def budget_thresholds(
 
 
 def _between(descending: Tensor, count: Tensor, floor: float) -> Tensor:
-    """Thresholds that exactly the first ``count`` (B,) of each row of (B, V) sorted scores reach.
+    """Return thresholds that exactly the first ``count`` (B,) of each row (V) of scores reach.
 
     Returns:
         (B,), each halfway to the next score, or to ``floor`` where there is none.

@@ -37,7 +37,7 @@ class VoCoSequence:
         return (self.segment >= 0) & (self.voco < 0)
 
     def to(self, device: torch.device) -> VoCoSequence:
-        """The same sequence on another device."""
+        """Return the same sequence on another device."""
         return VoCoSequence(
             *(t.to(device) for t in (self.place, self.voco, self.segment, self.valid))
         )
@@ -77,14 +77,14 @@ def insert_voco_tokens(
 
 
 def _part(start: int, stop: int, segment: int, *, given: bool) -> Tensor:
-    """(3, stop - start) int64: place, voco and segment of tokens that follow each other."""
+    """Return (3, stop - start) int64: place, voco and segment of tokens that follow each other."""
     place = torch.arange(start, stop)
     voco = torch.full_like(place, -1) if given else place - start
     return torch.stack([place, voco, torch.full_like(place, segment)])
 
 
 def voco_visible(sequence: VoCoSequence, attended: Tensor) -> Tensor:
-    """The attention mask of VoCo-LLaMA, with a row for each query and a column for each key.
+    """Return the attention mask of VoCo-LLaMA, with a row for each query and a column for each key.
 
     It is causal, and visual tokens are visible only to the visual and VoCo tokens of their own
     segment. Everything else about an image passes through its VoCo tokens, which all later tokens
@@ -105,7 +105,7 @@ def voco_visible(sequence: VoCoSequence, attended: Tensor) -> Tensor:
 
 
 def output_columns(sequence: VoCoSequence, length: int) -> Tensor:
-    """(B, L) int64: the column whose output is that of each given token.
+    """Return, as (B, L) int64, the column whose output is that of each given token.
 
     The outputs of a segment's last visual tokens are those of its VoCo tokens, so that the text
     behind an image is predicted from VoCo tokens alone.

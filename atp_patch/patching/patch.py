@@ -185,7 +185,7 @@ class Patch:
         return check_merge(tower.merge(groups), groups, tower.name)
 
     def reads_videos(self) -> bool:
-        """Whether the model reads videos in the running thread."""
+        """Return whether the model reads videos in the running thread."""
         return self.seam.videos.being_read
 
     def quotas(

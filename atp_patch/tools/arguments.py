@@ -164,7 +164,7 @@ def add_token(group: Group) -> None:
 
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``patch_model`` and ``load_trained`` for an adapter's source."""
+    """Return what ``patch_model`` and ``load_trained`` take by keyword for an adapter's source."""
     return {name: getattr(args, name) for name in (*HUB, "subfolder")}
 
 
@@ -183,7 +183,7 @@ def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]
 
 
 def seed(text: str) -> int:
-    """The ``type`` of an argument that seeds torch's generators."""
+    """Return the ``type`` of an argument that seeds torch's generators."""
     try:
         value = int(text)
     except ValueError:
@@ -245,5 +245,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with escapes in place of what UTF-8 cannot encode, such as some names of files."""
+    """Return the text with escapes in place of what UTF-8 cannot encode, such as some names of
+    files.
+    """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

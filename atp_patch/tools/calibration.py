@@ -114,7 +114,7 @@ def calibrate(
 
 
 def _scaled(seen: Observation, patch: Patch, target: float) -> dict[int, float]:
-    """The seen counts of each pruning layer, scaled so that their average is the target."""
+    """Return the seen counts of each pruning layer, scaled so that their average is the target."""
     layers, num_layers = patch.layers, patch.config.base.num_layers
     lowest = average_tokens(seen.total, [1.0] * len(layers), layers, num_layers)
     if not lowest <= target <= seen.total:

@@ -39,7 +39,7 @@ _PROCESSORS = Path("/proc/cpuinfo")
 
 
 def machine(device: torch.device) -> str:
-    """The name of what computes: the GPU's, or the CPU's with the number of threads."""
+    """Return the name of what computes: the GPU's, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = _PROCESSORS.read_text("utf-8").splitlines() if _PROCESSORS.exists() else []
@@ -115,13 +115,13 @@ def _silence(quiet: bool) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, also on CPUs, where torch has no exception of its own."""
+    """Return whether memory was too small, also on CPUs, where torch has no exception for it."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "can't allocate memory" in str(error)
 
 
 def shows_progress(args: argparse.Namespace) -> bool:
-    """Whether progress is shown: stderr is a terminal, and ``--quiet`` was not given."""
+    """Return whether progress is shown: stderr is a terminal, and ``--quiet`` was not given."""
     return sys.stderr.isatty() and not getattr(args, "quiet", False)
 
 
@@ -175,7 +175,7 @@ def _one_line(error: ATPError) -> str:
 
 
 def _refusal(error: Exception) -> str | None:
-    """The system's refusal that an exception reports, as a line; None where it reports none."""
+    """Return the system's refusal that an exception reports, as a line, or None."""
     text = str(error)
     if isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text:
         return "torch could not write a file to its end; make room on the disk."

@@ -15,7 +15,7 @@ GREEDY: dict[str, Any] = {
 
 
 def end_ids(model: Any) -> tuple[int, ...]:
-    """The ids at which ``generate`` stops; none where the model names none."""
+    """Return the ids at which ``generate`` stops; none where the model names none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = model.config.get_text_config().eos_token_id

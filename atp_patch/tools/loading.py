@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or a GPU if there is one, or the CPU.
+    """Return the named device, or a GPU if there is one, or the CPU.
 
     Raises:
         ConfigError: for a name torch does not know, or a device that this machine does not have.
@@ -53,7 +53,9 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named dtype, or the usual one of the device: float32 on a CPU, and bfloat16 elsewhere."""
+    """Return the named dtype, or the usual one of the device: float32 on a CPU, and bfloat16
+    elsewhere.
+    """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPES[name]
@@ -120,7 +122,7 @@ def encode(
     model: Any,
     earlier: Sequence[tuple[str, str]] = (),
 ) -> transformers.BatchFeature:
-    """The model's inputs for one question on one image.
+    """Return the model's inputs for one question on one image.
 
     Args:
         processor: the model's processor.

@@ -30,12 +30,12 @@ class MethodSpec:
 
 
 def stages(name: str) -> list[str]:
-    """The names of both methods in "FIRST/SECOND", or the one name."""
+    """Return the names of both methods in "FIRST/SECOND", or the one name."""
     return name.split("/")
 
 
 def method_argument(name: str) -> str | list[str]:
-    """What ``patch_model(method=...)`` takes for a name: a list of both for "FIRST/SECOND"."""
+    """Return what ``patch_model(method=...)`` takes for a name: a list for "FIRST/SECOND"."""
     found = stages(name)
     return found if len(found) > 1 else name
 

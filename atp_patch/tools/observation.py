@@ -142,8 +142,8 @@ def meet_count(
 
 
 def whole(module: nn.Module) -> AbstractContextManager[object]:
-    """A context inside which parameters are whole that DeepSpeed's ZeRO-3 divides among processes.
-    What the first process changes in them is kept.
+    """Return a context inside which parameters are whole that DeepSpeed's ZeRO-3 divides among
+    processes. What the first process changes in them is kept.
     """
     parts = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not parts:

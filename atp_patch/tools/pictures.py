@@ -80,7 +80,7 @@ def read_stream(
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The picture laid over white, if any of it can be transparent."""
+    """Return the picture laid over white, if any of it can be transparent."""
     if image.mode not in _WITH_ALPHA and "transparency" not in image.info:
         return image
     image = image.convert("RGBA")
@@ -88,7 +88,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _as_8_bit(name: str, file: Image.Image, upright: Image.Image) -> NDArray[np.uint8]:
-    """The deep greyscale picture, scaled to 0-255, (height, width).
+    """Return the deep greyscale picture, scaled to 0-255, (height, width).
 
     Args:
         name: what errors call the file.
@@ -122,7 +122,7 @@ def _as_8_bit(name: str, file: Image.Image, upright: Image.Image) -> NDArray[np.
 
 
 def _white(name: str, file: Image.Image, tags: Any, samples: NDArray[Any], high: float) -> float:
-    """The sample value that is white, by the rules of :func:`read_image`."""
+    """Return the sample value that is white, by the rules of :func:`read_image`."""
     if file.mode == "F":
         if high <= 1 + _HALF_STEP:
             return 1.0
@@ -141,7 +141,7 @@ def _white(name: str, file: Image.Image, tags: Any, samples: NDArray[Any], high:
 
 
 def _tag(tags: Any, name: int) -> int:
-    """The first value of a TIFF tag; 1 is TIFF's own default of the tags asked for here."""
+    """Return the first value of a TIFF tag; 1 is TIFF's own default of the tags asked for here."""
     value = tags.get(name, 1)
     return int(value[0] if isinstance(value, tuple) else value)
 

@@ -94,7 +94,7 @@ def push_folder(
 
 
 def _parts(folder: Path) -> tuple[Path, Path | None]:
-    """The folder of the adapter, and that of what learned beside it, or None.
+    """Return the folder of the adapter, and that of what learned beside it, or None.
 
     Raises:
         ConfigError: if there is no such folder.
@@ -109,7 +109,7 @@ def _parts(folder: Path) -> tuple[Path, Path | None]:
 
 
 def _beside(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Names and paths of the files of a LoRA or a model. Only safetensors hold its weights."""
+    """Return names and paths of the files of a LoRA or model, whose weights are safetensors."""
     if folder.name == "lora":
         missing = [name for name in LORA_FILES if not (folder / name).is_file()]
         if missing:
@@ -123,12 +123,12 @@ def _beside(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _card(top: Path, adapter: Adapter, repo_id: str) -> str:
-    """The card in the folder, or a new one, with the lines that load it from the repository."""
+    """Return the card in the folder, or a new one, with lines that load it from the repository."""
     file = top / CARD_FILE
     card = read_text(file, str(file)) if file.is_file() else adapter.card()
     return at_place(card, repo_id)
 
 
 def _ours(path: str) -> bool:
-    """Whether a file of a repository belongs to an adapter as it is pushed here."""
+    """Return whether a file of a repository belongs to an adapter as it is pushed here."""
     return path in ADAPTER_FILES or path.startswith(("lora/", "model/"))

@@ -49,7 +49,7 @@ class Trained:
 
 
 def shipped() -> tuple[str, ...]:
-    """The names of the built-in model's trained adapters that come with the package."""
+    """Return the names of the built-in model's trained adapters that come with the package."""
     return tuple(sorted(folder.parent.name for folder in _shipped().glob("*/adapter")))
 
 
@@ -91,7 +91,7 @@ def find_trained(source: str, **hub: Any) -> Trained:
 
 
 def _lora(training: Path) -> str | None:
-    """The folder of the LoRA in a training's folder, or None."""
+    """Return the folder of the LoRA in a training's folder, or None."""
     return str(training / "lora") if (training / "lora").is_dir() else None
 
 
@@ -173,7 +173,7 @@ def merged(model: Any, lora: str | None) -> Iterator[None]:
 
 
 def changes_features(model: Any, lora: str) -> bool:
-    """Whether a LoRA changes image features: a layer of the vision tower or the projector."""
+    """Return whether a LoRA changes image features, in the vision tower or the projector."""
     decoder = {id(module) for module in model.get_decoder().modules()}
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
@@ -186,7 +186,7 @@ def _shipped() -> Path:
 
 
 def _changes(model: Any, folder: str) -> list[tuple[Tensor, Tensor]]:
-    """The weights that a LoRA changes, each with what is added to it."""
+    """Return the weights that a LoRA changes, each with what is added to it."""
     modules, changes = dict(model.named_modules()), []
     for name, (delta, base) in _deltas(folder, _written(folder)).items():
         weight = getattr(modules.get(name), "weight", None)
@@ -210,7 +210,7 @@ def _add(changes: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _written(folder: str) -> tuple[tuple[str, int], ...]:
-    """The paths of a LoRA's files, each with the time in ns when it was written."""
+    """Return the paths of a LoRA's files, each with the time in ns when it was written."""
     files = [Path(folder, name).resolve() for name in LORA_FILES]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -222,7 +222,7 @@ def _written(folder: str) -> tuple[tuple[str, int], ...]:
 def _deltas(
     folder: str, written: tuple[tuple[str, int], ...]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """By name of a linear layer, what LoRA adds to its weight, and that weight if PEFT wrote it.
+    """Return what LoRA adds to each linear layer's weight, and that weight if PEFT wrote it.
 
     Args:
         folder: the folder of the LoRA.
@@ -252,7 +252,7 @@ def _deltas(
 
 
 def _scale(folder: str) -> float:
-    """The number by which the product of a LoRA's two factors is multiplied.
+    """Return the number by which the product of a LoRA's two factors is multiplied.
 
     Raises:
         WeightsError: where its configuration is broken, or is not that of a plain LoRA.
@@ -274,7 +274,7 @@ def _scale(folder: str) -> float:
 
 
 def _stored(folder: str) -> dict[str, Tensor]:
-    """The tensors of a LoRA.
+    """Return the tensors of a LoRA.
 
     Raises:
         WeightsError: where the file is broken, or holds what cannot be computed with.

@@ -189,8 +189,8 @@ def compress(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of what a cache depends on: the adapter, and a sample of each parameter of the vision
-    tower, the projector and the decoder.
+    """Return a hash of what a cache depends on: the adapter, and a sample of each parameter of the
+    vision tower, the projector and the decoder.
     """
     patch, voco = _with_voco(model)
     made = hashlib.sha256(json.dumps(asdict(patch.config), sort_keys=True).encode())
@@ -204,8 +204,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _parameters(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters by all of their names, because offloading forgets which parameters are tied.
-    Parameters that accelerate has offloaded are fetched, one module at a time.
+    """Return all parameters by all of their names, because offloading forgets which parameters are
+    tied. Parameters that accelerate has offloaded are fetched, one module at a time.
     """
     if not any(parameter.is_meta for parameter in base.parameters()):
         yield from base.named_parameters(remove_duplicate=False)
@@ -226,7 +226,7 @@ def _check_model(model: nn.Module, made_with: str, what: str) -> None:
 
 
 def _with_voco(model: nn.Module) -> tuple[Patch, VoCoPart]:
-    """The patch on a model, and its part about VoCo tokens."""
+    """Return the patch on a model, and its part about VoCo tokens."""
     patch = require_patch(model)
     if patch.voco is None:
         raise ConfigError(

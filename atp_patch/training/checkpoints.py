@@ -23,7 +23,7 @@ _FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "skip_ba
 
 
 def checkpoint_of(settings: Settings, resume: bool) -> str | None:
-    """The newest checkpoint of the same settings; None where nothing is to be resumed.
+    """Return the newest checkpoint of the same settings; None where nothing is to be resumed.
 
     Raises:
         ConfigError: where the folder does not go with ``resume``, or the training is finished.
@@ -74,7 +74,9 @@ def checkpoint_of(settings: Settings, resume: bool) -> str | None:
 
 
 def _newest_checkpoint(out: Path) -> str | None:
-    """The newest checkpoint that was written to its end, which its state shows: it comes last."""
+    """Return the newest checkpoint that was written to its end, which its state shows: it comes
+    last.
+    """
     states = out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     folders = [state.parent for state in states if state.parent.name.split("-")[-1].isdecimal()]
     folders = [folder for folder in folders if _state(folder) is not None]
@@ -82,7 +84,7 @@ def _newest_checkpoint(out: Path) -> str | None:
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
-    """What the trainer wrote last into a checkpoint; None where it was broken off."""
+    """Return what the trainer wrote last into a checkpoint; None where it was broken off."""
     try:
         state = parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except ValueError:
@@ -91,6 +93,6 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def at_its_end(checkpoint: Path) -> bool:
-    """Whether no step is left after a checkpoint, so that only saving was broken off."""
+    """Return whether no step is left after a checkpoint, so that only saving was broken off."""
     state = _state(checkpoint)
     return state is not None and bool(state["global_step"] >= state["max_steps"])

@@ -66,7 +66,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def _told(out: Path, adapter: Path) -> dict[str, Any]:
-    """What ``--json`` prints: where the results are, and the last entry of the log."""
+    """Return what ``--json`` prints: where the results are, and the last entry of the log."""
     state = parse_json((out / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     logged = [entry for entry in state["log_history"] if "next_token" in entry]
     beside = next((name for name in (LORA, MODEL) if (out / name).is_dir()), None)

@@ -88,7 +88,7 @@ class Encoder:
         return int(tokenizer.eos_token_id if found is None else found)
 
     def _rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and the range of characters in which each answer stands."""
+        """Return the whole text, and the range of characters in which each answer stands."""
         eos = self.processor.tokenizer.eos_token
         for end in ("", eos):
             found = self._spans(conversation.messages(end), eos)
@@ -99,7 +99,7 @@ class Encoder:
     def _spans(
         self, messages: list[dict[str, Any]], eos: str
     ) -> tuple[str, list[tuple[int, int]]] | None:
-        """What :meth:`_rendered` gives, or None where no end token follows an answer."""
+        """Return what :meth:`_rendered` gives, or None where no end token follows an answer."""
         text, spans = self._render(messages), []
         for turn in range(1, len(messages), 2):
             before = self._render(messages[:turn], add_generation_prompt=True)

@@ -38,7 +38,7 @@ class Conversation:
     images: tuple[Image.Image, ...]
 
     def messages(self, end: str = "") -> list[dict[str, Any]]:
-        """The turns in the form that chat templates take.
+        """Return the turns in the form that chat templates take.
 
         Args:
             end: text that is put after each answer.
@@ -81,7 +81,7 @@ class Scenes:
         return self.samples
 
     def __getitem__(self, index: int) -> Conversation:
-        """One sample. The questions of consecutive samples belong to different tasks."""
+        """Return one sample. The questions of consecutive samples belong to different tasks."""
         scene = make_scene("train", index)
         question = scene.questions[index % len(scene.questions)]
         turns = (("user", f"{MARK}\n{question.text}"), ("assistant", question.answer))
@@ -132,7 +132,7 @@ class LlavaFile:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Conversation:
-        """One sample with its images.
+        """Return one sample with its images.
 
         Raises:
             InputError: naming the sample and what is wrong with it.
@@ -146,7 +146,7 @@ class LlavaFile:
             raise InputError(f"sample {index} of {self.name}: {error}") from error
 
     def _check(self, record: Any) -> tuple[tuple[tuple[str, str], ...], list[Path]]:
-        """The turns and the image files of a record."""
+        """Return the turns and the image files of a record."""
         if isinstance(record, ValueError):
             raise InputError(f"the line is not JSON ({record}).")
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
@@ -213,8 +213,8 @@ def _turn(turn: Any) -> tuple[str, str]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """The pieces of a text and the images between them, in their order; the template puts the
-    blanks around them.
+    """Return the pieces of a text and the images between them, in their order; the template puts
+    the blanks around them.
     """
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(MARK)):

@@ -23,7 +23,7 @@ GROUPS = ("model", "data", "pruning", "what learns", "optimizer", "files")
 
 
 def _says(group: str, default: Any, text: str) -> Any:
-    """A setting with its default, and the group and text in which ``--help`` shows it."""
+    """Return a setting with its default, and the group and text in which ``--help`` shows it."""
     return field(default=default, metadata={"group": group, "help": text})
 
 
@@ -169,7 +169,7 @@ class Settings:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, which YAML and JSON can hold."""
+        """Return the settings as plain values, which YAML and JSON can hold."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
@@ -240,8 +240,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option as YAML reads it, except that lists become tuples, and words such as 1e6 become the
-    numbers that they are.
+    """Return an option as YAML reads it, except that lists become tuples, and words such as 1e6
+    become the numbers that they are.
     """
     parts = value if isinstance(value, (list, tuple)) else [value]
     if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):

@@ -35,8 +35,8 @@ def source_of(settings: Settings) -> Source:
 
 
 def load(settings: Settings, token: str | None = None) -> tuple[Any, Any]:
-    """The model on the CPU with its processor. It is in bfloat16 only where no optimizer needs its
-    weights more exactly.
+    """Return the model on the CPU with its processor. It is in bfloat16 only where no optimizer
+    needs its weights more exactly.
 
     Args:
         settings: the settings of the training.

@@ -128,8 +128,8 @@ class PruningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's own loss (eq. 14), and the divergence from the plain model if settings ask
-        for distillation.
+        """Return the model's own loss (eq. 14), and the divergence from the plain model if settings
+        ask for distillation.
 
         Raises:
             ATPError: where the loss, or what is learned, is not finite any more.
@@ -164,7 +164,7 @@ class PruningTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_finite(self) -> bool:
-        """Whether everything that learns is still finite."""
+        """Return whether everything that learns is still finite."""
         learned = (p for p in self.model.parameters() if p.requires_grad)
         return all(bool(p.isfinite().all()) for p in learned)
 
@@ -177,7 +177,7 @@ class PruningTrainer(Trainer):
     def _divergence(
         self, model: Any, inputs: dict[str, Any], answer: Tensor, log_prob: Tensor
     ) -> Tensor:
-        """KL(plain || pruned), summed over the answers' tokens (N, vocabulary)."""
+        """Return KL(plain || pruned), summed over the answers' tokens (N, vocabulary)."""
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), disabled(self.model):
             plain = model(**given).logits[:, :-1][answer].float().log_softmax(-1)
@@ -224,14 +224,16 @@ class PruningTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
     def whole_state(self) -> dict[str, Tensor]:
-        """All weights and buffers, put together from all processes where each holds a part."""
+        """Return all weights and buffers, put together where each process holds a part."""
         if self.restored:  # no engine has taken the model apart
             return dict(self.model.state_dict())
         state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         return state
 
     def _learned(self) -> list[str]:
-        """Names in the model's ``state_dict`` of the heads and of everything else that learns."""
+        """Return names in the model's ``state_dict`` of the heads and of everything else that
+        learns.
+        """
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
         keys = self.model.state_dict()
         return [key for key in keys if key in learned or key.startswith(MODULE_NAME + ".")]

@@ -19,7 +19,7 @@ _GATHERS = "stage3_gather_16bit_weights_on_model_save"
 
 
 def launched_with_deepspeed() -> bool:
-    """Whether ``accelerate launch`` was given a configuration with DeepSpeed."""
+    """Return whether ``accelerate launch`` was given a configuration with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 

@@ -174,7 +174,7 @@ def _shape(panel: Panel) -> float:
 
 
 def _height(panel: Panel) -> float:
-    """The height of a panel with its title and note, in inches."""
+    """Return the height of a panel with its title and note, in inches."""
     notes = len(_note(panel))
     return _TITLE + _PANEL * _shape(panel) + notes * _LINE + (_GAP if notes else 0)
 

@@ -319,7 +319,7 @@ def _shown(trace: PruningTrace) -> Shown:
 
 
 def _layers(trace: PruningTrace, layers: Sequence[int] | None) -> list[int]:
-    """The pruning layers to draw.
+    """Return the pruning layers to draw.
 
     Raises:
         InputError: if one of them is none.
@@ -335,7 +335,7 @@ def _layers(trace: PruningTrace, layers: Sequence[int] | None) -> list[int]:
 
 
 def _in_force(trace: PruningTrace, layer: int | None) -> int | None:
-    """The pruning layer that decided what is left in a layer; None if all is left there."""
+    """Return the pruning layer that decided what is left in a layer; None if all is left there."""
     return max((at for at in trace.layers if layer is None or at <= layer), default=None)
 
 

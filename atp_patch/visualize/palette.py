@@ -11,12 +11,12 @@ _STROKES = ("solid", "dashed", "dashdot")
 
 
 def marked(number: int) -> dict[str, Any]:
-    """The look of a line with marks: no two of the first 84 lines have the same."""
+    """Return the look of a line with marks: no two of the first 84 lines have the same."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
 
 
 def stroked(number: int) -> dict[str, Any]:
-    """The look of a line without marks: no two of the first 21 lines have the same."""
+    """Return the look of a line without marks: no two of the first 21 lines have the same."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": _STROKES[number % len(_STROKES)],

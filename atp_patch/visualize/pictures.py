@@ -111,7 +111,7 @@ def seen(
 def _of_image(
     image: Image.Image, parts: Sequence[Part], views: Sequence[Image.Image] | None, name: str
 ) -> list[Picture]:
-    """The pictures of one image: one, or the tiles put together and the whole."""
+    """Return the pictures of one image: one, or the tiles put together and the whole."""
     if views is None:
         several = len(parts) > 1
         names = [f"{name}, view {n + 1}" if several else name for n in range(len(parts))]
@@ -143,7 +143,7 @@ def _of_video(
     views: Sequence[Image.Image] | None,
     name: str,
 ) -> list[Picture]:
-    """A picture for each frame of a video that has tokens of its own."""
+    """Return a picture for each frame of a video that has tokens of its own."""
     if not frames:
         raise InputError(f"{name} has no frames; give the frames of the video.")
     if views is not None:
@@ -160,7 +160,7 @@ def _of_video(
 
 
 def _looks_like(image: Given, views: Sequence[Image.Image]) -> bool:
-    """Whether the first view can be made of the image, or of the first frame of the video."""
+    """Return whether the first view can be made of the image, or of a video's first frame."""
     first = image if isinstance(image, Image.Image) else image[0]
     return likeness(first, views[0]) <= _ALIKE
 
@@ -248,14 +248,16 @@ def _views(
 
 
 def _fits(pixels: Tensor, grid: VisualGrid) -> bool:
-    """Whether a view, (channels, height, width), has the shape of a grid's tokens."""
+    """Return whether a view, (channels, height, width), has the shape of a grid's tokens."""
     return grid.height * pixels.shape[2] == grid.width * pixels.shape[1]
 
 
 def _pixels(
     inputs: Mapping[str, Any], name: str, sizes: str, processor: Any
 ) -> list[Tensor] | None:
-    """The normalized pictures of all samples, (channels, height, width) each, in their order."""
+    """Return the normalized pictures of all samples, (channels, height, width) each, in their
+    order.
+    """
     pixels = inputs.get(name)
     if not isinstance(pixels, Tensor):
         return None
@@ -322,14 +324,14 @@ def _from_patches(
 
 
 def _settings(processor: Any, name: str) -> Any:
-    """The part of a processor that made the pixels of this name."""
+    """Return the part of a processor that made the pixels of this name."""
     images = getattr(processor, "image_processor", processor)
     videos = getattr(processor, "video_processor", None)
     return videos if name.endswith("videos") and videos is not None else images
 
 
 def _as_image(pixels: Tensor, settings: Any) -> Image.Image:
-    """A picture, (channels, height, width), that a processor normalized, as 8-bit RGB."""
+    """Return a picture, (channels, height, width), that a processor normalized, as 8-bit RGB."""
     if getattr(settings, "do_normalize", False):
         mean, std = (
             torch.tensor(getattr(settings, f"image_{x}")).view(-1, 1, 1) for x in ("mean", "std")

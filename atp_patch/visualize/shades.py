@@ -32,12 +32,14 @@ def table_of(values: Tensor, grid: VisualGrid) -> NDArray[Any]:
 
 
 def survivors(trace: PruningTrace, grid: VisualGrid, layer: int, sample: int = 0) -> NDArray[Any]:
-    """Which tokens of one grid enter a pruning layer, (frames, height, width) bool."""
+    """Return which tokens of one grid enter a pruning layer, (frames, height, width) bool."""
     return table_of(trace.layers[layer].kept[sample], grid)
 
 
 def count(picture: Picture, trace: PruningTrace, sample: int, layer: int | None) -> int:
-    """How many tokens of a picture enter a pruning layer; None: the decoder, before any pruning."""
+    """Return how many tokens of a picture enter a pruning layer; None: the decoder, before any
+    pruning.
+    """
     total = 0
     for part in picture.parts:
         grid = trace.grids[sample][part.grid]
@@ -49,7 +51,9 @@ def count(picture: Picture, trace: PruningTrace, sample: int, layer: int | None)
 
 
 def fitted(picture: Picture, trace: PruningTrace, sample: int) -> Image.Image:
-    """The picture at a size at which tokens cover whole numbers of pixels, the same for each."""
+    """Return the picture at a size at which tokens cover whole numbers of pixels, the same for
+    each.
+    """
     part = picture.parts[0]
     grid = trace.grids[sample][part.grid]
     left, top, right, bottom = part.box
@@ -61,12 +65,12 @@ def fitted(picture: Picture, trace: PruningTrace, sample: int) -> Image.Image:
 
 
 def plain(picture: Picture, trace: PruningTrace, sample: int) -> NDArray[np.uint8]:
-    """The picture without any shade."""
+    """Return the picture without any shade."""
     return np.asarray(fitted(picture, trace, sample))
 
 
 def kept_alone(picture: Picture, trace: PruningTrace, sample: int, layer: int) -> NDArray[np.uint8]:
-    """The picture with the patches faded to grey whose tokens do not enter a layer."""
+    """Return the picture with the patches faded to grey whose tokens do not enter a layer."""
     return _painted(
         picture,
         trace,
@@ -78,7 +82,7 @@ def kept_alone(picture: Picture, trace: PruningTrace, sample: int, layer: int) -
 
 
 def kept_by(picture: Picture, trace: PruningTrace, sample: int, layer: int) -> NDArray[np.uint8]:
-    """The same, with the patches tinted that one of two scores keeps and the other does not.
+    """Return the same, with the patches tinted that one of two scores keeps and the other does not.
 
     Raises:
         InputError: if the method did not compare two scores with thresholds there.
@@ -100,7 +104,7 @@ def kept_by(picture: Picture, trace: PruningTrace, sample: int, layer: int) -> N
 
 
 def compared(trace: PruningTrace, layer: int) -> dict[str, Tensor]:
-    """The two thresholds of a layer by the names of their scores.
+    """Return the two thresholds of a layer by the names of their scores.
 
     Raises:
         InputError: if there are not two.
@@ -115,7 +119,7 @@ def compared(trace: PruningTrace, layer: int) -> dict[str, Tensor]:
 
 
 def scores_of(layer_trace: LayerTrace, layer: int, name: str | None) -> tuple[str, Tensor]:
-    """The name of a score of one layer and its values, (B, L).
+    """Return the name of a score of one layer and its values, (B, L).
 
     Args:
         layer_trace: what happened before the layer.
@@ -142,7 +146,7 @@ def scores_of(layer_trace: LayerTrace, layer: int, name: str | None) -> tuple[st
 def heated(
     picture: Picture, trace: PruningTrace, sample: int, values: Tensor, colours: Floats
 ) -> NDArray[np.uint8]:
-    """The picture in grey under the colours of a score; what has no score is paler.
+    """Return the picture in grey under the colours of a score; what has no score is paler.
 
     Args:
         values: (L,) scores by position, NaN where nothing was scored.
@@ -184,7 +188,7 @@ def _painted(
 
 
 def _spread(table: NDArray[Any], pixels: Floats) -> NDArray[Any]:
-    """Values of tokens, (rows, columns[, 3]), for every pixel: (height, width, 1 or 3)."""
+    """Return values of tokens, (rows, columns[, 3]), for every pixel: (height, width, 1 or 3)."""
     height, width = pixels.shape[:2]
     rows = np.arange(height) * table.shape[0] // height
     columns = np.arange(width) * table.shape[1] // width

@@ -104,7 +104,7 @@ def build(engine: Engine, builtin: str | None, start: Pruning) -> Any:
     layers = list(range(1, engine.num_layers))
 
     def way(label: str, pruning: Pruning) -> list[Any]:
-        """The controls of one pruning."""
+        """Return the controls of one pruning."""
         return [
             gr.Dropdown(methods, value=pruning.method, label=f"{label} method"),
             gr.Slider(
@@ -191,7 +191,7 @@ def build(engine: Engine, builtin: str | None, start: Pruning) -> Any:
         outputs = [*shown, picture, question, ready, upload]
 
         def told(found: Visit, line: str) -> Changes:
-            """The values of the components for a visit, and the line above the answers."""
+            """Return the values of the components for a visit, and the line above the answers."""
             values: Changes = {visit: found, status: line}
             values |= {chat: found.messages(side) for side, chat in chats.items()}
             if found.shown is not None:

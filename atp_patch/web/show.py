@@ -41,19 +41,19 @@ class Costs:
 
     @classmethod
     def plain(cls, trace: PruningTrace, reply: Reply | None = None) -> Costs:
-        """The costs of the plain model on the same prompt, and the times of its answer."""
+        """Return the costs of the plain model on the same prompt, and the times of its answer."""
         sizes = trace.visual_tokens, trace.flops_plain / _GIGA, trace.kv_bytes_plain / _MEGA
         return cls(*sizes, *_times(reply))
 
     @classmethod
     def pruned(cls, trace: PruningTrace, reply: Reply | None = None) -> Costs:
-        """The costs of the pruned model, and the times of its answer."""
+        """Return the costs of the pruned model, and the times of its answer."""
         sizes = trace.average_tokens, trace.flops / _GIGA, trace.kv_bytes / _MEGA
         return cls(*sizes, *_times(reply))
 
 
 def kept(traces: Mapping[str, PruningTrace]) -> str:
-    """The picture under each pruning layer, in two colours where two scores decide."""
+    """Return the picture under each pruning layer, in two colours where two scores decide."""
     return "".join(
         _figure(
             overlay(trace, by_score=_has_two_scores(trace)),
@@ -65,7 +65,7 @@ def kept(traces: Mapping[str, PruningTrace]) -> str:
 
 
 def scores(traces: Mapping[str, PruningTrace]) -> str:
-    """A heat map of each method's scores, or a sentence where it has none."""
+    """Return a heat map of each method's scores, or a sentence where it has none."""
     parts = []
     for name, trace in traces.items():
         try:
@@ -78,7 +78,7 @@ def scores(traces: Mapping[str, PruningTrace]) -> str:
 
 
 def costs(found: Mapping[str, Costs], traces: Mapping[str, PruningTrace]) -> str:
-    """Small charts of what each way of running the model costs, and tokens by layer."""
+    """Return small charts of what each way of running the model costs, and tokens by layer."""
     bars = _figure(_bars(found), "Costs of the plain and the pruned model: " + _spoken(found))
     depth = _figure(depth_plot(traces), "Visual tokens that enter each decoder layer")
     note = "<p>Times are those of this one answer, and vary from one to the next.</p>"
@@ -131,7 +131,7 @@ def _spoken(found: Mapping[str, Costs]) -> str:
 
 
 def _figure(drawing: Drawing, alt: str, title: str | None = None) -> str:
-    """A drawing as an image inside the page, with its heading."""
+    """Return a drawing as an image inside the page, with its heading."""
     data = b64encode(drawing.png()).decode("ascii")
     heading = "" if title is None else f"<h3>{escape(title)}</h3>"
     image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}" style="max-width: 100%">'

@@ -40,7 +40,7 @@ class Visit:
     shown: Shown | None = None
 
     def messages(self, side: str) -> list[dict[str, str]]:
-        """The turns of one side as the page's chats take them."""
+        """Return the turns of one side as the page's chats take them."""
         return [
             {"role": role, "content": text}
             for turn in self.turns.get(side, ())
@@ -123,7 +123,7 @@ def _shown(
 
 
 def _names(prunings: Mapping[str, Pruning]) -> dict[str, str]:
-    """What the drawings call each side: its method, with the share where both have the same."""
+    """Return what drawings call each side: its method, with the share where both have the same."""
     methods = [pruning.method for pruning in prunings.values()]
     names = {}
     for number, (side, pruning) in enumerate(prunings.items(), start=1):

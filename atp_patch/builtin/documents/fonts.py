@@ -51,12 +51,12 @@ class Font:
         return int(sum(self.edges[code + 1] - self.edges[code] for code in _codes(text)))
 
     def edges_px(self, text: str) -> NDArray[np.int64]:
-        """(characters + 1,) int64, where each character of a text begins, and where it ends."""
+        """Return where each character of a text begins, and where it ends: (characters + 1,)."""
         widths = [int(self.edges[code + 1] - self.edges[code]) for code in _codes(text)]
         return np.cumsum([0, *widths])
 
     def ink(self, text: str) -> NDArray[np.uint8]:
-        """(height_px, width_px) uint8, the pixels of a text; 255 is ink."""
+        """Return (height_px, width_px) uint8, the pixels of a text; 255 is ink."""
         parts = [self.strip[:, self.edges[code] : self.edges[code + 1]] for code in _codes(text)]
         return np.concatenate(parts, axis=1)
 
