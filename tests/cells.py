@@ -1,12 +1,12 @@
 """Every family with every kind of method in every way to generate: right, or refused by name.
 
-    python -m tests.cells run cells.jsonl                  # all of them; a stopped run goes on
-    python -m tests.cells run cells.jsonl --families llava qwen2_vl --ways greedy beams
-    python -m tests.cells report cells.jsonl --table docs/cells.md --plot docs/cells.png
+    python -m tests.cells cells.jsonl                  # all of them; a stopped run goes on
+    python -m tests.cells cells.jsonl --families llava qwen2_vl --ways greedy beams
 
 A cell is a family of the tests' tables, a kind of method and a way to generate. Attention backends,
 paddings and kinds of caches take turns over the cells; ``--turn N`` gives each cell the N-th next
-ones. What a cell shows is one of these:
+ones. Cells are tried in a drawn order, so that a run that was stopped is a sample of all of them.
+``python -m tests.cells_page`` reports them. What a cell shows is one of these:
 
 right           the logits of every step are those of the reference, and the ids follow from them.
 refused         atp_patch raised an error of its own, whose message is kept.
@@ -28,19 +28,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -49,6 +51,7 @@ import atp_patch
 from tests.families.kinds import MIXED, SINGLE, Kind, make
 from tests.families.tables import EVERY
 from tests.families.test_mends import embedded
+from tests.helpers.caches import quantized_cache
 from tests.helpers.doors import Asked
 from tests.helpers.inputs import Inputs, extended, real_mask
 from tests.helpers.oracle import masked_logits
@@ -69,9 +72,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "voco": {"method": "voco", "num_tokens": 2},
 }
 MASKED = ("layer", "layer, learned", "door", "door, then layer")
-SETTINGS = tuple(
-    product(("sdpa", "eager"), ("left", "none"), ("dynamic", "static", "without a cache"))
+SETTINGS = (
+    *product(("sdpa", "eager"), ("left", "none"), ("dynamic", "static", "without a cache")),
+    ("sdpa", "left", "quantized"),
 )
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Cell:
         way: a key of ``WAYS``.
         attention: the attention backend that is asked for; some hosts have one only.
         padding: "left" is a ragged batch, "none" a single prompt.
-        cache: "dynamic", "static" or "without a cache".
+        cache: "dynamic", "static", "quantized" or "without a cache".
     """
 
     family: str
@@ -135,7 +140,7 @@ class Said:
     repeats: int = 1
 
 
-def _options(cell: Cell) -> dict[str, Any]:
+def _options(cell: Cell, model: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "max_new_tokens": TOKENS,
         "do_sample": False,
@@ -147,6 +152,8 @@ def _options(cell: Cell) -> dict[str, Any]:
     }
     if cell.cache == "static":
         given["cache_implementation"] = "static"
+    if cell.cache == "quantized":
+        given["past_key_values"] = quantized_cache(model)
     return given
 
 
@@ -161,32 +168,34 @@ def _generated(model: Any, inputs: Inputs, options: dict[str, Any]) -> Said:
 
 
 def greedy(model: Any, inputs: Inputs, cell: Cell) -> Said:
-    return _generated(model, inputs, _options(cell))
+    return _generated(model, inputs, _options(cell, model))
 
 
 def sampling(model: Any, inputs: Inputs, cell: Cell) -> Said:
     more = {"do_sample": True, "num_return_sequences": 2}
-    return _generated(model, inputs, _options(cell) | more)
+    return _generated(model, inputs, _options(cell, model) | more)
 
 
 def beams(model: Any, inputs: Inputs, cell: Cell) -> Said:
-    return _generated(model, inputs, _options(cell) | {"num_beams": 2, "output_scores": True})
+    return _generated(
+        model, inputs, _options(cell, model) | {"num_beams": 2, "output_scores": True}
+    )
 
 
 def several_beams(model: Any, inputs: Inputs, cell: Cell) -> Said:
     more = {"num_beams": 2, "num_return_sequences": 2, "output_scores": True}
-    return _generated(model, inputs, _options(cell) | more)
+    return _generated(model, inputs, _options(cell, model) | more)
 
 
 def prompt_lookup(model: Any, inputs: Inputs, cell: Cell) -> Said:
     more = {"prompt_lookup_num_tokens": 2}
-    return _generated(model, inputs, _options(cell) | more)
+    return _generated(model, inputs, _options(cell, model) | more)
 
 
 def assistant(model: Any, inputs: Inputs, cell: Cell) -> Said:
     """The model's own plain twin proposes tokens."""
     more = {"assistant_model": KINDS[cell.family].build()}
-    return _generated(model, inputs, _options(cell) | more)
+    return _generated(model, inputs, _options(cell, model) | more)
 
 
 class _Collects(BaseStreamer):
@@ -202,7 +211,7 @@ class _Collects(BaseStreamer):
 
 def streaming(model: Any, inputs: Inputs, cell: Cell) -> Said:
     streamer = _Collects()
-    said = _generated(model, inputs, _options(cell) | {"streamer": streamer})
+    said = _generated(model, inputs, _options(cell, model) | {"streamer": streamer})
     said.ids = torch.cat(streamer.parts[1:], 1)  # the prompt comes first
     return said
 
@@ -210,7 +219,7 @@ def streaming(model: Any, inputs: Inputs, cell: Cell) -> Said:
 def guidance(model: Any, inputs: Inputs, cell: Cell) -> Said:
     """Classifier-free guidance against the prompt's last token alone, without a picture."""
     scale = 1.5
-    options = _options(cell) | {"guidance_scale": scale, "output_scores": True}
+    options = _options(cell, model) | {"guidance_scale": scale, "output_scores": True}
     torch.manual_seed(0)
     out = model.generate(**inputs, **options)
     ids = out.sequences[:, inputs["input_ids"].shape[1] :]
@@ -230,7 +239,7 @@ def embeddings(model: Any, inputs: Inputs, cell: Cell) -> Said:
     """Embeddings with the pictures' features in them, beside the ids and without pixels."""
     given = {**embedded(KINDS[cell.family].build(), inputs), "input_ids": inputs["input_ids"]}
     given |= {name: value for name, value in inputs.items() if _tells_grids(name)}
-    said = _generated(model, given, _options(cell))
+    said = _generated(model, given, _options(cell, model))
     said.inputs = inputs
     return said
 
@@ -242,11 +251,11 @@ def _tells_grids(name: str) -> bool:
 def turns(model: Any, inputs: Inputs, cell: Cell) -> Said:
     """A second question on the cache of the first answer."""
     torch.manual_seed(0)
-    first = model.generate(**inputs, **_options(cell))
+    first = model.generate(**inputs, **_options(cell, model))
     answer = first.sequences[:, inputs["input_ids"].shape[1] :]
     history = extended(inputs, torch.cat([answer, words(len(answer), 4)], 1))
     asked = {name: history[name] for name in ("input_ids", "attention_mask")}
-    out = model.generate(**asked, past_key_values=first.past_key_values, **_options(cell))
+    out = model.generate(**asked, past_key_values=first.past_key_values, **_options(cell, model))
     ids = out.sequences[:, history["input_ids"].shape[1] :]
     return Said(history, ids, torch.stack(out.logits, 1))
 
@@ -254,13 +263,13 @@ def turns(model: Any, inputs: Inputs, cell: Cell) -> Said:
 def copied_prefix(model: Any, inputs: Inputs, cell: Cell) -> Said:
     """Two questions, each on a copy of one cache of the prompt; the second is compared."""
     torch.manual_seed(0)
-    first = model.generate(**inputs, **_options(cell) | {"max_new_tokens": 1})
+    first = model.generate(**inputs, **_options(cell, model) | {"max_new_tokens": 1})
     answer = first.sequences[:, inputs["input_ids"].shape[1] :]
     for seed in (1, 2):
         history = extended(inputs, torch.cat([answer, words(len(answer), 3, seed)], 1))
         asked = {name: history[name] for name in ("input_ids", "attention_mask")}
         cache = copy.deepcopy(first.past_key_values)
-        out = model.generate(**asked, past_key_values=cache, **_options(cell))
+        out = model.generate(**asked, past_key_values=cache, **_options(cell, model))
     ids = out.sequences[:, history["input_ids"].shape[1] :]
     return Said(history, ids, torch.stack(out.logits, 1))
 
@@ -291,7 +300,7 @@ def custom(model: Any, inputs: Inputs, cell: Cell) -> Said:
         return input_ids
 
     torch.manual_seed(0)
-    options = _options(cell)
+    options = _options(cell, model)
     for name in ("return_dict_in_generate", "output_logits"):
         del options[name]
     with torch.no_grad():
@@ -441,18 +450,20 @@ def _refuses(kind: Kind, way: Any, inputs: Inputs, cell: Cell) -> bool:
 
 
 def run(out: Path, wanted: Sequence[Cell]) -> Counter[str]:
-    """Try the cells that the file does not hold, and add a line for each."""
+    """Try the cells that the file does not hold, in a drawn order, and add a line for each."""
     known = {_key(json.loads(line)) for line in _lines(out)}
     found: Counter[str] = Counter()
     with out.open("a", encoding="utf-8") as file:
-        for cell in wanted:
+        for cell in random.Random(0).sample(wanted, len(wanted)):
             if _key(vars(cell)) in known:
                 continue
             start = time.monotonic()
             outcome, why = tried(cell)
             found[outcome] += 1
             row = {**vars(cell), "outcome": outcome, "why": why[:300]}
-            file.write(json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}) + "\n")
+            row["seconds"] = round(time.monotonic() - start, 2)
+            row |= {"day": str(datetime.now(timezone.utc).date()), **VERSIONS}
+            file.write(json.dumps(row) + "\n")
             file.flush()
             if outcome in ("wrong", "crashed"):
                 sys.stderr.write(f"{outcome}: {cell}: {why}\n")
@@ -467,102 +478,25 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in Cell.__annotations__)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Outcomes by way and kind of method, and how refusals begin."""
-    lines = ["| | " + " | ".join(METHODS) + " |", "|---|" + "--:|" * len(METHODS)]
-    for way in WAYS:
-        counts = []
-        for method in METHODS:
-            of_cell = Counter(
-                row["outcome"] for row in rows if (row["way"], row["method"]) == (way, method)
-            )
-            right, all_of = of_cell["right"], sum(of_cell.values())
-            refused = of_cell["refused"] + of_cell["host refuses"]
-            rest = (
-                f", {of_cell['wrong'] + of_cell['crashed']} wrong"
-                if right + refused + of_cell["not judged"] < all_of
-                else ""
-            )
-            counts.append(f"{right} of {all_of}, {refused} refused{rest}")
-        lines.append(f"| {way} | " + " | ".join(counts) + " |")
-    total = Counter(row["outcome"] for row in rows)
-    lines += ["", ", ".join(f"{name}: {total[name]}" for name in OUTCOMES)]
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A heat map: families by kind of method and way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
-    colours = ("#3b7dd8", "#c9d7ea", "#e6e6e6", "#f2d16b", "#c0392b", "#6d2077")
-    families = [name for name in KINDS if any(row["family"] == name for row in rows)]
-    columns = [(method, way) for method in METHODS for way in WAYS]
-    grid = numpy.full((len(families), len(columns)), numpy.nan)
-    for row in rows:
-        if row["family"] in families:
-            place = families.index(row["family"]), columns.index((row["method"], row["way"]))
-            worst = OUTCOMES.index(row["outcome"])
-            grid[place] = worst if numpy.isnan(grid[place]) else max(worst, int(grid[place]))
-    figure, axes = pyplot.subplots(figsize=(18, 0.22 * len(families) + 2.5))
-    axes.imshow(grid, cmap=ListedColormap(colours), vmin=-0.5, vmax=5.5, aspect="auto")
-    axes.set_yticks(range(len(families)), families, fontsize=7)
-    axes.set_xticks(range(len(columns)), [way for _, way in columns], rotation=90, fontsize=6)
-    for number, method in enumerate(METHODS):
-        axes.text((number + 0.5) * len(WAYS) - 0.5, -1, method, ha="center", fontsize=8)
-        axes.axvline(number * len(WAYS) - 0.5, color="white", linewidth=2)
-    legend = [Patch(color=one, label=name) for one, name in zip(colours, OUTCOMES, strict=True)]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
-    axes.legend(handles=legend, ncols=6, fontsize=8, **below)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run cells, or report them; 1 where one is wrong."""
+    """Run cells; 1 where one is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.cells", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    kinds = parser.add_subparsers(dest="what", required=True)
-    runs = kinds.add_parser("run")
-    runs.add_argument("file", type=Path)
-    runs.add_argument("--families", nargs="+", choices=KINDS, metavar="FAMILY")
-    runs.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
-    runs.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY")
-    runs.add_argument("--turn", type=int, default=0)
-    report = kinds.add_parser("report")
-    report.add_argument("file", type=Path)
-    report.add_argument("--table", type=Path)
-    report.add_argument("--plot", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--families", nargs="+", choices=KINDS, default=KINDS, metavar="FAMILY")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
+    parser.add_argument("--turn", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.what == "run":
-        torch.set_num_threads(1)
-        wanted = [
-            cell
-            for cell in cells(args.turn)
-            if all(
-                given is None or value in given
-                for given, value in (
-                    (args.families, cell.family),
-                    (args.methods, cell.method),
-                    (args.ways, cell.way),
-                )
-            )
-        ]
-        found = run(args.file, wanted)
-        sys.stdout.write(", ".join(f"{name}: {found[name]}" for name in OUTCOMES) + "\n")
-        return int(bool(found["wrong"] + found["crashed"]))
-    rows = [json.loads(line) for line in _lines(args.file)]
-    text = table(rows)
-    sys.stdout.write(text)
-    if args.table is not None:
-        args.table.write_text(text, encoding="utf-8")
-    if args.plot is not None:
-        plot(rows, args.plot)
-    return 0
+    torch.set_num_threads(1)
+    wanted = [
+        cell
+        for cell in cells(args.turn)
+        if cell.family in args.families and cell.method in args.methods and cell.way in args.ways
+    ]
+    found = run(args.file, wanted)
+    sys.stdout.write(", ".join(f"{name}: {found[name]}" for name in OUTCOMES) + "\n")
+    return int(bool(found["wrong"] + found["crashed"]))
 
 
 if __name__ == "__main__":

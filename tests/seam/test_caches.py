@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
 
 import atp_patch
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
+from tests.helpers.caches import quantized_cache
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Image, Words, batch, extended, prompt, real_mask
 from tests.helpers.oracle import Kept, masked_logits
@@ -225,24 +225,12 @@ def test_an_image_in_a_later_turn(kind: str, first: tuple[prompts.Prompt, ...]) 
     assert_close(out.logits, expected[:, start:], later[6][:, start:])
 
 
-class Quantized(QuantizedLayer):
-    """A quantized cache layer that needs no quantisation library."""
-
-    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
-        return tensor
-
-    def _dequantize(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
 @families
 def test_a_quantized_cache_is_refused_by_name(kind: str) -> None:
     model = patched(kind)
     inputs = batch(model, prompts.SINGLE)
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache.layers = [Quantized() for _ in cache.layers]
     with pytest.raises(atp_patch.ATPError, match="uantized"):
-        forward(model, inputs, past_key_values=cache, use_cache=True)
+        forward(model, inputs, past_key_values=quantized_cache(model), use_cache=True)
 
 
 def test_decoding_on_a_pruned_cache_needs_no_patch_state() -> None:
