@@ -50,11 +50,12 @@ fuzz: $(VENV)/.installed-dev
 	ATP_PATCH_CASES=$(CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 --hypothesis-seed=$(SEED) \
 		--hypothesis-show-statistics tests/families/test_any_call.py --timeout 0
 
-# Every family with every kind of method in every way to generate; goes on where it was stopped.
+# Every family with every kind of method in every way to generate, and docs/cells.md of what was found.
+# A run that was stopped goes on.
 CELLS ?= cells.jsonl
 cells: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cells run $(CELLS)
-	$(BIN)/python -m tests.cells report $(CELLS) --table docs/cells.md --plot docs/cells.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cells $(CELLS)
+	$(BIN)/python -m tests.cells_page $(CELLS)
 
 # The families' tests on each of these versions of transformers; writes the table in docs/versions.md.
 MATRIX ?= 5.4.0 5.13.1 5.23.0

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageColor
 
 from atp_patch.patching.api import is_patched
-from tests import cells
+from tests import cells, cells_page
 from tests.cells import Cell, main, tried
 
 GREEDY = Cell("llava", "layer", "greedy", "sdpa", "left", "dynamic")
@@ -68,14 +69,45 @@ def test_refusals_have_their_words() -> None:
     assert "StaticSlidingWindowLayer" in why
 
 
-def test_a_run_goes_on_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, table, picture = (tmp_path / f"cells.{kind}" for kind in ("jsonl", "md", "png"))
-    argv = ["run", str(file), "--families", "llava", "--methods", "layer", "--ways", "greedy"]
+def test_a_quantized_cache_is_refused() -> None:
+    outcome, why = tried(replace(GREEDY, cache="quantized"))
+    assert outcome == "refused"
+    assert "Quantized" in why
+
+
+def test_a_run_goes_on_and_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "cells.jsonl"
+    argv = [str(file), "--families", "llava", "--methods", "layer", "--ways", "greedy"]
     assert main(argv) == 0
     assert main([*argv, "turns"]) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["way"] for row in rows] == ["greedy", "turns"]
-    assert main(["report", str(file), "--table", str(table), "--plot", str(picture)]) == 0
-    assert "| greedy | 1 of 1, 0 refused |" in table.read_text()
-    assert "right: 2, refused: 0" in capsys.readouterr().out
-    assert picture.stat().st_size > 1000
+    assert cells_page.main([str(file), "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "cells.md").read_text()
+    assert "**2 of 5," in page
+    assert "None was wrong, and none crashed" in page
+    assert rows[0]["day"] in page
+    assert torch.__version__.split("+")[0] in page
+    assert all((tmp_path / "pictures" / name).is_file() for name in cells_page.THEMES)
+
+
+def test_the_page_counts_wrong_cells_and_draws_them(tmp_path: Path) -> None:
+    row = {**vars(GREEDY), "why": "", "day": "2026-01-02", "torch": "2", "transformers": "5"}
+    rows = [{**row, "outcome": "right"}, {**row, "cache": "static", "outcome": "wrong"}]
+    assert "1 were wrong or crashed" in cells_page.page(rows)
+    cells_page.plot(rows, tmp_path / "cells.png")
+    wrong = cells_page.THEMES["cells.png"][1][cells_page.SHOWN.index("wrong")]
+    drawn = Image.open(tmp_path / "cells.png").convert("RGB").getcolors(100_000)
+    assert ImageColor.getrgb(wrong) in {colour for _, colour in drawn}
+
+
+def test_refusals_are_counted_without_the_names_and_numbers_of_one_model() -> None:
+    first = "tower needs 12 tokens, which this llava model does not have; take another"
+    second = "tower needs 9 tokens, which this fuyu model does not have. Take another."
+    assert cells_page.reason(first) == cells_page.reason(second)
+    assert cells_page.reason(first) == "tower needs N tokens, which this model does not have"
+
+
+def test_the_page_says_what_each_method_and_way_is() -> None:
+    assert list(cells_page.WHAT_METHODS_ARE) == list(cells.METHODS)
+    assert list(cells_page.WHAT_WAYS_ARE) == list(cells.WAYS)
