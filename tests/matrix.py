@@ -134,11 +134,11 @@ def table(results: dict[str, Results], order: Iterable[str]) -> str:
         expected: set[str] = set().union(*(cell.models for cell in cells if cell is not None))
         said = (words(cell, expected) for cell in cells)
         rows.append(f"| `{family}` | " + " | ".join(said) + " |")
-    notes = [
-        f"- Skipped on {version}: {reason}"
-        for version in versions
-        for reason in sorted(results[version].reasons)
-    ]
+    reasons: dict[str, list[str]] = {}
+    for version in versions:
+        for reason in results[version].reasons:
+            reasons.setdefault(reason, []).append(version)
+    notes = [f"- Skipped on {', '.join(reasons[reason])}: {reason}" for reason in sorted(reasons)]
     return "\n".join([*rows, "", *notes]).rstrip()
 
 

@@ -81,6 +81,9 @@ def rows(kinds: Iterable[Kind], often: Collection[Kind] = IN_FULL) -> Any:
     found = [
         kind if kind in often else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds
     ]
+    if not found:
+        why = pytest.mark.skip(reason="this version of transformers has no such model")
+        found = [pytest.param(None, marks=why, id="none")]
     return pytest.mark.parametrize("kind", found, ids=lambda kind: kind.name)
 
 

@@ -37,7 +37,8 @@ def test_what_passed_failed_and_is_not_there_is_told_apart(tmp_path: Path) -> No
         ("llava", "llava", ""),
         ("glm4v", "glm4v", ""),
         ("glm4v", "glm46v", ""),
-        ("molmo2", "molmo2", ""),
+        ("molmo2", "molmo2", '<skipped message="why not"/>'),
+        ("molmo2", "molmo2", '<skipped message="another reason"/>'),
     )
     text = matrix.table({"1.0": old, "2.0": new}, ["llava", "glm4v", "molmo2"])
     assert text.splitlines() == [
@@ -45,9 +46,10 @@ def test_what_passed_failed_and_is_not_there_is_told_apart(tmp_path: Path) -> No
         "|---|---|---|",
         "| `llava` | 1 of 2 fail | 1 pass |",
         "| `glm4v` | 1 pass, 1 skipped; no `glm46v` | 2 pass |",
-        "| `molmo2` | not in it | 1 pass |",
+        "| `molmo2` | not in it | 0 pass, 2 skipped |",
         "",
-        "- Skipped on 1.0: why not",
+        "- Skipped on 2.0: another reason",
+        "- Skipped on 1.0, 2.0: why not",
     ]
 
 
