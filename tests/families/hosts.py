@@ -47,9 +47,14 @@ def skip_where_samples_share_places(plain: Any) -> None:
         pytest.skip("the plain hunyuan_vl numbers images through the whole batch")
 
 
+def shares_keys_by_the_cache(plain: Any) -> bool:
+    """Whether later layers find the keys of earlier ones in a cache alone."""
+    return bool(plain.config.model_type == "gemma3n" and Version("5.13") > HOST)
+
+
 def skip_where_keys_are_shared_by_the_cache(plain: Any) -> None:
     """Skip where the plain model answers otherwise without a cache, so that no oracle judges it."""
-    if plain.config.model_type == "gemma3n" and Version("5.13") > HOST:
+    if shares_keys_by_the_cache(plain):
         pytest.skip("the plain gemma3n shares keys through its cache alone")
 
 

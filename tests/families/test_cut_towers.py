@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import atp_patch
+from tests.families.hosts import REPEATS_SAMPLES
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, snapshot
 from tests.helpers.doors import TowerReader, view_of_the_tower
@@ -159,13 +160,14 @@ def test_a_method_that_reads_is_the_same_in_any_batch_and_with_beams(row: str) -
     inputs = case.feed(case.build(), "left")
     together, kept = forward(model, inputs).logits, kept_of(model)[0]
     real = real_mask(inputs)
-    answers = generate(model, inputs, 3, num_beams=2)
+    answers = generate(model, inputs, 3, num_beams=2) if REPEATS_SAMPLES else None
     for b in range(case.count):
         alone = case.alone(case.build(), b)
         assert_close(
             together[b, real[b]][None], forward(model, alone).logits, kept[b, real[b]][None]
         )
-        assert torch.equal(generate(model, alone, 3, num_beams=2)[0, -3:], answers[b, -3:])
+        if answers is not None:
+            assert torch.equal(generate(model, alone, 3, num_beams=2)[0, -3:], answers[b, -3:])
 
 
 def test_the_hosts_methods_come_back_and_serve_calls_outside_a_pass() -> None:

@@ -14,6 +14,7 @@ from atp_patch.seam import locate
 from tests.families.hosts import (
     REPEATED_ONE_BY_ONE,
     REPEATS_SAMPLES,
+    shares_keys_by_the_cache,
     skip_where_samples_share_places,
     skip_where_the_cache_matters,
 )
@@ -63,19 +64,14 @@ def placed(batch: Batch) -> Tensor:
 
 def check_masked(kind: Kind, model: Any, plain: Any, batch: Batch) -> None:
     """Logits of the survivors are those of the plain model that cannot see what went."""
-    inputs = batch.inputs
-    logits = forward(model, inputs).logits
+    inputs, cached = batch.inputs, shares_keys_by_the_cache(plain)
+    logits = forward(model, inputs, use_cache=cached or None).logits
     kept = kept_of(model)
     survivors = kept[max(kept)]
     assert survivors[real_mask(inputs) & ~placed(batch)].all(), "more than grids was pruned"
     assert not survivors[~real_mask(inputs)].any(), "padding was kept"
     assert (placed(batch) & ~survivors).any(), "nothing was pruned: this shows nothing"
-    expected = masked_logits(
-        plain,
-        inputs,
-        kept,
-        **kind.seen(inputs),
-    )
+    expected = masked_logits(plain, inputs, kept, cached=cached, **kind.seen(inputs))
     assert_close(logits, expected, survivors)
 
 

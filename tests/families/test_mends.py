@@ -59,7 +59,8 @@ def embedded(model: Any, inputs: Inputs) -> Inputs:
         # Phi-4's decoder makes its embeddings itself, and hands them to its first layer.
         seen.append(args[0] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"])
 
-    decoder = model.get_decoder()
+    # Early versions of Qwen's Omni models name themselves as their decoder.
+    decoder = model.get_decoder() if model.get_decoder() is not model else model.model
     inside = model.config.model_type == "phi4_multimodal"
     watched = decoder.layers[0] if inside else decoder
     handle = watched.register_forward_pre_hook(note, with_kwargs=True)

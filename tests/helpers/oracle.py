@@ -121,16 +121,22 @@ def _chunks(real: Tensor, size: int) -> Tensor:
 
 
 def masked_logits(
-    model: PreTrainedModel, inputs: Inputs, kept: Kept, backend: str = "eager", **options: Any
+    model: PreTrainedModel,
+    inputs: Inputs,
+    kept: Kept,
+    backend: str = "eager",
+    cached: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """(B, L, vocabulary) logits of the masked full-length model; options as of :func:`masked`.
+    """(B, L, vocabulary) logits of the masked full-length model, which fills a cache where
+    ``cached``; options as of :func:`masked`.
 
     A layer that keeps a state has no mask, so there they are those of :func:`unseen_logits`.
     """
     if not all(hasattr(layer, "self_attn") for layer in decoder_layers(model)):
         return unseen_logits(model, inputs, kept)
     with torch.no_grad(), masked(model, real_mask(inputs), kept, backend, **options) as reference:
-        return reference(**inputs, use_cache=False).logits
+        return reference(**inputs, use_cache=cached).logits
 
 
 def unseen_logits(model: PreTrainedModel, inputs: Inputs, kept: Kept) -> Tensor:
