@@ -1,4 +1,5 @@
-"""The families' tests on several versions of transformers, as the table in docs/versions.md.
+"""The families' tests, slow ones too, on several versions of transformers, as the table in
+docs/versions.md.
 
     python -m tests.matrix 5.4.0 5.13.1 5.23.0
 
@@ -85,7 +86,8 @@ def run(version: str) -> Path:
         raise SystemExit(f"{python} runs transformers {found[0]}, not {version}: remove {FOLDER}.")
     xml = FOLDER / f"{version}.xml"
     xml.unlink(missing_ok=True)
-    options = ["-q", "-n", "auto", f"--junitxml={xml}", "-o", "junit_family=xunit1"]
+    options = ["-q", "-n", "auto", "-m", "slow or not slow", f"--junitxml={xml}"]
+    options += ["-o", "junit_family=xunit1"]
     subprocess.run([python, "-m", "pytest", "tests/families", *options], cwd=ROOT)
     if not xml.exists():
         raise SystemExit(f"the tests on transformers {version} wrote no results.")

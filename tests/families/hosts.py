@@ -58,6 +58,12 @@ def skip_where_keys_are_shared_by_the_cache(plain: Any) -> None:
         pytest.skip("the plain gemma3n shares keys through its cache alone")
 
 
+def skip_where_states_take_one_token_at_a_time(plain: Any) -> None:
+    """Skip where the plain model forgets its state when several tokens follow a cache."""
+    if plain.config.model_type == "lfm2_vl" and NEWEST > HOST:
+        pytest.skip("the plain lfm2_vl continues a cache by one token at a time")
+
+
 def skip_where_the_cache_matters(plain: Any, inputs: Any) -> None:
     """Skip where the plain model cannot generate without its cache, and where an early version's
     answers otherwise then.

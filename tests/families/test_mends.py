@@ -198,7 +198,7 @@ def test_generate_knows_embeddings_by_the_ids_beside_them(kind: Kind) -> None:
     given.update({name: batch.inputs[name] for name in GRIDS if name in batch.inputs})
     try:
         expected = generate(plain, given, 2)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # an early Gemma 4 raises the second
         pytest.skip(f"the plain model takes no embeddings: {error}")
     generate(model, given, 2)
     assert torch.equal(layout(model), wanted)
@@ -216,7 +216,7 @@ def test_random_embeddings_beside_ids_are_no_puzzle(kind: Kind) -> None:
     given["inputs_embeds"] = torch.randn(given["inputs_embeds"].shape, generator=generator)
     try:
         generate(plain, given, 2)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # an early Gemma 4 raises the second
         pytest.skip(f"the plain model takes no embeddings: {error}")
     if kind.name.startswith(("llava_next", "llava_onevision", WITHOUT_FEATURES)):
         with pytest.raises(atp_patch.InputError, match="the features that the model itself makes"):
