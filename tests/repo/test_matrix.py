@@ -38,7 +38,7 @@ def test_what_passed_failed_and_is_not_there_is_told_apart(tmp_path: Path) -> No
         ("glm4v", "glm4v", ""),
         ("glm4v", "glm46v", ""),
         ("molmo2", "molmo2", '<skipped message="why not"/>'),
-        ("molmo2", "molmo2", '<skipped message="another reason"/>'),
+        ("molmo2", "molmo2", '<skipped message="another reason: details"/>'),
     )
     text = matrix.table({"1.0": old, "2.0": new}, ["llava", "glm4v", "molmo2"])
     assert text.splitlines() == [
