@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atp_patch.maths.indexing import gather_tokens, pack, top_k_mask
+from atp_patch.maths.indexing import gather_tokens, local_index, pack, top_k_mask
+
+_HELD = 2**22  # numbers that are made of distances at a time
 
 
 def raters(visual: Tensor, visual_valid: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
@@ -78,28 +80,67 @@ def density_peaks(x: Tensor, valid: Tensor, counts: Tensor, neighbours: int) -> 
     centred = centred - centred.sum(1, keepdim=True) / count
     square = centred.square().sum(-1)
     product = centred @ centred.transpose(1, 2)
-    product = product + product.transpose(
-        1, 2
-    )  # twice the product, and symmetric however it is rounded
-    squared = (square[:, :, None] + square[:, None] - product).clamp(min=0) / width
-    both = valid[:, :, None] & valid[:, None]
-    own = torch.eye(size, dtype=torch.bool, device=x.device)
-    squared = squared.masked_fill(own, 0.0)
-    near = squared.masked_fill(own | ~both, torch.inf).sort(dim=2).values[:, :, :neighbours]
-    known = near.isfinite()
-    log_density = -near.masked_fill(~known, 0.0).sum(2) / known.sum(2).clamp(min=1)
+    # Twice the product, and symmetric however it is rounded.
+    product = product + product.transpose(1, 2)
+    squared = (square[:, :, None] + square[:, None]).sub_(product).clamp_(min=0).div_(width)
+    del product
     place = torch.arange(size, device=x.device)
-    denser = log_density[:, None] > log_density[:, :, None]
-    # Of two equally dense tokens the earlier one counts as denser.
-    denser |= (log_density[:, None] == log_density[:, :, None]) & (place[None] < place[:, None])
-    apart = squared.masked_fill(~(denser & both), torch.inf).amin(2)
-    farthest = squared.masked_fill(~both, 0.0).amax(2)
-    apart = torch.where(apart.isfinite(), apart, farthest)
+    squared.diagonal(dim1=1, dim2=2).zero_()
+    # Only the distances are held whole, and what is made of them by some rows at a time.
+    parts = place.split(max(1, _HELD // (batch * size)))
+
+    def others(part: Tensor) -> Tensor:
+        return valid[:, part, None] & valid[:, None]
+
+    log_density = torch.cat(
+        [
+            _log_density(squared[:, part], others(part) & (part[:, None] != place), neighbours)
+            for part in parts
+        ],
+        dim=1,
+    )
+    apart = torch.cat(
+        [_separation(squared, log_density, part, others(part)) for part in parts], dim=1
+    )
     score = log_density + 0.5 * apart.log()
     centre = top_k_mask(score, valid, counts)
-    nearest = squared.masked_fill(~centre[:, None].expand_as(squared), torch.inf).argmin(2)
+    nearest = torch.cat(
+        [squared[:, part].masked_fill(~centre[:, None], torch.inf).argmin(2) for part in parts],
+        dim=1,
+    )
     nearest = torch.where(centre, place, nearest)
     return torch.where(valid & centre.any(1, keepdim=True), nearest, -1)
+
+
+def _log_density(squared: Tensor, known: Tensor, neighbours: int) -> Tensor:
+    """(B, R) minus the mean squared distance of each row to its nearest neighbours.
+
+    Args:
+        squared, known: (B, R, P) squared distances, and where they are those of two tokens.
+        neighbours: how many nearest tokens count.
+    """
+    number = min(neighbours, squared.shape[2])
+    near = squared.masked_fill(~known, torch.inf).topk(number, dim=2, largest=False).values
+    finite = near.isfinite()
+    return -near.masked_fill(~finite, 0.0).sum(2) / finite.sum(2).clamp(min=1)
+
+
+def _separation(squared: Tensor, log_density: Tensor, part: Tensor, both: Tensor) -> Tensor:
+    """(B, R) the squared distance of some tokens to the nearest denser one, or to the farthest.
+
+    Args:
+        squared: (B, P, P) of all tokens.
+        log_density: (B, P).
+        part: (R,) int64, the tokens.
+        both: (B, R, P) bool, where a distance is that of two tokens.
+    """
+    own, place = log_density[:, part, None], torch.arange(squared.shape[1], device=part.device)
+    denser = log_density[:, None] > own
+    # Of two equally dense tokens the earlier one counts as denser.
+    denser |= (log_density[:, None] == own) & (place < part[:, None])
+    apart = squared[:, part].masked_fill(~(denser & both), torch.inf).amin(2)
+    farthest = squared[:, part].masked_fill(~both, 0.0).amax(2)
+    return torch.where(apart.isfinite(), apart, farthest)
 
 
 def cluster_weights(
@@ -118,11 +159,18 @@ def cluster_weights(
     """
     place = torch.arange(centre.shape[1], device=centre.device)
     slot, valid = pack(centre == place)
-    member = (centre[:, None] == slot[..., None]) & valid[..., None]
-    share = member.float()
+    batch, clusters = slot.shape
+    # The row of each token's centre; a token of no cluster adds 0 to the first row.
+    joins = (centre >= 0) & (clusters > 0)
+    row = local_index(slot, valid, centre.shape[1]).gather(1, centre.clamp(min=0))
+    row = row.masked_fill(~joins, 0)
+    share = joins.float()
     if mean:
-        share = share / share.sum(2, keepdim=True).clamp(min=1)
-    weight = share.new_zeros(*share.shape[:2], columns)
-    # A token of no cluster may share its column with another, so its 0 is added, not written.
-    weight = weight.scatter_add(2, index[:, None].expand_as(share), share)
+        size = share.new_zeros(batch, max(clusters, 1)).scatter_add(1, row, share)
+        share = share / size.gather(1, row).clamp(min=1)
+    weight = share.new_zeros(batch, clusters * columns)
+    if clusters:
+        # A token of no cluster may share its place with another, so its 0 is added, not written.
+        weight.scatter_add_(1, row * columns + index, share)
+    weight = weight.view(batch, clusters, columns)
     return gather_tokens(index, slot), valid, weight

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import profile
 
-from atp_patch.maths import attention_rank, cluster_weights, density_peaks, raters
+from atp_patch.maths import attention_rank, cluster_weights, density_peaks, raters, sparse
 from tests.helpers.sparse import clustered, rated
 
 fixed = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -68,6 +72,9 @@ def test_density_peaks_sample_by_sample(
     valid = torch.arange(longest) < torch.tensor([size for size, _ in sizes])[:, None]
     counts = torch.tensor([count for _, count in sizes])
     centre = density_peaks(x, valid, counts, neighbours)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sparse, "_HELD", 1)
+        assert torch.equal(density_peaks(x, valid, counts, neighbours), centre), "row by row"
     places = [torch.randperm(longest + 2, generator=generator) for _ in sizes]
     index = torch.stack(places)[:, :longest]
     for mean in (False, True):
@@ -89,3 +96,30 @@ def test_equal_tokens_make_a_cluster() -> None:
     assert density_peaks(x, valid, torch.tensor([1]), 5).tolist() == [[0, 0, 0, 0]]
     assert density_peaks(x, valid, torch.tensor([0]), 5).tolist() == [[-1, -1, -1, -1]]
     assert density_peaks(x[:, :0], valid[:, :0], torch.tensor([0]), 5).shape == (1, 0)
+
+
+def _peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that torch holds on the CPU while it works."""
+    with profile(profile_memory=True) as profiled:
+        work()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_clusters_hold_their_distances_and_their_weights_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two matrices of distances in the making, and one of weights, grow with the tokens squared."""
+    monkeypatch.setattr(sparse, "_HELD", 2**14)
+    tokens, clusters = 600, 200
+    x = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(0))
+    valid, counts = torch.ones(1, tokens, dtype=torch.bool), torch.tensor([clusters])
+    assert _peak_bytes(lambda: density_peaks(x, valid, counts, 5)) < 2.5 * 4 * tokens**2
+    centre = density_peaks(x, valid, counts, 5)
+    index = torch.arange(tokens)[None]
+    made = _peak_bytes(lambda: cluster_weights(index, centre, tokens, mean=True))
+    assert made < 1.5 * 4 * clusters * tokens
