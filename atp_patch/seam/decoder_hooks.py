@@ -171,7 +171,7 @@ class DecoderHooks:
                     return prefill, kwargs
         keys = self.parts.key_layers
         if cache is not None and pruned_layer(cache, keys[self.parts.attending[-1]]):
-            return Decode(cache, is_flash(implementation), keys), kwargs
+            return Decode(cache, is_flash(implementation), keys, self.parts.attending), kwargs
         return None
 
     def before_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,13 @@ class ModelHooks:
         add(parts.base.register_forward_hook(self._after, always_call=True))
         self.outside.install()
         if hasattr(parts.top, "generate"):
-            self._generate = Replaced(parts.top, "generate", self.generate)
+            self._generate = Replaced(parts.top, "generate", _Generate(self))
+
+    @property
+    def generate_signature(self) -> inspect.Signature:
+        """The signature of the host's ``generate``."""
+        assert self._generate is not None
+        return inspect.signature(self._generate.original)
 
     def remove(self) -> None:
         """Undo what ``install`` has changed besides hooks."""
@@ -106,3 +113,20 @@ class ModelHooks:
         if call.labels is None:  # the caller makes the loss, without the method's terms
             return None
         return call.add_losses(output, call.through.losses(output))
+
+
+class _Generate:
+    """Stands in for the host's ``generate``, and shows its signature."""
+
+    __name__ = "generate"
+
+    def __init__(self, hooks: ModelHooks) -> None:
+        self.hooks = hooks
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.hooks.generate_signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate."""
+        return self.hooks.generate(*args, **kwargs)

@@ -15,7 +15,7 @@ from tests.helpers import tiny
 from tests.helpers.caches import quantized_cache
 from tests.helpers.compare import assert_close
 from tests.helpers.inputs import Image, Words, batch, extended, prompt, real_mask
-from tests.helpers.oracle import Kept, masked_logits
+from tests.helpers.oracle import Kept, attention_maps, masked_logits
 from tests.helpers.pairing import pairs
 from tests.helpers.run import Session, forward, kept_of, patched, positioned, words
 
@@ -192,7 +192,7 @@ def test_a_cache_reports_its_public_length(kind: str) -> None:
 @pytest.mark.parametrize("first", [prompts.SINGLE, prompts.NO_IMAGE], ids=["image", "text"])
 def test_an_image_in_a_later_turn(kind: str, first: tuple[prompts.Prompt, ...]) -> None:
     """A conversation goes on with another image: right, or refused by name."""
-    model = patched(kind)
+    model = patched(kind, "eager")
     session = Session(model, batch(model, first))
     kept = kept_of(model) if first is prompts.SINGLE else {}
     start = session.inputs["input_ids"].shape[1]
@@ -212,6 +212,7 @@ def test_an_image_in_a_later_turn(kind: str, first: tuple[prompts.Prompt, ...]) 
             {**message, "attention_mask": whole["attention_mask"], "position_ids": text},
             past_key_values=session.cache,
             use_cache=True,
+            output_attentions=True,
         )
     except atp_patch.ATPError:
         return
@@ -221,8 +222,16 @@ def test_an_image_in_a_later_turn(kind: str, first: tuple[prompts.Prompt, ...]) 
             earlier = kept.get(layer, real_mask(session.inputs))
             later[layer] = torch.cat([earlier, mask], 1)
     full = {**whole, "pixel_values": torch.cat(pixels)}
-    expected = masked_logits(tiny.tiny_model(kind), positioned(model, full), later)
+    plain = tiny.tiny_model(kind)
+    expected = masked_logits(plain, positioned(model, full), later)
     assert_close(out.logits, expected[:, start:], later[6][:, start:])
+    maps = attention_maps(plain, positioned(model, full), later).attentions
+    for layer, (ours, theirs) in enumerate(zip(out.attentions, maps, strict=True)):
+        assert ours.shape == theirs[:, :, start:].shape
+        passed = [step for step in later if step <= layer]
+        rows = later[max(passed)] if passed else real_mask(full)
+        actual, wanted = (one.transpose(1, 2) for one in (ours, theirs[:, :, start:]))
+        assert_close(actual, wanted, rows[:, start:])
 
 
 @families

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import atp_patch
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close
-from tests.helpers.inputs import Inputs, batch, real_mask, visual_mask
+from tests.helpers.inputs import Inputs, batch, extended, real_mask, visual_mask
 from tests.helpers.oracle import attention_maps, masked_logits
-from tests.helpers.run import METHODS, forward, generate, kept_of, patched
+from tests.helpers.run import METHODS, forward, generate, kept_of, new_ids, patched
 
 families = pytest.mark.parametrize("kind", tiny.FAMILIES)
 backends = pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -56,6 +57,30 @@ def test_attentions_have_public_shape(kind: str, padding: str) -> None:
         assert ours.shape == theirs.shape
         rows = entering(kept, layer, real_mask(inputs))
         assert_close(ours.transpose(1, 2), theirs.transpose(1, 2), rows)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@families
+def test_attentions_while_generating_are_those_of_the_masked_model(kind: str, static: bool) -> None:
+    """Each step's row of every layer, with zeros at the keys that were pruned."""
+    plain, model = tiny.tiny_model(kind, "eager"), patched(kind, "eager")
+    inputs = batch(plain, prompts.SAME_SIZE)
+    wanted: dict[str, Any] = {"return_dict_in_generate": True, "output_attentions": True}
+    if static:
+        wanted["cache_implementation"] = "static"
+    out = generate(model, inputs, 3, **wanted)
+    kept = {
+        layer: nn.functional.pad(rows, (0, 3), value=True) for layer, rows in kept_of(model).items()
+    }
+    whole = extended(inputs, new_ids(inputs, out.sequences))
+    expected = attention_maps(plain, whole, kept).attentions
+    length = inputs["input_ids"].shape[1]
+    for step, maps in enumerate(out.attentions[1:]):
+        for ours, theirs in zip(maps, expected, strict=True):
+            row = theirs[:, :, length + step, : length + step + 1]
+            assert static or ours.shape[-1] == row.shape[-1]
+            assert_close(ours[:, :, 0, : row.shape[-1]], row)
+            assert not ours[..., row.shape[-1] :].any()
 
 
 @families
@@ -232,3 +257,10 @@ def test_an_image_that_text_does_not_follow(kind: str) -> None:
         total = visual_mask(inputs).sum().item()
         assert counts == [total // 2, total // 4, total // 12], method
         assert_close(logits, masked_logits(plain, inputs, kept), kept[6])
+
+
+@families
+def test_generate_shows_the_signature_of_the_class(kind: str) -> None:
+    plain, model = tiny.tiny_model(kind), patched(kind)
+    assert inspect.signature(model.generate) == inspect.signature(plain.generate)
+    assert model.generate.__name__ == "generate"

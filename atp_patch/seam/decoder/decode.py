@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from atp_patch.seam.host.cache import pruned_layer
+from atp_patch.seam.host.cache import pruned_layer, public_attention
 from atp_patch.seam.host.masks import decode_mask
 
 
@@ -20,10 +20,14 @@ class Decode:
         cache: the cache.
         flash: whether masks are 2D.
         key_layers: for each layer the number of the layer whose keys it attends to.
+        attending: the layers that attend, whose attention weights the output may hold.
     """
 
-    def __init__(self, cache: Cache, flash: bool, key_layers: Sequence[int]) -> None:
-        self.cache, self.flash, self.key_layers = cache, flash, key_layers
+    def __init__(
+        self, cache: Cache, flash: bool, key_layers: Sequence[int], attending: Sequence[int]
+    ) -> None:
+        self.cache, self.flash = cache, flash
+        self.key_layers, self.attending = key_layers, attending
         self._masks: dict[Any, Any] = {}
 
     def before_layer(
@@ -34,8 +38,18 @@ class Decode:
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
-        """Return None, since the output stays as it is."""
-        return None
+        """Return the output with zeros in attention weights at pruned keys, or None where it holds
+        no attention weights.
+        """
+        maps = getattr(output, "attentions", None)
+        if maps is None:
+            return None
+        held = [pruned_layer(self.cache, self.key_layers[layer]) for layer in self.attending]
+        output.attentions = tuple(
+            weights if layer is None else public_attention(layer, weights)
+            for layer, weights in zip(held, maps, strict=True)
+        )
+        return output
 
     def without_output(self) -> Tensor | None:
         """Return None, since every place has an output."""

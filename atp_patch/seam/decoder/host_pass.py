@@ -14,7 +14,13 @@ from transformers.cache_utils import Cache
 from atp_patch.contract.errors import CacheError
 from atp_patch.maths import gather_tokens
 from atp_patch.seam.decoder.survivors import Survivors
-from atp_patch.seam.host.cache import adopt, capacity, stored_positions
+from atp_patch.seam.host.cache import (
+    PrunedLayer,
+    adopt,
+    capacity,
+    pruned_layer,
+    stored_positions,
+)
 from atp_patch.seam.host.masks import causal_mask, gather_columns, is_flash, prefill_mask
 from atp_patch.seam.host.temperature import query_factor
 
@@ -61,6 +67,10 @@ class HostPass:
         if self.past == 0 or self.cache is None:
             return 0
         return int(self.cache.layers[layer].keys.shape[-2]) - new
+
+    def held(self, layer: int) -> PrunedLayer | None:
+        """Return the cache layer whose keys a layer attends to, where it holds a pruned prompt."""
+        return pruned_layer(self.cache, self.key_layers[layer])
 
     def narrow_kwargs(self, layer: int, survivors: Survivors, kwargs: dict[str, Any]) -> None:
         """Narrow what a layer is given for the whole sequence to its survivors, in place.

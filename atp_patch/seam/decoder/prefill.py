@@ -166,9 +166,9 @@ class Prefill:
         survivors = self.tokens.entering(num_layers - 1)
         if self.rows is not None and survivors is not None:
             return self._cut(output, survivors, self.rows)
-        return restored(
-            output, self.tokens, num_layers, self.host.attending, square=not self.host.past
-        )
+        host = self.host
+        held = host.held if host.past else None
+        return restored(output, self.tokens, num_layers, host.attending, held)
 
     def without_output(self) -> Tensor | None:
         """Return (B, L) bool: the places that have no output of their own, or None where all have
@@ -308,7 +308,7 @@ class Prefill:
         if survivors is not None:
             host.narrow_kwargs(layer, survivors, kwargs)
         elif host.cache is not None and host.past:
-            decode = Decode(host.cache, host.flash, host.key_layers)
+            decode = Decode(host.cache, host.flash, host.key_layers, host.attending)
             decode.narrow_kwargs(layer, hidden.shape[-2], kwargs)
 
     def _query_factor(self, layer: int, attention: Any, kwargs: dict[str, Any]) -> Tensor | None:

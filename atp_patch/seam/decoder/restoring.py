@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from atp_patch.seam.decoder.streams import by_stream
 from atp_patch.seam.decoder.visual_tokens import TokenState
+from atp_patch.seam.host.cache import PrunedLayer, public_attention
 
 
 def restored(
@@ -16,8 +17,7 @@ def restored(
     tokens: TokenState,
     num_layers: int,
     attending: Sequence[int],
-    *,
-    square: bool,
+    held: Callable[[int], PrunedLayer | None] | None,
 ) -> Any:
     """Return the decoder's output with zeros at pruned places, or None where it has its full length
     already.
@@ -27,7 +27,8 @@ def restored(
         tokens: the token state of the pass.
         num_layers: how many layers the decoder has.
         attending: the layers whose attention weights the output may hold.
-        square: the keys of the attention weights are the tokens of this pass alone.
+        held: from a layer to the cache layer of its keys, where that holds a pruned prompt; None
+            where the keys of the attention weights are the tokens of this pass alone.
     """
     length, last = tokens.visual.layout.length, num_layers - 1
     if tokens.entering(last) is None:
@@ -40,10 +41,10 @@ def restored(
         return by_stream(lambda stream: survivors.restore_hidden(stream, length), states)
 
     def attention(weights: Tensor, layer: int) -> Tensor:
-        survivors = tokens.entering(layer)
-        if survivors is None:
-            return weights
-        return survivors.restore_attention(weights, length, square=square)
+        survivors, keys = tokens.entering(layer), None if held is None else held(layer)
+        if survivors is not None:
+            weights = survivors.restore_attention(weights, length, square=held is None)
+        return weights if keys is None else public_attention(keys, weights)
 
     if isinstance(output, tuple):
         return (hidden(output[0], last), *output[1:])

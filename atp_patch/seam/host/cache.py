@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from atp_patch.contract.errors import CacheError
+from atp_patch.maths import scatter_tokens
 
 
 class PrunedKeys:
@@ -301,3 +302,19 @@ def columns(layer: PrunedLayer, width: int) -> tuple[Tensor, Tensor | None]:
     if layer.valid is None:
         return positions, None
     return positions, torch.cat([layer.valid, layer.valid.new_ones(batch, width - n)], dim=1)
+
+
+def public_attention(layer: PrunedLayer, weights: Tensor) -> Tensor:
+    """Return (B, H, Q, L) attention weights with zeros at pruned keys.
+
+    Args:
+        layer: the cache layer whose keys the weights are of, which holds a pruned prompt.
+        weights: (B, H, Q, K).
+    """
+    positions, valid = columns(layer, weights.shape[-1])
+    length = layer.get_seq_length() if layer.capacity is None else layer.capacity
+    there = positions < length  # the last slots of a preallocated layer stay empty
+    keys = (
+        index.to(weights.device) for index in (positions, there if valid is None else there & valid)
+    )
+    return scatter_tokens(weights.permute(0, 3, 1, 2), *keys, length).permute(0, 2, 3, 1)
