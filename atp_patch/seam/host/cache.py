@@ -314,7 +314,10 @@ def public_attention(layer: PrunedLayer, weights: Tensor) -> Tensor:
     positions, valid = columns(layer, weights.shape[-1])
     length = layer.get_seq_length() if layer.capacity is None else layer.capacity
     there = positions < length  # the last slots of a preallocated layer stay empty
-    keys = (
-        index.to(weights.device) for index in (positions, there if valid is None else there & valid)
+    if valid is not None:
+        there = there & valid
+    device = weights.device
+    keys = scatter_tokens(
+        weights.permute(0, 3, 1, 2), positions.to(device), there.to(device), length
     )
-    return scatter_tokens(weights.permute(0, 3, 1, 2), *keys, length).permute(0, 2, 3, 1)
+    return keys.permute(0, 2, 3, 1)
