@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         import uvicorn
 
         from atp_patch.integrations.serving import build_app
+        from atp_patch.tools.ending import EndingServer
     except ImportError as error:
         raise ConfigError(
             f"serving needs transformers 5.19 or newer and its server ({first_line(error)}): pip "
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
                 access_log=False,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
-            uvicorn.Server(config).run(sockets=[listener])
+            EndingServer(config).run(sockets=[listener])
 
 
 def load(args: argparse.Namespace, found: Trained | None) -> tuple[Any, Any]:

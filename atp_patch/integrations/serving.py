@@ -53,10 +53,11 @@ class OneModel(ModelManager):
         name: what clients call the model.
         model: a vision-language model of transformers, patched or not.
         processor: its processor, with a chat template.
+        state: holds the thread in which the handlers have the model compute.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
-        self._model, self._processor = model, processor
+    def __init__(self, name: str, model: Any, processor: Any, state: GenerationState) -> None:
+        self._model, self._processor, self._state = model, processor, state
         super().__init__(device=str(model.device), force_model=name)
 
     def load_model_and_processor(
@@ -79,9 +80,25 @@ class OneModel(ModelManager):
             progress_callback({"status": "ready", "model": self.force_model, "cached": True})
         return self._model, self._processor
 
+    def shutdown(self) -> None:
+        """End the answers that are being computed, and wait until the thread is idle.
+
+        Python may abort the process where it ends while a thread computes inside torch.
+        """
+        hooks = [part.register_forward_pre_hook(_end) for part in self._model.modules()]
+        thread = self._state.get_manager(self.process_model_name(self.force_model))
+        thread.submit(lambda: None).result()  # it is the last of what waits for the thread
+        for hook in hooks:
+            hook.remove()
+        super().shutdown()
+
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """Return the list of models that clients are shown."""
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": ""}]
+
+
+def _end(*_: Any) -> None:
+    raise RuntimeError("the server has been stopped.")
 
 
 class _OwnPictures:
@@ -119,7 +136,8 @@ def build_app(name: str, model: Any, processor: Any, *, max_image_pixels: int) -
     Raises:
         UnsupportedModelError: where the server of transformers cannot serve the model.
     """
-    manager, state = OneModel(name, model, processor), GenerationState()
+    state = GenerationState()
+    manager = OneModel(name, model, processor, state)
     if not getattr(processor.tokenizer, "is_fast", False):
         raise UnsupportedModelError(
             f"{name} cannot be served: its tokenizer is none of the library tokenizers, which the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -13,10 +12,11 @@ from typing import Any, TypeAlias
 import gradio as gr
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from uvicorn import Config, Server
+from uvicorn import Config
 
 from atp_patch.contract.errors import ConfigError, first_line
 from atp_patch.methods import untrained_methods
+from atp_patch.tools.ending import EndingServer
 from atp_patch.web.engine import Engine, Pruning
 from atp_patch.web.requests import asks, explained, looks, scene
 from atp_patch.web.uploads import MAX_MB, MAX_PIXELS, read_upload
@@ -41,15 +41,6 @@ Pick a scene or upload a picture, and ask. The model **{name}** answers twice: w
 tokens, and with those that the method keeps. Below you see which ones they are, and what was saved.
 """
 _SINGLE = "This small model knows generated scenes, and takes each question by itself."
-
-
-class _Ending(Server):
-    """A server that ends while a tab is open, whose connection would last as long as the tab."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what is open, without a traceback for each connection that is cut."""
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        await super().shutdown(sockets)
 
 
 def serve(engine: Engine, builtin: str | None, start: Pruning, port: int) -> None:
@@ -94,7 +85,7 @@ def serve(engine: Engine, builtin: str | None, start: Pruning, port: int) -> Non
         address = f"http://{HOST}:{door.getsockname()[1]}"
         print(f"Open {address} in a browser on this computer. Ctrl-C ends it.", file=sys.stderr)
         settings = Config(served, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
-        _Ending(settings).run(sockets=[door])
+        EndingServer(settings).run(sockets=[door])
 
 
 def build(engine: Engine, builtin: str | None, start: Pruning) -> Any:

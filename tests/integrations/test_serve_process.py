@@ -32,10 +32,13 @@ QUESTIONS, CLIENTS = 24, 16
 
 
 @contextmanager
-def server(*options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def server(
+    *options: str, stderr: int | None = None
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The process, and what it says of itself when it is ready."""
     command = [sys.executable, "-m", "atp_patch", "serve", "--port", "0", "--json", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": stderr}
+    with subprocess.Popen(command, text=True, **streams) as process:
         try:
             assert process.stdout is not None
             yield process, json.loads(process.stdout.readline())
@@ -77,6 +80,16 @@ def alone(model: Any, processor: Any, asked: list[Any]) -> list[str]:
     found = ChatModel(model, processor)
     chats = [chat(one, {"type": "image", "image": one.image}) for one in asked]
     return [found.answer([one], Generation(8))[0].text for one in chats]
+
+
+def long_request(told: dict[str, Any], one: Any, stream: bool, tokens: int) -> bytes:
+    """A request, as it is sent, whose answer has as many tokens as it asks for."""
+    asked = {"model": told["model"], "messages": messages(one), "stream": stream}
+    asked |= {"logit_bias": {"2": -100.0}, "max_tokens": tokens}
+    data = json.dumps(asked).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {urlsplit(told['url']).hostname}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
 
 
 def ask_all(told: dict[str, Any], asked: list[Any]) -> list[str]:
@@ -142,19 +155,32 @@ def test_a_client_that_is_killed_harms_nobody() -> None:
         where = urlsplit(told["url"])
         for stream in (True, False):
             for number in range(4):
-                long = {"model": told["model"], "messages": messages(asked[number])}
-                long |= {"stream": stream, "logit_bias": {"2": -100.0}}
-                long["max_tokens"] = 100_000 if stream else 500
-                data = json.dumps(long).encode()
+                tokens = 100_000 if stream else 500
+                asking = long_request(told, asked[number], stream, tokens)
                 with socket.create_connection((where.hostname, where.port)) as line:
-                    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.hostname}\r\n"
-                    head += "Content-Type: application/json\r\n"
-                    line.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
-                    line.sendall(data[: len(data) // 2] if number == 3 else data)
+                    line.sendall(asking[: len(asking) // 2] if number == 3 else asking)
                     if number == 0 and stream:
                         assert b"200 OK" in line.recv(1000)
         assert ask_all(told, asked) == expected
         assert process.poll() is None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_ctrl_c_ends_the_server_while_it_answers(stream: bool) -> None:
+    """The answer would take many minutes."""
+    [one] = scenes(DYNAMIC)[:1]
+    options = ("--model", "builtin-dynamic", "--method", "divprune", "--keep", "0.3")
+    with server(*options, stderr=subprocess.PIPE) as (process, told):
+        where = urlsplit(told["url"])
+        with socket.create_connection((where.hostname, where.port)) as line:
+            line.sendall(long_request(told, one, stream, 100_000))
+            if stream:
+                assert b"200 OK" in line.recv(1000)
+            else:
+                time.sleep(5)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=200)
+    assert (process.returncode, said) == (130, "atp-patch serve: stopped.\n")
 
 
 def test_voco_tokens_and_a_local_folder_are_served() -> None:

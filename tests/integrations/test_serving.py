@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import threading
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from PIL import Image
 
 from atp_patch import UnsupportedModelError, last_trace, patch_model
-from atp_patch.builtin import DYNAMIC, load_builtin, make_scene
+from atp_patch.builtin import DYNAMIC, load_builtin, make_scene, prompt
 from atp_patch.builtin.models import as_shown
 from atp_patch.commands import serve, serve_options
 from atp_patch.commands.pruning_options import patch_settings
@@ -216,6 +217,28 @@ def test_two_apps_of_two_models_do_not_know_each_other(served: Any, client: Any)
         assert second.get("/v1/models").json()["data"][0]["id"] == "other"
         assert client.get("/v1/models").json()["data"][0]["id"] == NAME
     assert ModelManager.load_model_and_processor.__module__.startswith("transformers.")
+
+
+def test_the_end_of_a_server_ends_its_answers_and_leaves_the_model(served: Any) -> None:
+    """The answer would take many minutes."""
+    from transformers.cli.serving.utils import GenerationState
+
+    from atp_patch.integrations.serving import OneModel
+
+    model, processor = served
+    one, begun, state = scene(0), threading.Event(), GenerationState()
+    expected = alone(served, one)
+    manager = OneModel(NAME, model, processor, state)
+    inputs = processor(images=one.image, text=prompt("Why?", DYNAMIC), return_tensors="pt")
+    watch = model.get_output_embeddings().register_forward_hook(lambda *_: begun.set())
+    thread = state.get_manager(manager.process_model_name(NAME))
+    many = {"min_new_tokens": 100_000, "max_new_tokens": 100_000}
+    answer = thread.submit(model.generate, **inputs, **many)
+    assert begun.wait(60)
+    manager.shutdown()
+    assert "the server has been stopped" in str(answer.exception(0))
+    watch.remove()
+    assert alone(served, one) == expected
 
 
 def test_what_the_server_cannot_serve_is_refused_by_name(served: Any) -> None:
