@@ -21,20 +21,30 @@ from atp_patch import available_methods
 def scores(folder: Path, metrics: dict[str, str]) -> dict[str, float]:
     """The score of each task that has results in a folder.
 
+    lmms-eval gives some groups of tasks, such as MVBench, no score of their own: theirs is the mean
+    of their tasks.
+
     Raises:
         SystemExit: where a task has results without the table's metric.
     """
     found: dict[str, float] = {}
     for file in sorted(folder.rglob("*results.json")):
-        results = json.loads(file.read_text(encoding="utf-8"))["results"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        results, groups = content["results"], content.get("group_subtasks", {})
         for task, metric in metrics.items():
             if task not in results:
                 continue
-            values = [v for key, v in results[task].items() if key.split(",")[0] == metric]
+            values = _values(results, [task], metric) or _values(results, groups.get(task), metric)
             if not values:
                 raise SystemExit(f"{file} has no metric {metric} of {task}; see tables.yaml.")
-            found[task] = float(values[0])
+            found[task] = sum(values) / len(values)
     return found
+
+
+def _values(results: dict[str, Any], tasks: list[str] | None, metric: str) -> list[float]:
+    """What tasks scored by a metric; the harness appends the name of a filter to the metric's."""
+    rows = [item for task in tasks or [] for item in results[task].items()]
+    return [float(value) for key, value in rows if key.split(",")[0] == metric]
 
 
 def kept(folder: Path) -> float | None:

@@ -66,6 +66,26 @@ def test_the_table_says_what_was_kept(programs, tmp_path):
     assert len(rows) == 5  # random has no results yet
 
 
+def test_a_group_without_a_score_of_its_own_gets_the_mean_of_its_tasks(programs, tmp_path):
+    """As lmms-eval leaves MVBench."""
+    _, table = programs
+    content = {
+        "results": {
+            "mvbench": {" ": " ", "alias": "mvbench"},
+            "mvbench_one": {"mvbench_accuracy,none": 40.0},
+            "mvbench_two": {"mvbench_accuracy,none": 60.0},
+            "videomme": {"videomme_perception_score,none": 55.0},
+        },
+        "group_subtasks": {"mvbench": ["mvbench_one", "mvbench_two"], "videomme": []},
+    }
+    folder = tmp_path / "video" / "plain"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    head, _, plain = table.table("video", tmp_path, []).splitlines()
+    assert head == "| method | budget | tokens measured | mvbench | videomme | kept, % | paper, % |"
+    assert plain == "| plain | - | - | 50 | 55 | 100.0 | - |"
+
+
 def test_a_metric_that_is_not_there_is_named(programs, tmp_path):
     _, table = programs
     folder = tmp_path / "dry-run" / "plain"

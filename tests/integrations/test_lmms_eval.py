@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import load_video
@@ -315,6 +318,32 @@ def test_generation_arguments_are_those_of_the_task(given, expected):
 def test_wrong_model_arguments_are_refused_before_the_model_loads(arguments, message):
     with pytest.raises(ConfigError, match=message):
         SimpleTasks("builtin", **arguments)
+
+
+def test_the_harness_has_the_tasks_and_the_metrics_of_the_recipes():
+    from lmms_eval.tasks import TaskManager
+
+    tables = yaml.safe_load((ROOT / "results/large/tables.yaml").read_text(encoding="utf-8"))
+    known = TaskManager().task_index
+    for task, metric in {k: v for few in tables["tasks"].values() for k, v in few.items()}.items():
+        assert task in known
+        near = Path(known[task]["yaml_path"]).parent.rglob("*yaml")
+        named = [re.search(rf"metric: *{metric}\s", file.read_text("utf-8")) for file in near]
+        assert any(named), (task, metric)
+
+
+def test_the_table_reads_what_the_harness_writes_of_a_group(tasks, tmp_path, monkeypatch):
+    """The group has no score of its own, as MVBench in lmms-eval."""
+    names = [f"atp_patch_{name}" for name in TASKS]
+    (tasks / "_pair.yaml").write_text(yaml.safe_dump({"group": "atp_patch_pair", "task": names}))
+    both = ("--limit", "2", "--tasks", "atp_patch_pair")
+    _, samples = run(tasks, tmp_path, PLAIN, *both)
+    monkeypatch.syspath_prepend(str(ROOT / "results" / "large"))
+    table = importlib.import_module("table")
+    found = [one for rows in scores(samples).values() for one in rows]
+    assert table.scores(tmp_path, {"atp_patch_pair": "exact"}) == {
+        "atp_patch_pair": sum(found) / len(found)
+    }
 
 
 def test_the_dry_run_of_the_recipes_makes_a_table_and_goes_on(tmp_path):
