@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web mutation fuzz cells results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web peers-env peers mutation fuzz cells results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -129,6 +129,23 @@ test-web: $(WEB)/.installed
 	.ci/install-chromium
 	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest -m web tests/web
 
+# Packages that prune visual tokens too, and a version of transformers that all of them run on.
+PEERS := .venv-peers
+PEER_PINS := .ci/constraints-peers.txt
+peers-env: $(PEERS)/.installed
+$(PEERS)/.installed: $(PEER_PINS) .ci/install-torch $(METADATA)
+	$(PYTHON) -m venv $(PEERS)
+	.ci/install-torch $(PEERS)/bin/python $(PEER_PINS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint $(PEER_PINS) --editable . pyyaml sparsevlm
+	@touch $@
+
+# Their times beside this package's: `make peers ANGELSLIM=FOLDER`, a checkout of that repository.
+ANGELSLIM ?=
+peers: $(PEERS)/.installed
+	for model in llava-1.5-7b qwen2.5-vl-7b; do \
+		$(PEERS)/bin/python results/peers.py --preset $$model $(if $(ANGELSLIM),--angelslim $(ANGELSLIM)); \
+	done
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -152,7 +169,7 @@ pictures: $(VENV)/.installed-eval
 	$(BIN)/python examples/every_method.py --dark --out docs/pictures/every_method-dark.png
 
 clean:
-	rm -rf $(VENV) $(EVAL) $(SERVE) $(WEB) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL) $(SERVE) $(WEB) $(PEERS) .matrix build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: constraints.txt .ci/install-torch
 	$(PYTHON) -m venv $(VENV)
