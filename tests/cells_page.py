@@ -90,9 +90,13 @@ TEMPLATE = Template("""\
 `make cells` runs every model family with every kind of method in every way to generate. Each of
 these cells must be right, or be refused with an error that says why.
 
-**$tried of $all cells were tried. $bad.** ($outcomes.) They ran $days, with $versions, on a CPU,
-with tiny random models of eight decoder layers. The cells are tried in a drawn order, so that a run
-that was stopped is a sample of all of them.
+**$tried of $all cells were tried. $bad.**
+
+$total
+
+They ran $days, with $versions,
+on a CPU, with tiny random models of eight decoder layers. The cells are tried in a drawn order, so
+that a run that was stopped is a sample of what it was to try.$untried
 
 $picture
 
@@ -166,7 +170,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         tried=f"{len(rows):,}",
         all=f"{len(cells()):,}",
         bad=f"{bad:,} were wrong or crashed" if bad else "None was wrong, and none crashed",
-        outcomes="; ".join(f"{NAMES[name]}: {total[name]:,}" for name in OUTCOMES if total[name]),
+        total=_table("cells", Counter(("tried", row["outcome"]) for row in rows), {"tried": ""}),
+        untried=_untried(rows),
         days=_days(rows),
         versions=_versions(rows),
         picture=picture,
@@ -194,7 +199,10 @@ def counts(
         values: each value, and what is said of it.
         rows: the lines of the run's file.
     """
-    found = Counter((row[axis], row["outcome"]) for row in rows)
+    return _table(title, Counter((row[axis], row["outcome"]) for row in rows), values)
+
+
+def _table(title: str, found: Mapping[tuple[str, str], int], values: Mapping[str, str]) -> str:
     shown = [name for name in OUTCOMES if any(found[value, name] for value in values)]
     lines = [
         f"| {title} | " + " | ".join(NAMES[name] for name in shown) + " |",
@@ -204,6 +212,12 @@ def counts(
         name = f"{value}: {said}" if said else value
         lines.append(f"| {name} | " + " | ".join(f"{found[value, one]:,}" for one in shown) + " |")
     return "\n".join(lines)
+
+
+def _untried(rows: Iterable[Mapping[str, Any]]) -> str:
+    tried = {row["family"] for row in rows}
+    left = [f"`{name}`" for name in KINDS if name not in tried]
+    return f" It has not come to {', '.join(left)}." if left else ""
 
 
 def _values(place: int) -> dict[str, str]:

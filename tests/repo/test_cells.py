@@ -94,7 +94,11 @@ def test_a_run_goes_on_and_is_reported(tmp_path: Path) -> None:
 def test_the_page_counts_wrong_cells_and_draws_them(tmp_path: Path) -> None:
     row = {**vars(GREEDY), "why": "", "day": "2026-01-02", "torch": "2", "transformers": "5"}
     rows = [{**row, "outcome": "right"}, {**row, "cache": "static", "outcome": "wrong"}]
-    assert "1 were wrong or crashed" in cells_page.page(rows)
+    page = cells_page.page(rows)
+    assert "1 were wrong or crashed" in page
+    assert "| tried | 1 | 1 |" in page
+    assert "`fuyu`" in page.split("It has not come to")[1]
+    assert "`llava`" not in page.split("It has not come to")[1].splitlines()[0]
     cells_page.plot(rows, tmp_path / "cells.png")
     wrong = cells_page.THEMES["cells.png"][1][cells_page.SHOWN.index("wrong")]
     drawn = Image.open(tmp_path / "cells.png").convert("RGB").getcolors(100_000)
