@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from atp_patch.seam.door.tombstones import without_tombstones
@@ -77,6 +78,8 @@ class ModelHooks:
         finally:
             self.thread.session = outer
 
+    # Not compiled: it computes nothing, and would be compiled anew for each length of a prompt.
+    @torch.compiler.disable
     def _before_top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse_replica(module)
         self._open_call(args, kwargs)

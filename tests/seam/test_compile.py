@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
+import atp_patch
+from atp_patch.bench.presets import PRESETS
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.inputs import batch
@@ -37,3 +41,36 @@ def test_compiled_decoding_is_one_graph(
     actual = generate(model, inputs, 8, cache_implementation="static", compile_config=compiling)
     assert torch.equal(actual, expected)
     assert len(graphs) == 1, "steps compile anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["atp", "divprune"])
+def test_pictures_of_other_sizes_compile_nothing(method: str) -> None:
+    """The graph of a step serves prompts of every length, and any number of kept tokens."""
+    frames: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        frames.append(graph)
+        return graph.forward
+
+    small = {"hidden_size": 256, "mlp_size": 64, "num_layers": 3, "vocab_size": 1000}
+    heads = {"num_heads": 2, "num_kv_heads": 1, "tower_layers": 2}
+    preset = replace(PRESETS["qwen2-vl-7b"], **small, **heads)
+    torch.manual_seed(0)
+    model: Any = preset.build(1.0, "sdpa", "cpu", torch.float32)
+    layers = [2] if method == "atp" else None
+    atp_patch.patch_model(model, layers, method, keep=0.5)
+    torch._dynamo.reset()
+    compiling = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    compiling._compile_all_devices = True
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for size in ((168, 168), (224, 224), (280, 196)):
+        inputs = preset.inputs(size, 1, 20, 0)
+        expected = model.generate(**inputs, **asked)
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+        with torch._dynamo.config.patch(error_on_recompile=len(frames) > 0):
+            actual = model.generate(
+                **inputs, **asked, past_key_values=cache, compile_config=compiling
+            )
+        assert torch.equal(actual, expected)
+    assert len(frames) == 1

@@ -32,12 +32,15 @@ class PrunedKeys:
         valid: (B, n) bool, or None where every slot holds a token (no ragged batch).
         covered: how many logical positions the ``n`` keys stand for. Key ``n + j`` has the logical
             position ``covered + j``.
+        pruned: whether ``positions`` are known. A compiled step asks this, because it would be
+            compiled anew for other numbers of positions if it looked at them.
     """
 
     _layer_type = None
     positions: Tensor | None = None
     valid: Tensor | None = None
     covered: int = 0
+    pruned: bool = False
     _announced: bool = False
 
     def prune(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
@@ -48,6 +51,7 @@ class PrunedKeys:
     def hold(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
         """Set the logical positions of the keys that the layer holds."""
         self.positions, self.valid, self.covered = positions, valid, covered
+        self.pruned = True
 
     def announce_update(self) -> None:
         """Allow the next update, because its pass narrows its mask to the keys of this layer."""
@@ -60,7 +64,7 @@ class PrunedKeys:
             CacheError: where the update was not announced, because a model without a patch would
                 read the keys at positions other than their own.
         """
-        if self.positions is not None and not self._announced:
+        if self.pruned and not self._announced:
             raise CacheError(
                 "this cache holds a prompt whose visual tokens were pruned, and the model that "
                 "goes on with it is not patched, so it would take the remaining keys for others. "
@@ -95,7 +99,7 @@ class PrunedKeys:
     def reset(self) -> None:
         """Empty the layer, which then holds nothing pruned."""
         super().reset()  # type: ignore[misc]
-        self.positions, self.valid, self.covered = None, None, 0
+        self.positions, self.valid, self.covered, self.pruned = None, None, 0, False
 
 
 class PrunedDynamicLayer(PrunedKeys, DynamicLayer):
@@ -160,7 +164,31 @@ class PrunedDynamicLayer(PrunedKeys, DynamicLayer):
 
 
 class PrunedStaticLayer(PrunedKeys, StaticLayer):
-    """A preallocated cache layer whose first ``n`` slots hold the survivors of the prompt."""
+    """A preallocated cache layer whose first ``n`` slots hold the survivors of the prompt.
+
+    What a compiled step reads has the same shape for every prompt, and no number that a graph would
+    hold as a constant.
+
+    Attributes:
+        slots: (B, capacity) int64, the logical position of each slot.
+        slots_valid: (B, capacity) bool, or None where every slot holds a token or is empty.
+        skipped: () int64, how many logical positions have no key.
+    """
+
+    slots: Tensor
+    slots_valid: Tensor | None
+    skipped: Tensor
+
+    def hold(self, positions: Tensor, valid: Tensor | None, covered: int) -> None:
+        """Set the logical positions of the keys that the layer holds."""
+        super().hold(positions, valid, covered)
+        self.slots, self.slots_valid = columns(self, self.capacity)
+        self.skipped = torch.tensor(self.dropped, device=positions.device)
+
+    def _select(self, rows: Tensor) -> None:
+        super()._select(rows)
+        if self.positions is not None:
+            self.hold(self.positions, self.valid, self.covered)
 
     @property
     def capacity(self) -> int:
@@ -169,7 +197,9 @@ class PrunedStaticLayer(PrunedKeys, StaticLayer):
 
     def get_seq_length(self) -> Any:
         """Return the logical length, which counts all positions so far, pruned ones included."""
-        return self.cumulative_length + self.dropped if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        return self.cumulative_length + self.skipped if self.pruned else self.cumulative_length
 
 
 PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
@@ -188,7 +218,7 @@ def pruned_layer(cache: Cache | None, layer_idx: int) -> PrunedLayer | None:
     if cache is None or not 0 <= layer_idx < len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
-    if isinstance(layer, PrunedKeys) and layer.positions is not None and layer.is_initialized:  # type: ignore[attr-defined]
+    if isinstance(layer, PrunedKeys) and layer.pruned and layer.is_initialized:  # type: ignore[attr-defined]
         return layer  # type: ignore[return-value]
     return None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atp_patch.contract.errors import UnsupportedModelError
-from atp_patch.seam.host.cache import PrunedLayer, columns
+from atp_patch.seam.host.cache import PrunedLayer, PrunedStaticLayer, columns
 
 
 def is_flash(implementation: str) -> bool:
@@ -121,12 +121,15 @@ def decode_mask(
     """
     if mask is None and layer.valid is None:
         return None
-    static = layer.capacity is not None
-    width = layer.capacity or layer.keys.shape[-2] + query_length
-    positions, valid = columns(layer, width)
+    offset = 0  # a static mask begins at position 0
+    if isinstance(layer, PrunedStaticLayer):
+        positions, valid = layer.slots, layer.slots_valid
+    else:
+        width = layer.keys.shape[-2] + query_length
+        positions, valid = columns(layer, width)
+        if mask is not None:  # the last column of a growing mask is the newest token
+            offset = max(width + layer.dropped - mask.shape[-1], 0)
     if mask is None:
         assert valid is not None
         return valid if flash else valid[:, None, None, :]
-    # The last column of a growing mask is the newest token; a static mask begins at position 0.
-    offset = 0 if static else max(width + layer.dropped - mask.shape[-1], 0)
     return gather_columns(mask, positions - offset, valid)
