@@ -90,6 +90,15 @@ def loss_of(model: Any, inputs: Inputs) -> Tensor:
     return nn.functional.cross_entropy(logits[:, -3:-1].flatten(0, 1), answers.flatten())
 
 
+def loaded_again(kind: Kind, folder: Path) -> Any:
+    """The plain model of a folder that ``save_pretrained`` has written."""
+    try:
+        loaded = kind.model.from_pretrained(folder, attn_implementation=kind.attention)
+    except ImportError as error:  # Gemma 3n and FastVLM load their towers with timm
+        pytest.skip(f"the plain model cannot be loaded here: {error}")
+    return loaded.eval()
+
+
 class Contracts:
     """Contracts of a model; a class that takes them says what share of the tokens is kept.
 
@@ -194,17 +203,17 @@ class Contracts:
         inputs = make(kind, MIXED).inputs
         model = self.patched(kind)
         expected = forward(model, inputs).logits
-        assert list(model.state_dict()) == list(kind.build().state_dict())
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path, attn_implementation=kind.attention).eval()
-        plain = forward(kind.build(), inputs).logits
-        assert torch.equal(forward(loaded, inputs).logits, plain)
-        assert torch.equal(forward(self.patch(kind, loaded), inputs).logits, expected)
         stream = io.BytesIO()
         torch.save(self.patched(kind), stream)  # some hosts cannot be pickled once they have run
         stream.seek(0)
         again = torch.load(stream, weights_only=False)
         assert torch.equal(forward(again, inputs).logits, expected)
+        assert list(model.state_dict()) == list(kind.build().state_dict())
+        model.save_pretrained(tmp_path)
+        loaded = loaded_again(kind, tmp_path)
+        plain = forward(kind.build(), inputs).logits
+        assert torch.equal(forward(loaded, inputs).logits, plain)
+        assert torch.equal(forward(self.patch(kind, loaded), inputs).logits, expected)
 
     def test_tied_weights_stay_tied(self, kind: Kind, tmp_path: Path) -> None:
         plain = kind.build()
@@ -216,15 +225,15 @@ class Contracts:
             pytest.skip("this model has a head of its own")
         inputs = make(kind, SINGLE).inputs
         plain.save_pretrained(tmp_path / "plain")
-        again = type(plain).from_pretrained(tmp_path / "plain", attn_implementation=kind.attention)
-        if not torch.equal(forward(again.eval(), inputs).logits, forward(plain, inputs).logits):
+        again = loaded_again(kind, tmp_path / "plain")
+        if not torch.equal(forward(again, inputs).logits, forward(plain, inputs).logits):
             pytest.skip("the plain model does not come back from its own files")
         model = self.patch(kind, plain)
         model.tie_weights()
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         expected = forward(model, inputs).logits
         model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path, attn_implementation=kind.attention).eval()
+        loaded = loaded_again(kind, tmp_path)
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert torch.equal(forward(self.patch(kind, loaded), inputs).logits, expected)
 
