@@ -40,7 +40,7 @@ if [ -n "$TRY" ]; then
     small=336x336 middle=336x336 large=336x336 largest=336x336 shape=tiny qwen=tiny-qwen scale=0.5
 fi
 
-growth() { bench growth 330 "${tiled[@]}" --methods $every --image $middle --runs 1; }
+growth() { bench growth 400 "${tiled[@]}" --methods $every --image $middle --runs 1; }
 growth16k() { bench growth16k 330 "${tiled[@]}" --methods atp,fastv,divprune --image $large --runs 1; }
 growth32k() { bench growth32k 420 "${tiled[@]}" --methods atp,divprune --image $largest --runs 1; }
 batches() {
@@ -49,7 +49,7 @@ batches() {
 share() { bench share 90 "${llava[@]}" --scale 0.125 --methods atp,fastv,random --runs 5; }
 ratios() {
     for keep in 1 0.5 0.25 0.1 0.05; do
-        bench "ratio-$keep" 60 "${tiled[@]}" --keep $keep --methods atp,divprune --image ${small##*,} --runs 3
+        bench "ratio-$keep" 90 "${tiled[@]}" --keep $keep --methods atp,divprune --image ${small##*,} --runs 2
     done
 }
 hooks() {
@@ -76,7 +76,7 @@ peers() {
     models=($shape $qwen)
     [ -z "$TRY" ] || models=(tiny-llava tiny-qwen)
     for model in "${models[@]}"; do
-        part "peers-$model" 150 "$PEERS" results/peers.py --preset $model --scale $scale --runs 3 \
+        part "peers-$model" 150 "$PEERS" results/peers.py --preset $model --scale $scale --runs 2 \
             --decode-tokens 4 ${ANGELSLIM:+--angelslim "$ANGELSLIM"} --json "$OUT/peers-$model.json"
     done
 }
