@@ -55,6 +55,9 @@ class Qwen25Preset(QwenPreset):
         text = {k: v for k, v in like["text_config"].items() if k != "model_type"}
         vision = {
             "depth": depth.tower,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
             "out_hidden_size": self.hidden_size,
             "fullatt_block_indexes": [depth.tower - 1],
         }
