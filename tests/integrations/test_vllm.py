@@ -133,6 +133,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return started[-1]
 
     yield start
+    for llm in started:
+        # The traceback of a failed test keeps its engine, whose later end would end the next one's.
+        llm.llm_engine.engine_core.shutdown()
     started.clear()
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
 _EXTENDS = "embed_tokens_extend"
 
 
@@ -26,9 +28,19 @@ def embedded(decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     ids = kwargs.get("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:
         return kwargs
+    if _asks_for_inner_outputs(decoder, kwargs):
+        # The host hooks a decoder and its towers in one go. Towers that ran before that would get
+        # their hooks twice.
+        maybe_install_capturing_hooks(decoder)
     extends = getattr(decoder, _EXTENDS)
     names = set(inspect.signature(type(extends).forward).parameters) - {"input_ids"}
     features = {name: value for name, value in kwargs.items() if name in names}
     features["inputs_embeds"] = decoder.embed_tokens(ids)
     others = {name: value for name, value in kwargs.items() if name not in names}
     return {**others, "input_ids": None, "inputs_embeds": extends(ids, **features)}
+
+
+def _asks_for_inner_outputs(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether the call or the configuration asks for hidden states or attention maps."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(kwargs.get(name, getattr(decoder.config, name, False)) for name in names)
