@@ -19,6 +19,7 @@ import importlib
 import io
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -37,7 +38,7 @@ from transformers import Qwen2_5_VLConfig, StoppingCriteria, StoppingCriteriaLis
 
 from atp_patch.bench.clock import Times, peak_bytes, reset_peak
 from atp_patch.bench.comparison_tables import markdown
-from atp_patch.bench.measure import cache_bytes, in_turn, patched
+from atp_patch.bench.measure import cache_bytes, patched
 from atp_patch.bench.presets import PRESETS, Depth, LlavaPreset, Preset, QwenPreset
 from atp_patch.tools.arguments import comma_separated
 from atp_patch.tools.command_line import machine
@@ -267,7 +268,8 @@ def compare(
 
     with torch.inference_mode():
         for number in range(asked.runs + 1):
-            for way in in_turn(ways, number):
+            # A fixed order would let each way always follow the same one.
+            for way in random.Random(number).sample(list(ways), len(ways)):
                 one, clock = found[way.name], Clock()
                 if one.error is not None:
                     continue

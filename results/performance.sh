@@ -46,7 +46,7 @@ growth32k() { bench growth32k 420 "${tiled[@]}" --methods atp,divprune --image $
 batches() {
     bench batches 300 "${llava[@]}" --scale 0.0625 --methods atp --keep 0.25 --batch-size 1,8,32 --runs 2
 }
-share() { bench share 90 "${llava[@]}" --scale 0.125 --methods atp,fastv,random --runs 5; }
+share() { bench share 90 "${llava[@]}" --scale 0.125 --keep 0.5 --methods atp,fastv,random --runs 5; }
 ratios() {
     for keep in 1 0.5 0.25 0.1 0.05; do
         bench "ratio-$keep" 90 "${tiled[@]}" --keep $keep --methods atp,divprune --image ${small##*,} --runs 2
