@@ -113,7 +113,7 @@ def density_peaks(x: Tensor, valid: Tensor, counts: Tensor, neighbours: int) -> 
 
 
 def _log_density(squared: Tensor, known: Tensor, neighbours: int) -> Tensor:
-    """(B, R) minus the mean squared distance of each row to its nearest neighbours.
+    """Return, as (B, R), minus the mean squared distance of rows to their nearest neighbours.
 
     Args:
         squared, known: (B, R, P) squared distances, and where they are those of two tokens.
@@ -126,7 +126,7 @@ def _log_density(squared: Tensor, known: Tensor, neighbours: int) -> Tensor:
 
 
 def _separation(squared: Tensor, log_density: Tensor, part: Tensor, both: Tensor) -> Tensor:
-    """(B, R) the squared distance of some tokens to the nearest denser one, or to the farthest.
+    """Return, as (B, R), the squared distance to the nearest denser token, or to the farthest.
 
     Args:
         squared: (B, P, P) of all tokens.

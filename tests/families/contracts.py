@@ -99,6 +99,10 @@ def loaded_again(kind: Kind, folder: Path) -> Any:
     return loaded.eval()
 
 
+# What a call asks for to get what the layers make.
+INNER = {"output_hidden_states": True, "output_attentions": True}
+
+
 class Contracts:
     """Contracts of a model; a class that takes them says what share of the tokens is kept.
 
@@ -119,6 +123,12 @@ class Contracts:
         """Patch a model; the method chooses by its scores."""
         return atp_patch.patch_model(model, method="fastv", keep=self.keep, layers=kind.layers)
 
+    def eager_pair(self, kind: Kind) -> tuple[Any, Any]:
+        """The plain and the patched model with eager attention, whose maps can be asked for."""
+        plain = kind.build()
+        plain.set_attn_implementation("eager")
+        return plain, self.patched(kind, "eager")
+
     def seen(self, model: Any, inputs: Inputs) -> Tensor:
         """(B, L) bool: the places whose outputs are promised, after a pass."""
         kept = kept_of(model)
@@ -134,11 +144,8 @@ class Contracts:
     def test_all_outputs_have_public_shapes(self, kind: Kind) -> None:
         """Hidden states, attention maps, tuples, and the logits that were asked for."""
         inputs = make(kind, MIXED).inputs
-        plain = kind.build()
-        plain.set_attn_implementation("eager")
-        model = self.patched(kind, "eager")
-        wanted = {"output_hidden_states": True, "output_attentions": True}
-        theirs, ours = (forward(one, inputs, **wanted) for one in (plain, model))
+        plain, model = self.eager_pair(kind)
+        theirs, ours = (forward(one, inputs, **INNER) for one in (plain, model))
         for name in ("hidden_states", "attentions"):
             assert shapes(ours[name]) == shapes(theirs[name]), name
         assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()

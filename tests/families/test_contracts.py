@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.families import mrope, square
-from tests.families.contracts import Contracts, gradients, loss_of, same
+from tests.families.contracts import INNER, Contracts, gradients, loss_of, same
 from tests.families.kinds import MIXED, SINGLE, Kind, make
 from tests.families.tables import EVERY, rows
 from tests.helpers.inputs import Inputs, real_mask
@@ -33,14 +33,11 @@ class TestKeepingAll(Contracts):
 
     def test_all_outputs_are_the_plain_ones(self, kind: Kind) -> None:
         inputs = make(kind, MIXED).inputs
-        plain = kind.build()
-        plain.set_attn_implementation("eager")
-        model = self.patched(kind, "eager")
-        wanted = {"output_hidden_states": True, "output_attentions": True}
-        theirs, ours = (forward(one, inputs, **wanted) for one in (plain, model))
+        plain, model = self.eager_pair(kind)
+        theirs, ours = (forward(one, inputs, **INNER) for one in (plain, model))
         for name in ("logits", "hidden_states", "attentions"):
             assert same(ours[name], theirs[name]), name
-        more = {"return_dict_in_generate": True, "output_scores": True, **wanted}
+        more = {"return_dict_in_generate": True, "output_scores": True, **INNER}
         theirs, ours = (generate(one, inputs, 2, **more) for one in (plain, model))
         for name in ("sequences", "scores", "hidden_states", "attentions"):
             assert same(ours[name], theirs[name]), name
