@@ -170,13 +170,11 @@ class Contracts:
 
     def test_all_outputs_of_generate_have_public_shapes(self, kind: Kind) -> None:
         inputs = make(kind, MIXED).inputs
-        plain = kind.build()
-        plain.set_attn_implementation("eager")
-        model = self.patched(kind, "eager")
+        plain, model = self.eager_pair(kind)
         wanted = {
             "return_dict_in_generate": True,
             **dict.fromkeys(("output_scores", "output_logits"), True),
-            **dict.fromkeys(("output_hidden_states", "output_attentions"), True),
+            **INNER,
         }
         theirs, ours = (generate(one, inputs, 2, **wanted) for one in (plain, model))
         for name in ("scores", "logits", "hidden_states"):
