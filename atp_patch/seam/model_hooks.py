@@ -77,6 +77,7 @@ class ModelHooks:
             return self._generate.original(*args, **kwargs)
         finally:
             self.thread.session = outer
+            self.thread.end_pass()  # Ctrl-C skips the hooks behind a module
 
     # Not compiled: it computes nothing, and would be compiled anew for each length of a prompt.
     @torch.compiler.disable
@@ -110,7 +111,7 @@ class ModelHooks:
         call = self.thread.call
         if module is not self.parts.top and not (call is not None and call.alone):
             return None
-        self.thread.call = None
+        self.thread.end_pass()
         if call is None or output is None or call.through is None:
             return None
         if call.labels is None:  # the caller makes the loss, without the method's terms

@@ -27,6 +27,10 @@ class ThreadState(PerThread):
         self.call: Call | None = None
         self.entering: Any = None
 
+    def end_pass(self) -> None:
+        """Forget the forward pass that the thread was in."""
+        self.call = self.entering = None
+
     @property
     def enabled(self) -> bool:
         """Whether the thread's passes with images are pruned."""

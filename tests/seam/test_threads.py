@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import atp_patch
-from atp_patch.patching.api import require_patch
 from tests.core.test_own_methods import Remembers
 from tests.families import outside
 from tests.families.kinds import Picture, sample
@@ -22,6 +21,7 @@ from tests.families.kinds import Words as Text
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.doors import TowerReader
+from tests.helpers.held import held
 from tests.helpers.inputs import batch
 from tests.helpers.pairing import pairs
 from tests.helpers.run import FASTV, patched
@@ -226,39 +226,6 @@ def test_a_trace_is_the_threads_own() -> None:
     assert atp_patch.last_trace(model).layers[2].kept.shape == one["input_ids"].shape
 
 
-def _parts_of_a_patch(model: Any) -> dict[str, Any]:
-    """By name: the modules with their configs, and what patching has put behind their hooks."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        found[name] = module
-        if hasattr(module, "config"):
-            found[f"{name}.config"] = module.config
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        for number, hook in enumerate(hooks):
-            owner = getattr(hook, "__self__", hook)
-            if type(owner).__module__.startswith("atp_patch"):
-                found[f"{name} {number}"] = owner
-    patch = require_patch(model)
-    found["patch"], found["seam"] = patch, patch.seam
-    for name, part in vars(patch.seam).items():
-        if type(part).__module__.startswith("atp_patch"):
-            found[f"seam.{name}"] = part
-    return found
-
-
-def _held(model: Any) -> dict[str, dict[str, Any]]:
-    """Attribute -> identity or printed value, of every such part; that of threads left out."""
-    return {
-        name: {
-            key: repr(value) if isinstance(value, (list, dict, set, tuple, int, float)) else value
-            for key, value in vars(part).items()
-            if not isinstance(value, threading.local) and key != "rope_deltas"
-        }
-        for name, part in _parts_of_a_patch(model).items()
-        if hasattr(part, "__dict__") and not isinstance(part, threading.local)
-    }
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "fastv": FASTV,
     "pair": {"method": ["prumerge+", "atp"], "layers": [2, 4], "target_tokens": 9},
@@ -275,7 +242,7 @@ def test_nothing_of_a_pass_lives_on_the_model(
     inputs = batch(model, prompts.MIXED)
     with torch.no_grad():
         model(**inputs)  # transformers installs hooks of its own in the first pass
-    before = _held(model)
+    before = held(model)
     assert any(name.startswith("model") and " " in name for name in before), "no hook was found"
     places = [
         model.model.get_submodule("vision_tower" if tiny.is_llava(model) else "visual"),
@@ -297,4 +264,4 @@ def test_nothing_of_a_pass_lives_on_the_model(
                 with pytest.raises(broken):
                     call(**inputs, **more)
         handle.remove()
-        assert _held(model) == before
+        assert held(model) == before
