@@ -17,7 +17,7 @@ from atp_patch.seam.host.recorder import Recorder
 from atp_patch.seam.host.replaced import Replaced
 from atp_patch.seam.host.session import Session
 from atp_patch.seam.thread_state import ThreadState
-from atp_patch.seam.tower.reading import ReadingHooks
+from atp_patch.seam.tower.merging import VisionHooks
 
 
 class ModelHooks:
@@ -28,12 +28,12 @@ class ModelHooks:
         parts: Parts,
         thread: ThreadState,
         recorder: Recorder,
-        reading_hooks: ReadingHooks | None,
+        vision: VisionHooks | None,
         *,
         leaves_tombstones: bool,
     ) -> None:
         self.parts, self.thread, self.recorder = parts, thread, recorder
-        self.reading_hooks, self.leaves_tombstones = reading_hooks, leaves_tombstones
+        self.vision, self.leaves_tombstones = vision, leaves_tombstones
         self.outside = Outside(parts)
         self._generate: Replaced | None = None
 
@@ -68,8 +68,8 @@ class ModelHooks:
         outer = self.thread.session
         if self.thread.enabled:
             self.thread.session = Session.of_generate(self.outside, args, kwargs)
-            if self.reading_hooks is not None:
-                self.reading_hooks.forget()
+            if self.vision is not None:
+                self.vision.forget()
         for name in ("visual_mask", "visual_grids"):
             kwargs.pop(name, None)
         assert self._generate is not None
@@ -77,7 +77,11 @@ class ModelHooks:
             return self._generate.original(*args, **kwargs)
         finally:
             self.thread.session = outer
-            self.thread.end_pass()  # Ctrl-C skips the hooks behind a module
+            # Ctrl-C skips the hooks behind a module, which forget what a pass has left.
+            self.thread.end_pass()
+            self.recorder.forget()
+            if self.vision is not None:
+                self.vision.forget()
 
     # Not compiled: it computes nothing, and would be compiled anew for each length of a prompt.
     @torch.compiler.disable
@@ -99,8 +103,8 @@ class ModelHooks:
         self.recorder.forget()
         session = self.thread.session
         call = Call.of_outermost(self.outside, args, kwargs, session, alone=alone)
-        if self.reading_hooks is not None and session is None:
-            self.reading_hooks.forget()
+        if self.vision is not None and session is None:
+            self.vision.forget()
         self.thread.call = call
         return call
 

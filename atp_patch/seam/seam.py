@@ -46,7 +46,7 @@ class Seam:
             parts,
             self.thread,
             self.recorder,
-            reading_hooks,
+            self.vision,
             leaves_tombstones=policy.leaves_tombstones,
         )
         self._handles: list[Any] = []

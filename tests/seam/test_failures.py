@@ -131,7 +131,7 @@ def check(family: str, method: str, sample: int) -> None:
         with pytest.raises(error):
             asked(model, inputs, broken)
         state = require_patch(model).seam.thread
-        assert (state.disabled, state.session) == (0, None), number
+        assert (state.disabled, state.session, state.call) == (0, None, None), number
         assert held(model) == before, number
         assert broken.alive() <= usual, number
         turn = asked(model, others, Counted()) if number % 2 else of_others

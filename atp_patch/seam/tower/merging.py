@@ -41,6 +41,9 @@ class VisionHooks(Protocol):
     def remove(self) -> None:
         """Undo what ``install`` has changed besides hooks."""
 
+    def forget(self) -> None:
+        """Forget what the running thread's last pass has left."""
+
 
 class _Merging(PerThread):
     """What the hooks know of the tower's run in the running thread.
@@ -103,6 +106,10 @@ class MergeHooks:
         """Give the towers' attention its own config back."""
         for tower in self._towers():
             self.recorder.release(self._attention(tower))
+
+    def forget(self) -> None:
+        """Forget what the running thread's last pass has left."""
+        self._here.grids, self._here.recorded, self._here.merged = [], [], None
 
     def _towers(self) -> list[nn.Module]:
         return [self.base.get_submodule(name) for name in self.tower.modules]

@@ -123,7 +123,7 @@ class ReadingHooks:
                 self.recorder.release(attention)
 
     def forget(self) -> None:
-        """Forget the running thread's last pass, because a new one begins."""
+        """Forget what the running thread's last pass has left."""
         here = self._here
         here.recorded, here.classes, here.states = {}, {}, {}
         here.calls, here.unpacked = [], None

@@ -77,7 +77,7 @@ class ShrinkHooks:
         """Do nothing, since ``install`` has registered only hooks."""
 
     def forget(self) -> None:
-        """Forget what a call of the tower that was broken off may have left."""
+        """Forget what the running thread's last pass has left."""
         self._here.sizes = []
 
     # -- towers that get pictures -----------------------------------------------------------------
