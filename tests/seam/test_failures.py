@@ -48,7 +48,12 @@ FEW = [
     ("internvl", "picture"),
     ("llava_next", "voco"),
 ]
-REFUSED = [("qwen3_vl", "tower"), ("qwen3_vl", "picture"), ("llava_next", "picture")]
+REFUSED = [
+    ("qwen3_vl", "tower"),
+    ("qwen3_vl", "picture"),
+    ("qwen3_vl", "voco"),
+    ("llava_next", "picture"),
+]
 ALL = [pair for pair in product(FAMILIES, METHODS) if pair not in REFUSED]
 
 
