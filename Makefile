@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web peers-env peers mutation fuzz cells results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web peers-env peers mutation fuzz cells kills memory results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -56,6 +56,18 @@ CELLS ?= cells.jsonl
 cells: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cells $(CELLS)
 	$(BIN)/python -m tests.cells_page $(CELLS)
+
+# Work that is killed at random moments and begun again; goes on where it was stopped.
+KILLS ?= kills.jsonl
+kills: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills run $(KILLS)
+	$(BIN)/python -m tests.kills report $(KILLS) --page docs/campaign.md
+
+# What memory does over 2,000 generations of each kind of method.
+MEMORY ?= memory.jsonl
+memory: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.memory run $(MEMORY)
+	$(BIN)/python -m tests.memory report $(MEMORY)
 
 # The families' tests on each of these versions of transformers; writes the table in docs/versions.md.
 MATRIX ?= 5.4.0 5.13.1 5.23.0

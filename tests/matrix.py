@@ -145,14 +145,19 @@ def table(results: dict[str, Results], order: Iterable[str]) -> str:
     return "\n".join([*rows, "", *notes]).rstrip()
 
 
+def between(page: Path, start: str, stop: str, text: str) -> None:
+    """Put a text between two markers of a page."""
+    old = page.read_text(encoding="utf-8")
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(stop), re.DOTALL)
+    if len(pattern.findall(old)) != 1:
+        raise SystemExit(f"{page} has not got the markers {start} and {stop} once.")
+    new = pattern.sub(lambda _: f"{start}\n{text}\n{stop}", old)
+    page.write_text(new, encoding="utf-8")
+
+
 def write(readme: Path, text: str) -> None:
     """Put the table between the markers."""
-    old = readme.read_text(encoding="utf-8")
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(STOP), re.DOTALL)
-    if len(pattern.findall(old)) != 1:
-        raise SystemExit(f"{readme} has not got the markers {START} and {STOP} once.")
-    new = pattern.sub(lambda _: f"{START}\n{text}\n{STOP}", old)
-    readme.write_text(new, encoding="utf-8")
+    between(readme, START, STOP, text)
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ memory of the process, and the number and the bytes of the tensors that are aliv
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import random
@@ -27,8 +28,9 @@ import transformers
 import atp_patch
 from tests.families.kinds import MIXED, SINGLE, TWO, make
 from tests.families.tables import EVERY
+from tests.matrix import ROOT, between
 
-ROOT = Path(__file__).resolve().parents[1]
+START, STOP = "<!-- memory: make memory writes this -->", "<!-- end of memory -->"
 FAMILY = next(kind for kind in EVERY if kind.name == "llava_next")
 PLAIN = "plain model"
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,7 +54,7 @@ BROKEN_OFF = 10  # one generation in so many ends with an error inside the decod
 EVERY_SO_MANY = 20
 
 
-class Stop(Exception):
+class BrokenOffError(Exception):
     """Breaks a generation off."""
 
 
@@ -79,10 +81,10 @@ def measured(kind: str, generations: int) -> Iterator[dict[str, Any]]:
             def stop(*_: Any, left: list[int] = left) -> None:
                 left[0] -= 1
                 if left[0] < 0:
-                    raise Stop
+                    raise BrokenOffError
 
             handles = [layer.register_forward_pre_hook(stop) for layer in layers]
-        try:
+        with contextlib.suppress(BrokenOffError):
             model.generate(
                 **drawn.choice(prompts),
                 max_new_tokens=new_tokens,
@@ -90,8 +92,6 @@ def measured(kind: str, generations: int) -> Iterator[dict[str, Any]]:
                 do_sample=drawn.random() < 0.5,
                 num_beams=drawn.choice((1, 1, 2)),
             )
-        except Stop:
-            pass
         if breaks:
             for handle in handles:
                 handle.remove()
@@ -197,13 +197,7 @@ def report(file: Path, docs: Path) -> None:
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         kinds.setdefault(row["kind"], []).append(row)
-    page = docs / "campaign.md"
-    text = page.read_text(encoding="utf-8")
-    begin, end = "<!-- memory: make memory writes this -->", "<!-- end of memory -->"
-    head, rest = text.split(begin)
-    page.write_text(
-        f"{head}{begin}\n\n{table(kinds)}\n\n{end}{rest.split(end)[1]}", encoding="utf-8"
-    )
+    between(docs / "campaign.md", START, STOP, table(kinds))
     plot(kinds, docs / "pictures" / "memory.png", {})
     dark = {"figure.facecolor": "#16191f", "axes.facecolor": "#16191f"}
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -229,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args.file, args.generations)
     elif args.part == "one":
         for row in measured(args.kind, args.generations):
-            print(json.dumps(row), flush=True)
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
     else:
         report(args.file, args.docs)
     return 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from atp_patch.contract.errors import ConfigError
 from atp_patch.convert.plan import Plan
+from atp_patch.scratch import scratch_folder
 from atp_patch.tools.command_line import progress_bar
 from atp_patch.tools.loading import first_line
 
@@ -40,21 +39,15 @@ def write(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
     plan.config.dtype = plan.dtype(found)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({first_line(error)}).") from error
-    try:
-        _write_weights(plan, found, scratch, shard_bytes)
-        plan.config.save_pretrained(scratch)
-        plan.save_more(scratch)
-        scratch.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
+        with scratch_folder(out.absolute()) as scratch:
+            _write_weights(plan, found, scratch, shard_bytes)
+            plan.config.save_pretrained(scratch)
+            plan.save_more(scratch)
+            if out.exists():
+                out.rmdir()
+            scratch.rename(out)
     except (OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
         raise ConfigError(f"{out} cannot be written ({first_line(error)}).") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return sum(map(_bytes, found.values()))
 
 

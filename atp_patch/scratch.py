@@ -1,0 +1,73 @@
+"""Scratch files and folders beside a result, of which killed processes leave none for good.
+
+The name of a scratch file holds the computer and the process that writes it. Whoever begins one
+removes those beside it whose process on this computer is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = ".atp_patch-"
+
+
+def scratch_beside(path: Path) -> Path:
+    """Return a new name of a scratch file or folder beside ``path``, with the same suffix.
+
+    What killed processes of this computer left in that folder is removed. What another computer
+    wrote there stays, as its process may be at work.
+    """
+    begin = f"{_PREFIX}{_computer()}-"
+    with suppress(OSError):  # the folder cannot be listed or changed; writing will say so
+        for left in path.parent.iterdir():
+            owner = re.match(rf"{re.escape(begin)}(\d+)-", left.name)
+            if owner is not None and not _runs(int(owner[1])):
+                remove(left)
+    return path.with_name(f"{begin}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Make a scratch folder beside ``path``, and remove it at the end if it is still there.
+
+    Raises:
+        OSError: where it cannot be made.
+    """
+    folder = scratch_beside(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _computer() -> str:
+    return re.sub(r"\W", "_", platform.node())
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this computer runs; always True where it cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
