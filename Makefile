@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web peers-env peers mutation fuzz cells kills memory results lint types format docs pictures clean
+.PHONY: demo test tests test-fast test-matrix test-slow test-shown eval-env test-eval serve-env test-vllm web-env test-web peers-env peers audit mutation fuzz cells kills memory results lint types format docs pictures clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -157,6 +157,13 @@ peers: $(PEERS)/.installed
 	for model in llava-1.5-7b qwen2.5-vl-7b; do \
 		$(PEERS)/bin/python results/peers.py --preset $$model $(if $(ANGELSLIM),--angelslim $(ANGELSLIM)); \
 	done
+
+# Known weaknesses in the pinned dependencies, from the database of PyPI. A package that it cannot ask about is an error.
+AUDIT := .venv-audit
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES says the same t
         NotPatchedError,
         OtherBaseWarning,
         UnsupportedModelError,
+        UnsupportedVersionWarning,
         WeightsError,
     )
     from atp_patch.families import Family, scaled_layers, supported_families
@@ -85,6 +86,7 @@ __all__ = [
     "TokenGroups",
     "TowerMethod",
     "UnsupportedModelError",
+    "UnsupportedVersionWarning",
     "View",
     "VisualCache",
     "VisualGrid",
@@ -139,6 +141,7 @@ _HOMES = {
         "NotPatchedError",
         "OtherBaseWarning",
         "UnsupportedModelError",
+        "UnsupportedVersionWarning",
         "WeightsError",
     ),
     "atp_patch.families": ("Family", "scaled_layers", "supported_families"),

@@ -35,6 +35,10 @@ class OtherBaseWarning(UserWarning):
     """An adapter is loaded into another checkpoint, of the same shapes, than it was made for."""
 
 
+class UnsupportedVersionWarning(UserWarning):
+    """Python, torch or transformers is older or newer than the versions that are tested."""
+
+
 class CacheError(ATPError, ValueError):
     """The key/value cache cannot hold pruned layers, or cannot do what was requested."""
 

@@ -24,6 +24,7 @@ from atp_patch.patching.patch import IGNORED, MODULE_NAME, Patch
 from atp_patch.patching.plan import make_plan
 from atp_patch.patching.rollback import unchanged_on_failure
 from atp_patch.patching.trace import PruningTrace
+from atp_patch.patching.versions import warn_of_untested_versions
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -100,6 +101,8 @@ def patch_model(
 
     Warns:
         OtherBaseWarning: if an adapter was made for another checkpoint of the same shapes.
+        UnsupportedVersionWarning: once, if Python, torch or transformers is older or newer than the
+            versions that are tested.
     """
     hub: dict[str, Any] = {
         "revision": revision,
@@ -130,6 +133,7 @@ def patch_model(
         prune_marks=prune_marks,
         options=options,
     )
+    warn_of_untested_versions()
     if plan.learned_module is not None:
         check_gradients_are_shared(whole, around)
     changed: list[object] = [*whole.modules()]
