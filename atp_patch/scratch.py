@@ -24,18 +24,17 @@ def scratch_beside(path: Path) -> Path:
     What killed processes of this computer left in that folder is removed. What another computer
     wrote there stays, as its process may be at work.
     """
-    begin = f"{_PREFIX}{_computer()}-"
-    with suppress(OSError):  # the folder cannot be listed or changed; writing will say so
-        for left in path.parent.iterdir():
-            owner = re.match(rf"{re.escape(begin)}(\d+)-", left.name)
-            if owner is not None and not _runs(int(owner[1])):
-                remove(left)
-    return path.with_name(f"{begin}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    _remove_abandoned(path.parent)
+    owner = f"{_PREFIX}{_computer()}-{os.getpid()}-"
+    return path.with_name(f"{owner}{secrets.token_hex(4)}{path.suffix}")
 
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Make a scratch folder beside ``path``, and remove it at the end if it is still there.
+
+    At the end abandoned scratch is looked for once more: a program that a killed process had
+    started, such as pip, may have gone on until then.
 
     Raises:
         OSError: where it cannot be made.
@@ -46,6 +45,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         remove(folder)
+        _remove_abandoned(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -54,6 +54,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the scratch files and folders in a folder whose process on this computer is gone."""
+    begin = re.escape(f"{_PREFIX}{_computer()}-")
+    with suppress(OSError):  # the folder cannot be listed or changed; writing will say so
+        for left in folder.iterdir():
+            owner = re.match(rf"{begin}(\d+)-", left.name)
+            if owner is not None and not _runs(int(owner[1])):
+                remove(left)
 
 
 def _computer() -> str:
