@@ -22,6 +22,9 @@ REPEATS_SAMPLES = Version("5.18") <= HOST
 # Of these it still does so.
 REPEATED_ONE_BY_ONE = ("granite4_vision", "phi4_multimodal")
 
+# Before, prompt lookup failed where no token ends an answer.
+LOOKUP_NEEDS_AN_END = Version("5.13") > HOST
+
 # Gemma 3's first masks let an image see itself beyond the window.
 WINDOWS_OVER_IMAGES = not hasattr(modeling_gemma3, "token_type_ids_mask_function")
 

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import atp_patch
+from tests.families.hosts import LOOKUP_NEEDS_AN_END, REPEATS_SAMPLES
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close
@@ -39,6 +40,8 @@ def reference(kind: str, inputs: Inputs, kept: dict, **options: Any) -> torch.Te
 @pytest.mark.parametrize("mode", MODES)
 @families
 def test_every_mode_is_masked_generation(kind: str, mode: str) -> None:
+    if "beam" in mode and kind != "qwen2_vl" and not REPEATS_SAMPLES:
+        pytest.skip("this transformers repeats the images of beams one by one")
     model = patched(kind)
     inputs = batch(model, prompts.MIXED)
     cached = generate(model, inputs, TOKENS, **MODES[mode])
@@ -92,6 +95,8 @@ def test_videos_generate(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*tiny.FAMILIES, tiny.WINDOWED])
 def test_assisted_decoding_is_greedy(kind: str, attention: str) -> None:
     """Prompt lookup feeds several tokens at once and crops the rejected ones from the cache."""
+    if LOOKUP_NEEDS_AN_END:
+        pytest.skip("prompt lookup of this transformers fails without a token that ends answers")
     model = patched(kind, attention)
     steps: list[int] = []
     prefills = 0

@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +84,11 @@ class Recording:
         complex_tables = isinstance(self.rotary, Tensor)
         name = "apply_rotary_emb" if complex_tables else "apply_rotary_pos_emb"
         rotate = getattr(home, name, None)
+        sections = getattr(home, "apply_multimodal_rotary_pos_emb", None)
+        if rotate is None and sections is not None:  # early hosts join M-RoPE's sections here
+            rotate = partial(
+                sections, mrope_section=self.module.config.rope_parameters["mrope_section"]
+            )
         if rotate is None or self.rotary is None:
             raise UnsupportedModelError(
                 f"the rotary embedding of {type(self.module).__name__} cannot be undone; "
