@@ -3,66 +3,51 @@
 from __future__ import annotations
 
 import configparser
-import platform
 import re
-import warnings
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
 
+from atp_patch.patching import versions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+OTHERS = """
+import sys
 import atp_patch
 from atp_patch.patching import versions
 from tests.helpers.run import FASTV
 from tests.helpers.tiny import tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
+model = tiny_model("llava-llama")
+versions.platform.python_version = lambda: sys.argv[1]
+versions.torch.__version__, versions.transformers.__version__ = sys.argv[2:]
+for _ in range(2):
+    atp_patch.patch_model(model, **FASTV)
+"""
+OURS = "UnsupportedVersionWarning: "
 
 
-def seen(model: Any) -> list[str]:
-    """The warnings of patching and of patching once more."""
-    vars(versions).pop("__warningregistry__", None)  # what this process has been told already
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("default")
-        atp_patch.patch_model(model, **FASTV)
-        atp_patch.patch_model(model, **FASTV)
-        atp_patch.unpatch_model(model)
-    return [
-        str(one.message)
-        for one in found
-        if issubclass(one.category, atp_patch.UnsupportedVersionWarning)
-    ]
+def warned(python: str, torch: str, transformers: str) -> list[str]:
+    """Return what a new process says that patches twice and believes in these versions."""
+    command = [sys.executable, "-c", OTHERS, python, torch, transformers]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    return [line.split(OURS)[1] for line in ran.stderr.splitlines() if OURS in line]
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretend that other versions are installed; those that are not named are tested ones."""
-
-    def pretend(**names: str) -> None:
-        newest = {name: found for name, (_, found) in versions.TESTED.items()} | names
-        monkeypatch.setattr(platform, "python_version", lambda: newest["Python"])
-        monkeypatch.setattr(torch, "__version__", newest["torch"])
-        monkeypatch.setattr(transformers, "__version__", newest["transformers"])
-
-    return pretend
-
-
-def test_what_is_outside_warns_once_by_name(installed: Any) -> None:
-    model = tiny_model("llava-llama")
-    installed(torch="2.3.1", transformers="5.99.0.dev0", Python="4.0.1")
-    python, older, newer = seen(model)
+def test_what_is_outside_warns_once_by_name() -> None:
+    python, older, newer = warned("4.0.1", "2.3.1", "5.99.0.dev0")
     assert python.startswith("Python 4.0.1 is newer than the versions that atp_patch is tested")
     assert older.startswith("torch 2.3.1 is older than the versions that atp_patch is tested with")
     assert newer.startswith("transformers 5.99.0.dev0 is newer")
 
 
-def test_what_is_inside_does_not_warn(installed: Any) -> None:
-    model = tiny_model("llava-llama")
-    for at in (0, 1):
-        installed(**{name: f"{found[at]}.9+cpu" for name, found in versions.TESTED.items()})
-        assert not seen(model)
+@pytest.mark.parametrize("end", [0, 1])
+def test_what_is_inside_does_not_warn(end: int) -> None:
+    assert not warned(*(f"{versions.TESTED[name][end]}.9+cpu" for name in versions.TESTED))
 
 
 def test_metadata_and_page_name_the_same_versions() -> None:
