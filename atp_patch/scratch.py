@@ -22,7 +22,7 @@ def scratch_beside(path: Path) -> Path:
     """Return a new name of a scratch file or folder beside ``path``, with the same suffix.
 
     What killed processes of this computer left in that folder is removed. What another computer
-    wrote there stays, as its process may be at work.
+    or container wrote there stays, as its process may be at work.
     """
     _remove_abandoned(path.parent)
     owner = f"{_PREFIX}{_computer()}-{os.getpid()}-"
@@ -67,7 +67,14 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _computer() -> str:
-    return re.sub(r"\W", "_", platform.node())
+    """Return a name of where process numbers are unique: this computer, or a container on it.
+
+    Containers may share a folder and the computer's name, but each has its own process numbers.
+    """
+    name = platform.node()
+    with suppress(OSError):  # not on Linux
+        name += str(Path("/proc/self/ns/pid").readlink())
+    return re.sub(r"\W", "_", name)
 
 
 def _runs(process: int) -> bool:
