@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "pictures"
 TIMED = {"first_screen.png", "first_screen-dark.png"}
 METHODS = {"every_method.png", "every_method-dark.png"}
-CAMPAIGN = {"cells.png", "cells-dark.png", "memory.png", "memory-dark.png"}  # make cells, make memory
+# What `make cells` and `make memory` draw.
+CAMPAIGN = {"cells.png", "cells-dark.png", "memory.png", "memory-dark.png"}
 
 
 @pytest.mark.slow
