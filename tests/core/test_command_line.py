@@ -163,7 +163,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_scratch_of_killed_processes_is_removed(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, signal, sys\n"
+        "import pathlib, sys\n"
         "from atp_patch.tools.files import replaced\n"
         "from atp_patch.scratch import scratch_folder\n"
         "path = pathlib.Path(sys.argv[1])\n"

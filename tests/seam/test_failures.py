@@ -20,30 +20,19 @@ from torch.utils._pytree import tree_leaves
 
 import atp_patch
 from atp_patch.patching.api import require_patch
+from tests.cells import KINDS, METHODS
 from tests.families.kinds import MIXED, SINGLE, Kind, make
-from tests.families.tables import EVERY
-from tests.helpers.doors import Asked
 from tests.helpers.held import held
 from tests.helpers.inputs import Inputs
 
-KINDS = {kind.name: kind for kind in EVERY}
 # Tiles of several sizes; M-RoPE and features that come late; tiles of one size.
 FAMILIES = ("llava_next", "qwen3_vl", "internvl")
-METHODS: dict[str, dict[str, Any]] = {
-    "layer": {"method": "fastv", "keep": 0.5},
-    "learned": {"method": "atp", "keep": 0.5, "thresholds": "learned", "reference_grid": 6},
-    "door": {"method": Asked(merges=False), "keep": 0.5},
-    "door and layer": {"method": [Asked(merges=False), "fastv"], "keep": 0.6},
-    "tower": {"method": "prumerge+", "keep": 0.5},
-    "picture": {"method": "downsample", "keep": 0.5},
-    "voco": {"method": "voco", "num_tokens": 2},
-}
 ERRORS = (torch.OutOfMemoryError, KeyboardInterrupt, RuntimeError)
 FEW = [
     ("llava_next", "layer"),
-    ("qwen3_vl", "learned"),
+    ("qwen3_vl", "layer, learned"),
     ("internvl", "door"),
-    ("llava_next", "door and layer"),
+    ("llava_next", "door, then layer"),
     ("internvl", "tower"),
     ("internvl", "picture"),
     ("llava_next", "voco"),
@@ -162,7 +151,7 @@ def test_any_of_many_operations_may_fail(family: str, method: str) -> None:
     check(family, method, sample=60)
 
 
-@pytest.mark.parametrize("method", ["learned", "voco"])
+@pytest.mark.parametrize("method", ["layer, learned", "voco"])
 def test_patching_that_fails_leaves_the_model_plain(method: str) -> None:
     kind = KINDS["llava_next"]
     options = METHODS[method]
@@ -172,7 +161,7 @@ def test_patching_that_fails_leaves_the_model_plain(method: str) -> None:
     inputs = make(kind, SINGLE).inputs
     expected = asked(model, inputs, Counted())[1]
     keys = list(model.state_dict())
-    settings = {**options, **({"layers": kind.layers} if method == "learned" else {})}
+    settings = {**options, **({"layers": kind.layers} if method == "layer, learned" else {})}
     assert whole.count > 10
     failed = 0
     for number in random.Random(method).sample(range(whole.count), 10):
