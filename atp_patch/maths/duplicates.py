@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from atp_patch.maths.indexing import top_k_mask
 
@@ -36,23 +37,34 @@ def without_duplicates(
     Returns:
         (G, n) bool. Of tokens that are equally similar to another the later in ``turn`` goes first.
     """
-    order = turn.argsort(dim=1)
-    rows = order[..., None].expand_as(similarity)
-    similarity = similarity.gather(1, rows).gather(2, rows.transpose(1, 2))
-    left = valid.gather(1, order)
-    sizes = left.sum(1).tolist()
+    images = torch.arange(len(turn), device=turn.device)[:, None, None]
+    # The tokens that are left stand first, and at least one empty place behind them.
+    order = functional.pad(turn.masked_fill(~valid, turn.shape[1]).argsort(dim=1), (0, 1))
+    sizes = valid.sum(1).tolist()
     while sizes != list(counts):
+        order = order[:, : max(sizes) + 1]
+        left = _first_places(order, sizes)
         going = [
             min(step, size - count, (size + 1) // 2)
             for step, size, count in zip(steps, sizes, counts, strict=True)
         ]
-        second = left & (left.cumsum(1) % 2 == 0)
-        nearest = similarity.masked_fill(~second[:, None], -torch.inf).amax(2)
-        number = torch.tensor(going, device=left.device)
-        gone = top_k_mask(nearest.flip(1), (left & ~second).flip(1), number).flip(1)
-        left = left & ~gone
+        first, second = order[:, ::2], order[:, 1::2]
+        alike = similarity[images, first[..., None], second[:, None]]
+        nearest = alike.masked_fill(~left[:, None, 1::2], -torch.inf).amax(2)
+        number = torch.tensor(going, device=turn.device)
+        gone = ~left
+        gone[:, ::2] |= top_k_mask(nearest.flip(1), left[:, ::2].flip(1), number).flip(1)
+        order = order.gather(1, gone.int().argsort(dim=1, stable=True))
         sizes = [size - number for size, number in zip(sizes, going, strict=True)]
-    return torch.zeros_like(valid).scatter(1, order, left)
+    # What has gone is written behind the last token.
+    kept = order.masked_fill(~_first_places(order, sizes), turn.shape[1])
+    return functional.pad(torch.zeros_like(valid), (0, 1)).scatter(1, kept, True)[:, :-1]
+
+
+def _first_places(order: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return (G, n) bool: the first ``sizes`` places of each row of ``order``."""
+    place = torch.arange(order.shape[1], device=order.device)
+    return place < torch.tensor(sizes, device=order.device)[:, None]
 
 
 def suppress(
