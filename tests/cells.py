@@ -3,9 +3,9 @@
     python -m tests.cells cells.jsonl                  # all of them; a stopped run goes on
     python -m tests.cells cells.jsonl --families llava qwen2_vl --ways greedy beams
 
-A cell is a family of the tests' tables, a kind of method and a way to generate. Attention backends,
-paddings and kinds of caches take turns over the cells; ``--turn N`` gives each cell the N-th next
-ones. Cells are tried in a drawn order, so that a run that was stopped is a sample of all of them.
+A cell is a family of the tests' tables, a kind of method, a way to generate, and a setting: an
+attention backend, a padding and a kind of cache. Cells are tried in a drawn order, so that a run
+that was stopped is a sample of all of them.
 ``python -m tests.cells_page`` reports them. What a cell shows is one of these:
 
 right           the logits of every step are those of the reference, and the ids follow from them.
@@ -100,19 +100,17 @@ class Cell:
     cache: str
 
 
-def cells(turn: int = 0) -> list[Cell]:
-    """All cells of a turn."""
-    found = []
-    for (f, family), (m, method), (w, way) in product(
-        enumerate(KINDS), enumerate(METHODS), enumerate(WAYS)
-    ):
-        attention, padding, cache = SETTINGS[(f + 5 * m + 7 * w + turn) % len(SETTINGS)]
+def cells() -> list[Cell]:
+    """All cells."""
+    found: dict[Cell, None] = {}
+    for family, method, way, setting in product(KINDS, METHODS, WAYS, SETTINGS):
+        attention, padding, cache = setting
         if way in ONE_SAMPLE:
             padding = "none"
         if way in NEEDS_CACHE:
             cache = "dynamic"
-        found.append(Cell(family, method, way, attention, padding, cache))
-    return found
+        found[Cell(family, method, way, attention, padding, cache)] = None
+    return list(found)
 
 
 # -- ways to generate -----------------------------------------------------------------------------
@@ -486,12 +484,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", choices=KINDS, default=KINDS, metavar="FAMILY")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
-    parser.add_argument("--turn", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     wanted = [
         cell
-        for cell in cells(args.turn)
+        for cell in cells()
         if cell.family in args.families and cell.method in args.methods and cell.way in args.ways
     ]
     found = run(args.file, wanted)

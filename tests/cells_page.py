@@ -102,11 +102,11 @@ $picture
 
 ## What a cell is
 
-A cell is one of $families models, $methods kinds of method and $ways ways to generate, in one
+A cell is one of $families models, $methods kinds of method and $ways ways to generate, in each
 setting of these: attention `sdpa` or `eager`; a batch with padding on the left, or a single prompt;
-a dynamic, a static or a quantized cache, or none. The settings take turns over the cells, so that
-any two values meet often, while most combinations of all six are left out. Sliding windows belong
-to the models that have them.
+a dynamic or a static cache, or none; and a quantized cache with `sdpa` and a batch. Some ways to
+generate take a single prompt only, and some a dynamic cache only. Sliding windows belong to the
+models that have them.
 
 These are not in the run, and have tests of their own: offloaded caches, which need a GPU; padding
 on the right; videos; and each method by its own name. The libraries that quantize a cache are not
@@ -259,19 +259,29 @@ def _versions(rows: Iterable[Mapping[str, Any]]) -> str:
     return " and ".join(f"transformers {host} and torch {torch}" for host, torch in found)
 
 
+def _shown(outcomes: Counter[str]) -> str:
+    for bad in ("crashed", "wrong"):
+        if outcomes[bad]:
+            return bad
+    return max(OUTCOMES, key=lambda outcome: outcomes[outcome])
+
+
 def plot(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Draw the heat map in the colours of the file's name: models down, methods and ways across.
 
-    Where several cells stand at one place, the worst of their outcomes is shown.
+    Several cells stand at one place. It shows the worst of their outcomes where one is wrong or
+    crashed, and else the most frequent.
     """
     (paper, ink), colours = THEMES[path.name]
     families, columns = list(KINDS), [(method, way) for method in METHODS for way in WAYS]
-    grid = np.full((len(families), len(columns)), -1)
+    times: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
     for row in rows:
         if row["family"] in KINDS:
             place = families.index(row["family"]), columns.index((row["method"], row["way"]))
-            grid[place] = max(grid[place], OUTCOMES.index(row["outcome"]))
-    found = np.where(grid < 0, SHOWN.index(NOT_RUN), grid)
+            times[place][row["outcome"]] += 1
+    found = np.full((len(families), len(columns)), SHOWN.index(NOT_RUN))
+    for place, outcomes in times.items():
+        found[place] = SHOWN.index(_shown(outcomes))
     style = {
         "figure.facecolor": paper,
         "axes.facecolor": paper,
