@@ -20,6 +20,7 @@ from atp_patch.bench.measure import (
     last_positions,
     patched,
 )
+from atp_patch.seam import CACHE_ARGUMENT
 from atp_patch.tools.visual_cache import compress
 
 AGAIN, KEPT = "plain, image read again", "plain, KV cache of the image kept"
@@ -125,7 +126,7 @@ def _again(model: Any, prompt: Prompt) -> tuple[float, float, int]:
 
 def _kept(model: Any, prompt: Prompt) -> tuple[float, float, int]:
     cache = DynamicCache(config=model.config.get_text_config())
-    first_ms = _ask(model, **prompt.whole, past_key_values=cache)
+    first_ms = _ask(model, **prompt.whole, **{CACHE_ARGUMENT: cache})
     tokens, mask = prompt.question.shape[1], prompt.whole["attention_mask"]
     cache.crop(-tokens)
     kept_bytes = cache_bytes(cache)
@@ -133,8 +134,8 @@ def _kept(model: Any, prompt: Prompt) -> tuple[float, float, int]:
         model,
         input_ids=prompt.question,
         attention_mask=mask,
-        past_key_values=cache,
         **last_positions(model, mask, tokens),
+        **{CACHE_ARGUMENT: cache},
     )
     return first_ms, second_ms, kept_bytes
 

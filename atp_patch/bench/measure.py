@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from atp_patch.bench.clock import Times, between_ms, mark, peak_bytes, reset_peak
 from atp_patch.patching.api import last_trace, patch_model, require_patch, unpatch_model
 from atp_patch.patching.trace import PruningTrace
+from atp_patch.seam import CACHE_ARGUMENT
 
 Inputs = dict[str, Tensor]
 Way = TypeVar("Way")
@@ -166,7 +167,7 @@ def _prefill(model: Any, inputs: Inputs) -> _Prefill:
     cache = DynamicCache(config=model.config.get_text_config())
     with _timed(_base(model), ("get_image_features",), device) as vision_ms:
         start = mark(device)
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
         total_ms = between_ms(start, mark(device))
         return _Prefill(total_ms, vision_ms(), output.logits[:, -1], cache)
 
@@ -180,9 +181,9 @@ def _decode(model: Any, inputs: Inputs, passed: _Prefill, tokens: int) -> list[f
         output = model(
             input_ids=token,
             attention_mask=mask,
-            past_key_values=passed.cache,
             use_cache=True,
             **last_positions(model, mask),
+            **{CACHE_ARGUMENT: passed.cache},
         )
         times.append(between_ms(start, mark(token.device)))
         token = output.logits[:, -1].argmax(-1, keepdim=True)

@@ -61,10 +61,16 @@ def shallow(model: Any) -> Iterator[None]:
 
 
 def _unchanged(
-    number: int, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
+    number: int,
+    hidden_states: Tensor,
+    *_: Any,
+    past_key_values: Any = None,
+    cache: Any = None,
+    **__: Any,
 ) -> Tensor:
-    if past_key_values is not None:
+    cache = past_key_values if cache is None else cache  # its name until transformers 5.23
+    if cache is not None:
         batch, tokens, _hidden = hidden_states.shape
         nothing = hidden_states.new_zeros(batch, 1, tokens, 1)
-        past_key_values.update(nothing, nothing, number)  # the cache still counts the tokens
+        cache.update(nothing, nothing, number)  # the cache still counts the tokens
     return hidden_states

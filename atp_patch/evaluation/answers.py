@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from atp_patch.evaluation.prepare import ENCODED, PICTURE, Batch, Inputs
+from atp_patch.seam import CACHE_ARGUMENT, cache_in
 from atp_patch.tools.generation import GREEDY, end_ids
 
 
@@ -26,18 +27,18 @@ def forced(model: Any, batch: Batch) -> list[bool]:
     """
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.inference_mode():
-        return hits(model, {**_placed(batch.inputs), "past_key_values": cache}, batch)
+        return hits(model, {**_placed(batch.inputs), CACHE_ARGUMENT: cache}, batch)
 
 
 def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
     """Return whether greedy generation would give each true answer behind what a cache holds.
 
     Args:
-        inputs: arguments of ``model(...)``, with ``past_key_values``. The attention mask covers the
+        inputs: arguments of ``model(...)``, with a cache. The attention mask covers the
             cache and the inputs.
         batch: has the true answers.
     """
-    cache, mask = inputs["past_key_values"], inputs["attention_mask"]
+    cache, mask = cache_in(inputs), inputs["attention_mask"]
     read = model(**inputs, use_cache=True, logits_to_keep=1)
     predicted = [read.logits[:, -1:].argmax(-1)]
     fed = batch.answers[:, :-1]
@@ -46,8 +47,8 @@ def hits(model: Any, inputs: Inputs, batch: Batch) -> list[bool]:
         input_ids=fed,
         attention_mask=torch.cat([mask, batch.answers_valid[:, :-1].to(mask)], 1),
         position_ids=_last_positions(model, inputs) + steps,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_ARGUMENT: cache},
     )
     predicted.append(output.logits.argmax(-1))
     right = (torch.cat(predicted, 1) == batch.answers) | ~batch.answers_valid

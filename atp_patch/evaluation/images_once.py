@@ -21,7 +21,7 @@ from atp_patch.contract import TowerTokens
 from atp_patch.evaluation.answers import hits
 from atp_patch.evaluation.prepare import Sample, collate, divide
 from atp_patch.patching.api import is_patched, require_patch
-from atp_patch.seam import ReadingHooks
+from atp_patch.seam import CACHE_ARGUMENT, ReadingHooks
 
 
 def keeps_the_same(model: Any) -> bool:
@@ -93,7 +93,7 @@ class ReadImages:
                 "input_ids": batch.inputs["input_ids"],
                 "attention_mask": torch.cat([self.mask[rows].to(mask), mask], 1),
                 "position_ids": place if self.flat else place.expand(3, -1, -1),
-                "past_key_values": cache,
+                CACHE_ARGUMENT: cache,
             }
             return hits(self.model, inputs, batch)
 
@@ -123,7 +123,7 @@ class ImagesOnce:
         with self._shown_again(model, tuple(first)) as shown, torch.inference_mode():
             seen = shown and all(sample.features is not None for sample in begun)
             inputs = collate(begun, pad_id, False, flat, seen).inputs
-            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
         mask = inputs["attention_mask"]
         if flat:
             following = inputs["position_ids"][:, -1] + 1

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from atp_patch.patching.api import require_patch
-from atp_patch.seam import Recorder, Recording
+from atp_patch.seam import Recorder, Recording, cache_in
 
 
 @dataclass
@@ -85,7 +85,7 @@ class LayersOnce:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         original = partial(type(layer).forward, layer, hidden, *args, **kwargs)
         if cache is None or cache.get_seq_length(number):
             made: Tensor = original()

@@ -2,6 +2,7 @@
 
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.decoder.visual_tokens import Learned, VisualTokens
+from atp_patch.seam.host.cache import CACHE_ARGUMENT, cache_in
 from atp_patch.seam.host.locate import Parts, check_uncompiled, decoder_shape, locate
 from atp_patch.seam.host.passes import PerThread
 from atp_patch.seam.host.recorder import Recorder, Recording
@@ -14,6 +15,7 @@ from atp_patch.seam.voco.cached_prompt import CachedPrompt, for_model, read_ahea
 from atp_patch.seam.voco.voco_pass import VoCoPass, VoCoPolicy
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "CachedPrompt",
     "Learned",
     "MergeHooks",
@@ -30,6 +32,7 @@ __all__ = [
     "VisualTokens",
     "VoCoPass",
     "VoCoPolicy",
+    "cache_in",
     "check_uncompiled",
     "decoder_shape",
     "for_model",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atp_patch.seam.decoder.decode import Decode
 from atp_patch.seam.decoder.prefill import Prefill
 from atp_patch.seam.door.entry import TowerOutputs, prefill_of
-from atp_patch.seam.host.cache import pruned_layer
+from atp_patch.seam.host.cache import cache_in, pruned_layer
 from atp_patch.seam.host.embedding import embedded, embeds_itself
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.masks import check_implementation, is_flash
@@ -147,7 +147,7 @@ class DecoderHooks:
         Args:
             kwargs: the arguments that the host gives the decoder.
         """
-        call, cache = self.thread.call, kwargs.get("past_key_values")
+        call, cache = self.thread.call, cache_in(kwargs)
         implementation = self.parts.config._attn_implementation
         explicit, voco = self.policy.explicit, self.policy.voco
         if self.thread.enabled and call is not None and (call.has_images or explicit):

@@ -19,7 +19,7 @@ from atp_patch.patching.api import require_patch
 from atp_patch.patching.evaluating import evaluating
 from atp_patch.patching.patch import Patch
 from atp_patch.patching.voco import VoCoPart
-from atp_patch.seam import CachedPrompt, for_model, read_ahead
+from atp_patch.seam import CACHE_ARGUMENT, CachedPrompt, for_model, read_ahead
 
 VERSION = 1
 TABLES = ("positions", "valid", "attention_mask", "following")
@@ -92,7 +92,7 @@ class VisualCache:
             "input_ids": ids,
             "attention_mask": torch.cat([earlier, mask], dim=1),
             "position_ids": for_model(start[..., None] + count),
-            "past_key_values": self.held.cache(repeats * beams),
+            CACHE_ARGUMENT: self.held.cache(repeats * beams),
         }
 
     def save(self, file: str | Path) -> None:

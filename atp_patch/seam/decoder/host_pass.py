@@ -17,6 +17,7 @@ from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.host.cache import (
     PrunedLayer,
     adopt,
+    cache_in,
     capacity,
     pruned_layer,
     stored_positions,
@@ -115,7 +116,7 @@ class HostPass:
         kwargs["attention_mask"] = survivors.once(
             ("mask", id(mask), id(held)), (mask, held), lambda: self._mask(layer, survivors, mask)
         )
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is not None and self.key_layers[layer] == layer:
             keys, valid = self._key_positions(layer, survivors)
             adopt(cache, layer).prune(keys, valid, self.total)

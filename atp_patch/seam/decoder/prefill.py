@@ -27,6 +27,7 @@ from atp_patch.seam.decoder.streams import by_stream, first_stream
 from atp_patch.seam.decoder.survivors import Survivors
 from atp_patch.seam.decoder.views import view_before
 from atp_patch.seam.decoder.visual_tokens import Learned, TokenState
+from atp_patch.seam.host.cache import cache_in
 from atp_patch.seam.host.prompt import TextRows
 from atp_patch.seam.host.recorder import ATTEND, Recorder, Recording
 from atp_patch.seam.host.temperature import QUERY_FACTOR
@@ -315,7 +316,7 @@ class Prefill:
         survivors = self.tokens.entering(layer)
         if survivors is None:
             return None
-        return self.host.query_factor(attention, survivors, kwargs.get("past_key_values"))
+        return self.host.query_factor(attention, survivors, cache_in(kwargs))
 
     def _cut(self, output: Any, survivors: Survivors, rows: int) -> Any:
         """Return the output of the last ``rows`` tokens, with zeros at pruned places."""

@@ -20,7 +20,7 @@ from atp_patch.seam.decoder.visual_tokens import TokenState
 from atp_patch.seam.door.choosing import DoorPolicy, choose, narrow_late_features
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.door.tombstones import find_tombstones
-from atp_patch.seam.host.cache import check_cache, check_prunable_again
+from atp_patch.seam.host.cache import cache_in, check_cache, check_prunable_again
 from atp_patch.seam.host.call import Call
 from atp_patch.seam.host.checkpointing import check_generation, check_learning
 from atp_patch.seam.host.locate import Parts
@@ -103,7 +103,7 @@ def prefill_of(
         CacheError: where the cache cannot hold a pruned prompt.
         UnsupportedModelError: where the family cannot serve these images.
     """
-    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    embeds, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     if policy.explicit:
         _check_explicit(call, embeds, past)

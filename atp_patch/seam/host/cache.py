@@ -8,10 +8,13 @@ right.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -21,6 +24,22 @@ from transformers.cache_utils import (
 
 from atp_patch.contract.errors import CacheError
 from atp_patch.maths import scatter_tokens
+
+# The name of the cache as an argument: past_key_values until transformers 5.23, cache from 5.24 on.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+
+
+def cache_in(values: Mapping[str, Any]) -> Cache | None:
+    """Return the cache among the arguments or the outputs of a forward pass, or None.
+
+    Newer versions of transformers take both of its names, and so does this.
+    """
+    cache: Cache | None = values.get("cache")
+    return values.get("past_key_values") if cache is None else cache
 
 
 class PrunedKeys:

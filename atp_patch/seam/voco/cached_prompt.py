@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from atp_patch.contract.errors import InputError
-from atp_patch.seam.host.cache import adopt
+from atp_patch.seam.host.cache import CACHE_ARGUMENT, adopt
 
 
 def for_model(positions: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def read_ahead(
     if start is not None:
         positions = positions + start[..., None].to(positions)
     cache = DynamicCache() if cache is None else cache
-    base(**inputs, position_ids=for_model(positions), past_key_values=cache, use_cache=True)
+    base(**inputs, position_ids=for_model(positions), use_cache=True, **{CACHE_ARGUMENT: cache})
     return cache, following(positions, mask)
 
 

@@ -32,6 +32,7 @@ from atp_patch.seam.door.entry import PromptPolicy, filled_window
 from atp_patch.seam.door.features import check_features
 from atp_patch.seam.host.cache import (
     adopt,
+    cache_in,
     capacity,
     check_cache,
     pruned_layer,
@@ -111,16 +112,16 @@ class VoCoPass:
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
         """Allow the layer to add to a cache of earlier turns; its arguments stay as they are."""
-        earlier = pruned_layer(kwargs.get("past_key_values"), layer)
+        earlier = pruned_layer(cache_in(kwargs), layer)
         if earlier is not None:
             earlier.announce_update()
         return args
 
     def finish(self, output: Any, kwargs: dict[str, Any], num_layers: int) -> Any:
         """Drop visual tokens from the cache, and give the output the public length."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is None:  # the decoder may have made one
-            rest = output[1:] if isinstance(output, tuple) else [output.past_key_values]
+            rest = output[1:] if isinstance(output, tuple) else [cache_in(output)]
             cache = next((part for part in rest if isinstance(part, Cache)), None)
         if cache is not None:
             self.evict(cache)
@@ -211,7 +212,7 @@ def voco_pass_of(
         CacheError: where the cache cannot hold a compressed prompt.
         UnsupportedModelError: for an attention implementation that takes no mask of this kind.
     """
-    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    embeds, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)
     if embeds is None:
         return None
     length = embeds.shape[1]
