@@ -48,6 +48,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import atp_patch
+from atp_patch.seam import CACHE_ARGUMENT
 from tests.families.kinds import MIXED, SINGLE, Kind, make
 from tests.families.tables import EVERY
 from tests.families.test_mends import embedded
@@ -151,7 +152,7 @@ def _options(cell: Cell, model: Any) -> dict[str, Any]:
     if cell.cache == "static":
         given["cache_implementation"] = "static"
     if cell.cache == "quantized":
-        given["past_key_values"] = quantized_cache(model)
+        given[CACHE_ARGUMENT] = quantized_cache(model)
     return given
 
 
@@ -253,7 +254,8 @@ def turns(model: Any, inputs: Inputs, cell: Cell) -> Said:
     answer = first.sequences[:, inputs["input_ids"].shape[1] :]
     history = extended(inputs, torch.cat([answer, words(len(answer), 4)], 1))
     asked = {name: history[name] for name in ("input_ids", "attention_mask")}
-    out = model.generate(**asked, past_key_values=first.past_key_values, **_options(cell, model))
+    asked[CACHE_ARGUMENT] = first.past_key_values
+    out = model.generate(**asked, **_options(cell, model))
     ids = out.sequences[:, history["input_ids"].shape[1] :]
     return Said(history, ids, torch.stack(out.logits, 1))
 
@@ -266,8 +268,8 @@ def copied_prefix(model: Any, inputs: Inputs, cell: Cell) -> Said:
     for seed in (1, 2):
         history = extended(inputs, torch.cat([answer, words(len(answer), 3, seed)], 1))
         asked = {name: history[name] for name in ("input_ids", "attention_mask")}
-        cache = copy.deepcopy(first.past_key_values)
-        out = model.generate(**asked, past_key_values=cache, **_options(cell, model))
+        asked[CACHE_ARGUMENT] = copy.deepcopy(first.past_key_values)
+        out = model.generate(**asked, **_options(cell, model))
     ids = out.sequences[:, history["input_ids"].shape[1] :]
     return Said(history, ids, torch.stack(out.logits, 1))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atp_patch.seam.door.tombstones import without_tombstones
+from atp_patch.seam.door.tombstones import clear_outputs
 from atp_patch.seam.host.call import Call, refuse_replica
 from atp_patch.seam.host.locate import Parts
 from atp_patch.seam.host.outside import Outside
@@ -110,8 +110,8 @@ class ModelHooks:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.recorder.forget()
-        if self.leaves_tombstones and hasattr(output, "image_hidden_states"):
-            output.image_hidden_states = without_tombstones(output.image_hidden_states)
+        if self.leaves_tombstones:
+            clear_outputs(output)
         call = self.thread.call
         if module is not self.parts.top and not (call is not None and call.alone):
             return None

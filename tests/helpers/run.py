@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import atp_patch
 from atp_patch.methods import METHODS as CLASSES
 from atp_patch.methods import LayerMethod
+from atp_patch.seam import CACHE_ARGUMENT
 from tests.helpers import tiny
 from tests.helpers.inputs import Inputs, extended, real_mask
 from tests.helpers.oracle import Kept, masked_logits
@@ -52,6 +53,8 @@ def kept_of(model: PreTrainedModel) -> dict[int, Tensor]:
 def generate(model: PreTrainedModel, inputs: Inputs, tokens: int = 4, **kwargs: Any) -> Any:
     """``generate``, greedy unless told otherwise, with the same random numbers in every call."""
     torch.manual_seed(0)
+    if "past_key_values" in kwargs:
+        kwargs[CACHE_ARGUMENT] = kwargs.pop("past_key_values")
     return model.generate(**inputs, **{"max_new_tokens": tokens, "do_sample": False, **kwargs})
 
 

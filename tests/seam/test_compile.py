@@ -12,6 +12,7 @@ from transformers import CompileConfig, StaticCache
 
 import atp_patch
 from atp_patch.bench.presets import PRESETS
+from atp_patch.seam import CACHE_ARGUMENT
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.inputs import batch
@@ -70,7 +71,7 @@ def test_pictures_of_other_sizes_compile_nothing(method: str) -> None:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
         with torch._dynamo.config.patch(error_on_recompile=len(frames) > 0):
             actual = model.generate(
-                **inputs, **asked, past_key_values=cache, compile_config=compiling
+                **inputs, **asked, **{CACHE_ARGUMENT: cache}, compile_config=compiling
             )
         assert torch.equal(actual, expected)
     assert len(frames) == 1

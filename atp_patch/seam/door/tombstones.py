@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 
 def with_tombstones(features: Tensor, rows: Tensor, parity: Tensor) -> Tensor:
@@ -44,6 +45,22 @@ def are_mixed(features: Tensor) -> bool:
     of_even = even.isnan().all(1) & ~odd.isnan().any(1)
     of_odd = odd.isposinf().all(1) & even.isfinite().all(1)
     return bool((of_even | of_odd).any())
+
+
+def clear_outputs(output: Any) -> None:
+    """Put zeros in place of tombstones in the image features that a forward pass returns.
+
+    Until transformers 5.23 models return them as ``image_hidden_states``, and from 5.24 on within
+    the whole outputs of their encoders.
+    """
+    if not isinstance(output, ModelOutput):
+        return
+    if output.get("image_hidden_states") is not None:
+        output.image_hidden_states = without_tombstones(output.image_hidden_states)
+    for name in ("image_outputs", "video_outputs"):
+        encoded = output.get(name)
+        if encoded is not None:
+            encoded.pooler_output = without_tombstones(encoded.pooler_output)
 
 
 def without_tombstones(features: Any) -> Any:
