@@ -39,11 +39,14 @@ def gathered(folders: list[list[Row]]) -> dict[float, list[Row]]:
         SystemExit: where folders differ about a setting that several of them measured.
     """
     chosen: dict[tuple[float, str, tuple[int, ...]], Row] = {}
+    budgets = sorted({row["budget"] for row in folders[0] if row["budget"]}, reverse=True)
     layers = {row["budget"]: row["layers"] for row in folders[0] if row["method"] == FIRST}
     for number, rows in enumerate(folders):
         for row in rows:
             budget, name = row["budget"], row["method"]
-            if budget not in layers or (number and row["layers"] not in ([], layers[budget])):
+            if budget not in budgets:
+                continue
+            if number and row["layers"] not in ([], layers.get(budget)):
                 continue
             key = (budget, name, tuple(row["layers"]))
             known = chosen.setdefault(key, row)
@@ -52,7 +55,7 @@ def gathered(folders: list[list[Row]]) -> dict[float, list[Row]]:
                 raise SystemExit(f"{name} at {budget:g} differs between folders; measure it anew.")
             if number and known is row and not row["layers"]:
                 row.pop(f"minus {FIRST}", None)
-    found: dict[float, list[Row]] = {budget: [] for budget in sorted(layers, reverse=True)}
+    found: dict[float, list[Row]] = {budget: [] for budget in budgets}
     for (budget, _, _), row in chosen.items():
         found[budget].append(row)
     for rows in found.values():

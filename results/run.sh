@@ -62,7 +62,7 @@ every_of() {
     for name in fixed fastv sparsevlm; do
         older="$older,$name@$4:0.25+0.15+0.06,$name@$5:0.5"
     done
-    $PYTHON "$(dirname "$0")/choosing.py" --model "$1" --budgets 0.5,0.25,0.15,0.06 \
+    $PYTHON "$(dirname "$0")/choosing.py" --model "$1" --rounds 5 --budgets 0.5,0.25,0.15,0.06 \
         --methods "$methods$older,prumerge,prumerge+" --json "$OUT/$3/choosing.json"
     $PYTHON "$(dirname "$0")/frontier.py" "$OUT/$3" "$OUT/$2" \
         --choosing "$OUT/$3/choosing.json" > "$OUT/$3/frontier.md"

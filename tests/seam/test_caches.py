@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import atp_patch
 from tests.helpers import inputs as prompts
@@ -129,6 +130,25 @@ def test_cropping_forgets_the_last_tokens(kind: str) -> None:
     session.cache.crop(-4)
     session.inputs = before
     check(session, kind, kept, [*answers, *talk(session, 2, 1, seed=60)])
+
+
+@pytest.mark.skipif(
+    not hasattr(StaticLayer, "crop"), reason="static caches cannot be cropped before 5.24"
+)
+@pytest.mark.parametrize("kind", ["llava-llama", "qwen2_vl"])
+def test_cropping_a_static_cache_forgets_the_last_tokens(kind: str) -> None:
+    model = patched(kind)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120)
+    session = Session(model, batch(model, prompts.MIXED), cache)
+    kept = kept_of(model)
+    answers = talk(session, 3)
+    before = dict(session.inputs)
+    talk(session, 4, seed=50)
+    session.cache.crop(-4)
+    session.inputs = before
+    check(session, kind, kept, [*answers, *talk(session, 2, 1, seed=60)])
+    with pytest.raises(atp_patch.ATPError, match="that would be dropped are pruned"):
+        session.cache.crop(-70)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,20 @@ class PrunedKeys:
         """How many logical positions have no key in this layer."""
         return 0 if self.positions is None else self.covered - self.positions.shape[-1]
 
+    def _crop_prompt(self, length: int) -> None:
+        """Drop the end of the prompt, such as guessed tokens, where none of it was pruned."""
+        assert self.positions is not None
+        removed = self.covered - length
+        whole = torch.arange(length, self.covered, device=self.positions.device)
+        tail = self.positions[:, -removed:]
+        if self.valid is not None or removed > tail.shape[1] or not bool((tail == whole).all()):
+            raise CacheError(
+                f"cannot crop the cache to {length} tokens, because tokens of the part that "
+                "would be dropped are pruned; start from a copy of the cache (copy.deepcopy) that "
+                "was made before the prompt."
+            )
+        self.hold(self.positions[:, :-removed], None, length)
+
     def _select(self, rows: Tensor) -> None:
         if self.positions is not None:
             self.positions = self.positions.index_select(0, rows.to(self.positions.device))
@@ -153,20 +167,6 @@ class PrunedDynamicLayer(PrunedKeys, DynamicLayer):
         self.keys = self.keys[..., :-remove, :]
         self.values = self.values[..., :-remove, :]
 
-    def _crop_prompt(self, length: int) -> None:
-        """Drop the end of the prompt, such as guessed tokens, where none of it was pruned."""
-        assert self.positions is not None
-        removed = self.covered - length
-        whole = torch.arange(length, self.covered, device=self.positions.device)
-        tail = self.positions[:, -removed:]
-        if self.valid is not None or removed > tail.shape[1] or not bool((tail == whole).all()):
-            raise CacheError(
-                f"cannot crop the cache to {length} tokens, because tokens of the part that "
-                "would be dropped are pruned; start from a copy of the cache (copy.deepcopy) that "
-                "was made before the prompt."
-            )
-        self.positions, self.covered = self.positions[:, :-removed], length
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample ``repeats`` times."""
         super().batch_repeat_interleave(repeats)
@@ -208,6 +208,16 @@ class PrunedStaticLayer(PrunedKeys, StaticLayer):
         super()._select(rows)
         if self.positions is not None:
             self.hold(self.positions, self.valid, self.covered)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens: ``-n`` removes n tokens. Layers can do this from transformers
+        5.24 on.
+        """
+        if self.pruned and self.is_initialized and tokens_to_remove < 0:
+            length = int(self.get_seq_length()) + tokens_to_remove
+            if length < self.covered:
+                self._crop_prompt(length)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
 
     @property
     def capacity(self) -> int:
