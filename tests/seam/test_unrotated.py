@@ -12,7 +12,8 @@ from torch import Tensor
 import atp_patch
 from atp_patch.methods.base import keep_best
 from tests.families import anyres, gemma4, llama4, mrope, square, towers
-from tests.families.kinds import MIXED, Kind, make
+from tests.families.kinds import MIXED, Kind, Picture, Sample, Words, make
+from tests.families.tables import EVERY
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
 from tests.helpers.compare import assert_close, assert_same_choice
@@ -21,6 +22,15 @@ from tests.helpers.run import forward, generate, kept_of, words
 
 KINDS = tuple(
     kind for table in (square, anyres, towers, mrope, gemma4, llama4) for kind in table.KINDS
+)
+# Decoders that leave out the rotary embedding of some layers.
+PARTLY = (
+    "aya_vision",
+    "cohere2_vision",
+    "exaone4_5",
+    "cohere_compass",
+    "muse_glimmer",
+    "muse_spark",
 )
 LAYER = 3
 
@@ -39,6 +49,17 @@ class Spy(atp_patch.LayerMethod):
         return atp_patch.Decision(keep_best(view, -view.token.float()))
 
 
+@dataclass(frozen=True)
+class SpyOnAll(Spy):
+    """Keeps everything, and what it saw."""
+
+    name: ClassVar[str] = "spy on all"
+
+    def decide(self, view: atp_patch.View, module: object) -> atp_patch.Decision:
+        super().decide(view, module)
+        return atp_patch.Decision(view.slot_valid)
+
+
 def projections(attention: Any) -> list[Tensor]:
     """A list that will hold what goes into rotary embedding at the next call: q, then k."""
     found: list[Tensor] = []
@@ -50,20 +71,50 @@ def projections(attention: Any) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [*KINDS, *(kind for kind in EVERY if kind.name in PARTLY)],
+    ids=lambda kind: kind.name,
+)
 def test_turned_back_they_are_the_projections(kind: Kind) -> None:
-    layer = max(LAYER, kind.layers[0])
+    """Of every layer, since some decoders leave out the rotary embedding of some layers."""
+    layers = list(range(kind.layers[0], kind.last_layer + 1))
     model, seen = kind.build(), []
-    atp_patch.patch_model(model, [layer], Spy((seen,)), keep=0.5)
-    attention = tiny.decoder_layers(model)[layer - 1].self_attn
-    found = projections(attention)
+    atp_patch.patch_model(model, layers, SpyOnAll((seen,)), keep=0.97)
+    attentions = [tiny.decoder_layers(model)[layer - 1].self_attn for layer in layers]
+    raws = [projections(attention) for attention in attentions]
     forward(model, make(kind, MIXED).inputs)
-    for turned, raw in zip(seen[0], found, strict=True):
-        if raw.ndim == 3:
-            raw = raw.unflatten(-1, (-1, turned.shape[-1]))
-        raw = getattr(attention, "qk_norm", lambda states: states)(raw)
-        raw = raw if raw.shape[1] == turned.shape[1] != raw.shape[2] else raw.transpose(1, 2)
-        assert_close(turned, raw)
+    assert len(seen) == len(layers)
+    for attention, found, pair in zip(attentions, raws, seen, strict=True):
+        factors = (getattr(attention, "qk_scale_factor", 1.0), 1.0)  # of queries, and of keys
+        for turned, raw, factor in zip(pair, found, factors, strict=True):
+            if raw.ndim == 3:
+                raw = raw.unflatten(-1, (-1, turned.shape[-1]))
+            raw = getattr(attention, "qk_norm", lambda states: states)(raw)
+            raw = raw if raw.shape[1] == turned.shape[1] != raw.shape[2] else raw.transpose(1, 2)
+            assert_close(turned, raw * factor)
+
+
+def test_a_choice_does_not_depend_on_the_padding_of_layers_without_rotary_embedding() -> None:
+    """Keys of such layers were turned by the positions that nothing had turned them by."""
+    kind = next(kind for kind in EVERY if kind.name == "aya_vision")
+    samples = [
+        Sample((Picture(0), Words(1)), 0),
+        Sample((Words(6), Picture(0), Words(1)), 1),
+    ]
+    model = atp_patch.patch_model(kind.build(), [1, 2, 4], "dart", target_share=0.3)
+    forward(model, make(kind, samples, "left").inputs)
+    together = kept_of(model)
+    forward(model, make(kind, samples[:1]).inputs)
+    for layer, alone in kept_of(model).items():
+        assert torch.equal(together[layer][:1, -alone.shape[1] :], alone)
+
+
+def test_keys_that_are_changed_after_rotation_are_refused() -> None:
+    kind = next(kind for kind in EVERY if kind.name == "hunyuan_vl")
+    model = atp_patch.patch_model(kind.build(), [LAYER], "dart", keep=0.5)
+    with pytest.raises(atp_patch.ATPError, match="HunYuanVLDenseV1Attention cannot be undone"):
+        forward(model, make(kind, MIXED).inputs)
 
 
 @pytest.mark.parametrize("kind", tiny.ALL_KINDS)

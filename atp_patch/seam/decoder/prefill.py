@@ -151,6 +151,8 @@ class Prefill:
             kwargs[QUERY_FACTOR] = factor.to(hidden.device)
         if sink is not None or factor is not None:
             tables = kwargs.get("position_embeddings")
+            if "position_embeddings" in kwargs and tables is None:  # this layer rotates nothing
+                tables = ()
             self.recorder.expect(module.self_attn, sink, rotary=tables)
         return (hidden,)
 

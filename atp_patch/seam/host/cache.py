@@ -217,7 +217,7 @@ class PrunedStaticLayer(PrunedKeys, StaticLayer):
             length = int(self.get_seq_length()) + tokens_to_remove
             if length < self.covered:
                 self._crop_prompt(length)
-        super().crop(tokens_to_remove)  # type: ignore[misc]
+        super().crop(tokens_to_remove)
 
     @property
     def capacity(self) -> int:

@@ -10,11 +10,9 @@ again. The decoder's own config, from which masks are made, is never changed.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atp_patch.contract.errors import UnsupportedModelError
 from atp_patch.seam.host.passes import PerThread
+from atp_patch.seam.host.rotation import Tables, rotated_back
 from atp_patch.seam.host.temperature import QUERY_FACTOR
 
 ATTENTION_NAME = "atp_patch_record"
@@ -40,7 +39,7 @@ class Recording:
         scaling: the factor of the logits.
         module: the attention.
         rotary: the tables (cos, sin), or one of complex numbers, that the attention's layer was
-            given, or None.
+            given; empty where it was given none; None where they are unknown.
         softcap: the bound of the logits (Gemma 2), or None.
         sinks: (H,) float, a logit of each head that counts in the sums of its softmax and for no
             token (gpt-oss), or None.
@@ -51,7 +50,7 @@ class Recording:
     mask: Tensor | None
     scaling: float
     module: Any = None
-    rotary: tuple[Tensor, Tensor] | Tensor | None = None
+    rotary: Tables | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -74,53 +73,11 @@ class Recording:
     def unrotated(self) -> tuple[Tensor, Tensor]:
         """Return the queries and keys of this pass's own tokens before rotary embedding.
 
-        They are rotated back by the host's own function with negated angles, so that any convention
-        of the host is followed.
-
         Raises:
-            UnsupportedModelError: where the host has no such function.
+            UnsupportedModelError: where the rotary embedding cannot be undone.
         """
-        home = sys.modules[type(self.module).__module__]
-        complex_tables = isinstance(self.rotary, Tensor)
-        name = "apply_rotary_emb" if complex_tables else "apply_rotary_pos_emb"
-        rotate = getattr(home, name, None)
-        sections = getattr(home, "apply_multimodal_rotary_pos_emb", None)
-        if rotate is None and sections is not None:  # early hosts join M-RoPE's sections here
-            rotate = partial(
-                sections, mrope_section=self.module.config.rope_parameters["mrope_section"]
-            )
-        if rotate is None or self.rotary is None:
-            raise UnsupportedModelError(
-                f"the rotary embedding of {type(self.module).__name__} cannot be undone; "
-                'score after it (in fastv: rope="after").'
-            )
         own = self.key[:, :, -self.query.shape[2] :]
-        if not getattr(self.module, "use_rope", True):  # this layer rotates nothing
-            return self.query, own
-        # Scaled tables (of long contexts) scale once in the host's call and once in this one.
-        if isinstance(self.rotary, Tensor):
-            scale = float(self.rotary.flatten()[0].abs() ** 2)
-            rows = (self.query.transpose(1, 2), own.transpose(1, 2))
-            query, key = (rotated.transpose(1, 2) for rotated in rotate(*rows, self.rotary.conj()))
-            return query / scale, key / scale
-        cos, sin = self.rotary
-        scale = float(cos.flatten()[0].float() ** 2 + sin.flatten()[0].float() ** 2)
-        # With latent attention the end of each head alone is rotated. The host may have changed the
-        # order of its numbers too, alike in queries and keys, and that order stays.
-        start = getattr(self.module, "qk_nope_head_dim", 0)
-        ends = (self.query[..., start:], own[..., start:])
-        # Some hosts' functions rotate one tensor a call, others queries and keys together.
-        if next(iter(inspect.signature(rotate).parameters)) == "x":
-            rotated = tuple(rotate(end, cos, -sin) for end in ends)
-        else:
-            rotated = rotate(*ends, cos, -sin)
-        if start == 0:
-            return rotated[0] / scale, rotated[1] / scale
-        heads = (self.query[..., :start], own[..., :start])
-        query, key = (
-            torch.cat([head, end / scale], -1) for head, end in zip(heads, rotated, strict=True)
-        )
-        return query, key
+        return rotated_back(self.module, self.rotary, self.query, own)
 
 
 def register() -> None:
