@@ -37,6 +37,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "git": ("its decoder is built of BERT's layers", "llava keeps a grid of visual tokens"),
     "pp_formulanet": (_ENCODER, "got_ocr2 reads formulas too"),
     "chameleon": (_WORDS, "janus reads features of a picture and draws words"),
+    "apertus1p5": (_WORDS, "janus reads features of a picture and draws words"),
     "emu3": (_WORDS, "janus reads features of a picture and draws words"),
     "pi0": (_NO_TEXT, "paligemma is the model inside it"),
     "diffusion_gemma": (
@@ -56,10 +57,12 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "mistral_large4": (_INDEXED, "mistral3 can be pruned"),
     "glm5_next": (_INDEXED, "glm4v_moe can be pruned"),
+    "hy_v4_vl": (_INDEXED, "hunyuan_vl can be pruned"),
     "dots3_note": (_INDEXED, "glm4v_moe can be pruned"),
     "minimax_m3_vl": (_INDEXED, "glm4v_moe can be pruned"),
     "inkling_mm_model": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
     "inkling2": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
+    "inkling2_loop": (_CONVOLVED, "qwen3_vl_moe can be pruned"),
     "nemotron_h_omni": (_MIXERS, "internvl has tiles of the same kind"),
     "qwen4_exp": (_INDEXED, "qwen3_5 can be pruned"),
 }

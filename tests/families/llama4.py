@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 
+from tests.families.hosts import HOST
 from tests.families.kinds import TEXT, TOWER, Drawn, Paint, installed, stacked
 from tests.families.square import SIDE, _shrunk, _tiles
 from tests.helpers import tiny
@@ -60,4 +62,9 @@ def _picture(config: Any, which: int, paint: Paint, count: int) -> Drawn:
     return drawn
 
 
-KINDS = installed({"Llama4": ("llama4", config, _picture, stacked("pixel_values"), {})})
+# In 5.24.0 each forward pass of the plain model fails.
+KINDS = (
+    ()
+    if Version("5.24.0") == HOST
+    else installed({"Llama4": ("llama4", config, _picture, stacked("pixel_values"), {})})
+)

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 import atp_patch
 from atp_patch.families import FAMILIES, family_of
 from tests.families.hosts import (
+    HOST,
     REPEATS_SAMPLES,
     skip_where_keys_are_shared_by_the_cache,
     skip_where_samples_share_places,
@@ -128,6 +130,8 @@ def test_the_tower_is_read_or_the_families_are_named_where_it_can_be(kind: Kind)
 
 @by_name
 def test_attention_and_keys_of_the_tower_stand_where_the_tokens_do(case: Case) -> None:
+    if case.name == "lfm2_vl" and Version("5.24") <= HOST:
+        pytest.skip("its projector reads all pictures as one, which this oracle does not follow")
     plain = case.build()
     inputs = case.feed(plain, "right" if case.name == "video_llava" else "left")
     view = view_of_the_tower(case.build(), inputs, keep=0.5)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -41,6 +42,8 @@ def test_every_image_text_model_of_transformers_is_served_or_refused() -> None:
 def test_every_name_is_a_model_of_transformers() -> None:
     assert not set(SERVED) & set(REFUSED)
     unknown = (set(SERVED) | set(REFUSED)) - set(CONFIG_MAPPING_NAMES)
+    if Version("5.24") > HOST:
+        unknown -= {"apertus1p5", "hy_v4_vl", "inkling2_loop"}
     if unknown and HOST < NEWEST:
         pytest.skip(f"this version has not got {', '.join(sorted(unknown))}")
     assert not unknown
