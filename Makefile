@@ -70,7 +70,7 @@ memory: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.memory report $(MEMORY)
 
 # The families' tests on each of these versions of transformers; writes the table in docs/versions.md.
-MATRIX ?= 5.4.0 5.13.1 5.23.0
+MATRIX ?= 5.4.0 5.13.1 5.23.0 5.24.0
 test-matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.matrix $(MATRIX)
 
