@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import atp_patch
+from atp_patch.seam import CACHE_ARGUMENT
 from atp_patch.seam.decoder.host_pass import HostPass
 from tests.helpers import inputs as prompts
 from tests.helpers import tiny
@@ -51,7 +52,7 @@ def test_tokens_dropped_before_the_decoder_leave_no_tombstone_in_a_later_turn() 
     session, _, asked = later_turn(model)
     out = model.generate(
         **asked,
-        past_key_values=session.cache,
+        **{CACHE_ARGUMENT: session.cache},
         max_new_tokens=2,
         do_sample=False,
         return_dict_in_generate=True,

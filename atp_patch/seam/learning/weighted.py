@@ -70,8 +70,11 @@ def weighted_attention(
     if sinks is not None:
         sinks = sinks[None, :, None, None].to(logits)
         highest = torch.maximum(highest, sinks.detach())
-    # Logits of keys that do not count may exceed the maximum; clamping keeps them finite.
-    exponential = (logits - highest).clamp(max=0).exp().masked_fill(~visible, 0.0) * weight
+    # Logits of keys that do not count may exceed the maximum, and are brought down to it so that
+    # they stay finite. (From torch 2.15 on clamp() would stop the gradient of the maximum itself.)
+    below = logits - highest
+    below = below.masked_fill(below > 0, 0.0)
+    exponential = below.exp().masked_fill(~visible, 0.0) * weight
     # A row of padding that sees no key gives zeros.
     total = exponential.sum(-1, keepdim=True)
     if sinks is not None:
