@@ -31,6 +31,10 @@ class Features:
     pooler_output: tuple[Tensor, ...]
     deepstack_features: tuple[Tensor, ...] = ()
 
+    def to_tuple(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Return the fields in order, as transformers 5.24 asks of such outputs."""
+        return self.pooler_output, self.deepstack_features
+
 
 @dataclass(frozen=True)
 class Sample:

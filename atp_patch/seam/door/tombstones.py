@@ -10,6 +10,7 @@ feature of a picture either, so that it is reported and never leads to a wrong c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,8 +60,9 @@ def clear_outputs(output: Any) -> None:
         output.image_hidden_states = without_tombstones(output.image_hidden_states)
     for name in ("image_outputs", "video_outputs"):
         encoded = output.get(name)
-        if encoded is not None:
-            encoded.pooler_output = without_tombstones(encoded.pooler_output)
+        if encoded is not None:  # it may be the caller's own, so it stays as it is
+            cleared = replace(encoded, pooler_output=without_tombstones(encoded.pooler_output))
+            setattr(output, name, cleared)
 
 
 def without_tombstones(features: Any) -> Any:
