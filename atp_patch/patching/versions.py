@@ -14,8 +14,8 @@ from atp_patch.contract.errors import UnsupportedVersionWarning
 # The oldest and the newest version of each, as docs/versions.md names them.
 TESTED = {
     "Python": ("3.10", "3.13"),
-    "torch": ("2.4", "2.14"),
-    "transformers": ("5.4", "5.23"),
+    "torch": ("2.4", "2.15"),
+    "transformers": ("5.4", "5.24"),
 }
 
 
