@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import atp_patch
 from atp_patch.methods.base import keep_best
+from atp_patch.seam.host.rotation import _ROTATES
 from tests.families import anyres, gemma4, llama4, mrope, square, towers
 from tests.families.kinds import MIXED, Kind, Picture, Sample, Words, make
 from tests.families.tables import EVERY
@@ -173,3 +178,28 @@ def test_an_image_in_a_later_turn_is_scored_too() -> None:
 def test_a_wrong_place_is_named() -> None:
     with pytest.raises(atp_patch.ConfigError, match="after, before"):
         atp_patch.patch_model(tiny.tiny_model("llava-llama"), [2], "fastv", rope="between")
+
+
+def _conditions(tree: ast.AST) -> set[str]:
+    """The conditions under which a piece of source rotates queries and keys."""
+    return {
+        ast.unparse(node.test)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        and any("apply_rotary_pos_emb" in ast.unparse(line) for line in node.body)
+    }
+
+
+@pytest.mark.slow
+def test_every_attention_of_transformers_that_rotates_in_some_layers_is_known() -> None:
+    by_layer = re.compile("sliding|local|force_rope|nope")
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        source = path.read_text(encoding="utf-8")
+        if "apply_rotary_pos_emb" not in source:
+            continue
+        for piece in ast.parse(source).body:
+            if isinstance(piece, ast.ClassDef) and any(map(by_layer.search, _conditions(piece))):
+                found.add(piece.name)
+    assert {"Cohere2Attention", "Exaone4Attention"} <= found
+    assert found <= set(_ROTATES)
