@@ -1,7 +1,7 @@
 #!/bin/sh
 # Measures what docs/results.md reads of methods that need no training; train.sh measures the
 # others. A killed run goes on where it was.
-#   results/run.sh [builtin|shifted|depth|dynamic|every|together|allocation|budgets|bench]...
+#   results/run.sh [builtin|shifted|depth|dynamic|every|together|allocation|budgets|fifth|bench]...
 #   (default: the first five; "together" is one table a model of all that was measured, trained or not;
 #   "bench" measures time, so that nothing else may run beside it)
 # PYTHON is the interpreter; the folder that results go to may be given as OUT.
@@ -72,6 +72,12 @@ budgets() {
     $EVALUATE --methods "divprune,cdpruner,scope,fastervlm,visionzip,vispruner,hiprune,prunesid" \
         --layers 1,4,10 --budgets 0.333333,0.222222,0.111111 --questions 500 --seeds 1 --no-plots \
         --out "$OUT/budgets"
+}
+# The second model at a fifth of its tokens, beside the thresholds that learned there (train.sh).
+fifth() {
+    $EVALUATE --model builtin-dynamic --budgets 0.2 --questions 500 --seeds 1 --no-plots \
+        --methods "atp@1+4+6,divprune,vispruner,scope,cdpruner,prunesid,dart@1+4+6" \
+        --out "$OUT/fifth"
 }
 together() {
     $EVALUATE --summaries "$OUT/builtin,$OUT/thresholds-15,$OUT/thresholds-25,$OUT/compressed" \
