@@ -68,8 +68,7 @@ class ModelHooks:
         outer = self.thread.session
         if self.thread.enabled:
             self.thread.session = Session.of_generate(self.outside, args, kwargs)
-            if self.vision is not None:
-                self.vision.forget()
+            self._forget_vision()
         for name in ("visual_mask", "visual_grids"):
             kwargs.pop(name, None)
         assert self._generate is not None
@@ -80,8 +79,12 @@ class ModelHooks:
             # Ctrl-C skips the hooks behind a module, which forget what a pass has left.
             self.thread.end_pass()
             self.recorder.forget()
-            if self.vision is not None:
-                self.vision.forget()
+            self._forget_vision()
+
+    def _forget_vision(self) -> None:
+        """Drop what the vision tower showed to a pass or a call of ``generate``."""
+        if self.vision is not None:
+            self.vision.forget()
 
     # Not compiled: it computes nothing, and would be compiled anew for each length of a prompt.
     @torch.compiler.disable
@@ -103,8 +106,8 @@ class ModelHooks:
         self.recorder.forget()
         session = self.thread.session
         call = Call.of_outermost(self.outside, args, kwargs, session, alone=alone)
-        if self.vision is not None and session is None:
-            self.vision.forget()
+        if session is None:
+            self._forget_vision()
         self.thread.call = call
         return call
 
