@@ -119,17 +119,21 @@ def test_a_deep_copy_of_a_cache_goes_its_own_way(kind: str) -> None:
     check(twin, kind, kept, twin_answers)
 
 
-@families
-def test_cropping_forgets_the_last_tokens(kind: str) -> None:
-    model = patched(kind)
-    session = Session(model, batch(model, prompts.MIXED))
-    kept = kept_of(model)
+def crop_and_go_on(session: Session, kind: str) -> None:
+    """Say something, take it back, and say something else on the same cache."""
+    kept = kept_of(session.model)
     answers = talk(session, 3)
     before = dict(session.inputs)
     talk(session, 4, seed=50)
     session.cache.crop(-4)
     session.inputs = before
     check(session, kind, kept, [*answers, *talk(session, 2, 1, seed=60)])
+
+
+@families
+def test_cropping_forgets_the_last_tokens(kind: str) -> None:
+    model = patched(kind)
+    crop_and_go_on(Session(model, batch(model, prompts.MIXED)), kind)
 
 
 @pytest.mark.skipif(
@@ -140,13 +144,7 @@ def test_cropping_a_static_cache_forgets_the_last_tokens(kind: str) -> None:
     model = patched(kind)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120)
     session = Session(model, batch(model, prompts.MIXED), cache)
-    kept = kept_of(model)
-    answers = talk(session, 3)
-    before = dict(session.inputs)
-    talk(session, 4, seed=50)
-    session.cache.crop(-4)
-    session.inputs = before
-    check(session, kind, kept, [*answers, *talk(session, 2, 1, seed=60)])
+    crop_and_go_on(session, kind)
     with pytest.raises(atp_patch.ATPError, match="that would be dropped are pruned"):
         session.cache.crop(-70)
 
